@@ -1,0 +1,57 @@
+"""k-nearest-neighbour classification of features: pure functions of tensors."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def knn_votes(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    k: int,
+    num_classes: int,
+    temperature: float | None = None,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """Votes (Q, num_classes) of the k Euclidean nearest neighbours of each query.
+
+    Args:
+        bank: (N, D) features, N >= k; bank_labels: (N,) int64.
+        queries: (Q, D) features.
+        temperature: None lets every neighbour vote alike (Cover & Hart 1967); a number weighs it by
+            exp(cosine / temperature), for features of length 1 (Wu et al. 2018, section 3.4).
+        chunk_size: queries whose distances are held at once.
+
+    Distances are true float32, whatever autocast or the features' type.
+    """
+    assert 1 <= k <= len(bank), "k is at most the size of the bank"
+    votes = torch.zeros(len(queries), num_classes, device=bank.device)
+    with torch.autocast(bank.device.type, enabled=False):
+        bank = bank.float()
+        # |q - b|^2 = |q|^2 - 2 (q b - |b|^2 / 2): the nearest have the largest q b - |b|^2 / 2. Distances do
+        # not change with the origin, and about the bank's mean less is lost in the difference.
+        origin = bank.mean(dim=0)
+        centred = bank - origin
+        half_squares = centred.square().sum(dim=1) / 2  # (N,)
+        for start in range(0, len(queries), chunk_size):
+            chunk = queries[start : start + chunk_size].float()
+            nearness = (chunk - origin) @ centred.T - half_squares  # (q, N)
+            nearest, neighbours = nearness.topk(k, dim=1)  # (q, k) each
+            weights = torch.ones_like(nearest)
+            if temperature is not None:
+                # At length 1, cosine - 1 = -|q - b|^2 / 2; the constant factor exp(1 / temperature) is left out.
+                cosine_minus_1 = nearest - (chunk - origin).square().sum(dim=1, keepdim=True) / 2
+                weights = (cosine_minus_1 / temperature).exp()
+            votes[start : start + chunk_size].scatter_add_(1, bank_labels[neighbours], weights)
+    return votes
+
+
+def topk_accuracy(scores: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 3)) -> dict[str, float]:
+    """Per cent of samples whose label is among the k highest of scores (N, C): {"top1": ..., "top3": ...}.
+
+    Of equal scores the smallest class counts as the higher.
+    """
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices  # (N, C)
+    hits = ranked == labels[:, None]
+    return {f"top{k}": 100 * hits[:, :k].any(dim=1).float().mean().item() for k in ks}

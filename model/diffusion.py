@@ -1,0 +1,113 @@
+"""Gaussian diffusion: the noise schedule, the forward process, the DDPM loss and the DDIM sampler."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["linear", "cosine", "inverted_cosine"]
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def alphas_cumprod(schedule: Schedule, num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """The share of the signal's variance left at each timestep, (num_timesteps,) float64, falling.
+
+    `linear`: the product of 1 - beta_t, with beta_t linear from `beta_start` to `beta_end` (Ho et al. 2020).
+    `cosine`: cos^2(pi/2 (u + s)/(1 + s)) over its value at u = 0, s = 0.008 (Nichol & Dhariwal 2021, eq. 17).
+    `inverted_cosine`: arccos(2u - 1) / pi (SODA, section 3).
+    The last two are continuous in u in (0, 1) and taken at u = (t + 1/2) / T, away from both ends.
+    """
+    if schedule == "linear":
+        return (1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)).cumprod(0)
+    u = (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps
+    if schedule == "cosine":
+        s = 0.008
+        return (torch.cos(math.pi / 2 * (u + s) / (1 + s)) / math.cos(math.pi / 2 * s / (1 + s))) ** 2
+    if schedule == "inverted_cosine":
+        return torch.arccos(2 * u - 1) / math.pi
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+class GaussianDiffusion:
+    """One schedule array for training and sampling, computed in float64 and kept in float32 on `device`.
+
+    It has no parameters and knows no network: wherever a network is needed, any callable
+    (x_t, timesteps) -> eps will do. Its arithmetic is float32 whatever the callable's autocast.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        num_timesteps: int,
+        beta_start: float,
+        beta_end: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        exact = alphas_cumprod(schedule, num_timesteps, beta_start, beta_end)
+        assert exact.shape == (num_timesteps,)
+        self.num_timesteps = num_timesteps
+        self.alphas_cumprod = exact.float().to(device)
+        self.sqrt_alphas_cumprod = exact.sqrt().float().to(device)
+        self.sqrt_one_minus_alphas_cumprod = (1 - exact).sqrt().float().to(device)
+
+    def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(alphas_cumprod_t) x_start + sqrt(1 - alphas_cumprod_t) noise (DDPM, eq. 4).
+
+        x_start and noise (N, C, H, W), timesteps (N,) int64 -> x_t (N, C, H, W).
+        """
+        signal = self.sqrt_alphas_cumprod[timesteps][:, None, None, None]
+        deviation = self.sqrt_one_minus_alphas_cumprod[timesteps][:, None, None, None]
+        return signal * x_start + deviation * noise
+
+    def loss(self, denoise: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """mean (eps(x_t, t) - noise)^2, a scalar (DDPM, eq. 14)."""
+        eps = denoise(self.q_sample(x_start, timesteps, noise), timesteps)
+        return (eps.float() - noise).square().mean()
+
+    def predict_start_from_eps(self, x_t: Tensor, t: int, eps: Tensor) -> Tensor:
+        """x_start = (x_t - sqrt(1 - alphas_cumprod_t) eps) / sqrt(alphas_cumprod_t), at one timestep t."""
+        return (x_t - self.sqrt_one_minus_alphas_cumprod[t] * eps) / self.sqrt_alphas_cumprod[t]
+
+    def sampling_timesteps(self, num_sampling_steps: int) -> list[int]:
+        """round(T (1 - i/n)) - 1 for i = 0..n-1: from T-1 down, exactly n steps (diffusers' `trailing`)."""
+        steps = range(num_sampling_steps)
+        return [round(self.num_timesteps * (1 - i / num_sampling_steps)) - 1 for i in steps]
+
+    @torch.no_grad()
+    def ddim_sample(
+        self,
+        denoise: Denoiser,
+        x_T: Tensor,
+        num_sampling_steps: int,
+        eta: float = 0.0,
+        clip_denoised: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Denoise x_T (N, C, H, W) to images in [-1, 1] (Song et al. 2021, eq. 12).
+
+        Args:
+            denoise: (x_t, timesteps) -> eps.
+            num_sampling_steps: 1..T.
+            eta: 0 is deterministic DDIM, 1 has the variance of DDPM.
+            clip_denoised: clip the predicted x_start to [-1, 1] and recompute eps from it at each step; for
+                random x_T. Inversion and its decode must not clip.
+            generator: source of the noise that eta > 0 adds.
+        """
+        visited = self.sampling_timesteps(num_sampling_steps)
+        clean = torch.ones((), device=x_T.device)  # alphas_cumprod after the last step: the image itself
+        x_t = x_T.float()
+        for t, t_next in zip(visited, [*visited[1:], None], strict=True):
+            eps = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device)).float()
+            x_start = self.predict_start_from_eps(x_t, t, eps)
+            if clip_denoised:
+                x_start = x_start.clamp(-1, 1)
+                eps = (x_t - self.sqrt_alphas_cumprod[t] * x_start) / self.sqrt_one_minus_alphas_cumprod[t]
+            now, after = self.alphas_cumprod[t], clean if t_next is None else self.alphas_cumprod[t_next]
+            sigma = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
+            x_t = after.sqrt() * x_start + (1 - after - sigma**2).clamp(min=0).sqrt() * eps
+            if eta > 0:
+                x_t = x_t + sigma * torch.randn(x_t.shape, generator=generator, device=x_t.device)
+        return x_t

@@ -1,0 +1,73 @@
+"""The image encoder: a ResNet assembled from torchvision's blocks, with a width and a stem of choice."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+}
+
+
+class ResNetEncoder(nn.Module):
+    """x_source -> z (He et al. 2016; state_dict keys and initialisation are those of torchvision's ResNets).
+
+    Args:
+        architecture: `resnet18`, `resnet34` or `resnet50`.
+        stem: `small` is a 3x3 convolution of stride 1 and no max-pooling, for images of about 32 px;
+            `imagenet` is the 7x7 convolution of stride 2 with max-pooling.
+        width: channels of the first group of blocks; each group doubles them. ResNets have 64.
+        latent_dim: width of z.
+    """
+
+    def __init__(self, *, architecture: str, stem: Literal["small", "imagenet"], width: int, latent_dim: int) -> None:
+        super().__init__()
+        block, depths = ARCHITECTURES[architecture]
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+
+        channels = width
+        for group, depth in enumerate(depths):
+            planes = width * 2**group
+            blocks = []
+            for index in range(depth):
+                stride = 2 if group > 0 and index == 0 else 1
+                downsample = None
+                if stride != 1 or channels != planes * block.expansion:
+                    downsample = nn.Sequential(
+                        nn.Conv2d(channels, planes * block.expansion, 1, stride=stride, bias=False),
+                        nn.BatchNorm2d(planes * block.expansion),
+                    )
+                blocks.append(block(channels, planes, stride, downsample))
+                channels = planes * block.expansion
+            self.add_module(f"layer{group + 1}", nn.Sequential(*blocks))
+        self.pooled_dim = channels
+        self.fc = nn.Linear(channels, latent_dim)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def pooled(self, x_source: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, pooled_dim): the globally averaged features before the last layer."""
+        h = self.maxpool(F.relu(self.bn1(self.conv1(x_source))))
+        h = self.layer4(self.layer3(self.layer2(self.layer1(h))))  # (N, pooled_dim, h, w)
+        return h.mean(dim=(2, 3))
+
+    def forward(self, x_source: Tensor) -> Tensor:
+        """(N, 3, H, W), normalised by the data set's mean and deviation -> z (N, latent_dim)."""
+        return self.fc(self.pooled(x_source))
+
+    def features(self, x_source: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, for the evaluation."""
+        pooled = self.pooled(x_source)
+        return {"pooled": pooled, "z": self.fc(pooled)}

@@ -1,0 +1,55 @@
+"""Judge a checkpoint of train.py: k-NN and linear probe under every protocol, beside untrained and raw pixels."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from utils.cli import make_parser, read_config, user_errors
+from utils.config import ConfigError, differences, parse_config
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python test.py --config config/cifar10.yaml --use_amp
+  python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt"""
+
+# What makes the encoder and its inputs; the rest of a checkpoint's config does not matter to its judge.
+MUST_AGREE = ("data.", "encoder.", "decoder.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/last.pt in the config's output_dir")
+    args = parser.parse_intermixed_args(argv)
+    with user_errors(ConfigError):
+        config = read_config(args)
+
+    from datasets import DatasetError
+    from training.experiment import initial_state, open_experiment
+    from training.judge import all_protocols, baselines, encode_with, judge
+    from utils.checkpoint import CheckpointError, load_checkpoint
+    from utils.logging import format_table
+
+    with user_errors(ConfigError, DatasetError, CheckpointError):
+        checkpoint = args.checkpoint or Path(config.output_dir) / "checkpoints" / "last.pt"
+        saved = load_checkpoint(checkpoint)
+        trained_with = parse_config(saved["config"], str(checkpoint))
+        changed = differences(trained_with, config, run=False, prefixes=MUST_AGREE)
+        if changed:
+            hint = " ".join(f"{name}={json.dumps(old)}" for name, (old, _) in changed.items())
+            raise ConfigError(f"{checkpoint} was trained with another config: add {hint}")
+        experiment = open_experiment(config)
+        if experiment.test is None:
+            raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")
+        state = initial_state(experiment)
+        state.load_state_dict(saved)
+        epoch = state.step / experiment.loader.steps_per_epoch
+        logger.info("judging the EMA encoder of %s, epoch %g, step %d", checkpoint, epoch, state.step)
+        encoders = {"trained": encode_with(experiment, state.ema.ema_model.encoder), **baselines(experiment)}
+        print(format_table(judge(experiment, encoders, all_protocols(experiment))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

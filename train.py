@@ -1,0 +1,114 @@
+"""Train SODA: encoder and decoder together, from one config file. The same command, given again, resumes."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from utils.cli import make_parser, read_config, user_errors
+from utils.config import Config, ConfigError, differences, parse_config
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python train.py --config config/digits.yaml
+  python train.py --config config/cifar10.yaml --use_amp training.epochs=200 output_dir=runs/short
+  python train.py --config config/folder.yaml data.root=photos --dry-run"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the model's size, exit")
+    args = parser.parse_intermixed_args(argv)
+    with user_errors(ConfigError):
+        config = read_config(args)
+
+    # The heavy imports come after the config is known to be good: a mistake in it is answered at once.
+    from datasets import DatasetError
+    from evaluation import protocols_of
+    from training.experiment import describe_model, initial_state, open_experiment
+    from training.judge import baselines, encode_with, judge
+    from training.loop import train
+    from utils.checkpoint import CheckpointError, load_checkpoint
+
+    if args.dry_run:
+        print(config.to_yaml(), describe_model(config), sep="\n")
+        return 0
+    with user_errors(ConfigError, DatasetError, CheckpointError):
+        folder = Path(config.output_dir)
+        checkpoint, results_file = folder / "checkpoints" / "last.pt", folder / "results.json"
+        saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+        if saved:
+            check_resume(saved["config"], config, checkpoint)
+        prepare_folder(folder, config)
+
+        # Build
+        experiment = open_experiment(config)
+        state = initial_state(experiment)
+
+        # Resume
+        if saved:
+            state.load_state_dict(saved)
+            logger.info("%s: at step %d of %d", checkpoint, state.step, experiment.total_steps)
+            del saved
+        if state.step == experiment.total_steps and results_file.exists():
+            logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
+        else:
+            # Train
+            results_file.unlink(missing_ok=True)
+            if experiment.test is None:
+                logger.info("the images have no labels: k-NN and linear probe are skipped")
+            train(experiment, state, folder)
+
+            # Evaluate
+            results = {}
+            if experiment.test is not None:
+                encoders = {"trained": encode_with(experiment, state.ema.ema_model.encoder), **baselines(experiment)}
+                results = judge(experiment, encoders, protocols_of(config.evaluation))
+            results_file.write_text(json.dumps(results, indent=1) + "\n")
+        print(summary(config, json.loads(results_file.read_text())))
+    return 0
+
+
+def check_resume(saved_yaml: str, config: Config, checkpoint: Path) -> None:
+    """Refuse to go on from another experiment's checkpoint; name the run keys that changed."""
+    saved = parse_config(saved_yaml, str(checkpoint))
+    changed = differences(saved, config, run=False)
+    if "training.epochs" in changed and config.training.epochs > saved.training.epochs:
+        del changed["training.epochs"]  # more epochs go on with the same experiment
+    if changed:
+        listing = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+        raise ConfigError(
+            f"{config.output_dir} holds another experiment: {listing}; "
+            "choose another output_dir, or give these keys their former values"
+        )
+    for name, (old, new) in differences(saved, config, run=True).items():
+        logger.info("%s was %s and is now %s", name, old, new)
+
+
+def prepare_folder(folder: Path, config: Config) -> None:
+    """Make the run's folder, with the resolved config in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+    except OSError as error:
+        raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from None
+
+
+def summary(config: Config, results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The closing table and where everything is."""
+    from utils.logging import format_table
+
+    folder = Path(config.output_dir)
+    lines = ["", format_table(results)] if results else []
+    if config.data.name == "digits" and results:
+        lines.append("Digits are nearly solved by their raw pixels: this run shows that training works, no more.")
+    grids = sorted((folder / "samples").glob("*.png"))
+    lines += ["", f"checkpoint   {folder / 'checkpoints' / 'last.pt'}"]
+    lines += [f"sample grid  {grids[-1]}"] if grids else []
+    lines += [f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

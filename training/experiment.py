@@ -1,0 +1,105 @@
+"""From a config to objects: what stays as it is (`Experiment`) and what training changes (`TrainState`)."""
+
+from dataclasses import dataclass
+
+import torch
+from ema_pytorch import EMA
+
+from datasets import DatasetError, DatasetInfo, Images, Loader, Views, build_dataset
+from model import SODA, GaussianDiffusion, build_soda, forward_flops
+from utils.checkpoint import TrainState
+from utils.config import Config
+from utils.device import choose_amp_dtype, choose_device
+from utils.randomness import derive_seed, generator
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that training and evaluation only read; `test` is None for unlabelled images."""
+
+    config: Config
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    train: Images
+    test: Images | None
+    info: DatasetInfo
+    views: Views
+    loader: Loader
+    diffusion: GaussianDiffusion
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.training.epochs * self.loader.steps_per_epoch
+
+
+def open_experiment(config: Config) -> Experiment:
+    """Load the data and lay everything out on the device; raises ConfigError and DatasetError."""
+    device = choose_device(config.device)
+    train, test, info = build_dataset(**config.data.model_dump())
+    batch_size, k = config.training.batch_size, config.evaluation.knn.k
+    if len(train) < batch_size:
+        raise DatasetError(f"{len(train)} training images are fewer than a batch: set training.batch_size lower")
+    if test is not None and len(train) < k:
+        raise DatasetError(f"evaluation.knn.k {k} is more than the {len(train)} training images: set it lower")
+    return Experiment(
+        config=config,
+        device=device,
+        amp_dtype=choose_amp_dtype(config.training.use_amp, device),
+        train=train,
+        test=test,
+        info=info,
+        views=Views(config.views, info.image_size, info.mean, info.std, device),
+        loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
+        diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
+    )
+
+
+def describe_model(config: Config) -> str:
+    """Parameters of encoder and decoder, and their work on one image."""
+    with torch.device("meta"):
+        soda = build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+    flops = forward_flops(soda, config.data.image_size)
+    lines = []
+    for name, module, work in zip(("encoder", "decoder"), (soda.encoder, soda.decoder), flops, strict=True):
+        parameters = sum(p.numel() for p in module.parameters())
+        lines.append(f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP forward an image")
+    lines.append(f"training: about {3 * sum(flops) / 1e9:.2f} GFLOP an image, forward and backward")
+    return "\n".join(lines)
+
+
+def initial_soda(config: Config, device: torch.device) -> SODA:
+    """The model at its initial weights, which config and seed alone decide."""
+    torch.manual_seed(derive_seed(config.seed, "initial weights"))
+    soda = build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+    # Channels last is faster on CUDA and slower on CPUs.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return soda.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """Model, EMA, optimiser and scaler before the first step."""
+    config, device = experiment.config.optimizer, experiment.device
+    soda = initial_soda(experiment.config, device)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(soda.encoder.parameters()), "lr": config.encoder_lr},
+            {"params": list(soda.decoder.parameters()), "lr": config.decoder_lr},
+        ],
+        betas=(config.betas[0], config.betas[1]),
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    return TrainState(
+        soda=soda,
+        # Built once the model is on its device and never moved: its counters stay on the CPU, and no step waits.
+        ema=EMA(
+            soda,
+            beta=experiment.config.training.ema_decay,
+            update_after_step=0,
+            update_every=1,
+            include_online_model=False,
+            use_foreach=True,
+        ),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
+    )

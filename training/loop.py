@@ -1,0 +1,119 @@
+"""The training loop: steps, reports, checkpoints and evaluations until the last epoch."""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from evaluation import protocols_of
+from training.experiment import Experiment
+from training.judge import encode_with, judge, sample_grid, save_png
+from training.step import learning_rates, train_step
+from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
+from utils.device import peak_memory_mb
+from utils.logging import PhaseTimer, RunLog
+
+logger = logging.getLogger(__name__)
+
+
+def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
+    """Go on from `state` to the last step, writing checkpoints, samples and reports into `folder`."""
+    config = experiment.config.training
+    steps_per_epoch, total_steps = experiment.loader.steps_per_epoch, experiment.total_steps
+    log, timer = RunLog(folder, state.step), PhaseTimer()
+    log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
+    interval = CheckpointInterval(config.checkpoint_every, steps_per_epoch)
+    loss_sum, first_step = torch.zeros((), device=experiment.device), state.step
+    bar = tqdm(
+        total=total_steps * config.batch_size,
+        initial=state.step * config.batch_size,
+        desc="training",
+        unit="img",
+        unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+
+    def save(name: str) -> None:
+        with timer.phase("checkpoint"):
+            save_checkpoint(folder / "checkpoints" / name, state.state_dict(), experiment.config.to_yaml())
+
+    # An evaluation that a killed run did not finish is made up for before the next step.
+    evaluate_if_due(experiment, state, folder, log, timer)
+    while state.step < total_steps:
+        loss, grad_norm = train_step(experiment, state, timer)
+        loss_sum += loss
+        bar.update(config.batch_size)
+        epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
+        at_end = state.step == total_steps
+
+        if state.step % config.log_every == 0 or at_end:
+            steps = state.step - first_step
+            mean_loss = loss_sum.item() / steps  # the only place where the host waits for the device
+            report(experiment, state, log, timer, steps, mean_loss, grad_norm.item())
+            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            loss_sum.zero_()
+            first_step = state.step
+        if interval.due(state.step) or at_end:
+            save("last.pt")
+        if config.keep_every and step_of_epoch == 0 and epoch % config.keep_every == 0:
+            save(f"epoch_{epoch:04d}.pt")
+        evaluate_if_due(experiment, state, folder, log, timer)
+    bar.close()
+    log.close()
+
+
+def report(
+    experiment: Experiment,
+    state: TrainState,
+    log: RunLog,
+    timer: PhaseTimer,
+    steps: int,
+    loss: float,
+    grad_norm: float,
+) -> None:
+    """One report on the `steps` steps since the last."""
+    total, phases = timer.take()
+    training_s = total - phases.get("evaluation", 0) - phases.get("checkpoint", 0)
+    encoder_lr, decoder_lr = learning_rates(experiment, state.step - 1)
+    log.report(
+        "train",
+        state.step,
+        {
+            "epoch": state.step / experiment.loader.steps_per_epoch,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr/encoder": encoder_lr,
+            "lr/decoder": decoder_lr,
+            "ema_decay": state.ema.get_current_decay(),
+            "images_per_s": steps * experiment.config.training.batch_size / training_s,
+            "peak_memory_mb": peak_memory_mb(experiment.device),
+            **{f"seconds/{name}": seconds for name, seconds in phases.items()},
+        },
+    )
+
+
+def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log: RunLog, timer: PhaseTimer) -> None:
+    """Judge the EMA encoder and draw a grid of samples, every `evaluation.every` epochs and at the end, once."""
+    epoch, step_of_epoch = divmod(state.step, experiment.loader.steps_per_epoch)
+    due = state.step == experiment.total_steps or (
+        step_of_epoch == 0 and epoch % experiment.config.evaluation.every == 0
+    )
+    if not due or state.step == 0 or log.has("evaluation", state.step):
+        return
+    with timer.phase("evaluation"):
+        values: dict[str, float] = {"epoch": epoch}
+        soda = state.ema.ema_model
+        if experiment.test is not None:
+            protocols = protocols_of(experiment.config.evaluation)
+            results = judge(experiment, {"trained": encode_with(experiment, soda.encoder)}, protocols)
+            for protocol in protocols:
+                accuracies = results[str(protocol)]["trained"]
+                values |= {f"{protocol.kind}_{name}": accuracy for name, accuracy in accuracies.items()}
+                logger.info("epoch %d, %s: top-1 %.1f, top-3 %.1f", epoch, protocol, *accuracies.values())
+        if experiment.config.sampling.num_images:
+            grid = sample_grid(experiment, soda)
+            save_png(folder / "samples" / f"epoch_{epoch:04d}.png", grid)
+            log.image("samples", state.step, grid)
+        log.report("evaluation", state.step, values)

@@ -1,0 +1,103 @@
+"""One training step: draw the batch, denoise, update. Every draw is a function of (seed, purpose, step)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.experiment import Experiment
+from utils.checkpoint import TrainState
+from utils.device import autocast
+from utils.logging import PhaseTimer
+from utils.randomness import derive_seed, generator, image_noise, sample_seeds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward pass sees, N samples of the global batch.
+
+    Attributes:
+        x_source: (N, 3, H, W) source view, normalised, with its noise.
+        x_start: (N, 3, H, W) target view in [-1, 1].
+        timesteps: (N,) int64.
+        noise: (N, 3, H, W) standard normal.
+        drop_mask: (N,) bool; True drops the sample's latent.
+    """
+
+    x_source: Tensor
+    x_start: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    drop_mask: Tensor
+
+
+def draw_source(experiment: Experiment, step: int, positions: range) -> Tensor:
+    """Source views (N, 3, H, W) of the samples at `positions` of the global batch of `step`."""
+    seed, device = experiment.config.seed, experiment.device
+    pixels = experiment.train.pixels[experiment.loader.indices(step, positions)]
+    noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=device)
+    return experiment.views.source(pixels, sample_seeds(positions, seed, "source view", step), noise)
+
+
+def draw_batch(experiment: Experiment, step: int, positions: range) -> Batch:
+    """The samples at `positions` of the global batch of `step`."""
+    config, seed, device = experiment.config, experiment.config.seed, experiment.device
+    pixels = experiment.train.pixels[experiment.loader.indices(step, positions)]
+    here = slice(positions.start, positions.stop)
+    # Small draws are made for the whole batch, so that each sample gets the same however the batch is split.
+    batch_size = config.training.batch_size
+    timesteps = torch.randint(
+        config.diffusion.num_timesteps, (batch_size,), generator=generator(seed, "timesteps", step)
+    )[here]
+    chance = torch.rand(batch_size, generator=generator(seed, "drop mask", step))[here]
+    return Batch(
+        x_source=draw_source(experiment, step, positions),
+        x_start=experiment.views.target(pixels, sample_seeds(positions, seed, "target view", step)),
+        timesteps=timesteps.to(device, non_blocking=True),
+        noise=image_noise(pixels.shape[1:], positions, seed, "noise", step, device=device),
+        drop_mask=(chance < config.training.latent_drop_probability).to(device, non_blocking=True),
+    )
+
+
+def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
+    """Of encoder and decoder at `step`: a linear warm-up, the first step already above zero, then constant."""
+    config = experiment.config.optimizer
+    warmup_steps = round(config.warmup_epochs * experiment.loader.steps_per_epoch)
+    factor = min(1.0, (step + 1) / max(1, warmup_steps))
+    return config.encoder_lr * factor, config.decoder_lr * factor
+
+
+def train_step(experiment: Experiment, state: TrainState, timer: PhaseTimer) -> tuple[Tensor, Tensor]:
+    """One optimiser step over one global batch. Returns (loss, gradient norm before clipping), on the device."""
+    config, device = experiment.config, experiment.device
+    batch_size = config.training.batch_size
+    micro_batch_size = config.training.micro_batch_size or batch_size
+    state.soda.train()
+    for group, lr in zip(state.optimizer.param_groups, learning_rates(experiment, state.step), strict=True):
+        group["lr"] = lr
+
+    total_loss = torch.zeros((), device=device)
+    for start in range(0, batch_size, micro_batch_size):
+        with timer.phase("views"):
+            batch = draw_batch(experiment, state.step, range(start, start + micro_batch_size))
+        with timer.phase("forward and backward"):
+            torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
+
+            def denoise(x_t: Tensor, timesteps: Tensor, batch: Batch = batch) -> Tensor:
+                return state.soda(batch.x_source, x_t, timesteps, batch.drop_mask)
+
+            with autocast(device, experiment.amp_dtype):
+                loss = experiment.diffusion.loss(denoise, batch.x_start, batch.timesteps, batch.noise)
+            loss = loss * (micro_batch_size / batch_size)
+            state.scaler.scale(loss).backward()
+            total_loss += loss.detach()
+
+    with timer.phase("update"):
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), config.optimizer.max_grad_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update()
+    state.step += 1
+    return total_loss, grad_norm

@@ -1,0 +1,91 @@
+"""The state of a training run: written whole or not at all, read without executing anything."""
+
+import os
+import pickle
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing or cannot be used; the message says what to do."""
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes; `step` counts the optimiser steps done."""
+
+    soda: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.soda.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # What the config says of lr, fused and foreach holds, not what the checkpoint says.
+        settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
+        self.soda.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], config_yaml: str) -> None:
+    """Write to a temporary name, flush to the disk, rename: `path` is at no time half a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        torch.save({**state, "config": config_yaml}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Model, EMA, optimiser, scaler, step and config, on the host; raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {path}: train first, or name one that exists")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): remove it or name another") from None
+    expected = {"model", "ema", "optimizer", "scaler", "step", "config"}
+    if not isinstance(state, dict) or not expected <= state.keys():
+        raise CheckpointError(f"{path} is not a checkpoint of this program: name another")
+    return state
+
+
+class CheckpointInterval:
+    """When a checkpoint is due, from `N steps`, `N epochs` or `N minutes`."""
+
+    def __init__(self, text: str, steps_per_epoch: int) -> None:
+        number, unit = text.split()
+        self._seconds = 60 * int(number) if unit == "minutes" else None
+        self._steps = int(number) * (steps_per_epoch if unit == "epochs" else 1)
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        if self._seconds is None:
+            return step % self._steps == 0
+        if time.monotonic() - self._last < self._seconds:
+            return False
+        self._last = time.monotonic()
+        return True

@@ -1,0 +1,359 @@
+"""The experiment's definition: every key, its type, default, range and meaning, in one place.
+
+Keys are of two kinds. An *experiment* key defines what is computed and must agree when a run is resumed; a *run*
+key (paths, intervals, device, ...) may change from one start to the next.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Channels = Annotated[int, Field(ge=4, multiple_of=4)]
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class ConfigError(Exception):
+    """A mistake in a config file or on the command line; the message says what to do."""
+
+
+def key(default: Any, meaning: str, *, run: bool = False, **bounds: Any) -> Any:
+    """One documented key; `run=True` lets it change when a run is resumed."""
+    return Field(default, description=meaning, json_schema_extra={"run": run}, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key("cifar10", "data set")
+    root: str = key("data", "folder that holds the data set, or receives its download", run=True)
+    cache_dir: str = key("data/cache", "folder for decoded images of `tiny` and `folder`", run=True)
+    image_size: int = key(32, "height and width in pixels that images are stored and modelled at", ge=4)
+
+
+class View(Section):
+    """How one view of an image is drawn: crop and flip, RandAugment, affine, in this order."""
+
+    crop_flip_probability: Probability = key(0.95, "of the crop and, after it, the flip, being applied at all")
+    crop_scale: Pair = key([0.08, 1.0], "range of the crop's share of the area")
+    crop_ratio: Pair = key([3 / 4, 4 / 3], "range of the crop's aspect ratio")
+    flip_probability: Probability = key(0.5, "of a horizontal flip, where crop and flip are applied")
+    randaugment_probability: Probability = key(0.65, "of RandAugment being applied")
+    randaugment_num_ops: int = key(2, "operations that RandAugment applies", ge=1)
+    randaugment_magnitude: int = key(9, "strength of the operations, of 31 bins", ge=0, le=30)
+    affine_probability: Probability = key(0.0, "of a random affine move being applied")
+    affine_degrees: float = key(0.0, "rotation up to this many degrees either way", ge=0, le=180)
+    affine_translate: Probability = key(0.0, "shift up to this share of the image size, each axis")
+    affine_scale: Pair = key([1.0, 1.0], "range of the zoom factor")
+    affine_shear: float = key(0.0, "shear up to this many degrees either way", ge=0, lt=90)
+
+    @field_validator("crop_scale", "crop_ratio", "affine_scale")
+    @classmethod
+    def _rising(cls, pair: list[float], info: ValidationInfo) -> list[float]:
+        if not 0 < pair[0] <= pair[1]:
+            raise ValueError("a range is [low, high] with 0 < low <= high")
+        if info.field_name == "crop_scale" and pair[1] > 1:
+            raise ValueError("a share of the area is at most 1")
+        return pair
+
+
+class SourceView(View):
+    noise_std: float = key(0.10, "deviation of the Gaussian noise added to the normalised view", ge=0)
+
+
+class ProbeView(View):
+    crop_flip_probability: Probability = key(0.65, "of the crop and, after it, the flip, being applied at all")
+    randaugment_probability: Probability = key(0.0, "of RandAugment being applied")
+
+
+class Views(Section):
+    source: SourceView = SourceView()
+    target: View = View()
+    probe: ProbeView = ProbeView()
+
+
+class Encoder(Section):
+    architecture: Literal["resnet18", "resnet34", "resnet50"] = key("resnet18", "depth and kind of blocks")
+    stem: Literal["small", "imagenet"] = key("small", "`small`: 3x3, stride 1, no pooling; `imagenet`: 7x7 and pooling")
+    width: Channels = key(64, "channels of the first group of blocks; each group doubles them")
+    latent_dim: int = key(128, "width of the latent z", ge=1)
+
+
+class Decoder(Section):
+    model_channels: Channels = key(128, "channels of the first level")
+    channel_mult: list[Annotated[int, Field(ge=1)]] = key([1, 2, 2, 2], "channel multiples, a level each", min_length=1)
+    num_res_blocks: int = key(2, "residual blocks a level going down; one more going up", ge=1)
+    attn_resolutions: list[int] = key([16], "feature-map sizes, in pixels, with self-attention")
+    num_head_channels: int | None = key(None, "channels of an attention head; null: one head", ge=1)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "dropout in the residual blocks")
+
+
+class Diffusion(Section):
+    schedule: Literal["linear", "cosine", "inverted_cosine"] = key("linear", "noise schedule")
+    num_timesteps: int = key(1000, "timesteps T", ge=1)
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = key(1e-4, "first beta of the linear schedule")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = key(0.02, "last beta of the linear schedule")
+
+
+class Optimizer(Section):
+    """AdamW. The learning rates belong to the global batch: nothing multiplies them."""
+
+    encoder_lr: Positive = key(8e-4, "learning rate of the encoder")
+    decoder_lr: Positive = key(4e-4, "learning rate of the decoder")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's betas", min_length=2, max_length=2)
+    weight_decay: float = key(0.05, "AdamW's weight decay", ge=0)
+    warmup_epochs: float = key(20.0, "linear warm-up, a step at a time, over this many epochs", ge=0)
+    max_grad_norm: Positive = key(1.0, "gradients are clipped to this norm")
+
+
+class Training(Section):
+    epochs: int = key(800, "epochs of floor(images / batch_size) steps; may be raised on resume", ge=1)
+    batch_size: int = key(512, "images a step, over all processes", ge=4, multiple_of=4)
+    micro_batch_size: int | None = key(
+        None, "images a forward pass, to save memory; null: all at once", run=True, ge=4, multiple_of=4
+    )
+    use_amp: bool = key(False, "mixed precision: bf16 where the hardware computes it, else fp16 on CUDA")
+    latent_drop_probability: Probability = key(0.1, "of replacing a sample's latent by the null latent")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(0.9999, "cap of the EMA's decay, which warms up")
+    log_every: int = key(50, "steps between reports", run=True, ge=1)
+    checkpoint_every: str = key(
+        "10 minutes", "`N steps`, `N epochs` or `N minutes`", run=True, pattern=r"^[1-9]\d* (steps|epochs|minutes)$"
+    )
+    keep_every: int | None = key(None, "epochs between checkpoints kept for good; null: none", run=True, ge=1)
+
+
+class KNN(Section):
+    k: int = key(20, "neighbours", run=True, ge=1)
+    weights: Literal["uniform", "temperature"] = key(
+        "uniform", "votes: all alike, or exp(cosine / temperature)", run=True
+    )
+    temperature: Positive = key(0.1, "of the `temperature` weights", run=True)
+    bank: Literal["clean", "augmented"] = key("clean", "training images as they are, or by `views.probe`", run=True)
+
+
+class Probe(Section):
+    transform: Literal["clean", "augmented"] = key(
+        "augmented", "training images as they are, or by `views.probe` anew each epoch", run=True
+    )
+    epochs: int = key(15, "epochs; the learning rate falls to zero by a cosine", run=True, ge=1)
+    lr: Positive = key(1e-3, "Adam's learning rate", run=True)
+    batch_size: int = key(128, "images a step", run=True, ge=2)
+
+
+class Evaluation(Section):
+    every: int = key(100, "epochs between evaluations of the EMA encoder; always at the end", run=True, ge=1)
+    batch_size: int = key(512, "images a forward pass", run=True, ge=1)
+    features: Literal["z", "pooled"] = key("z", "the latent, or the features before the last layer", run=True)
+    normalize: bool = key(True, "scale features to length 1", run=True)
+    knn: KNN = KNN()
+    probe: Probe = Probe()
+
+
+class Sampling(Section):
+    num_images: int = key(16, "test images in the grid of samples; 0: no grid", run=True, ge=0, multiple_of=4)
+    num_sampling_steps: int = key(100, "DDIM steps", run=True, ge=1)
+    guidance_scale: float = key(1.3, "classifier-free guidance; 1: none", run=True, ge=0)
+    eta: float = key(0.0, "0: deterministic DDIM; 1: as much noise as DDPM", run=True, ge=0, le=1)
+
+
+class Config(Section):
+    seed: int = key(0, "of all randomness", ge=0)
+    output_dir: str = key("", "folder of the run; empty: runs/<name of the config file>", run=True)
+    device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto: cuda, else mps, else cpu", run=True)
+    data: Data = Data()
+    views: Views = Views()
+    encoder: Encoder = Encoder()
+    decoder: Decoder = Decoder()
+    diffusion: Diffusion = Diffusion()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        size, decoder = self.data.image_size, self.decoder
+        halvings = len(decoder.channel_mult) - 1
+        if size % 2**halvings:
+            raise ValueError(
+                f"data.image_size {size} cannot be halved {halvings} times, as decoder.channel_mult asks: "
+                f"take a multiple of {2**halvings}, or fewer levels"
+            )
+        resolutions = [size // 2**level for level in range(halvings + 1)]
+        for resolution in decoder.attn_resolutions:
+            if resolution not in resolutions:
+                raise ValueError(f"decoder.attn_resolutions: {resolution} is none of the decoder's {resolutions}")
+        attended = [
+            decoder.model_channels * multiple
+            for multiple, resolution in zip(decoder.channel_mult, resolutions, strict=True)
+            if resolution in decoder.attn_resolutions or resolution == resolutions[-1]
+        ]
+        for channels in attended:
+            if decoder.num_head_channels and channels % decoder.num_head_channels:
+                raise ValueError(f"decoder.num_head_channels does not divide the {channels} channels that attend")
+        # On some CPUs the bf16 gradient of a strided 3x3 convolution on a 1x1 map is garbage.
+        last_input = math.ceil(size / (4 if self.encoder.stem == "small" else 16))
+        if last_input == 1:
+            hint = "" if self.encoder.stem == "small" else ", or encoder.stem small"
+            raise ValueError(
+                f"data.image_size {size} leaves the encoder's last strided convolution a 1x1 map: "
+                f"take larger images{hint} (encoder.stem is {self.encoder.stem})"
+            )
+        if self.training.micro_batch_size and self.training.batch_size % self.training.micro_batch_size:
+            raise ValueError("training.micro_batch_size must divide training.batch_size")
+        if self.sampling.num_sampling_steps > self.diffusion.num_timesteps:
+            raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps")
+        if self.diffusion.beta_end < self.diffusion.beta_start:
+            raise ValueError("diffusion.beta_end must be at least diffusion.beta_start")
+        if self.evaluation.knn.weights == "temperature" and not self.evaluation.normalize:
+            raise ValueError("evaluation.knn.weights temperature needs evaluation.normalize true")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved config; reading it back gives an equal one."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=100)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+        first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [self.construct_object(name) for name, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"line {node.start_mark.line + 1}: key {name!r} is given twice in one section")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}, {error}") from None
+
+
+def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, pydantic field) of every key, in the order of the file."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from all_keys(annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def describe_keys() -> str:
+    """A line a key for `--help`: its default, whether it may change on resume, what it means."""
+    lines = ["config keys (key=default; those marked * may change when a run is resumed):"]
+    for name, field in all_keys():
+        default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
+        lines.append(f"  {name}={default}{' *' if field.json_schema_extra['run'] else ''}  {field.description}")
+    return "\n".join(lines)
+
+
+def _nearest_key(name: str) -> str | None:
+    """The known key whose last part is nearest to that of `name`, in the same section or else in any."""
+    section, _, last = name.rpartition(".")
+    known = [dotted.rpartition(".") for dotted, _ in all_keys()]
+    for candidates in ([key for key in known if key[0] == section], known):
+        near = difflib.get_close_matches(last, [key[2] for key in candidates], n=1)
+        if near:
+            return "".join(next(key for key in candidates if key[2] == near[0])).removeprefix(".")
+    return None
+
+
+def _explain(error: ValidationError) -> str:
+    messages = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
+        if item["type"] == "extra_forbidden":
+            near = _nearest_key(name)
+            hint = f"did you mean {near}?" if near else "`train.py --help` lists the keys"
+            messages.append(f"unknown key {name}: {hint}")
+        elif item["type"] == "value_error":
+            messages.append(": ".join(filter(None, [name, str(item["ctx"]["error"])])))
+        else:
+            messages.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
+    return "; ".join(dict.fromkeys(messages))
+
+
+def _validate(raw: dict[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The config in a YAML file, with `key=value` overrides applied; raises ConfigError on any mistake."""
+    path = Path(path)
+    try:
+        raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        there = ", ".join(sorted(str(p) for p in Path("config").glob("*.yaml")))
+        raise ConfigError(f"no config file {path}" + (f"; there are {there}" if there else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} does not hold `key: value` lines")
+    for override in overrides or []:
+        name, separator, value = override.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"cannot read {override!r}: overrides are written key=value, as in training.epochs=2")
+        *sections, last = name.split(".")
+        target = raw
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"unknown key {name}: {section} is not a section")
+        target[last] = _parse_yaml(value, f"the value of {name}")
+    config = _validate(raw, str(path))
+    if not config.output_dir:
+        config = config.model_copy(update={"output_dir": str(Path("runs") / path.stem)})
+    return config
+
+
+def parse_config(text: str, where: str) -> Config:
+    """A config from the YAML text that `Config.to_yaml` wrote, as in a checkpoint."""
+    return _validate(_parse_yaml(text, where), where)
+
+
+def _value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def differences(
+    old: Config, new: Config, *, run: bool, prefixes: tuple[str, ...] = ("",)
+) -> dict[str, tuple[Any, Any]]:
+    """{key: (old value, new value)} over the run keys, or over the experiment keys, that differ."""
+    return {
+        name: (_value(old, name), _value(new, name))
+        for name, field in all_keys()
+        if name.startswith(prefixes)
+        and field.json_schema_extra["run"] == run
+        and _value(old, name) != _value(new, name)
+    }

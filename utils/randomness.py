@@ -1,0 +1,44 @@
+"""All randomness is a function of (seed, purpose, counters): never of what was drawn before.
+
+A run that resumes at step n therefore draws what the uninterrupted run drew, and no state is saved.
+"""
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+CHUNK = 4  # samples that share a seed in image-sized draws; shares and micro-batches are multiples of it
+
+
+def derive_seed(seed: int, purpose: str, *counters: int) -> int:
+    """A 63-bit seed of its own for each purpose and counters (a step, an epoch, a sample, ...)."""
+    text = ":".join([str(seed), purpose, *map(str, counters)])
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator on `device`, seeded by `derive_seed`."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *counters))
+
+
+def sample_seeds(positions: range, seed: int, purpose: str, *counters: int) -> list[int]:
+    """A seed for each sample at `positions` of the global batch."""
+    return [derive_seed(seed, purpose, *counters, position) for position in positions]
+
+
+def image_noise(
+    shape: tuple[int, ...], positions: range, seed: int, purpose: str, *counters: int, device: torch.device
+) -> Tensor:
+    """Standard normal noise (len(positions), *shape) for the samples at `positions` of the global batch.
+
+    Every CHUNK samples have a seed of their own, so that a process draws its share of the batch and no more,
+    and gets what one process with the whole batch would have drawn there.
+    """
+    assert positions.start % CHUNK == 0 == len(positions) % CHUNK, "a share of the batch is made of whole chunks"
+    noise = torch.empty(len(positions), *shape, device=device)
+    source = torch.Generator(device)
+    for chunk, out in enumerate(noise.split(CHUNK), start=positions.start // CHUNK):
+        source.manual_seed(derive_seed(seed, purpose, *counters, chunk))
+        torch.randn(out.shape, generator=source, out=out)
+    return noise
