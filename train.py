@@ -25,10 +25,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # The heavy imports come after the config is known to be good: a mistake in it is answered at once.
     from datasets import DatasetError
-    from evaluation import protocols_of
     from training.experiment import describe_model, initial_state, open_experiment
-    from training.judge import baselines, encode_with, judge
-    from training.loop import train
+    from training.loop import RESULTS, train
     from utils.checkpoint import CheckpointError, load_checkpoint
 
     if args.dry_run:
@@ -36,17 +34,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with user_errors(ConfigError, DatasetError, CheckpointError):
         folder = Path(config.output_dir)
-        checkpoint, results_file = folder / "checkpoints" / "last.pt", folder / "results.json"
+        checkpoint, results_file = folder / "checkpoints" / "last.pt", folder / RESULTS
         saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
         if saved:
             check_resume(saved["config"], config, checkpoint)
-        prepare_folder(folder, config)
-
-        # Build
         experiment = open_experiment(config)
+        prepare_folder(folder, config)
         state = initial_state(experiment)
-
-        # Resume
         if saved:
             state.load_state_dict(saved)
             logger.info("%s: at step %d of %d", checkpoint, state.step, experiment.total_steps)
@@ -54,18 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         if state.step == experiment.total_steps and results_file.exists():
             logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
         else:
-            # Train
-            results_file.unlink(missing_ok=True)
             if experiment.test is None:
                 logger.info("the images have no labels: k-NN and linear probe are skipped")
+            results_file.unlink(missing_ok=True)
             train(experiment, state, folder)
-
-            # Evaluate
-            results = {}
-            if experiment.test is not None:
-                encoders = {"trained": encode_with(experiment, state.ema.ema_model.encoder), **baselines(experiment)}
-                results = judge(experiment, encoders, protocols_of(config.evaluation))
-            results_file.write_text(json.dumps(results, indent=1) + "\n")
         print(summary(config, json.loads(results_file.read_text())))
     return 0
 

@@ -35,7 +35,7 @@ class ResNetEncoder(nn.Module):
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
 
-        channels = width
+        channels, groups = width, []
         for group, depth in enumerate(depths):
             planes = width * 2**group
             blocks = []
@@ -49,7 +49,8 @@ class ResNetEncoder(nn.Module):
                     )
                 blocks.append(block(channels, planes, stride, downsample))
                 channels = planes * block.expansion
-            self.add_module(f"layer{group + 1}", nn.Sequential(*blocks))
+            groups.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.pooled_dim = channels
         self.fc = nn.Linear(channels, latent_dim)
 

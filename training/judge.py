@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from evaluation import Protocol, calibrate_batch_norm, evaluate, protocols_of
@@ -128,4 +128,4 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
 def save_png(path: Path, image: Tensor) -> None:
     """Write an image (3, H, W) uint8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(image, str(path))
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

@@ -1,5 +1,6 @@
 """The training loop: steps, reports, checkpoints and evaluations until the last epoch."""
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -9,13 +10,15 @@ from tqdm import tqdm
 
 from evaluation import protocols_of
 from training.experiment import Experiment
-from training.judge import encode_with, judge, sample_grid, save_png
+from training.judge import baselines, encode_with, judge, sample_grid, save_png
 from training.step import learning_rates, train_step
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
 from utils.device import peak_memory_mb
 from utils.logging import PhaseTimer, RunLog
 
 logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"  # the closing table; there is none before the last evaluation
 
 
 def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
@@ -95,19 +98,22 @@ def report(
 
 
 def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log: RunLog, timer: PhaseTimer) -> None:
-    """Judge the EMA encoder and draw a grid of samples, every `evaluation.every` epochs and at the end, once."""
+    """Judge the EMA encoder and draw a grid of samples, every `evaluation.every` epochs and at the end, once.
+
+    At the end the untrained encoder and the raw pixels are judged beside it, for the table in results.json.
+    """
     epoch, step_of_epoch = divmod(state.step, experiment.loader.steps_per_epoch)
-    due = state.step == experiment.total_steps or (
-        step_of_epoch == 0 and epoch % experiment.config.evaluation.every == 0
-    )
-    if not due or state.step == 0 or log.has("evaluation", state.step):
+    at_end = state.step == experiment.total_steps
+    due = at_end or (step_of_epoch == 0 and epoch > 0 and epoch % experiment.config.evaluation.every == 0)
+    if not due or log.has("evaluation", state.step):
         return
     with timer.phase("evaluation"):
         values: dict[str, float] = {"epoch": epoch}
-        soda = state.ema.ema_model
+        soda, results = state.ema.ema_model, {}
         if experiment.test is not None:
             protocols = protocols_of(experiment.config.evaluation)
-            results = judge(experiment, {"trained": encode_with(experiment, soda.encoder)}, protocols)
+            encoders = {"trained": encode_with(experiment, soda.encoder)} | (baselines(experiment) if at_end else {})
+            results = judge(experiment, encoders, protocols)
             for protocol in protocols:
                 accuracies = results[str(protocol)]["trained"]
                 values |= {f"{protocol.kind}_{name}": accuracy for name, accuracy in accuracies.items()}
@@ -116,4 +122,6 @@ def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log
             grid = sample_grid(experiment, soda)
             save_png(folder / "samples" / f"epoch_{epoch:04d}.png", grid)
             log.image("samples", state.step, grid)
+        if at_end:
+            (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
         log.report("evaluation", state.step, values)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -225,10 +225,6 @@ class Config(Section):
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
-        first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = [self.construct_object(name) for name, _ in node.value]

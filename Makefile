@@ -1,0 +1,37 @@
+# make train [CONFIG=config/digits.yaml] [ARGS="--use_amp key=value ..."]   train and evaluate
+# make test                                                              lint, types and tests
+# Both set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
+
+CONFIG ?= config/digits.yaml
+ARGS ?=
+PYTHON ?= python3
+
+.PHONY: train test clean
+.DELETE_ON_ERROR:
+
+train: .venv/requirements.done
+	.venv/bin/python train.py --config $(CONFIG) $(ARGS)
+
+test: .venv/requirements-dev.done
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.11: install Python 3.11, or name it: make PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "error: no venv module: apt-get install python3-venv" >&2; exit 2; }
+
+.venv/requirements.done: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet -r $<
+	touch $@
+
+.venv/requirements-dev.done: requirements-dev.txt requirements.txt | .venv/requirements.done
+	.venv/bin/python -m pip install --quiet -r $<
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import SODA, build_soda
+
+# Networks this small are faster on one thread, and far faster where something else is using the cores.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY_MODEL = [
+    "encoder.width=4",
+    "encoder.latent_dim=8",
+    "decoder.model_channels=8",
+    "decoder.channel_mult=[1,2]",
+    "decoder.num_res_blocks=1",
+    "decoder.attn_resolutions=[4]",
+    "decoder.dropout=0.1",
+]
+# Digits, 22 steps an epoch, about a second.
+TINY_RUN = [
+    *TINY_MODEL,
+    "device=cpu",
+    "data.image_size=8",
+    "training.batch_size=64",
+    "training.epochs=1",
+    "training.log_every=5",
+    "optimizer.warmup_epochs=0.1",
+    "evaluation.probe.epochs=2",
+    "sampling.num_images=4",
+    "sampling.num_sampling_steps=2",
+]
+
+
+def digits_args(folder: Path, *overrides: str) -> list[str]:
+    """Arguments of train.py and test.py for a tiny run on digits in `folder`; later overrides win."""
+    return ["--config", str(ROOT / "config" / "digits.yaml"), *TINY_RUN, f"output_dir={folder}", *overrides]
+
+
+@pytest.fixture
+def tiny_soda() -> SODA:
+    """8 px images, a latent of 8, no dropout; every parameter random, so that nothing is hidden by a zero."""
+    torch.manual_seed(0)
+    encoder = {"architecture": "resnet18", "stem": "small", "width": 4, "latent_dim": 8}
+    decoder = {
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [4],
+        "num_head_channels": None,
+        "dropout": 0.0,
+    }
+    soda = build_soda(8, encoder, decoder)
+    with torch.no_grad():
+        for parameter in soda.decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return soda.eval()

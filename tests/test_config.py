@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from utils.config import Config, ConfigError, all_keys, describe_keys, differences, load_config, parse_config
+
+CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path: Path):  # type: ignore[no-untyped-def]
+    def _write(text: str) -> Path:
+        path = tmp_path / "experiment.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_survives_being_written(path: Path) -> None:
+    config = load_config(path)
+    assert config.output_dir == f"runs/{path.stem}"
+    assert parse_config(config.to_yaml(), "text") == config
+
+
+def test_every_config_says_only_what_differs_from_the_defaults() -> None:
+    for path in CONFIGS:
+        config, text = load_config(path), yaml.safe_load(path.read_text())
+        for name, field in all_keys():
+            node = text
+            for part in name.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is not None and not name.startswith("data."):
+                assert node != field.default, f"{path.name}: {name} repeats its default"
+        assert config.data.name
+
+
+def test_the_recipe_of_the_reference() -> None:
+    cifar, tiny = load_config(ROOT / "config/cifar10.yaml"), load_config(ROOT / "config/tiny.yaml")
+    for config in (cifar, tiny):
+        assert (config.training.epochs, config.training.batch_size) == (800, 512)
+        assert (config.optimizer.decoder_lr, config.optimizer.encoder_lr) == (4e-4, 8e-4)
+        assert config.optimizer.betas == [0.9, 0.95] and config.optimizer.weight_decay == 0.05
+        assert config.views.source.noise_std == 0.10
+        assert config.evaluation.every == 100
+    assert (cifar.encoder.stem, tiny.encoder.stem) == ("small", "imagenet")
+
+
+def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
+    path = write("optimizer: {encoder_lr: 1e-4, weight_decay: 1E-2}\n")
+    config = load_config(path, ["training.epochs=2", "views.target.crop_scale=[0.5, 1]", "optimizer.decoder_lr=2e-05"])
+    assert (config.optimizer.encoder_lr, config.optimizer.weight_decay) == (1e-4, 1e-2)
+    assert (config.training.epochs, config.optimizer.decoder_lr) == (2, 2e-5)
+    assert config.views.target.crop_scale == [0.5, 1] and config.views.source.crop_scale == [0.08, 1.0]
+    assert load_config(write("")) == load_config(path, ["optimizer.encoder_lr=8e-4", "optimizer.weight_decay=0.05"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.epoch=2", "unknown key training.epoch: did you mean training.epochs?"),
+        ("batch_size=64", "did you mean training.batch_size?"),
+        ("encoder.wdith=64", "did you mean encoder.width?"),
+        ("zzz=1", "unknown key zzz"),
+        ("training.epochs=many", "training.epochs: input should be a valid integer, not 'many'"),
+        ("training.epochs=2.5", "training.epochs"),
+        ("training.epochs=0", "training.epochs: input should be greater than or equal to 1"),
+        ("training.batch_size=510", "multiple of 4"),
+        ("training.use_amp=maybe", "training.use_amp"),
+        ("optimizer.encoder_lr=-1", "optimizer.encoder_lr"),
+        ("optimizer.encoder_lr=.nan", "optimizer.encoder_lr"),
+        ("decoder.dropout=1.5", "decoder.dropout"),
+        ("views.source.crop_scale=[0.5, 2]", "share of the area"),
+        ("views.source.crop_scale=[0.5, 0.2]", "low <= high"),
+        ("views.source.crop_scale=[1]", "views.source.crop_scale"),
+        ("training.checkpoint_every=10min", "training.checkpoint_every"),
+        ("data.image_size=30", "cannot be halved 3 times"),
+        ("decoder.attn_resolutions=[15]", "none of the decoder's [32, 16, 8, 4]"),
+        ("decoder.num_head_channels=48", "decoder.num_head_channels"),
+        ("encoder.stem=imagenet data.image_size=16", "encoder.stem"),
+        ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
+        ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
+        ("encoder=3", "encoder"),
+        ("encoder.width.x=3", "encoder.width"),
+        ("training.epochs", "overrides are written key=value"),
+        ("training.epochs=[1", "not valid YAML"),
+        ("seed=!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(write, override: str, expected: str) -> None:  # type: ignore[no-untyped-def]
+    overrides = override.split() if " data." in override else [override]
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("seed: 0\n"), overrides)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training: {epochs: 2", "not valid YAML"),
+        ("- a\n- b\n", "key: value"),
+        ("training:\n  epochs: 2\n  epochs: 3\n", "'epochs' is given twice"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("training: {epochs: 0, batch_size: x}", "training.epochs"),
+    ],
+)
+def test_bad_files_are_explained(write, text: str, expected: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(text))
+    assert expected in str(caught.value) and "experiment.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_config_names_those_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"config/cifar10\.yaml"):
+        load_config("config/cifar11.yaml")
+
+
+def test_every_key_is_documented_once() -> None:
+    text = describe_keys()
+    for name, field in all_keys():
+        assert field.description and text.count(f"  {name}=") == 1
+
+
+def test_differences_by_kind() -> None:
+    old = Config()
+    new = old.model_copy(
+        update={"device": "cpu", "training": old.training.model_copy(update={"epochs": 900, "log_every": 7})}
+    )
+    assert differences(old, new, run=False) == {"training.epochs": (800, 900)}
+    assert differences(old, new, run=True) == {"device": ("auto", "cpu"), "training.log_every": (50, 7)}
+    assert differences(old, new, run=False, prefixes=("data.",)) == {}

@@ -1,0 +1,209 @@
+import gzip
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from datasets import DatasetError, Images, build_dataset, files
+from datasets.images import channel_statistics, from_arrays
+
+
+def write_image(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two classes, told apart by their colour: 3 + 2 training images, 1 + 1 test images, of several kinds."""
+    root = tmp_path / "photos"
+    for split, counts in (("train", (3, 2)), ("test", (1, 1))):
+        for label, (name, count) in enumerate(zip(("ant", "bee"), counts, strict=True)):
+            for index in range(count):
+                write_image(root / split / name / f"{index}.png", np.full((9, 12, 3), 100 * label + index, np.uint8))
+    write_image(root / "train" / "bee" / "deeper" / "grey.PNG", np.full((12, 9), 200, np.uint8))
+    (root / "train" / "bee" / "notes.txt").write_text("not an image")
+    (root / "train" / ".hidden").mkdir()
+    return root
+
+
+def open_folder(root: Path, tmp_path: Path, size: int = 8) -> tuple[Images, Images | None]:
+    return build_dataset("folder", str(root), str(tmp_path / "cache"), size)[:2]
+
+
+def test_digits_are_embedded() -> None:
+    train, test, info = build_dataset("digits", "", "", 8)
+    assert test is not None and (len(train), len(test)) == (1437, 360)
+    assert train.pixels.shape == (1437, 3, 8, 8) and info.classes == [str(i) for i in range(10)]
+    assert train.pixels.max() == 255 and train.labels is not None and train.labels.bincount().min() > 130
+    for mean, std, channel in zip(info.mean, info.std, train.pixels.transpose(0, 1).double() / 255, strict=True):
+        assert (mean, std) == (pytest.approx(channel.mean().item()), pytest.approx(channel.std().item(), rel=1e-4))
+    larger = build_dataset("digits", "", "", 16)[0]
+    assert larger.pixels.shape[-2:] == (16, 16) and torch.equal(larger.labels, train.labels)  # type: ignore[arg-type]
+
+
+def test_folder_with_classes(tree: Path, tmp_path: Path) -> None:
+    train, test = open_folder(tree, tmp_path)
+    assert test is not None and train.labels is not None and test.labels is not None
+    assert train.classes == ["ant", "bee"] == test.classes
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 1]
+    assert train.pixels.shape == (6, 3, 8, 8)
+    assert train.pixels[:, :, 4, 4].tolist() == [[v] * 3 for v in (0, 1, 2, 100, 101, 200)]
+
+
+def test_images_are_cropped_to_their_central_square(tmp_path: Path) -> None:
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, 4:12] = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    write_image(tmp_path / "flat" / "a.png", wide)
+    train, test = open_folder(tmp_path / "flat", tmp_path)
+    assert test is None and train.labels is None
+    assert torch.equal(train.pixels[0, 0], torch.arange(64, dtype=torch.uint8).view(8, 8))
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_flat_folders_have_no_labels(tmp_path: Path, inside: str) -> None:
+    for index in range(3):
+        write_image(tmp_path / "flat" / inside / f"{index}.jpg", np.full((8, 8, 3), 9, np.uint8))
+    train, test = open_folder(tmp_path / "flat", tmp_path)
+    assert len(train) == 3 and train.labels is None and test is None
+
+
+def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = open_folder(tree, tmp_path)
+    decoded: list[Path] = []
+    decode = files._decode
+
+    def counting(path: Path, size: int) -> np.ndarray:
+        decoded.append(path)
+        return decode(path, size)
+
+    monkeypatch.setattr(files, "_decode", counting)
+
+    second, _ = open_folder(tree, tmp_path)
+    assert decoded == [] and torch.equal(first.pixels, second.pixels)
+
+    changed = tree / "train" / "ant" / "0.png"
+    status = changed.stat()
+    write_image(changed, np.full((9, 12, 3), 50, np.uint8))
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    third, _ = open_folder(tree, tmp_path)
+    assert len(decoded) == 6 and third.pixels[0].eq(50).all()
+
+    (tree / "train" / "ant" / "2.png").unlink()
+    assert len(open_folder(tree, tmp_path)[0]) == 5
+    assert open_folder(tree, tmp_path, size=4)[0].pixels.shape[-1] == 4
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    base = tmp_path / "tiny-imagenet-200"
+    for label, name in enumerate(("n02", "n01")):
+        for index in range(2):
+            write_image(
+                base / "train" / name / "images" / f"{name}_{index}.JPEG", np.full((8, 8, 3), 90 * label, np.uint8)
+            )
+    for index in range(3):
+        write_image(base / "val" / "images" / f"val_{index}.JPEG", np.full((8, 8, 3), 40 * index, np.uint8))
+    (base / "wnids.txt").write_text("n02\nn01\n")
+    (base / "val" / "val_annotations.txt").write_text(
+        "val_1.JPEG\tn01\t0\t0\t7\t7\nval_0.JPEG\tn02\t0\t0\t7\t7\nval_2.JPEG\tn01\t0\t0\t7\t7\n"
+    )
+    for root in (base, tmp_path):
+        train, test, info = build_dataset("tiny", str(root), str(tmp_path / "cache"), 8)
+        assert test is not None and train.labels is not None and test.labels is not None
+        assert info.classes == ["n01", "n02"] and train.labels.tolist() == [0, 0, 1, 1]
+        assert train.pixels[:, 0, 0, 0].tolist() == [90, 90, 0, 0]
+        assert test.labels.tolist() == [0, 1, 0] and test.pixels[:, 0, 0, 0].tolist() == [40, 0, 80]
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    with gzip.open(path, "wb") as file:
+        file.write(header + array.tobytes())
+
+
+@pytest.mark.parametrize("where", [".", "FashionMNIST/raw", "debian"])
+def test_fashion_mnist_from_archives_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr("datasets.builtin.DEBIAN_FASHION_MNIST", tmp_path / "root" / "debian")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("t10k", 3)):
+        folder = tmp_path / "root" / where
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8))
+    train, test, info = build_dataset("fashion_mnist", str(tmp_path / "root"), "", 28)
+    assert test is not None and (len(train), len(test)) == (6, 3) and len(info.classes) == 10
+    expected = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    assert (train.pixels.numpy() == expected[:, None]).all()
+    assert build_dataset("fashion_mnist", str(tmp_path / "root"), "", 32)[0].pixels.shape == (6, 3, 32, 32)
+
+
+def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    data = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [3, 7]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    train, test, info = build_dataset("cifar10", str(tmp_path), "", 32)
+    assert test is not None and train.labels is not None
+    assert len(train) == 10 and (train.pixels[:2].numpy() == data.reshape(2, 3, 32, 32)).all()
+    assert train.labels[:2].tolist() == [3, 7] and info.std == (0.2470, 0.2435, 0.2616)
+
+
+@pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python")])
+def test_a_refused_download_says_which_file_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, archive: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(DatasetError, match="connection refused") as caught:
+        build_dataset(name, str(tmp_path), "", 32)
+    assert archive in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda root: (root / "train" / "ant" / "0.png").write_bytes(b"no image"), "ant/0.png"),
+        (lambda root: os.truncate(root / "test" / "bee" / "0.png", 45), "bee/0.png"),
+        (lambda root: (root / "test").rename(root / "other"), "neither test/ nor val/"),
+        (lambda root: (root / "test" / "ant").rename(root / "test" / "cow"), "ant, cow"),
+        (lambda root: [p.unlink() for p in (root / "train" / "ant").iterdir()], "no images in"),
+        (lambda root: root.rename(root.parent / "gone"), "no folder"),
+    ],
+)
+def test_unusable_folders_are_explained(tree: Path, tmp_path: Path, damage, expected: str) -> None:  # type: ignore[no-untyped-def]
+    damage(tree)
+    with pytest.raises(DatasetError) as caught:
+        open_folder(tree, tmp_path)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tiny_imagenet_that_is_not_there_says_what_to_unpack(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"tiny-imagenet-200\.zip"):
+        build_dataset("tiny", str(tmp_path), "", 64)
+
+
+def test_channel_statistics_against_numpy() -> None:
+    pixels = torch.randint(0, 256, (1500, 3, 5, 5), dtype=torch.uint8)
+    mean, std = channel_statistics(pixels)
+    np.testing.assert_allclose(mean, pixels.numpy().mean((0, 2, 3)) / 255)
+    np.testing.assert_allclose(std, pixels.numpy().std((0, 2, 3)) / 255)
+
+
+def test_resizing_against_torchvision() -> None:
+    arrays = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np.uint8)
+    ours = from_arrays(arrays, np.zeros(4), ["a"], 16).pixels
+    theirs = torchvision.transforms.v2.functional.resize(torch.from_numpy(arrays)[:, None], [16, 16], antialias=True)
+    assert (ours.int() - theirs.int()).abs().max() <= 1

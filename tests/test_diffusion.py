@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from model import GaussianDiffusion
+from model.diffusion import Schedule, alphas_cumprod
+
+SCHEDULES: list[Schedule] = ["linear", "cosine", "inverted_cosine"]
+TEN_POINTS = [0, 1, 7, 50, 249, 500, 666, 900, 998, 999]
+
+
+def diffusion(schedule: Schedule = "linear", num_timesteps: int = 1000) -> GaussianDiffusion:
+    return GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=1e-4, beta_end=0.02)
+
+
+def closed_form(schedule: Schedule, t: int) -> float:
+    u = (t + 0.5) / 1000
+    if schedule == "linear":
+        return math.exp(math.fsum(math.log1p(-(1e-4 + (0.02 - 1e-4) * s / 999)) for s in range(t + 1)))
+    if schedule == "cosine":
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    return 2 / math.pi * math.acos(math.sqrt(u))  # equal to arccos(2u - 1) / pi
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_against_its_closed_form(schedule: Schedule) -> None:
+    ours = diffusion(schedule)
+    for t in TEN_POINTS:
+        expected = closed_form(schedule, t)
+        assert ours.alphas_cumprod[t].item() == pytest.approx(expected, rel=1e-6)
+        assert ours.sqrt_alphas_cumprod[t].item() == pytest.approx(math.sqrt(expected), rel=1e-6)
+        assert ours.sqrt_one_minus_alphas_cumprod[t].item() == pytest.approx(math.sqrt(1 - expected), rel=1e-6)
+    exact = alphas_cumprod(schedule, 1000, 1e-4, 0.02)
+    assert exact.dtype == torch.float64 and (exact.diff() < 0).all() and 0 < exact[-1] < exact[0] < 1
+
+
+def test_q_sample_against_diffusers() -> None:
+    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    x_start, noise = torch.randn(2, 10, 3, 4, 4).unbind()
+    timesteps = torch.tensor(TEN_POINTS)
+    ours = diffusion().q_sample(x_start, timesteps, noise)
+    torch.testing.assert_close(ours, theirs.add_noise(x_start, noise, timesteps), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("num_sampling_steps", [10, 100])
+def test_ddim_against_diffusers(num_sampling_steps: int, clip_denoised: bool, eta: float) -> None:
+    theirs = DDIMScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=clip_denoised,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+    theirs.set_timesteps(num_sampling_steps)
+    assert theirs.timesteps.tolist() == diffusion().sampling_timesteps(num_sampling_steps)
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        return (0.7 * x_t + timesteps[:, None, None, None] / 1000).sin()
+
+    torch.manual_seed(0)
+    x_T = torch.randn(2, 3, 4, 4)
+    ours = diffusion().ddim_sample(
+        denoise, x_T, num_sampling_steps, eta, clip_denoised, generator=torch.Generator().manual_seed(1)
+    )
+    sample, generator = x_T, torch.Generator().manual_seed(1)
+    for t in theirs.timesteps:
+        eps = denoise(sample, t.expand(2))
+        sample = theirs.step(
+            eps, int(t), sample, eta, use_clipped_model_output=clip_denoised, generator=generator
+        ).prev_sample
+    torch.testing.assert_close(ours, sample, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_sampling_steps", [1, 3, 20, 300, 1000])
+def test_ddim_takes_exactly_n_steps_from_the_last_timestep(num_sampling_steps: int) -> None:
+    seen: list[int] = []
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        seen.append(int(timesteps[0]))
+        return torch.zeros_like(x_t)
+
+    diffusion().ddim_sample(denoise, torch.randn(1, 3, 2, 2), num_sampling_steps)
+    assert len(seen) == num_sampling_steps and seen[0] == 999
+    assert seen == sorted(set(seen), reverse=True) and seen[-1] >= 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_sampling_steps", [1, 7, 50])
+@pytest.mark.parametrize("clip_denoised", [True, False])
+def test_a_perfect_denoiser_gives_x_start_back(
+    schedule: Schedule, num_sampling_steps: int, clip_denoised: bool
+) -> None:
+    torch.manual_seed(0)
+    ours, x_start = diffusion(schedule), torch.rand(2, 3, 4, 4) * 2 - 1
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        signal = ours.sqrt_alphas_cumprod[timesteps][:, None, None, None]
+        return (x_t - signal * x_start) / ours.sqrt_one_minus_alphas_cumprod[timesteps][:, None, None, None]
+
+    sampled = ours.ddim_sample(denoise, torch.randn(2, 3, 4, 4), num_sampling_steps, clip_denoised=clip_denoised)
+    torch.testing.assert_close(sampled, x_start, atol=1e-3, rtol=0)
+
+
+def test_loss_is_the_mean_squared_error_of_the_noise() -> None:
+    x_start, noise = torch.randn(2, 4, 3, 2, 2).unbind()
+    timesteps = torch.tensor([0, 5, 500, 999])
+    ours = diffusion()
+    assert ours.loss(lambda x_t, t: noise, x_start, timesteps, noise) == 0
+    half = ours.loss(lambda x_t, t: (noise + 0.5).bfloat16(), x_start, timesteps, noise)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(0.25, rel=1e-2)
+    seen: list[Tensor] = []
+
+    def look(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        seen.append(x_t)
+        return x_t
+
+    ours.loss(look, x_start, timesteps, noise)
+    torch.testing.assert_close(seen[0], ours.q_sample(x_start, timesteps, noise))

@@ -1,0 +1,149 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from diffusers.models.embeddings import get_timestep_embedding
+
+from model import SODA, ResNetEncoder, UNetDecoder, build_soda, forward_flops
+from model.blocks import AdaGN, SelfAttention, timestep_embedding
+from tests.conftest import ROOT
+from utils.config import load_config
+
+
+def test_cifar10_model_has_the_published_size_and_work() -> None:
+    config = load_config(ROOT / "config" / "cifar10.yaml")
+    with torch.device("meta"):
+        soda = build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+    assert sum(p.numel() for p in soda.encoder.parameters()) == 11_234_496
+    assert sum(p.numel() for p in soda.decoder.parameters()) == 39_595_139
+    assert [round(flops / 1e9, 3) for flops in forward_flops(soda, 32)] == [1.111, 12.451]
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "resnet50"])
+def test_encoder_is_torchvisions_resnet(architecture: str) -> None:
+    theirs = torchvision.models.get_model(architecture, weights=None, num_classes=16).eval()
+    ours = ResNetEncoder(architecture=architecture, stem="imagenet", width=64, latent_dim=16).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+        torch.testing.assert_close(ours.fc(ours.features(images)["pooled"]), ours.features(images)["z"])
+
+
+def test_small_stem_keeps_the_resolution() -> None:
+    encoder = ResNetEncoder(architecture="resnet18", stem="small", width=8, latent_dim=4)
+    assert encoder.maxpool(encoder.conv1(torch.zeros(1, 3, 32, 32))).shape == (1, 8, 32, 32)
+    assert encoder.features(torch.zeros(2, 3, 32, 32))["pooled"].shape == (2, 64)
+
+
+def test_timestep_embedding_is_the_fields() -> None:
+    timesteps = torch.tensor([0, 1, 17, 500, 999])
+    theirs = get_timestep_embedding(timesteps, 128, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(timestep_embedding(timesteps, 128), theirs, atol=1e-4, rtol=0)
+
+
+def test_adagn_is_the_papers_equation() -> None:
+    torch.manual_seed(0)
+    adagn = AdaGN(8, time_dim=6, latent_dim=5)
+    h, time, latent = torch.randn(2, 8, 4, 4), torch.randn(2, 6), torch.randn(2, 5)
+    t_s, t_b = adagn.time_proj(time)[:, :8], adagn.time_proj(time)[:, 8:]
+    z_s, z_b = adagn.latent_proj(latent)[:, :8], adagn.latent_proj(latent)[:, 8:]
+    groups = h.view(2, 2, 4 * 4 * 4)  # 8 channels are 2 groups of 4
+    normed = (
+        (groups - groups.mean(2, keepdim=True)) / (groups.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+    ).view_as(h)
+    for n in range(2):
+        for c in range(8):
+            expected = (1 + z_s[n, c]) * ((1 + t_s[n, c]) * normed[n, c] + t_b[n, c]) + z_b[n, c]
+            torch.testing.assert_close(adagn(h, time, latent)[n, c], expected)
+
+
+@pytest.mark.parametrize("num_head_channels", [None, 4])
+def test_self_attention_against_torchs(num_head_channels: int | None) -> None:
+    torch.manual_seed(0)
+    ours, heads = SelfAttention(8, num_head_channels), 1 if num_head_channels is None else 2
+    torch.nn.init.normal_(ours.proj.weight)
+    theirs = torch.nn.MultiheadAttention(8, heads, batch_first=True)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight[:, :, 0, 0],
+            "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.proj.weight[:, :, 0, 0],
+            "out_proj.bias": ours.proj.bias,
+        }
+    )
+    x = torch.randn(2, 8, 3, 3)
+    tokens = F.group_norm(x, 2).flatten(2).transpose(1, 2)
+    attended = theirs(tokens, tokens, tokens)[0].transpose(1, 2).view_as(x)
+    torch.testing.assert_close(ours(x), x + attended)
+
+
+@pytest.mark.parametrize(
+    ("channel_mult", "num_res_blocks", "attn_resolutions"), [([1], 1, []), ([1, 2], 1, [8]), ([1, 1, 3], 3, [16, 4])]
+)
+def test_decoder_takes_any_depth(channel_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]) -> None:
+    decoder = UNetDecoder(
+        image_size=16,
+        latent_dim=5,
+        model_channels=8,
+        channel_mult=channel_mult,
+        num_res_blocks=num_res_blocks,
+        attn_resolutions=attn_resolutions,
+        num_head_channels=4,
+        dropout=0.0,
+    )
+    attending = sum(isinstance(module, SelfAttention) for module in decoder.modules())
+    levels = [16 // 2**level for level in range(len(channel_mult))]
+    assert attending == 1 + sum((2 * num_res_blocks + 1) * (level in attn_resolutions) for level in levels)
+    x = torch.randn(2, 3, 16, 16)
+    eps = decoder(x, torch.tensor([0, 999]), torch.randn(2, 5))
+    assert eps.shape == x.shape
+    assert eps.eq(0).all(), "the last convolution starts at zero"
+
+
+def test_dropped_latent_makes_the_output_independent_of_the_source(tiny_soda: SODA) -> None:
+    x_t, timesteps = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
+    drop_mask = torch.tensor([True, False, True, False])
+    first, second = (tiny_soda(torch.randn(4, 3, 8, 8), x_t, timesteps, drop_mask) for _ in range(2))
+    assert torch.equal(first[drop_mask], second[drop_mask])
+    assert not torch.isclose(first[~drop_mask], second[~drop_mask]).all(dim=(1, 2, 3)).any()
+    null = tiny_soda.decoder(x_t, timesteps, torch.zeros(4, 8))
+    torch.testing.assert_close(first[drop_mask], null[drop_mask])
+
+
+def test_guidance(tiny_soda: SODA) -> None:
+    x_t, timesteps, z = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 8)
+    eps_cond = tiny_soda.decoder(x_t, timesteps, z)
+    eps_uncond = tiny_soda.decoder(x_t, timesteps, torch.zeros_like(z))
+    assert torch.equal(tiny_soda.denoiser(z)(x_t, timesteps), eps_cond)
+    torch.testing.assert_close(tiny_soda.denoiser(z, 0.0)(x_t, timesteps), eps_uncond)
+    torch.testing.assert_close(tiny_soda.denoiser(z, 2.5)(x_t, timesteps), 2.5 * eps_cond - 1.5 * eps_uncond)
+    torch.testing.assert_close(tiny_soda.denoiser(z, 1 + 1e-6)(x_t, timesteps), eps_cond, atol=1e-4, rtol=1e-4)
+
+
+def test_within_three_steps_every_parameter_has_had_a_gradient() -> None:
+    torch.manual_seed(0)
+    encoder = {"architecture": "resnet18", "stem": "small", "width": 8, "latent_dim": 8}
+    decoder = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
+    soda = build_soda(8, encoder, {**decoder, "num_head_channels": None, "dropout": 0.0})
+    optimizer = torch.optim.AdamW(soda.parameters(), lr=1e-3)
+    waiting = {name for name, _ in soda.named_parameters()}
+    for _ in range(3):
+        x_source, x_t, noise = torch.randn(3, 8, 3, 8, 8).unbind()
+        eps = soda(x_source, x_t, torch.randint(1000, (8,)), torch.zeros(8, dtype=torch.bool))
+        (eps - noise).square().mean().backward()
+        waiting -= {name for name, p in soda.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not waiting
+
+
+def test_state_dict_loads_into_a_copy(tiny_soda: SODA) -> None:
+    other = copy.deepcopy(tiny_soda)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    other.load_state_dict(tiny_soda.state_dict())
+    args = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([False, True])
+    assert torch.equal(other(*args), tiny_soda(*args))

@@ -1,0 +1,335 @@
+"""The programs, called in process: what a run writes, how it resumes, what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import test as judge_program
+import train as train_program
+from tests.conftest import digits_args
+from training import loop
+from training.experiment import initial_state, open_experiment
+from training.step import draw_batch, learning_rates, train_step
+from utils.cli import read_config
+from utils.config import load_config
+from utils.logging import PhaseTimer
+
+STEPS_PER_EPOCH = 1437 // 64
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+def reports(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def assert_equal_states(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            assert_equal_states(a[name], b[name], f"{where}/{name}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(x, y, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on digits, evaluated after each."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert (
+        train_program.main(digits_args(folder, "training.epochs=2", "evaluation.every=1", "training.keep_every=1")) == 0
+    )
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "results.json",
+        "checkpoints/last.pt",
+        "checkpoints/epoch_0001.pt",
+        "checkpoints/epoch_0002.pt",
+        "samples/epoch_0001.png",
+        "samples/epoch_0002.png",
+    }
+    assert load_config(finished / "config.yaml").training.epochs == 2
+    steps = [report["step"] for report in reports(finished, "train")]
+    assert steps == [*range(5, 2 * STEPS_PER_EPOCH + 1, 5), 2 * STEPS_PER_EPOCH]
+    for report in reports(finished, "train"):
+        assert report["loss"] > 0 and report["images_per_s"] > 0 and report["grad_norm"] > 0
+        assert report["lr/encoder"] == report["lr/decoder"] == 2e-3
+    assert [report["epoch"] for report in reports(finished, "evaluation")] == [1, 2]
+    results = json.loads((finished / "results.json").read_text())
+    assert [name.split(":")[0] for name in results] == ["k-NN", "linear"]
+    for cells in results.values():
+        assert list(cells) == ["trained", "untrained", "raw pixels"]
+        assert all(0 <= cell["top1"] <= cell["top3"] <= 100 for cell in cells.values())
+    assert next(iter(results.values()))["raw pixels"]["top1"] > 95
+
+
+def test_the_sample_grid_shows_three_rows(finished: Path) -> None:
+    grid = np.asarray(Image.open(finished / "samples" / "epoch_0002.png")).astype(int)
+    assert grid.shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # 4 images of 8 px, enlarged 8 times, 2 px apart
+    source, sample, target = (grid[2 + 66 * row : 66 * (row + 1), 2:] for row in range(3))
+    before = np.asarray(Image.open(finished / "samples" / "epoch_0001.png")).astype(int)
+    assert (before[:66] == grid[:66]).all() and (before[134:] == grid[134:]).all(), "the same views each time"
+    assert (before[68:134] != grid[68:134]).any() and (sample != target).any() and (source != target).any()
+
+
+def test_tensorboard_shows_what_metrics_jsonl_says(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    expected = {"train/loss", "train/lr/encoder", "train/grad_norm", "train/ema_decay", "train/images_per_s"}
+    expected |= {"train/peak_memory_mb", "train/seconds/views", "evaluation/knn_top1", "evaluation/probe_top3"}
+    assert (
+        expected <= set(tags["scalars"]) and tags["images"] == ["samples"] and "config/text_summary" in tags["tensors"]
+    )
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(r["step"], pytest.approx(r["loss"])) for r in reports(finished, "train")]
+
+
+def test_a_finished_run_says_so(
+    finished: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    caplog.set_level("INFO")
+    assert train_program.main(digits_args(finished, "training.epochs=2", "evaluation.every=1")) == 0
+    assert "finished: all 2 epochs are done" in caplog.text
+    printed = capsys.readouterr().out
+    assert "raw pixels" in printed and "checkpoints/last.pt" in printed and "nearly solved" in printed
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_another_experiment_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(digits_args(finished, "training.epochs=2", "encoder.width=8", "seed=1"))
+    message = capsys.readouterr().err
+    assert "encoder.width was 4 and is 8" in message and "seed was 0 and is 1" in message
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(digits_args(finished, "training.epochs=1"))
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_judging_a_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert judge_program.main(digits_args(finished, "--checkpoint", str(finished / "checkpoints" / "last.pt"))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("the reference's" in line for line in lines) == 2
+    ours = next(line for line in lines if line.startswith("k-NN: k=20, uniform, clean bank, z,"))
+    results = json.loads((finished / "results.json").read_text())
+    cells = results["k-NN: k=20, uniform, clean bank, z, length 1"]
+    for name in ("trained", "untrained", "raw pixels"):
+        assert f"{cells[name]['top1']:.1f} / {cells[name]['top3']:.1f}" in ours
+
+    with pytest.raises(SystemExit, match="2"):
+        judge_program.main(digits_args(finished, "encoder.width=8"))
+    assert "add encoder.width=4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop_at", [9, 30])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    args = digits_args(tmp_path / "run", "training.epochs=2", "evaluation.every=1", "training.checkpoint_every=4 steps")
+    step = loop.train_step
+
+    def interrupted(experiment: Any, state: Any, timer: Any) -> Any:
+        if state.step == stop_at:
+            raise KeyboardInterrupt
+        return step(experiment, state, timer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_program.main(args)
+    assert last(tmp_path / "run")["step"] == stop_at // 4 * 4
+    assert train_program.main(args) == 0
+
+    resumed, whole = last(tmp_path / "run"), last(finished)
+    for part in ("model", "ema", "optimizer", "step"):
+        assert_equal_states(resumed[part], whole[part], part)
+    for kind in ("train", "evaluation"):
+        steps = [report["step"] for report in reports(tmp_path / "run", kind)]
+        assert steps == [report["step"] for report in reports(finished, kind)], "no step twice, none missing"
+    assert reports(tmp_path / "run", "evaluation") == reports(finished, "evaluation")
+    assert json.loads((tmp_path / "run/results.json").read_text()) == json.loads(
+        (finished / "results.json").read_text()
+    )
+
+
+def test_more_epochs_go_on_and_a_killed_evaluation_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "judge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_program.main(digits_args(tmp_path))
+    assert last(tmp_path)["step"] == STEPS_PER_EPOCH and not (tmp_path / "results.json").exists()
+    assert train_program.main(digits_args(tmp_path)) == 0
+    assert len(reports(tmp_path, "evaluation")) == 1 and (tmp_path / "results.json").exists()
+
+    caplog.clear()
+    assert train_program.main(digits_args(tmp_path, "training.epochs=2", "training.log_every=11")) == 0
+    assert "training.log_every was 5 and is now 11" in caplog.text
+    assert last(tmp_path)["step"] == 2 * STEPS_PER_EPOCH
+    assert [report["epoch"] for report in reports(tmp_path, "evaluation")] == [1, 2]
+
+
+def experiment_of(tmp_path: Path, *overrides: str) -> Any:
+    _, path, *rest = digits_args(tmp_path, *overrides)
+    return open_experiment(load_config(path, rest))
+
+
+def test_the_loss_falls_within_20_steps(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path)
+    state, timer = initial_state(experiment), PhaseTimer()
+    losses = [train_step(experiment, state, timer)[0].item() for _ in range(20)]
+    assert 0.9 < losses[0] < 1.1, "a decoder that starts at zero predicts no noise"
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+
+
+def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
+    """With BatchNorm's statistics fixed and no dropout, how the batch is split changes rounding only."""
+    weights = []
+    for micro in ("null", "32", "16"):
+        experiment = experiment_of(tmp_path, f"training.micro_batch_size={micro}", "decoder.dropout=0.0")
+        state = initial_state(experiment)
+        state.soda.eval()
+        state.soda.train = lambda mode=True: None
+        losses = [train_step(experiment, state, PhaseTimer())[0].item() for _ in range(3)]
+        weights.append((losses, torch.cat([p.detach().flatten() for p in state.soda.parameters()])))
+    for losses, parameters in weights[1:]:
+        assert losses == pytest.approx(weights[0][0], rel=1e-6)
+        # AdamW divides by the gradient's size, so that rounding shows where gradients are about zero.
+        assert (parameters - weights[0][1]).abs().mean() < 1e-5
+
+
+def test_a_batch_splits_into_its_parts(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path)
+    whole, part = draw_batch(experiment, 3, range(64)), draw_batch(experiment, 3, range(16, 48))
+    for name, values in vars(whole).items():
+        assert torch.equal(getattr(part, name), values[16:48]), name
+    assert not torch.equal(whole.x_start, draw_batch(experiment, 4, range(64)).x_start)
+    assert whole.timesteps.min() >= 0 and whole.timesteps.max() < 1000 and whole.timesteps.unique().numel() > 40
+
+
+def test_the_latent_is_dropped_at_its_rate(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "training.latent_drop_probability=0.25", "training.batch_size=1024")
+    assert abs(draw_batch(experiment, 0, range(1024)).drop_mask.float().mean().item() - 0.25) < 0.05
+
+
+def test_warmup_is_linear_in_steps_then_constant(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "optimizer.warmup_epochs=1.0", "optimizer.decoder_lr=1e-3")
+    encoder, decoder = zip(*(learning_rates(experiment, step) for step in range(30)), strict=True)
+    expected = [min(1.0, (step + 1) / STEPS_PER_EPOCH) for step in range(30)]
+    assert encoder == pytest.approx([2e-3 * f for f in expected]) and decoder == pytest.approx(
+        [1e-3 * f for f in expected]
+    )
+
+
+def test_ema_is_what_ema_pytorch_documents(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "optimizer.max_grad_norm=1e9")
+    state = initial_state(experiment)
+    name, parameter = next(iter(state.soda.named_parameters()))
+    expected: torch.Tensor | None = None
+    for step in range(5):
+        train_step(experiment, state, PhaseTimer())
+        decay = 1 - (1 + step) ** (-2 / 3)
+        expected = parameter.detach().clone() if expected is None else expected.lerp(parameter.detach(), 1 - decay)
+    assert expected is not None
+    torch.testing.assert_close(dict(state.ema.ema_model.named_parameters())[name], expected)
+    assert state.ema.step.device.type == "cpu" and int(state.ema.step) == 5
+
+
+def test_mixed_precision_trains_and_resumes(tmp_path: Path) -> None:
+    args = digits_args(tmp_path, "--use_amp", "evaluation.every=1")
+    assert train_program.main(args) == 0
+    assert reports(tmp_path, "train")[-1]["loss"] < 1
+    assert train_program.main([*args, "training.epochs=2"]) == 0
+    assert last(tmp_path)["step"] == 2 * STEPS_PER_EPOCH
+    assert all(value.dtype != torch.bfloat16 for value in last(tmp_path)["model"].values())
+
+
+def test_unlabelled_images_train_without_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "flat").mkdir()
+    for index in range(70):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "flat" / f"{index}.png")
+    folder = [f"data.root={tmp_path / 'flat'}", f"data.cache_dir={tmp_path / 'cache'}", "data.name=folder"]
+    caplog.set_level("INFO")
+    assert train_program.main(digits_args(tmp_path / "run", *folder)) == 0
+    assert "k-NN and linear probe are skipped" in caplog.text
+    assert "sample grid" in capsys.readouterr().out and (tmp_path / "run/samples/epoch_0001.png").exists()
+    with pytest.raises(SystemExit, match="2"):
+        judge_program.main(digits_args(tmp_path / "run", *folder))
+    assert "no labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.epoch=3"], "did you mean training.epochs?"),
+        (["data.name=folder", "data.root=nowhere"], "no folder nowhere"),
+        (["training.batch_size=2000"], "fewer than a batch"),
+        (["evaluation.knn.k=1438"], "evaluation.knn.k"),
+        (["device=cuda"], "device cuda is not available"),
+        (["output_dir=/dev/null/run"], "cannot write to output_dir"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_nothing_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str
+) -> None:
+    if overrides == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(digits_args(tmp_path / "run", *overrides))
+    message = capsys.readouterr().err
+    assert expected in message and message.startswith("error: ") and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", [train_program, judge_program])
+def test_wrong_arguments_end_with_one_line(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--config", "config/none.yaml"], ["--confg", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(argv)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_judging_nothing_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        judge_program.main(digits_args(tmp_path / "run"))
+    assert "train first" in capsys.readouterr().err
+
+
+def test_use_amp_is_an_override(tmp_path: Path) -> None:
+    import argparse
+
+    args = argparse.Namespace(config=digits_args(tmp_path)[1], use_amp=True, overrides=["training.epochs=3"])
+    config = read_config(args)
+    assert config.training.use_amp and config.training.epochs == 3

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from datasets import Views
+from utils.config import ProbeView, SourceView, View
+from utils.config import Views as ViewsConfig
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+PLAIN = {"crop_flip_probability": 0.0, "randaugment_probability": 0.0}
+
+
+def views(source: dict | None = None, target: dict | None = None, probe: dict | None = None) -> Views:
+    config = ViewsConfig(source=SourceView(**source or {}), target=View(**target or {}), probe=ProbeView(**probe or {}))
+    return Views(config, 16, MEAN, STD, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+SEEDS = list(range(100, 112))
+
+
+def test_a_view_is_a_function_of_the_image_and_its_seed(pixels: torch.Tensor) -> None:
+    noise = torch.zeros(12, 3, 16, 16)
+    state = torch.random.get_rng_state()
+    whole = views().source(pixels, SEEDS, noise)
+    assert torch.equal(views().source(pixels[4:8], SEEDS[4:8], noise[4:8]), whole[4:8])
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
+    same_image = views().target(pixels[:1].expand(12, -1, -1, -1), SEEDS)
+    assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "seeds give different views"
+
+
+def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    noise = torch.randn(12, 3, 16, 16)
+    ours = views(source=PLAIN | {"noise_std": 0.25}, target=PLAIN, probe=PLAIN)
+    torch.testing.assert_close(ours.evaluation(pixels), normalise(pixels))
+    torch.testing.assert_close(ours.probe(pixels, SEEDS), normalise(pixels))
+    torch.testing.assert_close(ours.source(pixels, SEEDS, noise), normalise(pixels) + 0.25 * noise)
+    torch.testing.assert_close(ours.target(pixels, SEEDS), pixels / 127.5 - 1)
+    torch.testing.assert_close(ours.denormalize(ours.evaluation(pixels)), pixels / 255)
+
+
+def test_target_views_stay_in_range(pixels: torch.Tensor) -> None:
+    target = views().target(pixels, SEEDS)
+    assert target.shape == pixels.shape and target.min() >= -1 and target.max() <= 1
+
+
+def test_flip_and_its_probability(pixels: torch.Tensor) -> None:
+    whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "randaugment_probability": 0.0}
+    images = pixels[:1].expand(600, -1, -1, -1)
+    flipped = views(target=whole | {"crop_flip_probability": 0.8}).target(images, list(range(600)))
+    plain = images / 127.5 - 1
+    is_plain = torch.isclose(flipped, plain).flatten(1).all(dim=1)
+    is_flipped = torch.isclose(flipped, plain.flip(-1)).flatten(1).all(dim=1)
+    assert (is_plain ^ is_flipped).all()
+    assert abs(is_flipped.float().mean().item() - 0.4) < 0.06  # 0.8 x 0.5, three deviations
+
+
+def test_crops_follow_their_scale() -> None:
+    # On a horizontal ramp the range of a crop's values shows its width.
+    ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(300, 3, 16, 16).contiguous()
+    crop = {"crop_flip_probability": 1.0, "crop_scale": [0.25, 0.25], "crop_ratio": [1.0, 1.0], "flip_probability": 0.0}
+    cropped = views(target=crop | {"randaugment_probability": 0.0}).target(ramp, list(range(300)))
+    width = (cropped.amax(dim=(1, 2, 3)) - cropped.amin(dim=(1, 2, 3))) * 127.5 / 16 + 1
+    assert width.min() >= 7 and width.max() <= 9, "a quarter of the area is half of the width, 8 px"
+
+
+def test_affine_moves_within_its_bounds() -> None:
+    dot = torch.zeros(200, 3, 16, 16, dtype=torch.uint8)
+    dot[:, :, 7:9, 7:9] = 255
+    moved = views(target=PLAIN | {"affine_probability": 1.0, "affine_translate": 0.25}).target(dot, list(range(200)))
+    weight = (moved[:, 0] + 1).clamp(min=0)
+    columns = (weight.sum(dim=1) * torch.arange(16)).sum(dim=1) / weight.sum(dim=(1, 2)) - 7.5
+    assert -4.01 <= columns.min() < -3 and 3 < columns.max() <= 4.01
+
+
+def test_source_and_target_are_configured_apart(pixels: torch.Tensor) -> None:
+    ours = views(source={"noise_std": 0.0}, target=PLAIN)
+    assert torch.equal(ours.target(pixels, SEEDS), pixels / 127.5 - 1)
+    assert not torch.isclose(ours.source(pixels, SEEDS, torch.zeros(12, 3, 16, 16)), ours.evaluation(pixels)).all()
