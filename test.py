@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from utils.cli import make_parser, read_config, user_errors
-from utils.config import ConfigError, differences, parse_config
+from utils.config import ConfigError
+from utils.config_file import differences, parse_config
 
 logger = logging.getLogger(__name__)
 

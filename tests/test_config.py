@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from utils.config import Config, ConfigError, all_keys, describe_keys, differences, load_config, parse_config
+from utils.config import Config, ConfigError
+from utils.config_file import all_keys, describe_keys, differences, load_config, parse_config
 
 CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
 

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from model import SODA, ResNetEncoder, UNetDecoder, build_soda, forward_flops
 from model.blocks import AdaGN, SelfAttention, timestep_embedding
 from tests.conftest import ROOT
-from utils.config import load_config
+from utils.config_file import load_config
 
 
 def test_cifar10_model_has_the_published_size_and_work() -> None:

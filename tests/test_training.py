@@ -17,7 +17,7 @@ from training import loop
 from training.experiment import initial_state, open_experiment
 from training.step import draw_batch, learning_rates, train_step
 from utils.cli import read_config
-from utils.config import load_config
+from utils.config_file import load_config
 from utils.logging import PhaseTimer
 
 STEPS_PER_EPOCH = 1437 // 64

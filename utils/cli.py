@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from utils.config import Config, describe_keys, load_config
+from utils.config import Config
+from utils.config_file import describe_keys, load_config
 
 
 class _Parser(argparse.ArgumentParser):
