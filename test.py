@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ EXAMPLES = """\
   python test.py --config config/cifar10.yaml --use_amp
   python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt"""
 
-# What makes the encoder and its inputs; the rest of a checkpoint's config does not matter to its judge.
+# What the weights mean. The seed and the views are taken from the checkpoint; the rest does not matter to a judge.
 MUST_AGREE = ("data.", "encoder.", "decoder.")
 
 
@@ -38,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         trained_with = parse_config(saved["config"], str(checkpoint))
         changed = differences(trained_with, config, run=False, prefixes=MUST_AGREE)
         if changed:
-            hint = " ".join(f"{name}={json.dumps(old)}" for name, (old, _) in changed.items())
+            hint = " ".join(shlex.quote(f"{name}={json.dumps(old)}") for name, (old, _) in changed.items())
             raise ConfigError(f"{checkpoint} was trained with another config: add {hint}")
+        views = trained_with.views.model_copy(update={"probe": config.views.probe})
+        config = config.model_copy(update={"seed": trained_with.seed, "views": views})
         experiment = open_experiment(config)
         if experiment.test is None:
             raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")

@@ -8,6 +8,7 @@ from pathlib import Path
 from utils.cli import make_parser, read_config, user_errors
 from utils.config import Config, ConfigError
 from utils.config_file import differences, parse_config
+from utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
         if saved:
             check_resume(saved["config"], config, checkpoint)
+            results = json.loads(results_file.read_text()) if results_file.exists() else {}
+            if (results.get("epochs"), results.get("step")) == (config.training.epochs, saved["step"]):
+                logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
+                print(summary(config, results["table"]))
+                return 0
+
         experiment = open_experiment(config)
         prepare_folder(folder, config)
         state = initial_state(experiment)
@@ -46,14 +53,10 @@ def main(argv: list[str] | None = None) -> int:
             state.load_state_dict(saved)
             logger.info("%s: at step %d of %d", checkpoint, state.step, experiment.total_steps)
             del saved
-        if state.step == experiment.total_steps and results_file.exists():
-            logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
-        else:
-            if experiment.test is None:
-                logger.info("the images have no labels: k-NN and linear probe are skipped")
-            results_file.unlink(missing_ok=True)
-            train(experiment, state, folder)
-        print(summary(config, json.loads(results_file.read_text())))
+        if experiment.test is None:
+            logger.info("the images have no labels: k-NN and linear probe are skipped")
+        train(experiment, state, folder)
+        print(summary(config, json.loads(results_file.read_text())["table"]))
     return 0
 
 
@@ -77,18 +80,18 @@ def prepare_folder(folder: Path, config: Config) -> None:
     """Make the run's folder, with the resolved config in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
+        write_text(folder / "config.yaml", config.to_yaml())
     except OSError as error:
         raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from None
 
 
-def summary(config: Config, results: dict[str, dict[str, dict[str, float]]]) -> str:
+def summary(config: Config, table: dict[str, dict[str, dict[str, float]]]) -> str:
     """The closing table and where everything is."""
     from utils.logging import format_table
 
     folder = Path(config.output_dir)
-    lines = ["", format_table(results)] if results else []
-    if config.data.name == "digits" and results:
+    lines = ["", format_table(table)] if table else []
+    if config.data.name == "digits" and table:
         lines.append("Digits are nearly solved by their raw pixels: this run shows that training works, no more.")
     grids = sorted((folder / "samples").glob("*.png"))
     lines += ["", f"checkpoint   {folder / 'checkpoints' / 'last.pt'}"]

@@ -5,13 +5,11 @@ from pathlib import Path
 
 from datasets.builtin import load_cifar, load_digits, load_fashion_mnist
 from datasets.files import list_folder, list_tiny_imagenet, load_listing
-from datasets.images import DatasetError, Images, channel_statistics
+from datasets.images import DatasetError, Images, Statistics, channel_statistics
 from datasets.loader import Loader
 from datasets.views import Views
 
 __all__ = ["DatasetError", "DatasetInfo", "Images", "Loader", "Views", "build_dataset"]
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 # Mean and deviation over all pixels of the training split. For CIFAR-10 the widely copied deviations
 # (0.2023, 0.1994, 0.2010) are averages of per-image deviations and not these.
@@ -47,5 +45,5 @@ def build_dataset(name: str, root: str, cache_dir: str, image_size: int) -> tupl
         train_files, test_files = list_files(folder)
         train = load_listing(train_files, image_size, Path(cache_dir))
         test = load_listing(test_files, image_size, Path(cache_dir)) if test_files else None
-    mean, std = STATISTICS.get(name) or channel_statistics(train.pixels)
+    mean, std = STATISTICS.get(name) or train.statistics or channel_statistics(train.pixels)
     return train, test, DatasetInfo(image_size, train.classes, mean, tuple(max(s, 1e-3) for s in std))

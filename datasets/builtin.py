@@ -1,7 +1,10 @@
 """Data sets that a library reads: scikit-learn's digits, torchvision's CIFAR and Fashion-MNIST."""
 
+import gzip
 import logging
+import shutil
 import socket
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from torchvision import datasets as torchvision_datasets
-from torchvision.datasets.utils import extract_archive
 
 from datasets.images import DatasetError, Images, from_arrays
 
@@ -52,7 +54,9 @@ def _open(build: Callable[..., Any], root: Path, what: str, url: str, advice: st
     try:
         return build(root=root, train=True, download=False), build(root=root, train=False, download=False)
     except RuntimeError:
-        logger.info("%s is not in %s: downloading %s (if that is slow or refused: %s)", what, root, url, advice)
+        logger.info(
+            "unpacking or downloading %s into %s from %s (if that is slow or refused: %s)", what, root, url, advice
+        )
     try:
         with _socket_timeout(DOWNLOAD_TIMEOUT_S):
             return build(root=root, train=True, download=True), build(root=root, train=False, download=False)
@@ -78,11 +82,15 @@ def load_fashion_mnist(root: Path, image_size: int) -> tuple[Images, Images]:
     # Debian's archives hold the same files in another compression, so torchvision's digests do not know them.
     for folder in (raw, root, DEBIAN_FASHION_MNIST):
         for name in names:
-            if (folder / name).exists() and not (raw / Path(name).stem).exists():
+            unpacked = raw / Path(name).stem
+            if (folder / name).exists() and not unpacked.exists():
+                partial = unpacked.with_suffix(".partial")
                 try:
                     raw.mkdir(parents=True, exist_ok=True)
-                    extract_archive(folder / name, raw)
-                except (OSError, EOFError) as error:
+                    with gzip.open(folder / name) as source, open(partial, "wb") as target:
+                        shutil.copyfileobj(source, target)
+                    partial.replace(unpacked)
+                except (OSError, EOFError, zlib.error) as error:
                     raise DatasetError(f"cannot unpack {folder / name} into {raw}: {error}") from None
     advice = f"put {', '.join(names)} into {root}, or install Debian's package dataset-fashion-mnist"
     splits = _open(build, root, "Fashion-MNIST", build.mirrors[0], advice)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from datasets.images import DatasetError, Images
+from datasets.images import DatasetError, Images, channel_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,7 @@ def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
 def _decode(path: Path, image_size: int) -> np.ndarray:
     """An image file as a (size, size, 3) uint8 square: shorter side resized, centre cropped, grey made colour."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # e.g. a palette's transparency
+        with Image.open(path) as image:
             rgb = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"cannot read the image {path} ({error}): mend or remove it") from None
@@ -142,9 +142,11 @@ def _decode_all(listing: Listing, image_size: int, out: np.ndarray) -> None:
 
     blocks = [range(start, min(start + 256, len(out))) for start in range(0, len(out), 256)]
     with (
+        warnings.catch_warnings(),
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(out), desc=f"decoding {listing.root}", unit="img", leave=False) as bar,
     ):
+        warnings.simplefilter("ignore")  # e.g. of a palette's transparency
         for done in pool.map(work, blocks):
             bar.update(done)
 
@@ -153,30 +155,42 @@ def load_listing(listing: Listing, image_size: int, cache_dir: Path) -> Images:
     """The decoded images, from the cache where it agrees with the files, else decoded and cached.
 
     The cache is two files a split: the pixels as a memory-mapped array, which processes of one machine share,
-    and, written last, the fingerprint of their source.
+    and, written last, a mark with the fingerprint of their source and their channel statistics.
     """
     name = hashlib.blake2b(str(listing.root.resolve()).encode(), digest_size=6).hexdigest()
     pixels_file = cache_dir / f"{name}-{image_size}.npy"
     mark_file = pixels_file.with_suffix(".json")
-    mark = {"version": CACHE_VERSION, "source": _fingerprint(listing), "images": len(listing.files)}
-    shape = (len(listing.files), 3, image_size, image_size)
-    if not (pixels_file.exists() and mark_file.exists() and json.loads(mark_file.read_text()) == mark):
+    wanted = {"version": CACHE_VERSION, "source": _fingerprint(listing)}
+    mark = _read_mark(mark_file)
+    if not pixels_file.exists() or {key: mark.get(key) for key in wanted} != wanted:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             mark_file.unlink(missing_ok=True)
             partial = pixels_file.with_suffix(f".{os.getpid()}.partial")
             try:
+                shape = (len(listing.files), 3, image_size, image_size)
                 array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
                 _decode_all(listing, image_size, array)
                 array.flush()
+                mark = {**wanted, "statistics": channel_statistics(torch.from_numpy(array))}
                 partial.replace(pixels_file)
+                partial.write_text(json.dumps(mark))
+                partial.replace(mark_file)
             finally:
                 partial.unlink(missing_ok=True)
-            mark_file.write_text(json.dumps(mark))
         except OSError as error:
             raise DatasetError(f"cannot cache images in {cache_dir} ({error}): set data.cache_dir") from None
         logger.info("cached %d images of %s in %s", len(listing.files), listing.root, pixels_file)
     # Copy-on-write, because torch wants writable memory; nothing writes, so the pages stay shared.
     pixels = torch.from_numpy(np.load(pixels_file, mmap_mode="c"))
     labels = None if listing.labels is None else torch.tensor(listing.labels)
-    return Images(pixels, labels, listing.classes)
+    mean, std = mark["statistics"]
+    return Images(pixels, labels, listing.classes, (tuple(mean), tuple(std)))
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """What the cache says of itself; empty where it says nothing that can be read."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Mean and deviation of each channel, on the scale of [0, 1].
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
 
 class DatasetError(Exception):
     """Images that are missing or unusable; the message says what to do."""
@@ -13,11 +16,15 @@ class DatasetError(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """One split: `pixels` (N, 3, size, size) uint8, `labels` (N,) int64 or None, and the classes' names."""
+    """One split: `pixels` (N, 3, size, size) uint8, `labels` (N,) int64 or None, and the classes' names.
+
+    `statistics` are those of `channel_statistics`, where they are known already.
+    """
 
     pixels: Tensor
     labels: Tensor | None
     classes: list[str]
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
         assert self.pixels.dtype == torch.uint8 and self.pixels.shape[1] == 3
@@ -39,8 +46,8 @@ def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], imag
     return Images(pixels.contiguous(), torch.from_numpy(np.asarray(labels, dtype=np.int64)), classes)
 
 
-def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel over all pixels of (N, 3, H, W) uint8, on the scale of [0, 1]."""
+def channel_statistics(pixels: Tensor) -> Statistics:
+    """Mean and deviation of each channel over all pixels of (N, 3, H, W) uint8."""
     total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for chunk in pixels.split(1024):
         values = chunk.double().div(255).transpose(0, 1).flatten(1)  # (3, n)

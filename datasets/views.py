@@ -50,7 +50,7 @@ class Views:
     """Batches of uint8 images (N, 3, H, W) on the host -> batches of float32 views on `device`.
 
     Args:
-        config: the `views` section: `source`, `target` and `probe`, each with the keys of an augmentation.
+        config: the `views` section, of which `source` and `target` are used, each the keys of an augmentation.
         mean, std: of the data set's channels, on the scale of [0, 1].
     """
 
@@ -59,7 +59,7 @@ class Views:
     ) -> None:
         self._source = _augmentation(config.source, image_size)
         self._target = _augmentation(config.target, image_size)
-        self._probe = _augmentation(config.probe, image_size)
+        self._image_size = image_size
         self._noise_std = config.source.noise_std
         self._device = device
         self._mean = torch.tensor(mean, device=device)[:, None, None]
@@ -80,9 +80,9 @@ class Views:
         """x_start: augmented and scaled to [-1, 1]."""
         return _augment(pixels, seeds, self._target).to(self._device, non_blocking=True).float() / 127.5 - 1
 
-    def probe(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The augmented training view of the linear probe: augmented by `views.probe` and normalised."""
-        return self._normalize(_augment(pixels, seeds, self._probe))
+    def augmented(self, pixels: Tensor, seeds: Sequence[int], view: Any) -> Tensor:
+        """A training view of the evaluation: augmented by the keys of `view`, such as `views.probe`; normalised."""
+        return self._normalize(_augment(pixels, seeds, _augmentation(view, self._image_size)))
 
     def evaluation(self, pixels: Tensor) -> Tensor:
         """The test view: normalised, nothing else."""

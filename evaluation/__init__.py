@@ -1,6 +1,6 @@
 """Judging features by k-NN and linear probe, each number named with its protocol.
 
-Nothing here knows a model or a data set: encoders are callables, and images and views come with what they need.
+Nothing here knows a model or a data set: encoders and views are callables, images come with what they need.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.features import Features, calibrate_batch_norm, extract_features, normalize_features
+from evaluation.features import Features, extract_features
 from evaluation.knn import knn_votes, topk_accuracy
 from evaluation.linear_probe import LinearProbe
 
-__all__ = ["Protocol", "calibrate_batch_norm", "evaluate", "protocols_of"]
+__all__ = ["CLEAN", "MakeView", "Protocol", "evaluate"]
 
-Accuracies = dict[str, float]  # {"top1": per cent, "top3": per cent}
+CLEAN = "clean"  # the name of the plain test view
+
+# (pixels (N, 3, H, W) uint8, their indices in the data set, epoch) -> views (N, 3, H, W)
+MakeView = Callable[[Tensor, range, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,20 +30,18 @@ class Protocol:
     Attributes:
         kind: "knn" or "probe".
         settings: the config's `evaluation.knn` or `evaluation.probe` section, accordingly.
-        features: "z" or "pooled"; an encoder that has no such features is judged on its only ones.
+        view: the name of the view that the training images get; the probe sees it anew each epoch.
+        features: "z" or "pooled".
         normalize: whether features are scaled to length 1.
         note: printed behind it.
     """
 
     kind: str
     settings: Any
+    view: str
     features: str
     normalize: bool
     note: str = ""
-
-    @property
-    def augmented(self) -> bool:
-        return "augmented" in (self.settings.bank if self.kind == "knn" else self.settings.transform)
 
     @property
     def epochs(self) -> int:
@@ -47,97 +49,80 @@ class Protocol:
         return 1 if self.kind == "knn" else self.settings.epochs
 
     def __str__(self) -> str:
-        s, where = self.settings, "augmented" if self.augmented else "clean"
+        s, features = self.settings, f"{self.features}{', length 1' if self.normalize else ''}"
         if self.kind == "knn":
             votes = "uniform" if s.weights == "uniform" else f"T={s.temperature:g}"
-            what = f"k-NN: k={s.k}, {votes}, {where} bank"
+            what = f"k-NN k={s.k} {votes}, {features}, bank: {self.view}"
         else:
-            what = f"linear: {s.epochs} epochs, lr {s.lr:g}, batch {s.batch_size}, {where}"
-        return (
-            f"{what}, {self.features}{', length 1' if self.normalize else ''}{f' ({self.note})' if self.note else ''}"
-        )
-
-
-def protocols_of(config: Any) -> list[Protocol]:
-    """The k-NN and the probe that the config's `evaluation` section asks for."""
-    return [Protocol(kind, getattr(config, kind), config.features, config.normalize) for kind in ("knn", "probe")]
+            what = f"linear {s.epochs} epochs lr {s.lr:g} batch {s.batch_size}, {features}, views: {self.view}"
+        return what + (f" ({self.note})" if self.note else "")
 
 
 def evaluate(
-    encoders: Mapping[str, Callable[[Tensor], Features]],
+    encoders: Mapping[str, Callable[[Tensor], Mapping[str, Tensor]]],
     train: Any,
     test: Any,
-    clean_view: Callable[[Tensor], Tensor],
-    augmented_view: Callable[[Tensor, range, int], Tensor],
+    views: Mapping[str, MakeView],
     protocols: list[Protocol],
     num_classes: int,
     batch_size: int,
     generator: Callable[[], torch.Generator],
     device: torch.device,
-) -> dict[str, dict[str, Accuracies]]:
-    """Top-1 and top-3 of every encoder under every protocol: {protocol: {encoder: accuracies}}.
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracies in per cent: {protocol: {encoder: {"top1": ..., "top3": ...}}}.
 
-    All encoders and protocols share each pass over the views.
+    All encoders and protocols share each pass over the views. An encoder that lacks a protocol's features is
+    left out under it.
 
     Args:
-        encoders: name -> function from a batch of views to named features.
+        encoders: name -> function from a batch of views to features by name.
         train, test: `pixels` (N, 3, H, W) uint8 and `labels` (N,) int64 of each split.
-        clean_view: pixels -> views.
-        augmented_view: (pixels, their indices, epoch) -> views; the k-NN's augmented bank is epoch 0.
+        views: name -> view, CLEAN among them; a k-NN with an augmented bank takes that of epoch 0.
         generator: gives each probe its source of randomness, the same for all.
     """
 
-    def encode(views: Tensor) -> Features:
-        return {f"{name}/{kind}": f for name, run in encoders.items() for kind, f in run(views).items()}
+    def extract(split: Any, view: str, epoch: int) -> Features:
+        def encode(indices: range) -> Features:
+            batch = views[view](split.pixels[indices.start : indices.stop], indices, epoch)
+            features: Features = {}
+            for encoder, run in encoders.items():
+                for kind, values in run(batch).items():
+                    if (kind, False) in wanted:
+                        features[encoder, kind, False] = values.float()
+                    if (kind, True) in wanted:
+                        features[encoder, kind, True] = F.normalize(values.float(), dim=1)
+            return features
 
-    def choose(features: Features, encoder: str, protocol: Protocol) -> Tensor:
-        only = next(name for name in features if name.startswith(f"{encoder}/"))
-        chosen = features.get(f"{encoder}/{protocol.features}", features[only])
-        return normalize_features(chosen.to(device), protocol.normalize)
+        return extract_features(encode, len(split), batch_size, device)
 
+    wanted = {(protocol.features, protocol.normalize) for protocol in protocols}
     train_labels, test_labels = train.labels.to(device), test.labels.to(device)
-    queries = extract_features(lambda r: encode(clean_view(test.pixels[r.start : r.stop])), len(test), batch_size)
-    clean: Features = {}
-    if not all(protocol.augmented for protocol in protocols):
-        clean = extract_features(lambda r: encode(clean_view(train.pixels[r.start : r.stop])), len(train), batch_size)
-
-    probes = {
-        (protocol, encoder): LinearProbe(
-            choose(queries, encoder, protocol).shape[1],
-            num_classes,
-            protocol.settings.epochs,
-            protocol.settings.lr,
-            protocol.settings.batch_size,
-            generator(),
-            device,
-        )
-        for protocol in protocols
-        if protocol.kind == "probe"
-        for encoder in encoders
-    }
-    scores: dict[tuple[Protocol, str], Tensor] = {}
-    for epoch in range(max(protocol.epochs for protocol in protocols)):
-        current = [protocol for protocol in protocols if epoch < protocol.epochs]
-        augmented: Features = {}
-        if any(protocol.augmented for protocol in current):
-
-            def encode_augmented(r: range, epoch: int = epoch) -> Features:
-                return encode(augmented_view(train.pixels[r.start : r.stop], r, epoch))
-
-            augmented = extract_features(encode_augmented, len(train), batch_size)
-        for protocol in current:
-            for encoder in encoders:
-                features = choose(augmented if protocol.augmented else clean, encoder, protocol)
-                if protocol.kind == "probe":
-                    probes[protocol, encoder].train_epoch(features, train_labels)
-                else:
-                    s, q = protocol.settings, choose(queries, encoder, protocol)
+    queries = extract(test, CLEAN, 0)
+    accuracies: dict[str, dict[str, dict[str, float]]] = {str(protocol): {} for protocol in protocols}
+    for view in dict.fromkeys(protocol.view for protocol in protocols):
+        cells = [
+            (protocol, encoder, (encoder, protocol.features, protocol.normalize))
+            for protocol in protocols
+            for encoder in encoders
+            if protocol.view == view and (encoder, protocol.features, protocol.normalize) in queries
+        ]
+        probes: dict[tuple[Protocol, str], LinearProbe] = {}
+        for epoch in range(max(protocol.epochs for protocol, _, _ in cells)):
+            if epoch == 0 or view != CLEAN:
+                features = extract(train, view, epoch)
+            for protocol, encoder, name in cells:
+                s = protocol.settings
+                if protocol.kind == "knn" and epoch == 0:
                     temperature = s.temperature if s.weights == "temperature" else None
-                    votes = knn_votes(features, train_labels, q, s.k, num_classes, temperature)
-                    scores[protocol, encoder] = votes
-    for (protocol, encoder), probe in probes.items():
-        scores[protocol, encoder] = probe.scores(choose(queries, encoder, protocol))
-    return {
-        str(protocol): {name: topk_accuracy(scores[protocol, name], test_labels) for name in encoders}
-        for protocol in protocols
-    }
+                    votes = knn_votes(features[name], train_labels, queries[name], s.k, num_classes, temperature)
+                    accuracies[str(protocol)][encoder] = topk_accuracy(votes, test_labels)
+                elif protocol.kind == "probe" and epoch < protocol.epochs:
+                    if epoch == 0:
+                        probes[protocol, encoder] = LinearProbe(
+                            queries[name].shape[1], num_classes, s.epochs, s.lr, s.batch_size, generator(), device
+                        )
+                    probes[protocol, encoder].train_epoch(features[name], train_labels)
+                    if epoch == protocol.epochs - 1:
+                        scores = probes[protocol, encoder].scores(queries[name])
+                        accuracies[str(protocol)][encoder] = topk_accuracy(scores, test_labels)
+    return accuracies

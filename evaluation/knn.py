@@ -12,7 +12,7 @@ def knn_votes(
     k: int,
     num_classes: int,
     temperature: float | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int = 512,
 ) -> Tensor:
     """Votes (Q, num_classes) of the k Euclidean nearest neighbours of each query.
 
@@ -27,23 +27,24 @@ def knn_votes(
     """
     assert 1 <= k <= len(bank), "k is at most the size of the bank"
     votes = torch.zeros(len(queries), num_classes, device=bank.device)
+    classes = torch.arange(num_classes, device=bank.device)
     with torch.autocast(bank.device.type, enabled=False):
-        bank = bank.float()
         # |q - b|^2 = |q|^2 - 2 (q b - |b|^2 / 2): the nearest have the largest q b - |b|^2 / 2. Distances do
         # not change with the origin, and about the bank's mean less is lost in the difference.
-        origin = bank.mean(dim=0)
-        centred = bank - origin
+        origin = bank.float().mean(dim=0)
+        centred = bank.float() - origin
         half_squares = centred.square().sum(dim=1) / 2  # (N,)
         for start in range(0, len(queries), chunk_size):
-            chunk = queries[start : start + chunk_size].float()
-            nearness = (chunk - origin) @ centred.T - half_squares  # (q, N)
-            nearest, neighbours = nearness.topk(k, dim=1)  # (q, k) each
-            weights = torch.ones_like(nearest)
+            chunk = queries[start : start + chunk_size].float() - origin
+            nearness, neighbours = (chunk @ centred.T - half_squares).topk(k, dim=1)  # (q, k) each
+            weights = torch.ones_like(nearness)
             if temperature is not None:
-                # At length 1, cosine - 1 = -|q - b|^2 / 2; the constant factor exp(1 / temperature) is left out.
-                cosine_minus_1 = nearest - (chunk - origin).square().sum(dim=1, keepdim=True) / 2
-                weights = (cosine_minus_1 / temperature).exp()
-            votes[start : start + chunk_size].scatter_add_(1, bank_labels[neighbours], weights)
+                # At length 1, cosines differ as nearness does. Relative to the nearest, no weight overflows
+                # and not all underflow.
+                weights = ((nearness - nearness[:, :1]) / temperature).exp()
+            is_class = bank_labels[neighbours][:, :, None] == classes  # (q, k, num_classes)
+            # A product, since the order in which a scatter adds is not determined on CUDA.
+            votes[start : start + chunk_size] = (weights[:, None] @ is_class.float())[:, 0]
     return votes
 
 

@@ -30,7 +30,7 @@ def test_every_config_loads_and_survives_being_written(path: Path) -> None:
 def test_every_config_says_only_what_differs_from_the_defaults() -> None:
     for path in CONFIGS:
         config, text = load_config(path), yaml.safe_load(path.read_text())
-        for name, field in all_keys():
+        for name, field, _ in all_keys():
             node = text
             for part in name.split("."):
                 node = node.get(part) if isinstance(node, dict) else None
@@ -124,7 +124,7 @@ def test_a_missing_config_names_those_that_exist(monkeypatch: pytest.MonkeyPatch
 
 def test_every_key_is_documented_once() -> None:
     text = describe_keys()
-    for name, field in all_keys():
+    for name, field, _ in all_keys():
         assert field.description and text.count(f"  {name}=") == 1
 
 
@@ -136,3 +136,18 @@ def test_differences_by_kind() -> None:
     assert differences(old, new, run=False) == {"training.epochs": (800, 900)}
     assert differences(old, new, run=True) == {"device": ("auto", "cpu"), "training.log_every": (50, 7)}
     assert differences(old, new, run=False, prefixes=("data.",)) == {}
+
+
+def test_what_an_alias_shares_is_overridden_apart(write) -> None:  # type: ignore[no-untyped-def]
+    path = write("views: {source: &v {crop_scale: [0.5, 1]}, target: *v}\n")
+    config = load_config(path, ["views.source.crop_scale=[0.2, 1]", "views.source.noise_std=0.3"])
+    assert config.views.source.crop_scale == [0.2, 1] and config.views.target.crop_scale == [0.5, 1]
+    with pytest.raises(ConfigError, match="refers to itself"):
+        load_config(write("views: &v {source: *v}\n"))
+
+
+def test_keys_of_the_evaluation_may_change_on_resume(write) -> None:  # type: ignore[no-untyped-def]
+    path = write("")
+    changed = load_config(path, ["views.probe.crop_scale=[0.5, 1]", "evaluation.knn.k=5"])
+    assert not differences(load_config(path), changed, run=False)
+    assert set(differences(load_config(path), changed, run=True)) == {"views.probe.crop_scale", "evaluation.knn.k"}

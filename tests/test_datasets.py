@@ -50,6 +50,7 @@ def test_digits_are_embedded() -> None:
 
 def test_folder_with_classes(tree: Path, tmp_path: Path) -> None:
     train, test = open_folder(tree, tmp_path)
+    assert train.statistics == channel_statistics(train.pixels)
     assert test is not None and train.labels is not None and test.labels is not None
     assert train.classes == ["ant", "bee"] == test.classes
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 1]
@@ -94,6 +95,10 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     third, _ = open_folder(tree, tmp_path)
     assert len(decoded) == 6 and third.pixels[0].eq(50).all()
+
+    for mark in (tmp_path / "cache").glob("*.json"):
+        mark.write_text("")  # as a full disk leaves it
+    assert torch.equal(open_folder(tree, tmp_path)[0].pixels, third.pixels)
 
     (tree / "train" / "ant" / "2.png").unlink()
     assert len(open_folder(tree, tmp_path)[0]) == 5
@@ -157,6 +162,21 @@ def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert test is not None and train.labels is not None
     assert len(train) == 10 and (train.pixels[:2].numpy() == data.reshape(2, 3, 32, 32)).all()
     assert train.labels[:2].tolist() == [3, 7] and info.std == (0.2470, 0.2435, 0.2616)
+
+
+def test_a_damaged_archive_is_named_and_can_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.builtin.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    rng = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", rng.integers(0, 256, (6, 28, 28), dtype=np.uint8))
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", np.arange(6, dtype=np.uint8))
+    archive = tmp_path / "t10k-images-idx3-ubyte.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match=archive.name):
+        build_dataset("fashion_mnist", str(tmp_path), "", 28)
+    archive.write_bytes(whole)
+    assert len(build_dataset("fashion_mnist", str(tmp_path), "", 28)[0]) == 6
 
 
 @pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python")])

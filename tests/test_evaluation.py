@@ -6,11 +6,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluation import calibrate_batch_norm
-from evaluation.features import extract_features, normalize_features
+from datasets import Images
+from evaluation import Protocol, evaluate
+from evaluation.features import extract_features
 from evaluation.knn import knn_votes, topk_accuracy
 from evaluation.linear_probe import LinearProbe
-from model import ResNetEncoder
+from utils.config import KNN, Probe
 
 
 @pytest.mark.parametrize("k", [1, 7, 50])
@@ -88,22 +89,69 @@ def test_probe_follows_its_protocol() -> None:
         probe.train_epoch(torch.randn(21, 4), torch.randint(0, 3, (21,)))
 
 
-def test_features_are_placed_by_index_and_normalised() -> None:
+def test_features_are_placed_by_index() -> None:
     values = torch.randn(10, 3)
-    features = extract_features(lambda r: {"a": values[r.start : r.stop]}, 10, 4)["a"]
+    features = extract_features(lambda r: {"a": values[r.start : r.stop]}, 10, 4, torch.device("cpu"))["a"]
     assert torch.equal(features, values)
-    torch.testing.assert_close(normalize_features(features, True).norm(dim=1), torch.ones(10))
-    assert torch.equal(normalize_features(features, False), values)
 
 
-def test_calibration_moves_statistics_only() -> None:
-    encoder = ResNetEncoder(architecture="resnet18", stem="small", width=4, latent_dim=4).eval()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    batch = 3 + 2 * torch.randn(64, 3, 8, 8)
-    calibrate_batch_norm(encoder, [batch] * 20)
-    after = encoder.state_dict()
-    moved = {name.rsplit(".", 1)[-1] for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"running_mean", "running_var", "num_batches_tracked"}
-    mean = encoder.conv1(batch).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(encoder.bn1.running_mean, (1 - 0.9**20) * mean)
-    assert not encoder.training
+def test_a_tie_against_scikit_learn() -> None:
+    bank, labels = np.array([[1.0, 0.0], [-1.1, 0.0], [0.0, 1.2], [0.0, -1.3], [5.0, 5.0]]), np.array([3, 1, 1, 3, 0])
+    query = np.zeros((1, 2))
+    theirs = KNeighborsClassifier(4, algorithm="brute").fit(bank, labels)
+    votes = knn_votes(*as_tensors(bank, labels, query), 4, num_classes=4)
+    assert votes.tolist() == [[0, 2, 0, 2]]
+    assert theirs.predict(query).tolist() == [1]
+    assert topk_accuracy(votes, torch.tensor([1]), (1,)) == {"top1": 100.0}
+
+
+def test_a_cold_temperature_still_votes() -> None:
+    bank = torch.tensor([[0.0, 1.0], [0.6, 0.8], [1.0, 0.0]])
+    votes = knn_votes(bank, torch.tensor([0, 1, 2]), torch.tensor([[0.96, 0.28]]), 3, 3, temperature=1e-4)
+    assert votes.argmax().item() == 2 and votes.max().item() == 1
+
+
+def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
+    """Two encoders, one of which sees the label, under clean and augmented views, z and pooled."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    split = Images(labels.byte()[:, None, None, None].expand(-1, 3, 1, 1), labels, ["a", "b", "c"])
+    noise = torch.randn(60, 1, generator=generator)
+    seen: list[tuple[str, int]] = []
+
+    def augmented(pixels: torch.Tensor, indices: range, epoch: int) -> torch.Tensor:
+        seen.append(("noisy", epoch))
+        return noise[indices.start : indices.stop]  # nothing is left of the label
+
+    def clean(pixels: torch.Tensor, indices: range, epoch: int) -> torch.Tensor:
+        seen.append(("clean", epoch))
+        return pixels[:, 0, 0].float()
+
+    encoders = {
+        "good": lambda x: {"z": torch.cat([x, (x - 1) ** 2], 1), "pooled": torch.zeros(len(x), 1)},
+        "pixels": lambda x: {"z": x},
+    }
+    protocols = [
+        Protocol("knn", KNN(k=5), "clean", "z", False),
+        Protocol("knn", KNN(k=5), "noisy", "z", False),
+        Protocol("knn", KNN(k=5), "clean", "pooled", False),
+        Protocol("probe", Probe(epochs=5, lr=0.5, batch_size=20), "clean", "z", False),
+        Protocol("probe", Probe(epochs=2, batch_size=20), "noisy", "z", False),
+    ]
+    found = evaluate(
+        encoders,
+        split,
+        split,
+        {"clean": clean, "noisy": augmented},
+        protocols,
+        num_classes=3,
+        batch_size=25,
+        generator=lambda: torch.Generator().manual_seed(0),
+        device=torch.device("cpu"),
+    )
+    top1 = {name: {encoder: cell["top1"] for encoder, cell in cells.items()} for name, cells in found.items()}
+    clean_z, noisy_z, clean_pooled, probe_z, probe_noisy = (top1[str(protocol)] for protocol in protocols)
+    assert clean_z == {"good": 100, "pixels": 100} and probe_z["good"] > 95
+    assert noisy_z["good"] < 60 and probe_noisy["good"] < 60
+    assert set(clean_pooled) == {"good"} and clean_pooled["good"] < 60, "pixels have no pooled features"
+    assert seen == [("clean", 0)] * 6 + [("noisy", 0)] * 3 + [("noisy", 1)] * 3, "each pass is made once"

@@ -30,13 +30,13 @@ def test_train_then_test(tmp_path: Path) -> None:
     args = digits_args(tmp_path / "run")
     trained = launch("train.py", *args)
     assert trained.returncode == 0, trained.stderr
-    assert re.search(r"k-NN: .* (\d+\.\d / \d+\.\d\s*){3}", trained.stdout)
+    assert re.search(r"k-NN k=20 .* (\d+\.\d / \d+\.\d\s*){3}", trained.stdout)
     for path in ("checkpoints/last.pt", "samples/epoch_0001.png", "tensorboard"):
         assert str(tmp_path / "run" / path) in trained.stdout
     assert "img/s" in trained.stderr and "loss=" in trained.stderr
     judged = launch("test.py", *args)
     assert judged.returncode == 0, judged.stderr
-    assert judged.stdout.count("k-NN: ") >= 5 and judged.stdout.count("linear: ") >= 3
+    assert judged.stdout.count("k-NN k=") >= 5 and judged.stdout.count("linear 15 epochs") >= 3
 
 
 def test_dry_run_prints_config_size_and_work(tmp_path: Path) -> None:

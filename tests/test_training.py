@@ -1,6 +1,8 @@
 """The programs, called in process: what a run writes, how it resumes, what it refuses."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import Conv2d
+from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
 from tests.conftest import digits_args
 from training import loop
 from training.experiment import initial_state, open_experiment
-from training.step import draw_batch, learning_rates, train_step
+from training.judge import baselines, sample_grid
+from training.step import draw_batch, draw_source, learning_rates, train_step
 from utils.cli import read_config
 from utils.config_file import load_config
 from utils.logging import PhaseTimer
@@ -76,8 +81,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         assert report["loss"] > 0 and report["images_per_s"] > 0 and report["grad_norm"] > 0
         assert report["lr/encoder"] == report["lr/decoder"] == 2e-3
     assert [report["epoch"] for report in reports(finished, "evaluation")] == [1, 2]
-    results = json.loads((finished / "results.json").read_text())
-    assert [name.split(":")[0] for name in results] == ["k-NN", "linear"]
+    results = json.loads((finished / "results.json").read_text())["table"]
+    assert [name.split()[0] for name in results] == ["k-NN", "linear"]
     for cells in results.values():
         assert list(cells) == ["trained", "untrained", "raw pixels"]
         assert all(0 <= cell["top1"] <= cell["top3"] <= 100 for cell in cells.values())
@@ -132,10 +137,12 @@ def test_another_experiment_is_refused(finished: Path, capsys: pytest.CaptureFix
 def test_judging_a_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert judge_program.main(digits_args(finished, "--checkpoint", str(finished / "checkpoints" / "last.pt"))) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("the reference's" in line for line in lines) == 2
-    ours = next(line for line in lines if line.startswith("k-NN: k=20, uniform, clean bank, z,"))
-    results = json.loads((finished / "results.json").read_text())
-    cells = results["k-NN: k=20, uniform, clean bank, z, length 1"]
+    reference = [line for line in lines if "(the reference's)" in line]
+    assert len(reference) == 2 and all(": crop 0.08-1 flip 0.5 (p=0.65)" in line for line in reference)
+    assert any("views: affine 10 deg (p=1)" in line for line in lines), "the config's own probe"
+    ours = next(line for line in lines if line.startswith("k-NN k=20 uniform, z, length 1, bank: clean"))
+    results = json.loads((finished / "results.json").read_text())["table"]
+    cells = results["k-NN k=20 uniform, z, length 1, bank: clean"]
     for name in ("trained", "untrained", "raw pixels"):
         assert f"{cells[name]['top1']:.1f} / {cells[name]['top3']:.1f}" in ours
 
@@ -241,6 +248,109 @@ def test_the_latent_is_dropped_at_its_rate(tmp_path: Path) -> None:
     assert abs(draw_batch(experiment, 0, range(1024)).drop_mask.float().mean().item() - 0.25) < 0.05
 
 
+def test_every_draw_has_a_purpose_of_its_own(tmp_path: Path) -> None:
+    same = "{crop_flip_probability: 1.0, crop_scale: [0.3, 0.6], randaugment_probability: 0.0}"
+    experiment = experiment_of(tmp_path, f"views.source={same}", f"views.target={same}", "views.source.noise_std=0.0")
+    batch = draw_batch(experiment, 0, range(64))
+    source = experiment.views.denormalize(batch.x_source) * 2 - 1
+    assert (~torch.isclose(source, batch.x_start, atol=1e-3)).flatten(1).any(dim=1).sum() > 60
+    noisy = experiment_of(tmp_path, f"views.source={same}", "views.source.noise_std=1.0")
+    source_noise = draw_batch(noisy, 0, range(64)).x_source - batch.x_source
+    correlation = torch.corrcoef(torch.stack([source_noise.flatten(), batch.noise.flatten()]))[0, 1]
+    assert abs(correlation) < 0.05 and abs(source_noise.std() - 1) < 0.05
+
+
+def test_the_optimiser_gets_its_settings_and_clipped_gradients(tmp_path: Path) -> None:
+    experiment = experiment_of(
+        tmp_path, "optimizer.max_grad_norm=1e-3", "optimizer.betas=[0.8, 0.9]", "optimizer.weight_decay=0.3"
+    )
+    state = initial_state(experiment)
+    encoder, decoder = state.optimizer.param_groups
+    assert [id(p) for p in encoder["params"]] == [id(p) for p in state.soda.encoder.parameters()]
+    assert [id(p) for p in decoder["params"]] == [id(p) for p in state.soda.decoder.parameters()]
+    for group in (encoder, decoder):
+        assert tuple(group["betas"]) == (0.8, 0.9) and group["weight_decay"] == 0.3 and group["fused"]
+    norms: list[float] = []
+
+    def look(*_: Any) -> None:
+        norms.append(torch.cat([p.grad.flatten() for p in state.soda.parameters()]).norm().item())
+
+    state.optimizer.register_step_pre_hook(look)
+    _, before = train_step(experiment, state, PhaseTimer())
+    assert before.item() > 0.01 and norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None:
+    """CUDA trains channels-last, CPUs do not: a run may go on on the other device."""
+    experiment = experiment_of(tmp_path)
+    state = initial_state(experiment)
+    for _ in range(3):
+        train_step(experiment, state, PhaseTimer())
+    saved = copy.deepcopy(state.state_dict())
+    for moments in saved["optimizer"]["state"].values():
+        for name, value in moments.items():
+            if value.dim() == 4:
+                moments[name] = value.contiguous(memory_format=torch.channels_last)
+    resumed = initial_state(experiment)
+    resumed.load_state_dict(saved)
+    for each in (state, resumed):
+        train_step(experiment, each, PhaseTimer())
+    assert_equal_states(resumed.state_dict(), state.state_dict())
+
+
+def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path)
+    assert experiment.test is not None
+    views = experiment.views.evaluation(experiment.test.pixels[:8])
+    fresh = initial_state(experiment).soda.encoder.eval()
+    settled = copy.deepcopy(fresh).train()
+    with torch.no_grad():
+        for step in range(20):
+            settled(draw_source(experiment, step, range(64)))
+    found = baselines(experiment)["untrained"](views)["z"]
+    torch.testing.assert_close(found, settled.eval()(views))
+    assert not torch.isclose(found, fresh(views), atol=1e-3).all(dim=1).any()
+    other = baselines(experiment_of(tmp_path, "seed=5"))["untrained"](views)["z"]
+    assert not torch.isclose(found, other, atol=1e-3).all(dim=1).any()
+
+
+def test_samples_depend_on_the_latent_and_on_the_guidance(tmp_path: Path) -> None:
+    grids: list[torch.Tensor] = []
+    for guidance_scale in (1.0, 1.0, 4.0):
+        # Three images are fewer than share a seed.
+        experiment = experiment_of(tmp_path, f"sampling.guidance_scale={guidance_scale}", "sampling.num_images=3")
+        soda = initial_state(experiment).soda
+        with torch.no_grad():
+            for parameter in soda.decoder.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            if len(grids) == 1:
+                soda.encoder.fc.weight.mul_(5)
+        grids.append(sample_grid(experiment, soda))
+    plain, other_latent, guided = grids
+    assert plain.shape == (3, 3 * 66 + 2, 3 * 66 + 2)
+    for grid in (other_latent, guided):
+        assert torch.equal(grid[:, :66], plain[:, :66]) and torch.equal(grid[:, 134:], plain[:, 134:])
+        assert not torch.equal(grid[:, 68:134], plain[:, 68:134])
+
+
+def test_the_table_is_made_again_where_it_is_missing(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "results.json").unlink()
+    assert train_program.main(digits_args(folder, "training.epochs=2", "evaluation.every=1")) == 0
+    assert (folder / "results.json").read_text() == (finished / "results.json").read_text()
+    assert reports(folder, "evaluation") == reports(finished, "evaluation")
+
+
+def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "judge", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_program.main(digits_args(tmp_path, "training.epochs=2", "evaluation.every=1", "training.keep_every=1"))
+    assert last(tmp_path)["step"] == STEPS_PER_EPOCH
+
+
 def test_warmup_is_linear_in_steps_then_constant(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path, "optimizer.warmup_epochs=1.0", "optimizer.decoder_lr=1e-3")
     encoder, decoder = zip(*(learning_rates(experiment, step) for step in range(30)), strict=True)
@@ -264,9 +374,17 @@ def test_ema_is_what_ema_pytorch_documents(tmp_path: Path) -> None:
     assert state.ema.step.device.type == "cpu" and int(state.ema.step) == 5
 
 
-def test_mixed_precision_trains_and_resumes(tmp_path: Path) -> None:
+def test_mixed_precision_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.device._cpu_computes_bf16", lambda: True)  # emulated where it is not so
+    dtypes: set[tuple[bool, torch.dtype]] = set()
+    hook = register_module_forward_hook(
+        lambda module, args, out: dtypes.add((module.training, out.dtype)) if isinstance(module, Conv2d) else None
+    )
     args = digits_args(tmp_path, "--use_amp", "evaluation.every=1")
-    assert train_program.main(args) == 0
+    with hook:
+        assert train_program.main(args) == 0
+    # Training and evaluation are in bf16; only the untrained encoder settles its statistics in float32.
+    assert {(True, torch.bfloat16), (False, torch.bfloat16)} <= dtypes and (False, torch.float32) not in dtypes
     assert reports(tmp_path, "train")[-1]["loss"] < 1
     assert train_program.main([*args, "training.epochs=2"]) == 0
     assert last(tmp_path)["step"] == 2 * STEPS_PER_EPOCH

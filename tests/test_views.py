@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torchvision.transforms import v2
@@ -7,11 +9,11 @@ from utils.config import ProbeView, SourceView, View
 from utils.config import Views as ViewsConfig
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-PLAIN = {"crop_flip_probability": 0.0, "randaugment_probability": 0.0}
+PLAIN: dict[str, Any] = {"crop_flip_probability": 0.0, "randaugment_probability": 0.0}
 
 
-def views(source: dict | None = None, target: dict | None = None, probe: dict | None = None) -> Views:
-    config = ViewsConfig(source=SourceView(**source or {}), target=View(**target or {}), probe=ProbeView(**probe or {}))
+def views(source: dict | None = None, target: dict | None = None) -> Views:
+    config = ViewsConfig(source=SourceView(**source or {}), target=View(**target or {}))
     return Views(config, 16, MEAN, STD, torch.device("cpu"))
 
 
@@ -36,9 +38,9 @@ def test_a_view_is_a_function_of_the_image_and_its_seed(pixels: torch.Tensor) ->
 def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     noise = torch.randn(12, 3, 16, 16)
-    ours = views(source=PLAIN | {"noise_std": 0.25}, target=PLAIN, probe=PLAIN)
+    ours = views(source=PLAIN | {"noise_std": 0.25}, target=PLAIN)
     torch.testing.assert_close(ours.evaluation(pixels), normalise(pixels))
-    torch.testing.assert_close(ours.probe(pixels, SEEDS), normalise(pixels))
+    torch.testing.assert_close(ours.augmented(pixels, SEEDS, ProbeView(**PLAIN)), normalise(pixels))
     torch.testing.assert_close(ours.source(pixels, SEEDS, noise), normalise(pixels) + 0.25 * noise)
     torch.testing.assert_close(ours.target(pixels, SEEDS), pixels / 127.5 - 1)
     torch.testing.assert_close(ours.denormalize(ours.evaluation(pixels)), pixels / 255)
@@ -82,3 +84,39 @@ def test_source_and_target_are_configured_apart(pixels: torch.Tensor) -> None:
     ours = views(source={"noise_std": 0.0}, target=PLAIN)
     assert torch.equal(ours.target(pixels, SEEDS), pixels / 127.5 - 1)
     assert not torch.isclose(ours.source(pixels, SEEDS, torch.zeros(12, 3, 16, 16)), ours.evaluation(pixels)).all()
+
+
+def test_the_evaluations_view_is_augmented_as_asked(pixels: torch.Tensor) -> None:
+    plain = views().evaluation(pixels)
+    flip = ProbeView(crop_flip_probability=1.0, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip_probability=1.0)
+    torch.testing.assert_close(views().augmented(pixels, SEEDS, flip), plain.flip(-1))
+    changed = ~torch.isclose(views().augmented(pixels, SEEDS, ProbeView()), plain).flatten(1).all(dim=1)
+    assert 0 < changed.sum() < 12, "some, by its probability of 0.65"
+
+
+def test_randaugment_is_torchvisions_at_its_probability(pixels: torch.Tensor) -> None:
+    images = pixels[:1].expand(300, -1, -1, -1)
+    always = {"crop_flip_probability": 0.0, "randaugment_probability": 1.0}
+    with torch.random.fork_rng():
+        for index in range(20):
+            torch.manual_seed(index)
+            torch.rand(1)  # RandomApply's own draw
+            theirs = v2.RandAugment(2, 9)(v2.functional.to_pil_image(pixels[0]))
+            ours = views(target=always).target(images[:1], [index])
+            torch.testing.assert_close(ours[0], v2.functional.pil_to_tensor(theirs) / 127.5 - 1)
+    sometimes = views(target=always | {"randaugment_probability": 0.3}).target(images, list(range(300)))
+    share = (~torch.isclose(sometimes, images / 127.5 - 1)).flatten(1).any(dim=1).float().mean().item()
+    # Two of fourteen operations, drawn twice, leave most images as they are one time in 50 or so.
+    assert abs(share - 0.3) < 0.09
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [
+        (ProbeView(), "crop 0.08-1 flip 0.5 (p=0.65)"),
+        (ProbeView(**PLAIN), "clean"),
+        (View(affine_probability=1.0, affine_degrees=10.0), "RandAugment 2x9 (p=0.65) + affine 10 deg (p=1)"),
+    ],
+)
+def test_views_say_what_they_do(view: View, words: str) -> None:
+    assert str(view).endswith(words)

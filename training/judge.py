@@ -1,6 +1,7 @@
 """What was learned: accuracies of encoders under named protocols, and grids of samples."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from evaluation import Protocol, calibrate_batch_norm, evaluate, protocols_of
+from evaluation import CLEAN, MakeView, Protocol, evaluate
 from model import SODA, ResNetEncoder
 from training.experiment import Experiment, initial_soda
 from training.step import draw_source
-from utils.config import KNN, Probe
+from utils.config import KNN, Probe, ProbeView
 from utils.device import autocast
 from utils.randomness import CHUNK, generator, image_noise, sample_seeds
 
@@ -34,54 +35,72 @@ def encode_with(experiment: Experiment, encoder: ResNetEncoder) -> Encode:
 
 
 def baselines(experiment: Experiment) -> dict[str, Encode]:
-    """The untrained encoder, its BatchNorm statistics settled on source views, and the raw pixels."""
-    untrained = initial_soda(experiment.config, experiment.device).encoder
+    """The encoder as this run started it, and the raw pixels.
+
+    BatchNorm's running statistics, which start at mean 0 and variance 1, first settle on source views: without
+    that the untrained encoder would be a straw man.
+    """
+    untrained = initial_soda(experiment.config, experiment.device).encoder.train()
     positions = range(experiment.config.training.batch_size)
-    calibrate_batch_norm(untrained, [draw_source(experiment, step, positions) for step in range(CALIBRATION_PASSES)])
+    with torch.no_grad():
+        for step in range(CALIBRATION_PASSES):
+            untrained(draw_source(experiment, step, positions))
     return {
         "untrained": encode_with(experiment, untrained),
-        "raw pixels": lambda views: {"pixels": views.flatten(1)},
+        "raw pixels": lambda views: {"z": views.flatten(1)},  # in the place of z; nothing comes before them
     }
+
+
+def config_protocols(experiment: Experiment) -> list[Protocol]:
+    """The k-NN and the probe that the config's `evaluation` section asks for."""
+    config, augmented = experiment.config.evaluation, str(experiment.config.views.probe)
+    knn_view = augmented if config.knn.bank == "augmented" else CLEAN
+    probe_view = augmented if config.probe.transform == "augmented" else CLEAN
+    return [
+        Protocol("knn", config.knn, knn_view, config.features, config.normalize),
+        Protocol("probe", config.probe, probe_view, config.features, config.normalize),
+    ]
 
 
 def all_protocols(experiment: Experiment) -> list[Protocol]:
     """What test.py prints: the reference's protocol, the config's own, and the usual ones of the field.
 
-    The reference implementation's bank and probe see the augmented views of `views.probe`. k = 200 with
-    temperature 0.1 is lightly's benchmark (Wu et al. 2018).
+    The reference implementation's bank and probe see the views that are the defaults of `views.probe`. k = 200
+    with temperature 0.1 is lightly's benchmark (Wu et al. 2018).
     """
-    wide = KNN(k=min(200, len(experiment.train)), weights="temperature", temperature=0.1)
-    narrow = KNN(k=min(20, len(experiment.train)))
-    augmented_bank = narrow.model_copy(update={"bank": "augmented"})
-    candidates = [
-        Protocol("knn", augmented_bank, "z", True, note="the reference's"),
-        Protocol("probe", Probe(), "z", True, note="the reference's"),
-        *protocols_of(experiment.config.evaluation),
-        *(
-            Protocol(kind, settings, features, True)
-            for features in ("z", "pooled")
-            for kind, settings in (("knn", narrow), ("knn", wide), ("probe", Probe(transform="clean")))
-        ),
+    few, many = (min(k, len(experiment.train)) for k in (20, 200))
+    usual = [
+        ("knn", KNN(k=few)),
+        ("knn", KNN(k=many, weights="temperature", temperature=0.1)),
+        ("probe", Probe()),
     ]
-    different = {(c.kind, c.settings, c.features, c.normalize): c for c in reversed(candidates)}
-    return list(reversed(different.values()))
+    candidates = [
+        *(Protocol(kind, s, str(ProbeView()), "z", True, "the reference's") for kind, s in (usual[0], usual[2])),
+        *config_protocols(experiment),
+        *(Protocol(kind, s, CLEAN, features, True) for features in ("z", "pooled") for kind, s in usual),
+    ]
+    # The config's own may be one of the others.
+    return list({str(replace(protocol, note="")): protocol for protocol in reversed(candidates)}.values())[::-1]
 
 
 def judge(
     experiment: Experiment, encoders: dict[str, Encode], protocols: list[Protocol]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Top-1 and top-3 in per cent: {protocol: {encoder: {"top1": ..., "top3": ...}}}."""
-    seed = experiment.config.seed
+    seed, views = experiment.config.seed, experiment.views
 
-    def augmented_view(pixels: Tensor, indices: range, epoch: int) -> Tensor:
-        return experiment.views.probe(pixels, sample_seeds(indices, seed, "probe view", epoch))
+    def augmented_by(view: ProbeView) -> MakeView:
+        def make(pixels: Tensor, indices: range, epoch: int) -> Tensor:
+            return views.augmented(pixels, sample_seeds(indices, seed, "probe view", epoch), view)
+
+        return make
 
     return evaluate(
         encoders,
         experiment.train,
         experiment.test,
-        experiment.views.evaluation,
-        augmented_view,
+        {str(view): augmented_by(view) for view in (ProbeView(), experiment.config.views.probe)}
+        | {CLEAN: lambda pixels, indices, epoch: views.evaluation(pixels)},
         protocols,
         num_classes=len(experiment.info.classes),
         batch_size=experiment.config.evaluation.batch_size,
@@ -98,20 +117,24 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     """
     config, seed, device = experiment.config.sampling, experiment.config.seed, experiment.device
     images = experiment.train if experiment.test is None else experiment.test
-    positions = range(min(config.num_images, len(images) // CHUNK * CHUNK))
-    chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[: len(positions)]
-    pixels = images.pixels[chosen]
+    num_images = min(config.num_images, len(images))
+    chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
+    pixels, positions = images.pixels[chosen], range(num_images)
     shape = pixels.shape[1:]
 
-    noise = image_noise(shape, positions, seed, "grid source noise", device=device)
-    x_source = experiment.views.source(pixels, sample_seeds(positions, seed, "grid source view"), noise)
+    def noise(purpose: str) -> Tensor:
+        whole_chunks = range(-(-num_images // CHUNK) * CHUNK)
+        return image_noise(shape, whole_chunks, seed, purpose, device=device)[:num_images]
+
+    x_source = experiment.views.source(
+        pixels, sample_seeds(positions, seed, "grid source view"), noise("grid source noise")
+    )
     x_target = experiment.views.target(pixels, sample_seeds(positions, seed, "grid target view"))
-    x_T = image_noise(shape, positions, seed, "grid noise", device=device)
     soda.eval()
     with autocast(device, experiment.amp_dtype):
         samples = experiment.diffusion.ddim_sample(
             soda.denoiser(soda.encoder(x_source), config.guidance_scale),
-            x_T,
+            noise("grid noise"),
             config.num_sampling_steps,
             config.eta,
             generator=generator(seed, "grid eta", device=device),
@@ -120,7 +143,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     rows = (rows.clamp(-1, 1) * 127.5 + 127.5).round().byte()
     enlarge = max(1, round(64 / shape[-1]))  # small images are enlarged to about 64 px
     grid = make_grid(
-        F.interpolate(rows, scale_factor=enlarge, mode="nearest"), nrow=len(positions), padding=2, pad_value=255
+        F.interpolate(rows, scale_factor=enlarge, mode="nearest"), nrow=num_images, padding=2, pad_value=255
     )
     return grid.cpu()
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluation import protocols_of
 from training.experiment import Experiment
-from training.judge import baselines, encode_with, judge, sample_grid, save_png
+from training.judge import baselines, config_protocols, encode_with, judge, sample_grid, save_png
 from training.step import learning_rates, train_step
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
 from utils.device import peak_memory_mb
+from utils.files import write_text
 from utils.logging import PhaseTimer, RunLog
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results.json"  # the closing table; there is none before the last evaluation
+RESULTS = "results.json"  # the closing table, with the epochs and the step that it was made at
 
 
 def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
@@ -42,6 +42,8 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
         with timer.phase("checkpoint"):
             save_checkpoint(folder / "checkpoints" / name, state.state_dict(), experiment.config.to_yaml())
 
+    if config.micro_batch_size:
+        logger.info("BatchNorm normalises over micro-batches of %d images", config.micro_batch_size)
     # An evaluation that a killed run did not finish is made up for before the next step.
     evaluate_if_due(experiment, state, folder, log, timer)
     while state.step < total_steps:
@@ -53,14 +55,16 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
 
         if state.step % config.log_every == 0 or at_end:
             steps = state.step - first_step
-            mean_loss = loss_sum.item() / steps  # the only place where the host waits for the device
-            report(experiment, state, log, timer, steps, mean_loss, grad_norm.item())
+            with timer.phase("wait for the device"):  # the only place where the host does
+                mean_loss, last_grad_norm = loss_sum.item() / steps, grad_norm.item()
+            report(experiment, state, log, timer, steps, mean_loss, last_grad_norm)
             bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             loss_sum.zero_()
             first_step = state.step
-        if interval.due(state.step) or at_end:
+        keep = config.keep_every is not None and step_of_epoch == 0 and epoch % config.keep_every == 0
+        if interval.due(state.step) or keep or at_end:
             save("last.pt")
-        if config.keep_every and step_of_epoch == 0 and epoch % config.keep_every == 0:
+        if keep:
             save(f"epoch_{epoch:04d}.pt")
         evaluate_if_due(experiment, state, folder, log, timer)
     bar.close()
@@ -100,28 +104,37 @@ def report(
 def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log: RunLog, timer: PhaseTimer) -> None:
     """Judge the EMA encoder and draw a grid of samples, every `evaluation.every` epochs and at the end, once.
 
-    At the end the untrained encoder and the raw pixels are judged beside it, for the table in results.json.
+    At the end the untrained encoder and the raw pixels are judged beside it, for the closing table.
     """
     epoch, step_of_epoch = divmod(state.step, experiment.loader.steps_per_epoch)
     at_end = state.step == experiment.total_steps
-    due = at_end or (step_of_epoch == 0 and epoch > 0 and epoch % experiment.config.evaluation.every == 0)
-    if not due or log.has("evaluation", state.step):
+    periodic = step_of_epoch == 0 and epoch > 0 and epoch % experiment.config.evaluation.every == 0
+    reported = log.has("evaluation", state.step)
+    if not (at_end or (periodic and not reported)):
         return
     with timer.phase("evaluation"):
         values: dict[str, float] = {"epoch": epoch}
-        soda, results = state.ema.ema_model, {}
+        soda, table = state.ema.ema_model, {}
         if experiment.test is not None:
-            protocols = protocols_of(experiment.config.evaluation)
+            protocols = config_protocols(experiment)
             encoders = {"trained": encode_with(experiment, soda.encoder)} | (baselines(experiment) if at_end else {})
-            results = judge(experiment, encoders, protocols)
+            table = judge(experiment, encoders, protocols)
             for protocol in protocols:
-                accuracies = results[str(protocol)]["trained"]
+                accuracies = table[str(protocol)]["trained"]
                 values |= {f"{protocol.kind}_{name}": accuracy for name, accuracy in accuracies.items()}
                 logger.info("epoch %d, %s: top-1 %.1f, top-3 %.1f", epoch, protocol, *accuracies.values())
         if experiment.config.sampling.num_images:
             grid = sample_grid(experiment, soda)
             save_png(folder / "samples" / f"epoch_{epoch:04d}.png", grid)
             log.image("samples", state.step, grid)
+        if not reported:
+            log.report("evaluation", state.step, values)
         if at_end:
-            (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-        log.report("evaluation", state.step, values)
+            training = experiment.config.training
+            results = {
+                "epochs": training.epochs,
+                "step": state.step,
+                "batch_norm_batch_size": training.micro_batch_size or training.batch_size,
+                "table": table,
+            }
+            write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")

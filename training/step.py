@@ -33,9 +33,9 @@ class Batch:
 
 def draw_source(experiment: Experiment, step: int, positions: range) -> Tensor:
     """Source views (N, 3, H, W) of the samples at `positions` of the global batch of `step`."""
-    seed, device = experiment.config.seed, experiment.device
+    seed = experiment.config.seed
     pixels = experiment.train.pixels[experiment.loader.indices(step, positions)]
-    noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=device)
+    noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=experiment.device)
     return experiment.views.source(pixels, sample_seeds(positions, seed, "source view", step), noise)
 
 
@@ -43,19 +43,17 @@ def draw_batch(experiment: Experiment, step: int, positions: range) -> Batch:
     """The samples at `positions` of the global batch of `step`."""
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
     pixels = experiment.train.pixels[experiment.loader.indices(step, positions)]
-    here = slice(positions.start, positions.stop)
     # Small draws are made for the whole batch, so that each sample gets the same however the batch is split.
-    batch_size = config.training.batch_size
-    timesteps = torch.randint(
-        config.diffusion.num_timesteps, (batch_size,), generator=generator(seed, "timesteps", step)
-    )[here]
-    chance = torch.rand(batch_size, generator=generator(seed, "drop mask", step))[here]
+    batch_size, here = config.training.batch_size, slice(positions.start, positions.stop)
+    draw_timesteps, draw_chances = (generator(seed, purpose, step) for purpose in ("timesteps", "drop mask"))
+    timesteps = torch.randint(config.diffusion.num_timesteps, (batch_size,), generator=draw_timesteps)[here]
+    drop_mask = torch.rand(batch_size, generator=draw_chances)[here] < config.training.latent_drop_probability
     return Batch(
         x_source=draw_source(experiment, step, positions),
         x_start=experiment.views.target(pixels, sample_seeds(positions, seed, "target view", step)),
         timesteps=timesteps.to(device, non_blocking=True),
         noise=image_noise(pixels.shape[1:], positions, seed, "noise", step, device=device),
-        drop_mask=(chance < config.training.latent_drop_probability).to(device, non_blocking=True),
+        drop_mask=drop_mask.to(device, non_blocking=True),
     )
 
 

@@ -17,7 +17,7 @@ class CheckpointError(Exception):
 class TrainState:
     """Everything that training changes; `step` counts the optimiser steps done."""
 
-    soda: Any  # model.SODA, possibly wrapped
+    soda: Any  # model.SODA, unwrapped
     ema: Any  # ema_pytorch.EMA, which is untyped
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -40,6 +40,12 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
+        # Moments saved on a device with another memory layout keep it, and fused kernels read them as if they
+        # had the parameter's.
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]

@@ -5,7 +5,7 @@ key (paths, intervals, device, ...) may change from one start to the next.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -27,6 +27,8 @@ def key(default: Any, meaning: str, *, run: bool = False, **bounds: Any) -> Any:
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    all_run: ClassVar[bool] = False  # whether all its keys are run keys, whatever they say themselves
 
 
 class Data(Section):
@@ -52,6 +54,19 @@ class View(Section):
     affine_scale: Pair = key([1.0, 1.0], "range of the zoom factor")
     affine_shear: float = key(0.0, "shear up to this many degrees either way", ge=0, lt=90)
 
+    def __str__(self) -> str:
+        """What it does, in a few words for a table."""
+        parts = []
+        if self.crop_flip_probability:
+            crop = f"crop {self.crop_scale[0]:g}-{self.crop_scale[1]:g} flip {self.flip_probability:g}"
+            parts.append(f"{crop} (p={self.crop_flip_probability:g})")
+        if self.randaugment_probability:
+            strength = f"{self.randaugment_num_ops}x{self.randaugment_magnitude}"
+            parts.append(f"RandAugment {strength} (p={self.randaugment_probability:g})")
+        if self.affine_probability:
+            parts.append(f"affine {self.affine_degrees:g} deg (p={self.affine_probability:g})")
+        return " + ".join(parts) or "clean"
+
     @field_validator("crop_scale", "crop_ratio", "affine_scale")
     @classmethod
     def _rising(cls, pair: list[float], info: ValidationInfo) -> list[float]:
@@ -67,6 +82,9 @@ class SourceView(View):
 
 
 class ProbeView(View):
+    """Of the evaluation alone, so that every key of it may change when a run is resumed."""
+
+    all_run: ClassVar[bool] = True
     crop_flip_probability: Probability = key(0.65, "of the crop and, after it, the flip, being applied at all")
     randaugment_probability: Probability = key(0.0, "of RandAugment being applied")
 
@@ -115,7 +133,11 @@ class Training(Section):
     epochs: int = key(800, "epochs of floor(images / batch_size) steps; may be raised on resume", ge=1)
     batch_size: int = key(512, "images a step, over all processes", ge=4, multiple_of=4)
     micro_batch_size: int | None = key(
-        None, "images a forward pass, to save memory; null: all at once", run=True, ge=4, multiple_of=4
+        None,
+        "images a forward pass, to save memory; BatchNorm normalises over no more; null: all at once",
+        run=True,
+        ge=4,
+        multiple_of=4,
     )
     use_amp: bool = key(False, "mixed precision: bf16 where the hardware computes it, else fp16 on CUDA")
     latent_drop_probability: Probability = key(0.1, "of replacing a sample's latent by the null latent")
@@ -155,7 +177,7 @@ class Evaluation(Section):
 
 
 class Sampling(Section):
-    num_images: int = key(16, "test images in the grid of samples; 0: no grid", run=True, ge=0, multiple_of=4)
+    num_images: int = key(16, "test images in the grid of samples; 0: no grid", run=True, ge=0)
     num_sampling_steps: int = key(100, "DDIM steps", run=True, ge=1)
     guidance_scale: float = key(1.3, "classifier-free guidance; 1: none", run=True, ge=0)
     eta: float = key(0.0, "0: deterministic DDIM; 1: as much noise as DDPM", run=True, ge=0, le=1)

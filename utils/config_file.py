@@ -37,29 +37,30 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}, {error}") from None
 
 
-def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, pydantic field) of every key, in the order of the file."""
+def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(dotted name, pydantic field, whether it is a run key) of every key, in the order of the schema."""
     for name, field in section.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, Section):
             yield from all_keys(annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name, field
+            extra: Any = field.json_schema_extra
+            yield prefix + name, field, section.all_run or extra["run"]
 
 
 def describe_keys() -> str:
     """A line a key for `--help`: its default, whether it may change on resume, what it means."""
     lines = ["config keys (key=default; those marked * may change when a run is resumed):"]
-    for name, field in all_keys():
+    for name, field, run in all_keys():
         default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
-        lines.append(f"  {name}={default}{' *' if field.json_schema_extra['run'] else ''}  {field.description}")
+        lines.append(f"  {name}={default}{' *' if run else ''}  {field.description}")
     return "\n".join(lines)
 
 
 def _nearest_key(name: str) -> str | None:
     """The known key whose last part is nearest to that of `name`, in the same section or else in any."""
     section, _, last = name.rpartition(".")
-    known = [dotted.rpartition(".") for dotted, _ in all_keys()]
+    known = [dotted.rpartition(".") for dotted, _, _ in all_keys()]
     for candidates in ([key for key in known if key[0] == section], known):
         near = difflib.get_close_matches(last, [key[2] for key in candidates], n=1)
         if near:
@@ -89,6 +90,11 @@ def _validate(raw: dict[str, Any], where: str) -> Config:
         raise ConfigError(f"{where}: {_explain(error)}") from None
 
 
+def _unshared(node: Any) -> Any:
+    """A copy in which what YAML aliases share is apart, so that an override changes one place only."""
+    return {name: _unshared(value) for name, value in node.items()} if isinstance(node, dict) else node
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The config in a YAML file, with `key=value` overrides applied; raises ConfigError on any mistake."""
     path = Path(path)
@@ -102,6 +108,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} does not hold `key: value` lines")
+    try:
+        raw = _unshared(raw)
+    except RecursionError:
+        raise ConfigError(f"{path} holds an alias that refers to itself") from None
     for override in overrides or []:
         name, separator, value = override.partition("=")
         if not separator or not name:
@@ -137,8 +147,6 @@ def differences(
     """{key: (old value, new value)} over the run keys, or over the experiment keys, that differ."""
     return {
         name: (_value(old, name), _value(new, name))
-        for name, field in all_keys()
-        if name.startswith(prefixes)
-        and field.json_schema_extra["run"] == run
-        and _value(old, name) != _value(new, name)
+        for name, _, is_run in all_keys()
+        if name.startswith(prefixes) and is_run == run and _value(old, name) != _value(new, name)
     }

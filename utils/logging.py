@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from utils.files import write_text
+
 
 class RunLog:
     """Reports of one run, to `folder`/metrics.jsonl and `folder`/tensorboard.
@@ -23,9 +25,7 @@ class RunLog:
         if self._jsonl.exists():
             lines = self._jsonl.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            partial = self._jsonl.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(self._jsonl)
+            write_text(self._jsonl, "".join(kept))
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def report(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -78,10 +78,11 @@ class PhaseTimer:
 
 def format_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """{protocol: {encoder: {"top1": ..., "top3": ...}}} as lines of text, top-1 / top-3 in per cent."""
-    columns = list(next(iter(results.values())))
+    columns = list(dict.fromkeys(column for cells in results.values() for column in cells))
     rows = [["top-1 / top-3 (%)", *columns]]
     for protocol, cells in results.items():
-        rows.append([protocol, *(f"{cells[c]['top1']:.1f} / {cells[c]['top3']:.1f}" for c in columns)])
+        shown = [f"{cells[c]['top1']:.1f} / {cells[c]['top3']:.1f}" if c in cells else "" for c in columns]
+        rows.append([protocol, *shown])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

@@ -12,7 +12,10 @@ CHUNK = 4  # samples that share a seed in image-sized draws; shares and micro-ba
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
-    """A 63-bit seed of its own for each purpose and counters (a step, an epoch, a sample, ...)."""
+    """A 63-bit seed of its own for each purpose and counters (a step, an epoch, a sample, ...).
+
+    torch's CPU generator takes the low 32 bits of it, CUDA's all.
+    """
     text = ":".join([str(seed), purpose, *map(str, counters)])
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
