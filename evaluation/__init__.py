@@ -49,7 +49,7 @@ class Protocol:
         return 1 if self.kind == "knn" else self.settings.epochs
 
     def __str__(self) -> str:
-        s, features = self.settings, f"{self.features}{', length 1' if self.normalize else ''}"
+        s, features = self.settings, f"{'unit ' if self.normalize else ''}{self.features}"
         if self.kind == "knn":
             votes = "uniform" if s.weights == "uniform" else f"T={s.temperature:g}"
             what = f"k-NN k={s.k} {votes}, {features}, bank: {self.view}"

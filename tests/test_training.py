@@ -138,11 +138,11 @@ def test_judging_a_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]
     assert judge_program.main(digits_args(finished, "--checkpoint", str(finished / "checkpoints" / "last.pt"))) == 0
     lines = capsys.readouterr().out.splitlines()
     reference = [line for line in lines if "(the reference's)" in line]
-    assert len(reference) == 2 and all(": crop 0.08-1 flip 0.5 (p=0.65)" in line for line in reference)
-    assert any("views: affine 10 deg (p=1)" in line for line in lines), "the config's own probe"
-    ours = next(line for line in lines if line.startswith("k-NN k=20 uniform, z, length 1, bank: clean"))
+    assert len(reference) == 2 and all(": crop 0.08-1 ratio 0.75-1.33 flip 0.5 (p=0.65)" in line for line in reference)
+    assert any("views: affine 10 deg 0.1 x0.9-1.1 shear 5 (p=1)" in line for line in lines), "the config's own probe"
+    ours = next(line for line in lines if line.startswith("k-NN k=20 uniform, unit z, bank: clean"))
     results = json.loads((finished / "results.json").read_text())["table"]
-    cells = results["k-NN k=20 uniform, z, length 1, bank: clean"]
+    cells = results["k-NN k=20 uniform, unit z, bank: clean"]
     for name in ("trained", "untrained", "raw pixels"):
         assert f"{cells[name]['top1']:.1f} / {cells[name]['top3']:.1f}" in ours
 

@@ -113,9 +113,12 @@ def test_randaugment_is_torchvisions_at_its_probability(pixels: torch.Tensor) ->
 @pytest.mark.parametrize(
     ("view", "words"),
     [
-        (ProbeView(), "crop 0.08-1 flip 0.5 (p=0.65)"),
+        (ProbeView(), "crop 0.08-1 ratio 0.75-1.33 flip 0.5 (p=0.65)"),
         (ProbeView(**PLAIN), "clean"),
-        (View(affine_probability=1.0, affine_degrees=10.0), "RandAugment 2x9 (p=0.65) + affine 10 deg (p=1)"),
+        (
+            View(affine_probability=1.0, affine_degrees=10.0),
+            "flip 0.5 (p=0.95) + RandAugment 2x9 (p=0.65) + affine 10 deg 0 x1-1 shear 0 (p=1)",
+        ),
     ],
 )
 def test_views_say_what_they_do(view: View, words: str) -> None:

@@ -23,7 +23,11 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="YAML file of the experiment, e.g. config/cifar10.yaml")
-    parser.add_argument("--use_amp", action="store_true", help="mixed precision: training.use_amp=true")
+    parser.add_argument(
+        "--use_amp",
+        action="store_true",
+        help="mixed precision, as training.use_amp=true: bf16 where the hardware computes it",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="any key of the config, e.g. training.epochs=2"
     )

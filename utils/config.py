@@ -55,16 +55,19 @@ class View(Section):
     affine_shear: float = key(0.0, "shear up to this many degrees either way", ge=0, lt=90)
 
     def __str__(self) -> str:
-        """What it does, in a few words for a table."""
+        """What it does, in a few words for a table; views that differ have different words."""
         parts = []
         if self.crop_flip_probability:
-            crop = f"crop {self.crop_scale[0]:g}-{self.crop_scale[1]:g} flip {self.flip_probability:g}"
-            parts.append(f"{crop} (p={self.crop_flip_probability:g})")
+            (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
+            parts.append(f"crop {low:g}-{high:g} ratio {narrow:.3g}-{wide:.3g} flip {self.flip_probability:g}")
+            parts[-1] += f" (p={self.crop_flip_probability:g})"
         if self.randaugment_probability:
             strength = f"{self.randaugment_num_ops}x{self.randaugment_magnitude}"
             parts.append(f"RandAugment {strength} (p={self.randaugment_probability:g})")
         if self.affine_probability:
-            parts.append(f"affine {self.affine_degrees:g} deg (p={self.affine_probability:g})")
+            low, high = self.affine_scale
+            parts.append(f"affine {self.affine_degrees:g} deg {self.affine_translate:g} x{low:g}-{high:g}")
+            parts[-1] += f" shear {self.affine_shear:g} (p={self.affine_probability:g})"
         return " + ".join(parts) or "clean"
 
     @field_validator("crop_scale", "crop_ratio", "affine_scale")

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -53,7 +53,8 @@ def describe_keys() -> str:
     lines = ["config keys (key=default; those marked * may change when a run is resumed):"]
     for name, field, run in all_keys():
         default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
-        lines.append(f"  {name}={default}{' *' if run else ''}  {field.description}")
+        choices = f" ({' | '.join(get_args(field.annotation))})" if get_origin(field.annotation) is Literal else ""
+        lines.append(f"  {name}={default}{' *' if run else ''}  {field.description}{choices}")
     return "\n".join(lines)
 
 
