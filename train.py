@@ -1,6 +1,5 @@
 """Train SODA: encoder and decoder together, from one config file. The same command, given again, resumes."""
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     # The heavy imports come after the config is known to be good: a mistake in it is answered at once.
     from datasets import DatasetError
     from training.experiment import describe_model, initial_state, open_experiment
-    from training.loop import RESULTS, train
+    from training.loop import read_results, train
     from utils.checkpoint import CheckpointError, load_checkpoint
 
     if args.dry_run:
@@ -36,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with user_errors(ConfigError, DatasetError, CheckpointError):
         folder = Path(config.output_dir)
-        checkpoint, results_file = folder / "checkpoints" / "last.pt", folder / RESULTS
+        checkpoint = folder / "checkpoints" / "last.pt"
         saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
         if saved:
             check_resume(saved["config"], config, checkpoint)
-            results = json.loads(results_file.read_text()) if results_file.exists() else {}
+            results = read_results(folder)
             if (results.get("epochs"), results.get("step")) == (config.training.epochs, saved["step"]):
                 logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
                 print(summary(config, results["table"]))
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         if experiment.test is None:
             logger.info("the images have no labels: k-NN and linear probe are skipped")
         train(experiment, state, folder)
-        print(summary(config, json.loads(results_file.read_text())["table"]))
+        print(summary(config, read_results(folder)["table"]))
     return 0
 
 

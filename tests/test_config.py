@@ -138,6 +138,13 @@ def test_differences_by_kind() -> None:
     assert differences(old, new, run=False, prefixes=("data.",)) == {}
 
 
+def test_an_empty_section_is_its_defaults(write) -> None:  # type: ignore[no-untyped-def]
+    path = write("training:\nviews: {source: }\n")
+    assert load_config(path) == load_config(write(""))
+    config = load_config(path, ["training.epochs=2", "views.source.noise_std=0"])
+    assert config.training.epochs == 2 and config.views.source.noise_std == 0
+
+
 def test_what_an_alias_shares_is_overridden_apart(write) -> None:  # type: ignore[no-untyped-def]
     path = write("views: {source: &v {crop_scale: [0.5, 1]}, target: *v}\n")
     config = load_config(path, ["views.source.crop_scale=[0.2, 1]", "views.source.noise_std=0.3"])

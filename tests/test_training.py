@@ -341,6 +341,16 @@ def test_the_table_is_made_again_where_it_is_missing(finished: Path, tmp_path: P
     assert reports(folder, "evaluation") == reports(finished, "evaluation")
 
 
+def test_damaged_reports_are_passed_over(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "results.json").write_text('{"epochs": ')
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([*lines[:3], '{"kind": "train", "st\n', "7\n", *lines[3:], '{"ki']))
+    assert train_program.main(digits_args(folder, "training.epochs=2", "evaluation.every=1")) == 0
+    assert (folder / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert (folder / "results.json").read_text() == (finished / "results.json").read_text()
+
+
 def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt

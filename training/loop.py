@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,6 +20,14 @@ from utils.logging import PhaseTimer, RunLog
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"  # the closing table, with the epochs and the step that it was made at
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What the last evaluation of the run in `folder` left; empty where there is nothing that can be read."""
+    try:
+        return dict(json.loads((folder / RESULTS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def train(experiment: Experiment, state: TrainState, folder: Path) -> None:

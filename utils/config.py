@@ -30,6 +30,11 @@ class Section(BaseModel):
 
     all_run: ClassVar[bool] = False  # whether all its keys are run keys, whatever they say themselves
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return {} if value is None else value  # a section's name with nothing under it
+
 
 class Data(Section):
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key("cifar10", "data set")

@@ -120,7 +120,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         *sections, last = name.split(".")
         target = raw
         for section in sections:
-            target = target.setdefault(section, {})
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown key {name}: {section} is not a section")
         target[last] = _parse_yaml(value, f"the value of {name}")

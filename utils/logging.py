@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,24 +23,35 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._jsonl = folder / "metrics.jsonl"
-        if self._jsonl.exists():
-            lines = self._jsonl.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(self._jsonl, "".join(kept))
+        kept = [entry for entry in self._read() if entry["step"] <= step]
+        write_text(self._jsonl, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._reported = {(entry["kind"], entry["step"]) for entry in kept}
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def report(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Scalars by name, as in report("train", 100, {"loss": 0.1})."""
         with open(self._jsonl, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._reported.add((kind, step))
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
         self._writer.flush()
 
     def has(self, kind: str, step: int) -> bool:
         """Whether this run, or the one that it resumes, has reported `kind` at `step`."""
-        lines = self._jsonl.read_text().splitlines() if self._jsonl.exists() else []
-        return any((entry["kind"], entry["step"]) == (kind, step) for entry in map(json.loads, lines))
+        return (kind, step) in self._reported
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The reports so far; a line that a crash cut short is passed over."""
+        entries = []
+        for line in self._jsonl.read_text(errors="replace").splitlines() if self._jsonl.exists() else []:
+            try:
+                entry = json.loads(line)
+                if isinstance(entry["step"], int) and isinstance(entry["kind"], str):
+                    entries.append(entry)
+            except (ValueError, TypeError, KeyError):
+                pass
+        return entries
 
     def image(self, name: str, step: int, image: Tensor) -> None:
         """(3, H, W) uint8."""
