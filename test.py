@@ -16,7 +16,7 @@ EXAMPLES = """\
   python test.py --config config/cifar10.yaml --use_amp
   python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt"""
 
-# What the weights mean. The seed and the views are taken from the checkpoint; the rest does not matter to a judge.
+# What the weights mean. Seed, views and batch size are the checkpoint's; the rest does not matter to a judge.
 MUST_AGREE = ("data.", "encoder.", "decoder.")
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.checkpoint import CheckpointError, load_checkpoint
     from utils.logging import format_table
 
-    with user_errors(ConfigError, DatasetError, CheckpointError):
+    with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
         checkpoint = args.checkpoint or Path(config.output_dir) / "checkpoints" / "last.pt"
         saved = load_checkpoint(checkpoint)
         trained_with = parse_config(saved["config"], str(checkpoint))
@@ -42,12 +42,15 @@ def main(argv: list[str] | None = None) -> int:
             hint = " ".join(shlex.quote(f"{name}={json.dumps(old)}") for name, (old, _) in changed.items())
             raise ConfigError(f"{checkpoint} was trained with another config: add {hint}")
         views = trained_with.views.model_copy(update={"probe": config.views.probe})
-        config = config.model_copy(update={"seed": trained_with.seed, "views": views})
+        training = trained_with.training.model_copy(update={"use_amp": config.training.use_amp})
+        config = config.model_copy(update={"seed": trained_with.seed, "views": views, "training": training})
         experiment = open_experiment(config)
         if experiment.test is None:
             raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")
         state = initial_state(experiment)
         state.load_state_dict(saved)
+        if saved["data"] != experiment.data_digest:
+            logger.info("the training images in %s are not those of the checkpoint", config.data.root)
         epoch = state.step / experiment.loader.steps_per_epoch
         logger.info("judging the EMA encoder of %s, epoch %g, step %d", checkpoint, epoch, state.step)
         encoders = {"trained": encode_with(experiment, state.ema.ema_model.encoder), **baselines(experiment)}

@@ -3,10 +3,11 @@
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from utils.cli import make_parser, read_config, user_errors
 from utils.config import Config, ConfigError
-from utils.config_file import differences, parse_config
+from utils.config_file import differences, digest, parse_config
 from utils.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -33,19 +34,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(config.to_yaml(), describe_model(config), sep="\n")
         return 0
-    with user_errors(ConfigError, DatasetError, CheckpointError):
+    with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
         folder = Path(config.output_dir)
         checkpoint = folder / "checkpoints" / "last.pt"
         saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+        check_folder(folder, config, saved)
         if saved:
-            check_resume(saved["config"], config, checkpoint)
             results = read_results(folder)
-            if (results.get("epochs"), results.get("step")) == (config.training.epochs, saved["step"]):
+            if (results.get("config_digest"), results.get("step")) == (digest(config), saved["step"]):
                 logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
                 print(summary(config, results["table"]))
                 return 0
 
         experiment = open_experiment(config)
+        if saved and saved["data"] != experiment.data_digest:
+            raise DatasetError(f"{config.data.root} holds other images than {checkpoint} was trained on")
         prepare_folder(folder, config)
         state = initial_state(experiment)
         if saved:
@@ -59,26 +62,39 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_resume(saved_yaml: str, config: Config, checkpoint: Path) -> None:
-    """Refuse to go on from another experiment's checkpoint; name the run keys that changed."""
-    saved = parse_config(saved_yaml, str(checkpoint))
-    changed = differences(saved, config, run=False)
-    if "training.epochs" in changed and config.training.epochs > saved.training.epochs:
+def check_folder(folder: Path, config: Config, saved: dict[str, Any] | None) -> None:
+    """Refuse a folder that holds another experiment or something else; name the run keys that changed."""
+    written = folder / "config.yaml"
+    if saved:
+        before = parse_config(saved["config"], f"the config in {folder}")
+    elif written.exists():
+        try:
+            before = parse_config(written.read_text(), str(written))
+        except (ConfigError, UnicodeDecodeError, IsADirectoryError):
+            raise ConfigError(f"{written} is not of a run of this program: choose another output_dir") from None
+    else:
+        return
+    changed = differences(before, config, run=False)
+    if "training.epochs" in changed and config.training.epochs > before.training.epochs:
         del changed["training.epochs"]  # more epochs go on with the same experiment
     if changed:
         listing = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
         raise ConfigError(
-            f"{config.output_dir} holds another experiment: {listing}; "
-            "choose another output_dir, or give these keys their former values"
+            f"{folder} holds another experiment: {listing}; "
+            "choose another output_dir, remove that folder, or give these keys their former values"
         )
-    for name, (old, new) in differences(saved, config, run=True).items():
+    for name, (old, new) in differences(before, config, run=True).items():
         logger.info("%s was %s and is now %s", name, old, new)
 
 
 def prepare_folder(folder: Path, config: Config) -> None:
     """Make the run's folder, with the resolved config in it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "samples", "tensorboard"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "results.json"):
+            if (folder / name).is_dir():
+                raise ConfigError(f"{folder / name} is a folder: choose another output_dir")
         write_text(folder / "config.yaml", config.to_yaml())
     except OSError as error:
         raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from None

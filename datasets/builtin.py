@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import pickle
 import shutil
 import socket
 import zlib
@@ -52,17 +53,18 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 def _open(build: Callable[..., Any], root: Path, what: str, url: str, advice: str) -> tuple[Any, Any]:
     """Both splits from a copy on disk if there is one, else downloaded; `advice` says what a user can do."""
     try:
-        return build(root=root, train=True, download=False), build(root=root, train=False, download=False)
-    except RuntimeError:
-        logger.info(
-            "unpacking or downloading %s into %s from %s (if that is slow or refused: %s)", what, root, url, advice
-        )
-    try:
+        try:
+            return build(root=root, train=True, download=False), build(root=root, train=False, download=False)
+        except RuntimeError:
+            logger.info("unpacking or downloading %s into %s from %s (if that is slow: %s)", what, root, url, advice)
         with _socket_timeout(DOWNLOAD_TIMEOUT_S):
             return build(root=root, train=True, download=True), build(root=root, train=False, download=False)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(f"{what} is not in {root} and could not be downloaded ({reason}): {advice}") from None
+    except (ValueError, IndexError, KeyError, EOFError, AssertionError, pickle.UnpicklingError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise DatasetError(f"{what} in {root} is damaged ({reason}): remove it, then {advice}") from None
 
 
 def load_cifar(root: Path, image_size: int, num_classes: int) -> tuple[Images, Images]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
@@ -35,15 +35,27 @@ class Listing:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Paths of the images anywhere below `folder`, relative to it, sorted; hidden files are passed over."""
-    found = []
-    for base, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(base).relative_to(folder)
-        found += [
-            str(relative / name) for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
+    """Paths of the images anywhere below `folder`, relative to it, sorted; hidden files are passed over.
+
+    Links are followed, each real folder once.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise DatasetError(f"cannot read the folder {error.filename}: {error.strerror}") from None
+
+    found, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(base)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        if real not in seen:
+            relative = Path(base).relative_to(folder)
+            found += [str(relative / name) for name in names if _is_image(name)]
+        seen.add(real)
     return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -84,6 +96,10 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
         raise DatasetError(f"{train} and {test} hold different classes: {', '.join(odd[:5])}")
     if len(classes) == 1:
         raise DatasetError(f"{train} holds one class only: give at least two, or put its images into {train} itself")
+    for split in (train, test):
+        beside = sum(_is_image(path.name) for path in split.iterdir())
+        if beside:
+            logger.info("%d images in %s itself are passed over: they belong to no class", beside, split)
     return _list_classes(train, classes), _list_classes(test, classes)
 
 
@@ -100,15 +116,25 @@ def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
         labels = [classes.index(row[1]) for row in rows]
     except (OSError, ValueError, IndexError) as error:
         raise DatasetError(f"{base} is not a complete Tiny-ImageNet ({error}): unpack it again") from None
+    if not rows:
+        raise DatasetError(f"{base / 'val' / 'val_annotations.txt'} is empty: unpack tiny-imagenet-200.zip again")
     test = Listing(base / "val" / "images", [row[0] for row in rows], labels, classes)
     return _list_classes(base / "train", classes), test
 
 
 def _decode(path: Path, image_size: int) -> np.ndarray:
-    """An image file as a (size, size, 3) uint8 square: shorter side resized, centre cropped, grey made colour."""
+    """An image file as a (size, size, 3) uint8 square: shorter side resized, centre cropped, grey made colour.
+
+    Turned as its EXIF orientation says; 16-bit grey loses its low byte.
+    """
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
+            rgb = upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"cannot read the image {path} ({error}): mend or remove it") from None
     width, height = rgb.size
@@ -128,7 +154,7 @@ def _fingerprint(listing: Listing) -> str:
             status = (listing.root / file).stat()
         except OSError as error:
             raise DatasetError(f"cannot read {listing.root / file}: {error.strerror}") from None
-        digest.update(f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -157,22 +183,22 @@ def load_listing(listing: Listing, image_size: int, cache_dir: Path) -> Images:
     The cache is two files a split: the pixels as a memory-mapped array, which processes of one machine share,
     and, written last, a mark with the fingerprint of their source and their channel statistics.
     """
-    name = hashlib.blake2b(str(listing.root.resolve()).encode(), digest_size=6).hexdigest()
+    name = hashlib.blake2b(os.fsencode(listing.root.resolve()), digest_size=6).hexdigest()
     pixels_file = cache_dir / f"{name}-{image_size}.npy"
     mark_file = pixels_file.with_suffix(".json")
+    shape = (len(listing.files), 3, image_size, image_size)
     wanted = {"version": CACHE_VERSION, "source": _fingerprint(listing)}
     mark = _read_mark(mark_file)
-    if not pixels_file.exists() or {key: mark.get(key) for key in wanted} != wanted:
+    if mark is None or mark["wanted"] != wanted or _map_pixels(pixels_file, shape) is None:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             mark_file.unlink(missing_ok=True)
             partial = pixels_file.with_suffix(f".{os.getpid()}.partial")
             try:
-                shape = (len(listing.files), 3, image_size, image_size)
                 array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
                 _decode_all(listing, image_size, array)
                 array.flush()
-                mark = {**wanted, "statistics": channel_statistics(torch.from_numpy(array))}
+                mark = {"wanted": wanted, "statistics": channel_statistics(torch.from_numpy(array))}
                 partial.replace(pixels_file)
                 partial.write_text(json.dumps(mark))
                 partial.replace(mark_file)
@@ -181,16 +207,30 @@ def load_listing(listing: Listing, image_size: int, cache_dir: Path) -> Images:
         except OSError as error:
             raise DatasetError(f"cannot cache images in {cache_dir} ({error}): set data.cache_dir") from None
         logger.info("cached %d images of %s in %s", len(listing.files), listing.root, pixels_file)
-    # Copy-on-write, because torch wants writable memory; nothing writes, so the pages stay shared.
-    pixels = torch.from_numpy(np.load(pixels_file, mmap_mode="c"))
-    labels = None if listing.labels is None else torch.tensor(listing.labels)
+    pixels = _map_pixels(pixels_file, shape)
+    assert mark is not None and pixels is not None, "the cache has just been read or written"
     mean, std = mark["statistics"]
-    return Images(pixels, labels, listing.classes, (tuple(mean), tuple(std)))
+    labels = None if listing.labels is None else torch.tensor(listing.labels)
+    return Images(torch.from_numpy(pixels), labels, listing.classes, (tuple(mean), tuple(std)))
 
 
-def _read_mark(path: Path) -> dict[str, Any]:
-    """What the cache says of itself; empty where it says nothing that can be read."""
+def _read_mark(path: Path) -> dict[str, Any] | None:
+    """What the cache says of itself, or None where that cannot be read."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        mark = json.loads(path.read_text())
+        (_, _, _), (_, _, _) = mark["statistics"]
+        return mark if isinstance(mark["wanted"], dict) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _map_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The cached pixels, or None where they are not whole.
+
+    Mapped copy-on-write, because torch wants writable memory; nothing writes, so the pages stay shared.
+    """
+    try:
+        pixels = np.load(path, mmap_mode="c")
+    except (OSError, ValueError, EOFError):
+        return None
+    return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None

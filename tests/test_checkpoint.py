@@ -13,16 +13,16 @@ STATE = {"model": {"w": torch.arange(3.0)}, "ema": {}, "optimizer": {}, "scaler"
 
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "last.pt"
-    save_checkpoint(path, STATE, "seed: 0\n")
+    save_checkpoint(path, STATE, "seed: 0\n", "abc")
     loaded = load_checkpoint(path)
-    assert loaded["step"] == 7 and loaded["config"] == "seed: 0\n"
+    assert loaded["step"] == 7 and loaded["config"] == "seed: 0\n" and loaded["data"] == "abc"
     assert torch.equal(loaded["model"]["w"], torch.arange(3.0))
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
 
 
 def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.pt"
-    save_checkpoint(path, STATE, "")
+    save_checkpoint(path, STATE, "", "abc")
 
     def fail_midway(state: object, file) -> None:  # type: ignore[no-untyped-def]
         file.write(b"half")
@@ -30,7 +30,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(module.torch, "save", fail_midway)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, {**STATE, "step": 8}, "")
+        save_checkpoint(path, {**STATE, "step": 8}, "", "abc")
     assert load_checkpoint(path)["step"] == 7
 
 
@@ -44,7 +44,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     if kind == "truncated":
-        save_checkpoint(path, STATE, "")
+        save_checkpoint(path, STATE, "", "abc")
         os.truncate(path, path.stat().st_size // 2)
     elif kind == "text":
         path.write_text("hello")

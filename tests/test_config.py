@@ -66,6 +66,11 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("batch_size=64", "did you mean training.batch_size?"),
         ("encoder.wdith=64", "did you mean encoder.width?"),
         ("zzz=1", "unknown key zzz"),
+        ("trainnig.epochs=2", "did you mean training?"),
+        ("training=3", "training is a section, not a value: set its keys, as in training.epochs=800"),
+        ("training.checkpoint_every=100", "write `N steps`, `N epochs` or `N minutes`, not 100"),
+        ("seed=0x_", "not valid YAML"),
+        ("optimizer.warmup_epochs=1e308", "optimizer.warmup_epochs"),
         ("training.epochs=many", "training.epochs: input should be a valid integer, not 'many'"),
         ("training.epochs=2.5", "training.epochs"),
         ("training.epochs=0", "training.epochs: input should be greater than or equal to 1"),
@@ -84,7 +89,7 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("encoder.stem=imagenet data.image_size=16", "encoder.stem"),
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
         ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
-        ("encoder=3", "encoder"),
+        ("encoder=3", "encoder is a section"),
         ("encoder.width.x=3", "encoder.width"),
         ("training.epochs", "overrides are written key=value"),
         ("training.epochs=[1", "not valid YAML"),
@@ -136,6 +141,14 @@ def test_differences_by_kind() -> None:
     assert differences(old, new, run=False) == {"training.epochs": (800, 900)}
     assert differences(old, new, run=True) == {"device": ("auto", "cpu"), "training.log_every": (50, 7)}
     assert differences(old, new, run=False, prefixes=("data.",)) == {}
+
+
+def test_yaml_merges_and_home_folders(write, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = write("views:\n  source: &v {crop_scale: [0.5, 1]}\n  target: {<<: *v, flip_probability: 0.0}\n")
+    config = load_config(path, ["data.root=~/photos"])
+    assert config.views.target.crop_scale == [0.5, 1] and config.views.target.flip_probability == 0
+    assert config.data.root == "/home/someone/photos"
 
 
 def test_an_empty_section_is_its_defaults(write) -> None:  # type: ignore[no-untyped-def]

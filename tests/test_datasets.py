@@ -67,6 +67,43 @@ def test_images_are_cropped_to_their_central_square(tmp_path: Path) -> None:
     assert torch.equal(train.pixels[0, 0], torch.arange(64, dtype=torch.uint8).view(8, 8))
 
 
+def test_16_bit_grey_and_orientation_are_read_right(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    write_image(tmp_path / "flat" / "a.png", ramp)
+    turned = np.zeros((8, 8, 3), np.uint8)
+    turned[0] = 255  # the top row is bright, and EXIF says: turn by 180 degrees
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(turned).save(tmp_path / "flat" / "b.png", exif=exif)
+    first, second = open_folder(tmp_path / "flat", tmp_path)[0].pixels
+    assert (first.numpy() == (ramp >> 8)[None]).all()
+    assert second[:, 7].eq(255).all() and second[:, :7].eq(0).all()
+
+
+def test_linked_folders_are_read_once(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tree / "train" / "ant" / "self").symlink_to(tree / "train" / "ant")
+    write_image(tree / "train" / "stray.png", np.zeros((8, 8, 3), np.uint8))
+    caplog.set_level("INFO")
+    train, _ = open_folder(tree, tmp_path)
+    assert len(train) == 6
+    assert "1 images in" in caplog.text and "passed over" in caplog.text
+
+
+def test_digests_tell_data_sets_apart(tree: Path, tmp_path: Path) -> None:
+    train, _ = open_folder(tree, tmp_path)
+    assert train.labels is not None
+    same = Images(train.pixels.clone(), train.labels.clone(), ["ant", "bee"])
+    assert same.digest() == train.digest()
+    others = [
+        Images(train.pixels + 1, train.labels, train.classes),
+        Images(train.pixels, 1 - train.labels, train.classes),
+        Images(train.pixels[:5], train.labels[:5], train.classes),
+        Images(train.pixels, train.labels, ["ant", "cow"]),
+        Images(train.pixels, None, train.classes),
+    ]
+    assert len({train.digest(), *(other.digest() for other in others)}) == 6
+
+
 @pytest.mark.parametrize("inside", ["", "train"])
 def test_flat_folders_have_no_labels(tmp_path: Path, inside: str) -> None:
     for index in range(3):
@@ -98,6 +135,10 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
 
     for mark in (tmp_path / "cache").glob("*.json"):
         mark.write_text("")  # as a full disk leaves it
+    assert torch.equal(open_folder(tree, tmp_path)[0].pixels, third.pixels)
+
+    for pixels_file in (tmp_path / "cache").glob("*.npy"):
+        os.truncate(pixels_file, pixels_file.stat().st_size - 100)
     assert torch.equal(open_folder(tree, tmp_path)[0].pixels, third.pixels)
 
     (tree / "train" / "ant" / "2.png").unlink()
@@ -175,7 +216,12 @@ def test_a_damaged_archive_is_named_and_can_be_mended(tmp_path: Path, monkeypatc
     archive.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DatasetError, match=archive.name):
         build_dataset("fashion_mnist", str(tmp_path), "", 28)
+    with gzip.open(archive, "wb") as file:
+        file.write(b"not an idx file")
+    with pytest.raises(DatasetError, match="damaged"):
+        build_dataset("fashion_mnist", str(tmp_path), "", 28)
     archive.write_bytes(whole)
+    (tmp_path / "FashionMNIST" / "raw" / archive.stem).unlink()
     assert len(build_dataset("fashion_mnist", str(tmp_path), "", 28)[0]) == 6
 
 
@@ -213,6 +259,16 @@ def test_unusable_folders_are_explained(tree: Path, tmp_path: Path, damage, expe
 def test_tiny_imagenet_that_is_not_there_says_what_to_unpack(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"tiny-imagenet-200\.zip"):
         build_dataset("tiny", str(tmp_path), "", 64)
+
+
+def test_tiny_imagenet_without_annotations_is_explained(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "n01" / "images" / "a.JPEG", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "wnids.txt").write_text("n01\n")
+    (tmp_path / "val").mkdir()
+    for text, expected in (("", "is empty"), ("val_0.JPEG\tn99\t0\n", "not a complete"), ("x", "not a complete")):
+        (tmp_path / "val" / "val_annotations.txt").write_text(text)
+        with pytest.raises(DatasetError, match=expected):
+            build_dataset("tiny", str(tmp_path), str(tmp_path / "cache"), 8)
 
 
 def test_channel_statistics_against_numpy() -> None:

@@ -23,7 +23,7 @@ from training.judge import baselines, sample_grid
 from training.step import draw_batch, draw_source, learning_rates, train_step
 from utils.cli import read_config
 from utils.config_file import load_config
-from utils.logging import PhaseTimer
+from utils.logging import PhaseTimer, RunLog
 
 STEPS_PER_EPOCH = 1437 // 64
 
@@ -52,13 +52,14 @@ def assert_equal_states(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+TWO_EPOCHS = ("training.epochs=2", "evaluation.every=1", "training.keep_every=1")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs on digits, evaluated after each."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert (
-        train_program.main(digits_args(folder, "training.epochs=2", "evaluation.every=1", "training.keep_every=1")) == 0
-    )
+    assert train_program.main(digits_args(folder, *TWO_EPOCHS)) == 0
     return folder
 
 
@@ -116,7 +117,7 @@ def test_a_finished_run_says_so(
 ) -> None:
     before = (finished / "metrics.jsonl").read_text()
     caplog.set_level("INFO")
-    assert train_program.main(digits_args(finished, "training.epochs=2", "evaluation.every=1")) == 0
+    assert train_program.main(digits_args(finished, *TWO_EPOCHS)) == 0
     assert "finished: all 2 epochs are done" in caplog.text
     printed = capsys.readouterr().out
     assert "raw pixels" in printed and "checkpoints/last.pt" in printed and "nearly solved" in printed
@@ -177,9 +178,8 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
         steps = [report["step"] for report in reports(tmp_path / "run", kind)]
         assert steps == [report["step"] for report in reports(finished, kind)], "no step twice, none missing"
     assert reports(tmp_path / "run", "evaluation") == reports(finished, "evaluation")
-    assert json.loads((tmp_path / "run/results.json").read_text()) == json.loads(
-        (finished / "results.json").read_text()
-    )
+    tables = [json.loads((run / "results.json").read_text())["table"] for run in (tmp_path / "run", finished)]
+    assert tables[0] == tables[1]
 
 
 def test_more_epochs_go_on_and_a_killed_evaluation_is_made_up_for(
@@ -336,7 +336,7 @@ def test_samples_depend_on_the_latent_and_on_the_guidance(tmp_path: Path) -> Non
 def test_the_table_is_made_again_where_it_is_missing(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "copy")
     (folder / "results.json").unlink()
-    assert train_program.main(digits_args(folder, "training.epochs=2", "evaluation.every=1")) == 0
+    assert train_program.main(digits_args(folder, *TWO_EPOCHS)) == 0
     assert (folder / "results.json").read_text() == (finished / "results.json").read_text()
     assert reports(folder, "evaluation") == reports(finished, "evaluation")
 
@@ -346,9 +346,96 @@ def test_damaged_reports_are_passed_over(finished: Path, tmp_path: Path) -> None
     (folder / "results.json").write_text('{"epochs": ')
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join([*lines[:3], '{"kind": "train", "st\n', "7\n", *lines[3:], '{"ki']))
-    assert train_program.main(digits_args(folder, "training.epochs=2", "evaluation.every=1")) == 0
+    assert train_program.main(digits_args(folder, *TWO_EPOCHS)) == 0
     assert (folder / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
     assert (folder / "results.json").read_text() == (finished / "results.json").read_text()
+
+
+def test_a_finished_run_is_judged_anew_where_the_protocol_changed(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    assert train_program.main(digits_args(folder, *TWO_EPOCHS, "evaluation.knn.k=3")) == 0
+    assert "k-NN k=3 uniform, unit z, bank: clean" in json.loads((folder / "results.json").read_text())["table"]
+    assert last(folder)["step"] == 2 * STEPS_PER_EPOCH
+
+
+def test_a_folder_of_another_run_is_refused_even_without_a_checkpoint(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    shutil.rmtree(folder / "checkpoints")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("services: {web: {image: nginx}}")
+    for run, args, expected in (
+        (folder, (*TWO_EPOCHS, "seed=5"), "seed was 0 and is 5"),
+        (tmp_path / "other", TWO_EPOCHS, "is not of a run of this program"),
+    ):
+        before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        with pytest.raises(SystemExit, match="2"):
+            train_program.main(digits_args(run, *args))
+        assert expected in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "checkpoints", "samples", "metrics.jsonl", "results.json"])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).mkdir() if "." in name else (tmp_path / name).write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(digits_args(tmp_path))
+    assert "output_dir" in capsys.readouterr().err
+
+
+def flat_folder(folder: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for index in range(70):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_other_images_are_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = ["data.name=folder", f"data.cache_dir={tmp_path / 'cache'}"]
+    first, second = flat_folder(tmp_path / "first", 0), flat_folder(tmp_path / "second", 1)
+    assert train_program.main(digits_args(tmp_path / "run", *folder, f"data.root={first}")) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for epochs in (1, 2):
+        with pytest.raises(SystemExit, match="2"):
+            train_program.main(
+                digits_args(tmp_path / "run", *folder, f"data.root={second}", f"training.epochs={epochs}")
+            )
+        assert "holds other images than" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    first.rename(tmp_path / "moved")
+    moved = f"data.root={tmp_path / 'moved'}"
+    assert train_program.main(digits_args(tmp_path / "run", *folder, moved, "training.epochs=2")) == 0
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "results.json").unlink()
+    state = last(folder)
+    del state["model"]["encoder.fc.weight"]
+    torch.save(state, folder / "checkpoints" / "last.pt")
+    for program in (train_program, judge_program):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(digits_args(folder, *TWO_EPOCHS))
+        message = capsys.readouterr().err
+        assert "encoder.fc.weight" in message and "error: the checkpoint does not fit" in message.splitlines()[-1]
+
+
+def test_reports_are_json_whatever_the_loss(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.report("train", 1, {"loss": float("nan"), "lr": 0.5})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "kind": "train",
+        "step": 1,
+        "loss": None,
+        "lr": 0.5,
+    }
 
 
 def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +444,7 @@ def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(loop, "judge", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_program.main(digits_args(tmp_path, "training.epochs=2", "evaluation.every=1", "training.keep_every=1"))
+        train_program.main(digits_args(tmp_path, *TWO_EPOCHS))
     assert last(tmp_path)["step"] == STEPS_PER_EPOCH
 
 
@@ -404,11 +491,11 @@ def test_mixed_precision_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.
 def test_unlabelled_images_train_without_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    rng = np.random.default_rng(0)
-    (tmp_path / "flat").mkdir()
-    for index in range(70):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "flat" / f"{index}.png")
-    folder = [f"data.root={tmp_path / 'flat'}", f"data.cache_dir={tmp_path / 'cache'}", "data.name=folder"]
+    folder = [
+        f"data.root={flat_folder(tmp_path / 'flat', 0)}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.name=folder",
+    ]
     caplog.set_level("INFO")
     assert train_program.main(digits_args(tmp_path / "run", *folder)) == 0
     assert "k-NN and linear probe are skipped" in caplog.text

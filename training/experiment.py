@@ -22,6 +22,7 @@ class Experiment:
     amp_dtype: torch.dtype | None
     train: Images
     test: Images | None
+    data_digest: str
     info: DatasetInfo
     views: Views
     loader: Loader
@@ -47,6 +48,7 @@ def open_experiment(config: Config) -> Experiment:
         amp_dtype=choose_amp_dtype(config.training.use_amp, device),
         train=train,
         test=test,
+        data_digest=train.digest(),
         info=info,
         views=Views(config.views, info.image_size, info.mean, info.std, device),
         loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),

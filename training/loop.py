@@ -13,13 +13,14 @@ from training.experiment import Experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid, save_png
 from training.step import learning_rates, train_step
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
+from utils.config_file import digest
 from utils.device import peak_memory_mb
 from utils.files import write_text
 from utils.logging import PhaseTimer, RunLog
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results.json"  # the closing table, with the epochs and the step that it was made at
+RESULTS = "results.json"  # the closing table, with the config and the step that it belongs to
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
 
     def save(name: str) -> None:
         with timer.phase("checkpoint"):
-            save_checkpoint(folder / "checkpoints" / name, state.state_dict(), experiment.config.to_yaml())
+            path, text = folder / "checkpoints" / name, experiment.config.to_yaml()
+            save_checkpoint(path, state.state_dict(), text, experiment.data_digest)
 
     if config.micro_batch_size:
         logger.info("BatchNorm normalises over micro-batches of %d images", config.micro_batch_size)
@@ -141,7 +143,7 @@ def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log
         if at_end:
             training = experiment.config.training
             results = {
-                "epochs": training.epochs,
+                "config_digest": digest(experiment.config),
                 "step": state.step,
                 "batch_norm_batch_size": training.micro_batch_size or training.batch_size,
                 "table": table,

@@ -33,6 +33,14 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; raises CheckpointError where it does not fit this model."""
+        try:
+            self._load(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the checkpoint does not fit the model ({reason}): name another") from None
+
+    def _load(self, state: dict[str, Any]) -> None:
         # What the config says of lr, fused and foreach holds, not what the checkpoint says.
         settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
         self.soda.load_state_dict(state["model"])
@@ -51,28 +59,28 @@ class TrainState:
         self.step = state["step"]
 
 
-def save_checkpoint(path: Path, state: dict[str, Any], config_yaml: str) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any], config_yaml: str, data_digest: str) -> None:
     """Write to a temporary name, flush to the disk, rename: `path` is at no time half a checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as file:
-        torch.save({**state, "config": config_yaml}, file)
+        torch.save({**state, "config": config_yaml, "data": data_digest}, file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Model, EMA, optimiser, scaler, step and config, on the host; raises CheckpointError."""
-    if not path.is_file():
+    """Model, EMA, optimiser, scaler, step, config and digest of the data, on the host; raises CheckpointError."""
+    if not path.exists():
         raise CheckpointError(f"no checkpoint {path}: train first, or name one that exists")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way at all
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): remove it or name another") from None
-    expected = {"model", "ema", "optimizer", "scaler", "step", "config"}
-    if not isinstance(state, dict) or not expected <= state.keys():
+    expected = {"model": dict, "ema": dict, "optimizer": dict, "scaler": dict, "step": int, "config": str, "data": str}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in expected.items()):
         raise CheckpointError(f"{path} is not a checkpoint of this program: name another")
     return state
 

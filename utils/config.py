@@ -5,14 +5,18 @@ key (paths, intervals, device, ...) may change from one start to the next.
 """
 
 import math
+import os
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4)]
+# A path may start with ~, and never holds a null character.
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
@@ -38,9 +42,9 @@ class Section(BaseModel):
 
 class Data(Section):
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key("cifar10", "data set")
-    root: str = key("data", "folder that holds the data set, or receives its download", run=True)
-    cache_dir: str = key("data/cache", "folder for decoded images of `tiny` and `folder`", run=True)
-    image_size: int = key(32, "height and width in pixels that images are stored and modelled at", ge=4)
+    root: PathText = key("data", "folder that holds the data set, or receives its download", run=True)
+    cache_dir: PathText = key("data/cache", "folder for decoded images of `tiny` and `folder`", run=True)
+    image_size: int = key(32, "height and width in pixels that images are stored and modelled at", ge=4, le=4096)
 
 
 class View(Section):
@@ -133,7 +137,7 @@ class Optimizer(Section):
     decoder_lr: Positive = key(4e-4, "learning rate of the decoder")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's betas", min_length=2, max_length=2)
     weight_decay: float = key(0.05, "AdamW's weight decay", ge=0)
-    warmup_epochs: float = key(20.0, "linear warm-up, a step at a time, over this many epochs", ge=0)
+    warmup_epochs: float = key(20.0, "linear warm-up, a step at a time, over this many epochs", ge=0, le=1e6)
     max_grad_norm: Positive = key(1.0, "gradients are clipped to this norm")
 
 
@@ -151,10 +155,15 @@ class Training(Section):
     latent_drop_probability: Probability = key(0.1, "of replacing a sample's latent by the null latent")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(0.9999, "cap of the EMA's decay, which warms up")
     log_every: int = key(50, "steps between reports", run=True, ge=1)
-    checkpoint_every: str = key(
-        "10 minutes", "`N steps`, `N epochs` or `N minutes`", run=True, pattern=r"^[1-9]\d* (steps|epochs|minutes)$"
-    )
+    checkpoint_every: str = key("10 minutes", "`N steps`, `N epochs` or `N minutes`", run=True)
     keep_every: int | None = key(None, "epochs between checkpoints kept for good; null: none", run=True, ge=1)
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _interval(cls, text: Any) -> Any:
+        if not isinstance(text, str) or not re.fullmatch(r"[1-9]\d* (steps|epochs|minutes)", text):
+            raise ValueError(f"write `N steps`, `N epochs` or `N minutes`, not {text!r}")
+        return text
 
 
 class KNN(Section):
@@ -193,7 +202,7 @@ class Sampling(Section):
 
 class Config(Section):
     seed: int = key(0, "of all randomness", ge=0)
-    output_dir: str = key("", "folder of the run; empty: runs/<name of the config file>", run=True)
+    output_dir: PathText = key("", "folder of the run; empty: runs/<name of the config file>", run=True)
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto: cuda, else mps, else cpu", run=True)
     data: Data = Data()
     views: Views = Views()

@@ -1,6 +1,7 @@
 """Config files: read, override, check, compare."""
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [self.construct_object(name) for name, _ in node.value]
+        names = [self.construct_object(name) for name, _ in node.value if name.tag != "tag:yaml.org,2002:merge"]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"line {node.start_mark.line + 1}: key {name!r} is given twice in one section")
@@ -31,7 +32,7 @@ _Loader.add_implicit_resolver(
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two from scalars like 0x_, and nesting
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}, {error}") from None
@@ -62,11 +63,18 @@ def _nearest_key(name: str) -> str | None:
     """The known key whose last part is nearest to that of `name`, in the same section or else in any."""
     section, _, last = name.rpartition(".")
     known = [dotted.rpartition(".") for dotted, _, _ in all_keys()]
+    known += [("", "", part) for part in Config.model_fields]
     for candidates in ([key for key in known if key[0] == section], known):
         near = difflib.get_close_matches(last, [key[2] for key in candidates], n=1)
         if near:
             return "".join(next(key for key in candidates if key[2] == near[0])).removeprefix(".")
     return None
+
+
+def _an_example(section: str) -> str:
+    """Some key of a section, with its default."""
+    name, field, _ = next(key for key in all_keys() if key[0].startswith(f"{section}."))
+    return f"{name}={field.default}"
 
 
 def _explain(error: ValidationError) -> str:
@@ -79,6 +87,8 @@ def _explain(error: ValidationError) -> str:
             messages.append(f"unknown key {name}: {hint}")
         elif item["type"] == "value_error":
             messages.append(": ".join(filter(None, [name, str(item["ctx"]["error"])])))
+        elif item["type"] == "model_type":
+            messages.append(f"{name} is a section, not a value: set its keys, as in {_an_example(name)}")
         else:
             messages.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
     return "; ".join(dict.fromkeys(messages))
@@ -142,6 +152,12 @@ def _value(config: Config, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def digest(config: Config) -> str:
+    """Of everything that a result depends on: all but where it is written."""
+    text = config.model_copy(update={"output_dir": ""}).to_yaml()
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def differences(

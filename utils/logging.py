@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard, one JSON line a report, the time each phase took, the table at the end."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,10 @@ class RunLog:
     def report(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Scalars by name, as in report("train", 100, {"loss": 0.1})."""
         with open(self._jsonl, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            finite = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }  # JSON has no NaN
+            file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
         self._reported.add((kind, step))
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
