@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.builtin import load_cifar, load_digits, load_fashion_mnist
-from datasets.files import list_folder, list_tiny_imagenet, load_listing
+from datasets.files import load_listing
 from datasets.images import DatasetError, Images, Statistics, channel_statistics
+from datasets.listing import list_folder, list_tiny_imagenet
 from datasets.loader import Loader
 from datasets.views import Views
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,18 @@ def tiny_soda() -> SODA:
         for parameter in soda.decoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return soda.eval()
+
+
+def assert_equal_states(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            assert_equal_states(a[name], b[name], f"{where}/{name}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(x, y, f"{where}/{index}")
+    else:
+        assert a == b, where

@@ -1,6 +1,5 @@
 """The programs, called in process: what a run writes, how it resumes, what it refuses."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -16,14 +15,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
-from tests.conftest import digits_args
+from tests.conftest import assert_equal_states, digits_args
 from training import loop
-from training.experiment import initial_state, open_experiment
-from training.judge import baselines, sample_grid
-from training.step import draw_batch, draw_source, learning_rates, train_step
 from utils.cli import read_config
 from utils.config_file import load_config
-from utils.logging import PhaseTimer, RunLog
+from utils.logging import RunLog
 
 STEPS_PER_EPOCH = 1437 // 64
 
@@ -35,21 +31,6 @@ def last(folder: Path) -> dict[str, Any]:
 def reports(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
-
-
-def assert_equal_states(a: Any, b: Any, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for name in a:
-            assert_equal_states(a[name], b[name], f"{where}/{name}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal_states(x, y, f"{where}/{index}")
-    else:
-        assert a == b, where
 
 
 TWO_EPOCHS = ("training.epochs=2", "evaluation.every=1", "training.keep_every=1")
@@ -205,134 +186,6 @@ def test_more_epochs_go_on_and_a_killed_evaluation_is_made_up_for(
     assert [report["epoch"] for report in reports(tmp_path, "evaluation")] == [1, 2]
 
 
-def experiment_of(tmp_path: Path, *overrides: str) -> Any:
-    _, path, *rest = digits_args(tmp_path, *overrides)
-    return open_experiment(load_config(path, rest))
-
-
-def test_the_loss_falls_within_20_steps(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path)
-    state, timer = initial_state(experiment), PhaseTimer()
-    losses = [train_step(experiment, state, timer)[0].item() for _ in range(20)]
-    assert 0.9 < losses[0] < 1.1, "a decoder that starts at zero predicts no noise"
-    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
-
-
-def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
-    """With BatchNorm's statistics fixed and no dropout, how the batch is split changes rounding only."""
-    weights = []
-    for micro in ("null", "32", "16"):
-        experiment = experiment_of(tmp_path, f"training.micro_batch_size={micro}", "decoder.dropout=0.0")
-        state = initial_state(experiment)
-        state.soda.eval()
-        state.soda.train = lambda mode=True: None
-        losses = [train_step(experiment, state, PhaseTimer())[0].item() for _ in range(3)]
-        weights.append((losses, torch.cat([p.detach().flatten() for p in state.soda.parameters()])))
-    for losses, parameters in weights[1:]:
-        assert losses == pytest.approx(weights[0][0], rel=1e-6)
-        # AdamW divides by the gradient's size, so that rounding shows where gradients are about zero.
-        assert (parameters - weights[0][1]).abs().mean() < 1e-5
-
-
-def test_a_batch_splits_into_its_parts(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path)
-    whole, part = draw_batch(experiment, 3, range(64)), draw_batch(experiment, 3, range(16, 48))
-    for name, values in vars(whole).items():
-        assert torch.equal(getattr(part, name), values[16:48]), name
-    assert not torch.equal(whole.x_start, draw_batch(experiment, 4, range(64)).x_start)
-    assert whole.timesteps.min() >= 0 and whole.timesteps.max() < 1000 and whole.timesteps.unique().numel() > 40
-
-
-def test_the_latent_is_dropped_at_its_rate(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "training.latent_drop_probability=0.25", "training.batch_size=1024")
-    assert abs(draw_batch(experiment, 0, range(1024)).drop_mask.float().mean().item() - 0.25) < 0.05
-
-
-def test_every_draw_has_a_purpose_of_its_own(tmp_path: Path) -> None:
-    same = "{crop_flip_probability: 1.0, crop_scale: [0.3, 0.6], randaugment_probability: 0.0}"
-    experiment = experiment_of(tmp_path, f"views.source={same}", f"views.target={same}", "views.source.noise_std=0.0")
-    batch = draw_batch(experiment, 0, range(64))
-    source = experiment.views.denormalize(batch.x_source) * 2 - 1
-    assert (~torch.isclose(source, batch.x_start, atol=1e-3)).flatten(1).any(dim=1).sum() > 60
-    noisy = experiment_of(tmp_path, f"views.source={same}", "views.source.noise_std=1.0")
-    source_noise = draw_batch(noisy, 0, range(64)).x_source - batch.x_source
-    correlation = torch.corrcoef(torch.stack([source_noise.flatten(), batch.noise.flatten()]))[0, 1]
-    assert abs(correlation) < 0.05 and abs(source_noise.std() - 1) < 0.05
-
-
-def test_the_optimiser_gets_its_settings_and_clipped_gradients(tmp_path: Path) -> None:
-    experiment = experiment_of(
-        tmp_path, "optimizer.max_grad_norm=1e-3", "optimizer.betas=[0.8, 0.9]", "optimizer.weight_decay=0.3"
-    )
-    state = initial_state(experiment)
-    encoder, decoder = state.optimizer.param_groups
-    assert [id(p) for p in encoder["params"]] == [id(p) for p in state.soda.encoder.parameters()]
-    assert [id(p) for p in decoder["params"]] == [id(p) for p in state.soda.decoder.parameters()]
-    for group in (encoder, decoder):
-        assert tuple(group["betas"]) == (0.8, 0.9) and group["weight_decay"] == 0.3 and group["fused"]
-    norms: list[float] = []
-
-    def look(*_: Any) -> None:
-        norms.append(torch.cat([p.grad.flatten() for p in state.soda.parameters()]).norm().item())
-
-    state.optimizer.register_step_pre_hook(look)
-    _, before = train_step(experiment, state, PhaseTimer())
-    assert before.item() > 0.01 and norms == [pytest.approx(1e-3, rel=1e-3)]
-
-
-def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None:
-    """CUDA trains channels-last, CPUs do not: a run may go on on the other device."""
-    experiment = experiment_of(tmp_path)
-    state = initial_state(experiment)
-    for _ in range(3):
-        train_step(experiment, state, PhaseTimer())
-    saved = copy.deepcopy(state.state_dict())
-    for moments in saved["optimizer"]["state"].values():
-        for name, value in moments.items():
-            if value.dim() == 4:
-                moments[name] = value.contiguous(memory_format=torch.channels_last)
-    resumed = initial_state(experiment)
-    resumed.load_state_dict(saved)
-    for each in (state, resumed):
-        train_step(experiment, each, PhaseTimer())
-    assert_equal_states(resumed.state_dict(), state.state_dict())
-
-
-def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path)
-    assert experiment.test is not None
-    views = experiment.views.evaluation(experiment.test.pixels[:8])
-    fresh = initial_state(experiment).soda.encoder.eval()
-    settled = copy.deepcopy(fresh).train()
-    with torch.no_grad():
-        for step in range(20):
-            settled(draw_source(experiment, step, range(64)))
-    found = baselines(experiment)["untrained"](views)["z"]
-    torch.testing.assert_close(found, settled.eval()(views))
-    assert not torch.isclose(found, fresh(views), atol=1e-3).all(dim=1).any()
-    other = baselines(experiment_of(tmp_path, "seed=5"))["untrained"](views)["z"]
-    assert not torch.isclose(found, other, atol=1e-3).all(dim=1).any()
-
-
-def test_samples_depend_on_the_latent_and_on_the_guidance(tmp_path: Path) -> None:
-    grids: list[torch.Tensor] = []
-    for guidance_scale in (1.0, 1.0, 4.0):
-        # Three images are fewer than share a seed.
-        experiment = experiment_of(tmp_path, f"sampling.guidance_scale={guidance_scale}", "sampling.num_images=3")
-        soda = initial_state(experiment).soda
-        with torch.no_grad():
-            for parameter in soda.decoder.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-            if len(grids) == 1:
-                soda.encoder.fc.weight.mul_(5)
-        grids.append(sample_grid(experiment, soda))
-    plain, other_latent, guided = grids
-    assert plain.shape == (3, 3 * 66 + 2, 3 * 66 + 2)
-    for grid in (other_latent, guided):
-        assert torch.equal(grid[:, :66], plain[:, :66]) and torch.equal(grid[:, 134:], plain[:, 134:])
-        assert not torch.equal(grid[:, 68:134], plain[:, 68:134])
-
-
 def test_the_table_is_made_again_where_it_is_missing(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "copy")
     (folder / "results.json").unlink()
@@ -446,29 +299,6 @@ def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         train_program.main(digits_args(tmp_path, *TWO_EPOCHS))
     assert last(tmp_path)["step"] == STEPS_PER_EPOCH
-
-
-def test_warmup_is_linear_in_steps_then_constant(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "optimizer.warmup_epochs=1.0", "optimizer.decoder_lr=1e-3")
-    encoder, decoder = zip(*(learning_rates(experiment, step) for step in range(30)), strict=True)
-    expected = [min(1.0, (step + 1) / STEPS_PER_EPOCH) for step in range(30)]
-    assert encoder == pytest.approx([2e-3 * f for f in expected]) and decoder == pytest.approx(
-        [1e-3 * f for f in expected]
-    )
-
-
-def test_ema_is_what_ema_pytorch_documents(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "optimizer.max_grad_norm=1e9")
-    state = initial_state(experiment)
-    name, parameter = next(iter(state.soda.named_parameters()))
-    expected: torch.Tensor | None = None
-    for step in range(5):
-        train_step(experiment, state, PhaseTimer())
-        decay = 1 - (1 + step) ** (-2 / 3)
-        expected = parameter.detach().clone() if expected is None else expected.lerp(parameter.detach(), 1 - decay)
-    assert expected is not None
-    torch.testing.assert_close(dict(state.ema.ema_model.named_parameters())[name], expected)
-    assert state.ema.step.device.type == "cpu" and int(state.ema.step) == 5
 
 
 def test_mixed_precision_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,110 @@
+"""Which image files a data set consists of: Tiny-ImageNet in its official layout, and any folder."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from datasets.images import DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of one split, relative to `root`, in a fixed order, with their labels if there are any."""
+
+    root: Path
+    files: list[str]
+    labels: list[int] | None
+    classes: list[str]
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Paths of the images anywhere below `folder`, relative to it, sorted; hidden files are passed over.
+
+    Links are followed, each real folder once.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise DatasetError(f"cannot read the folder {error.filename}: {error.strerror}") from None
+
+    found, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(base)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        if real not in seen:
+            relative = Path(base).relative_to(folder)
+            found += [str(relative / name) for name in names if _is_image(name)]
+        seen.add(real)
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _list_classes(folder: Path, classes: list[str]) -> Listing:
+    """`folder`/<class>/**/<image> for each of `classes`."""
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        inside = _image_files(folder / name)
+        if not inside:
+            raise DatasetError(f"no images in {folder / name} (known endings: {' '.join(IMG_EXTENSIONS)})")
+        files += [f"{name}/{file}" for file in inside]
+        labels += [label] * len(inside)
+    return Listing(folder, files, labels, classes)
+
+
+def list_folder(root: Path) -> tuple[Listing, Listing | None]:
+    """Training and test files of `root`/train/<class>/* and `root`/test/<class>/* (or val), or of a flat folder.
+
+    A flat folder, `root`/* or `root`/train/*, has no labels and no test split.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"no folder {root}: set data.root to one that holds train/<class>/* and test/<class>/*")
+    train = root / "train" if (root / "train").is_dir() else root
+    classes = _class_folders(train)
+    if train == root or not classes:
+        files = _image_files(train)
+        if not files:
+            raise DatasetError(f"no images in {train} (known endings: {' '.join(IMG_EXTENSIONS)})")
+        return Listing(train, files, None, []), None
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if test is None:
+        raise DatasetError(f"{root} has train/ but neither test/ nor val/, which the evaluation needs")
+    if _class_folders(test) != classes:
+        odd = sorted(set(classes) ^ set(_class_folders(test)))
+        raise DatasetError(f"{train} and {test} hold different classes: {', '.join(odd[:5])}")
+    if len(classes) == 1:
+        raise DatasetError(f"{train} holds one class only: give at least two, or put its images into {train} itself")
+    for split in (train, test):
+        beside = sum(_is_image(path.name) for path in split.iterdir())
+        if beside:
+            logger.info("%d images in %s itself are passed over: they belong to no class", beside, split)
+    return _list_classes(train, classes), _list_classes(test, classes)
+
+
+def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
+    """Tiny-ImageNet's official layout; its validation split, labelled by val_annotations.txt, is the test split."""
+    base = next((f for f in (root, root / "tiny-imagenet-200") if (f / "wnids.txt").is_file()), None)
+    if base is None:
+        raise DatasetError(
+            f"no Tiny-ImageNet in {root}: unpack tiny-imagenet-200.zip there (it holds wnids.txt, train/ and val/)"
+        )
+    try:
+        classes = sorted((base / "wnids.txt").read_text().split())
+        rows = [line.split("\t") for line in (base / "val" / "val_annotations.txt").read_text().splitlines()]
+        labels = [classes.index(row[1]) for row in rows]
+    except (OSError, ValueError, IndexError) as error:
+        raise DatasetError(f"{base} is not a complete Tiny-ImageNet ({error}): unpack it again") from None
+    if not rows:
+        raise DatasetError(f"{base / 'val' / 'val_annotations.txt'} is empty: unpack tiny-imagenet-200.zip again")
+    test = Listing(base / "val" / "images", [row[0] for row in rows], labels, classes)
+    return _list_classes(base / "train", classes), test
