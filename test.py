@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from datasets import DatasetError
     from training.experiment import initial_state, open_experiment
-    from training.judge import all_protocols, baselines, encode_with, judge
+    from training.judge import all_protocols, baselines, encode_with, judge, settled
     from utils.checkpoint import CheckpointError, load_checkpoint
     from utils.logging import format_table
 
@@ -53,7 +53,13 @@ def main(argv: list[str] | None = None) -> int:
             logger.info("the training images in %s are not those of the checkpoint", config.data.root)
         epoch = state.step / experiment.loader.steps_per_epoch
         logger.info("judging the EMA encoder of %s, epoch %g, step %d", checkpoint, epoch, state.step)
-        encoders = {"trained": encode_with(experiment, state.ema.ema_model.encoder), **baselines(experiment)}
+        encoder = state.ema.ema_model.encoder
+        # "settled": with BatchNorm statistics made as those of the untrained encoder are.
+        encoders = {
+            "trained": encode_with(experiment, encoder),
+            "settled": encode_with(experiment, settled(experiment, encoder)),
+            **baselines(experiment),
+        }
         print(format_table(judge(experiment, encoders, all_protocols(experiment))))
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.cli import make_parser, read_config, user_errors
 from utils.config import Config, ConfigError
-from utils.config_file import differences, digest, parse_config
+from utils.config_file import differences, parse_config, result_digest
 from utils.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         check_folder(folder, config, saved)
         if saved:
             results = read_results(folder)
-            if (results.get("config_digest"), results.get("step")) == (digest(config), saved["step"]):
+            if (results.get("config_digest"), results.get("step")) == (result_digest(config), saved["step"]):
                 logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
                 print(summary(config, results["table"]))
                 return 0

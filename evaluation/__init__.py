@@ -109,6 +109,7 @@ def evaluate(
         probes: dict[tuple[Protocol, str], LinearProbe] = {}
         for epoch in range(max(protocol.epochs for protocol, _, _ in cells)):
             if epoch == 0 or view != CLEAN:
+                features: Features = {}  # lets go of the last ones, before others take as much memory
                 features = extract(train, view, epoch)
             for protocol, encoder, name in cells:
                 s = protocol.settings

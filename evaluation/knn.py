@@ -33,7 +33,7 @@ def knn_votes(
         # not change with the origin, and about the bank's mean less is lost in the difference.
         origin = bank.float().mean(dim=0)
         centred = bank.float() - origin
-        half_squares = centred.square().sum(dim=1) / 2  # (N,)
+        half_squares = torch.linalg.vector_norm(centred, dim=1).square() / 2  # (N,)
         for start in range(0, len(queries), chunk_size):
             chunk = queries[start : start + chunk_size].float() - origin
             nearness, neighbours = (chunk @ centred.T - half_squares).topk(k, dim=1)  # (q, k) each

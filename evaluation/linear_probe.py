@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 
 class LinearProbe:
-    """BatchNorm without affine parameters, then a linear layer; Adam, learning rate to zero by a cosine.
+    """BatchNorm without affine parameters, then a linear layer, trained by Adam.
 
-    The protocol of the reference implementation: BatchNorm's eps is 1e-6. Features may differ from epoch to
-    epoch, since augmented views are drawn and encoded anew; `train_epoch` is called once for each.
+    The protocol of the reference implementation: BatchNorm's eps is 1e-6, the learning rate falls by a cosine, an
+    epoch at a time, and would be zero after the last. Features may differ from epoch to epoch, since augmented
+    views are drawn and encoded anew; `train_epoch` is called once for each.
 
     Args:
         num_features: D.
-        epochs, lr, batch_size: floor(N / batch_size) steps an epoch, or one if there are fewer samples.
+        epochs, lr, batch_size: the last batch of an epoch holds what is left, if that is more than one sample.
         generator: source of the initial weights and of each epoch's order.
     """
 
@@ -44,17 +45,14 @@ class LinearProbe:
         """One epoch over features (N, D) float32 and labels (N,) int64, both on the probe's device."""
         assert self._epoch < self.epochs
         self._model.train()
-        batch_size = min(self.batch_size, len(features))
-        steps = len(features) // batch_size
+        self._optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * self._epoch / self.epochs)) / 2
         order = torch.randperm(len(features), generator=self._generator).to(features.device)
-        for step in range(steps):
-            progress = (self._epoch + step / steps) / self.epochs
-            self._optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * progress)) / 2
-            batch = order[step * batch_size : (step + 1) * batch_size]
-            loss = F.cross_entropy(self._model(features[batch]), labels[batch])
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
+        for batch in order.split(self.batch_size):
+            if len(batch) > 1:  # BatchNorm refuses to train on one
+                loss = F.cross_entropy(self._model(features[batch]), labels[batch])
+                self._optimizer.zero_grad()
+                loss.backward()
+                self._optimizer.step()
         self._epoch += 1
 
     @torch.no_grad()

@@ -90,6 +90,8 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
         ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
         ("encoder=3", "encoder is a section"),
+        (f"output_dir=runs/{'x' * 256}", "at most 255 bytes"),
+        ('output_dir="a\\0b"', "output_dir"),
         ("encoder.width.x=3", "encoder.width"),
         ("training.epochs", "overrides are written key=value"),
         ("training.epochs=[1", "not valid YAML"),

@@ -63,6 +63,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         assert report["loss"] > 0 and report["images_per_s"] > 0 and report["grad_norm"] > 0
         assert report["lr/encoder"] == report["lr/decoder"] == 2e-3
     assert [report["epoch"] for report in reports(finished, "evaluation")] == [1, 2]
+    assert reports(finished, "evaluation")[0]["knn"] == "k-NN k=20 uniform, unit z, bank: clean"
     results = json.loads((finished / "results.json").read_text())["table"]
     assert [name.split()[0] for name in results] == ["k-NN", "linear"]
     for cells in results.values():
@@ -120,7 +121,9 @@ def test_judging_a_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]
     assert judge_program.main(digits_args(finished, "--checkpoint", str(finished / "checkpoints" / "last.pt"))) == 0
     lines = capsys.readouterr().out.splitlines()
     reference = [line for line in lines if "(the reference's)" in line]
-    assert len(reference) == 2 and all(": crop 0.08-1 ratio 0.75-1.33 flip 0.5 (p=0.65)" in line for line in reference)
+    assert len(reference) == 2 and all(
+        ": crop 0.08-1 ratio 0.75-1.33333 flip 0.5 (p=0.65)" in line for line in reference
+    )
     assert any("views: affine 10 deg 0.1 x0.9-1.1 shear 5 (p=1)" in line for line in lines), "the config's own probe"
     ours = next(line for line in lines if line.startswith("k-NN k=20 uniform, unit z, bank: clean"))
     results = json.loads((finished / "results.json").read_text())["table"]
@@ -209,6 +212,15 @@ def test_a_finished_run_is_judged_anew_where_the_protocol_changed(finished: Path
     assert train_program.main(digits_args(folder, *TWO_EPOCHS, "evaluation.knn.k=3")) == 0
     assert "k-NN k=3 uniform, unit z, bank: clean" in json.loads((folder / "results.json").read_text())["table"]
     assert last(folder)["step"] == 2 * STEPS_PER_EPOCH
+
+
+def test_what_does_not_matter_to_the_table_leaves_a_finished_run_finished(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    before = (finished / "results.json").read_bytes()
+    assert train_program.main(digits_args(finished, *TWO_EPOCHS, "training.log_every=7", "data.cache_dir=else")) == 0
+    assert "finished: all 2 epochs are done" in caplog.text and (finished / "results.json").read_bytes() == before
 
 
 def test_a_folder_of_another_run_is_refused_even_without_a_checkpoint(

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.conftest import assert_equal_states, digits_args
 from training.experiment import initial_state, open_experiment
-from training.judge import baselines, sample_grid
+from training.judge import baselines, raw_pixels, sample_grid
 from training.step import draw_batch, draw_source, learning_rates, train_step
 from utils.config_file import load_config
 from utils.logging import PhaseTimer
@@ -108,6 +109,12 @@ def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None
     for each in (state, resumed):
         train_step(experiment, each, PhaseTimer())
     assert_equal_states(resumed.state_dict(), state.state_dict())
+
+
+def test_raw_pixels_are_the_views_or_their_averages() -> None:
+    small, large = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 64, 64)
+    assert torch.equal(raw_pixels(small), small.flatten(1))
+    torch.testing.assert_close(raw_pixels(large), F.avg_pool2d(large, 2).flatten(1))
 
 
 def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_randaugment_is_torchvisions_at_its_probability(pixels: torch.Tensor) ->
 @pytest.mark.parametrize(
     ("view", "words"),
     [
-        (ProbeView(), "crop 0.08-1 ratio 0.75-1.33 flip 0.5 (p=0.65)"),
+        (ProbeView(), "crop 0.08-1 ratio 0.75-1.33333 flip 0.5 (p=0.65)"),
         (ProbeView(**PLAIN), "clean"),
         (
             View(affine_probability=1.0, affine_degrees=10.0),

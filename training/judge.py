@@ -1,5 +1,6 @@
 """What was learned: accuracies of encoders under named protocols, and grids of samples."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from utils.config import KNN, Probe, ProbeView
 from utils.device import autocast
 from utils.randomness import CHUNK, generator, image_noise, sample_seeds
 
-CALIBRATION_PASSES = 20
+SETTLING_PASSES = 20
+RAW_PIXELS_SIZE = 32
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
 
@@ -34,20 +36,33 @@ def encode_with(experiment: Experiment, encoder: ResNetEncoder) -> Encode:
     return encode
 
 
+@torch.no_grad()
+def settled(experiment: Experiment, encoder: ResNetEncoder) -> ResNetEncoder:
+    """A copy of `encoder` whose BatchNorm statistics come from forward passes over source views in training mode."""
+    encoder = copy.deepcopy(encoder).train()
+    positions = range(experiment.config.training.batch_size)
+    for step in range(SETTLING_PASSES):
+        encoder(draw_source(experiment, step, positions))
+    return encoder
+
+
+def raw_pixels(views: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, 3 * size * size), averaged down to at most 32 px, so that a data set of them fits."""
+    size = min(views.shape[-1], RAW_PIXELS_SIZE)
+    return F.adaptive_avg_pool2d(views, size).flatten(1)
+
+
 def baselines(experiment: Experiment) -> dict[str, Encode]:
     """The encoder as this run started it, and the raw pixels.
 
-    BatchNorm's running statistics, which start at mean 0 and variance 1, first settle on source views: without
-    that the untrained encoder would be a straw man.
+    BatchNorm's running statistics start at mean 0 and variance 1: unless they settle first, the untrained encoder
+    is a straw man. The raw pixels stand where the config's features do; nothing comes before them.
     """
-    untrained = initial_soda(experiment.config, experiment.device).encoder.train()
-    positions = range(experiment.config.training.batch_size)
-    with torch.no_grad():
-        for step in range(CALIBRATION_PASSES):
-            untrained(draw_source(experiment, step, positions))
+    untrained = settled(experiment, initial_soda(experiment.config, experiment.device).encoder)
+    features = experiment.config.evaluation.features
     return {
         "untrained": encode_with(experiment, untrained),
-        "raw pixels": lambda views: {"z": views.flatten(1)},  # in the place of z; nothing comes before them
+        "raw pixels": lambda views: {features: raw_pixels(views)},
     }
 
 

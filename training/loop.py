@@ -13,7 +13,7 @@ from training.experiment import Experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid, save_png
 from training.step import learning_rates, train_step
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
-from utils.config_file import digest
+from utils.config_file import result_digest
 from utils.device import peak_memory_mb
 from utils.files import write_text
 from utils.logging import PhaseTimer, RunLog
@@ -125,6 +125,7 @@ def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log
         return
     with timer.phase("evaluation"):
         values: dict[str, float] = {"epoch": epoch}
+        notes: dict[str, str] = {}
         soda, table = state.ema.ema_model, {}
         if experiment.test is not None:
             protocols = config_protocols(experiment)
@@ -133,17 +134,18 @@ def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log
             for protocol in protocols:
                 accuracies = table[str(protocol)]["trained"]
                 values |= {f"{protocol.kind}_{name}": accuracy for name, accuracy in accuracies.items()}
+                notes[protocol.kind] = str(protocol)
                 logger.info("epoch %d, %s: top-1 %.1f, top-3 %.1f", epoch, protocol, *accuracies.values())
         if experiment.config.sampling.num_images:
             grid = sample_grid(experiment, soda)
             save_png(folder / "samples" / f"epoch_{epoch:04d}.png", grid)
             log.image("samples", state.step, grid)
         if not reported:
-            log.report("evaluation", state.step, values)
+            log.report("evaluation", state.step, values, **notes)
         if at_end:
             training = experiment.config.training
             results = {
-                "config_digest": digest(experiment.config),
+                "config_digest": result_digest(experiment.config),
                 "step": state.step,
                 "batch_norm_batch_size": training.micro_batch_size or training.batch_size,
                 "table": table,

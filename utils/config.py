@@ -7,6 +7,7 @@ key (paths, intervals, device, ...) may change from one start to the next.
 import math
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
@@ -15,8 +16,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4)]
+
+
 # A path may start with ~, and never holds a null character.
-PathText = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
+def _path(text: str) -> str:
+    if any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+        raise ValueError("a name in a path has at most 255 bytes")
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(_path)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
@@ -64,11 +73,11 @@ class View(Section):
     affine_shear: float = key(0.0, "shear up to this many degrees either way", ge=0, lt=90)
 
     def __str__(self) -> str:
-        """What it does, in a few words for a table; views that differ have different words."""
+        """What it does, in a few words for a table; views that differ (to six digits) have different words."""
         parts = []
         if self.crop_flip_probability:
             (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
-            parts.append(f"crop {low:g}-{high:g} ratio {narrow:.3g}-{wide:.3g} flip {self.flip_probability:g}")
+            parts.append(f"crop {low:g}-{high:g} ratio {narrow:g}-{wide:g} flip {self.flip_probability:g}")
             parts[-1] += f" (p={self.crop_flip_probability:g})"
         if self.randaugment_probability:
             strength = f"{self.randaugment_num_ops}x{self.randaugment_magnitude}"

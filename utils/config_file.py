@@ -154,10 +154,11 @@ def _value(config: Config, name: str) -> Any:
     return value
 
 
-def digest(config: Config) -> str:
-    """Of everything that a result depends on: all but where it is written."""
-    text = config.model_copy(update={"output_dir": ""}).to_yaml()
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def result_digest(config: Config) -> str:
+    """Of every key that the closing table depends on, and of where the images are."""
+    judged_by = ("data.root", "views.probe.", "evaluation.", "training.micro_batch_size")
+    values = {name: _value(config, name) for name, _, run in all_keys() if not run or name.startswith(judged_by)}
+    return hashlib.blake2b(yaml.safe_dump(values).encode(), digest_size=16).hexdigest()
 
 
 def differences(

@@ -29,13 +29,13 @@ class RunLog:
         self._reported = {(entry["kind"], entry["step"]) for entry in kept}
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
-    def report(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Scalars by name, as in report("train", 100, {"loss": 0.1})."""
+    def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str) -> None:
+        """Scalars by name, as in report("train", 100, {"loss": 0.1}), and notes to stand beside them in the JSON."""
         with open(self._jsonl, "a") as file:
             finite = {
                 name: value if math.isfinite(value) else None for name, value in values.items()
             }  # JSON has no NaN
-            file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+            file.write(json.dumps({"kind": kind, "step": step, **finite, **notes}) + "\n")
         self._reported.add((kind, step))
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
