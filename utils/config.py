@@ -4,7 +4,6 @@ Keys are of two kinds. An *experiment* key defines what is computed and must agr
 key (paths, intervals, device, ...) may change from one start to the next.
 """
 
-import math
 import os
 import re
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from utils.consistency import check_consistency
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -225,41 +226,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        size, decoder = self.data.image_size, self.decoder
-        halvings = len(decoder.channel_mult) - 1
-        if size % 2**halvings:
-            raise ValueError(
-                f"data.image_size {size} cannot be halved {halvings} times, as decoder.channel_mult asks: "
-                f"take a multiple of {2**halvings}, or fewer levels"
-            )
-        resolutions = [size // 2**level for level in range(halvings + 1)]
-        for resolution in decoder.attn_resolutions:
-            if resolution not in resolutions:
-                raise ValueError(f"decoder.attn_resolutions: {resolution} is none of the decoder's {resolutions}")
-        attended = [
-            decoder.model_channels * multiple
-            for multiple, resolution in zip(decoder.channel_mult, resolutions, strict=True)
-            if resolution in decoder.attn_resolutions or resolution == resolutions[-1]
-        ]
-        for channels in attended:
-            if decoder.num_head_channels and channels % decoder.num_head_channels:
-                raise ValueError(f"decoder.num_head_channels does not divide the {channels} channels that attend")
-        # On some CPUs the bf16 gradient of a strided 3x3 convolution on a 1x1 map is garbage.
-        last_input = math.ceil(size / (4 if self.encoder.stem == "small" else 16))
-        if last_input == 1:
-            hint = "" if self.encoder.stem == "small" else ", or encoder.stem small"
-            raise ValueError(
-                f"data.image_size {size} leaves the encoder's last strided convolution a 1x1 map: "
-                f"take larger images{hint} (encoder.stem is {self.encoder.stem})"
-            )
-        if self.training.micro_batch_size and self.training.batch_size % self.training.micro_batch_size:
-            raise ValueError("training.micro_batch_size must divide training.batch_size")
-        if self.sampling.num_sampling_steps > self.diffusion.num_timesteps:
-            raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps")
-        if self.diffusion.beta_end < self.diffusion.beta_start:
-            raise ValueError("diffusion.beta_end must be at least diffusion.beta_start")
-        if self.evaluation.knn.weights == "temperature" and not self.evaluation.normalize:
-            raise ValueError("evaluation.knn.weights temperature needs evaluation.normalize true")
+        check_consistency(self)
         return self
 
     def to_yaml(self) -> str:

@@ -1,0 +1,43 @@
+"""What must agree between keys of a config; each key's own range is in the schema."""
+
+import math
+from typing import Any
+
+
+def check_consistency(config: Any) -> None:
+    """Raise ValueError, with what to do, where keys of a `Config` contradict each other."""
+    size, decoder = config.data.image_size, config.decoder
+    halvings = len(decoder.channel_mult) - 1
+    if size % 2**halvings:
+        raise ValueError(
+            f"data.image_size {size} cannot be halved {halvings} times, as decoder.channel_mult asks: "
+            f"take a multiple of {2**halvings}, or fewer levels"
+        )
+    resolutions = [size // 2**level for level in range(halvings + 1)]
+    for resolution in decoder.attn_resolutions:
+        if resolution not in resolutions:
+            raise ValueError(f"decoder.attn_resolutions: {resolution} is none of the decoder's {resolutions}")
+    attended = [
+        decoder.model_channels * multiple
+        for multiple, resolution in zip(decoder.channel_mult, resolutions, strict=True)
+        if resolution in decoder.attn_resolutions or resolution == resolutions[-1]
+    ]
+    for channels in attended:
+        if decoder.num_head_channels and channels % decoder.num_head_channels:
+            raise ValueError(f"decoder.num_head_channels does not divide the {channels} channels that attend")
+    # On some CPUs the bf16 gradient of a strided 3x3 convolution on a 1x1 map is garbage.
+    last_input = math.ceil(size / (4 if config.encoder.stem == "small" else 16))
+    if last_input == 1:
+        hint = "" if config.encoder.stem == "small" else ", or encoder.stem small"
+        raise ValueError(
+            f"data.image_size {size} leaves the encoder's last strided convolution a 1x1 map: "
+            f"take larger images{hint} (encoder.stem is {config.encoder.stem})"
+        )
+    if config.training.micro_batch_size and config.training.batch_size % config.training.micro_batch_size:
+        raise ValueError("training.micro_batch_size must divide training.batch_size")
+    if config.sampling.num_sampling_steps > config.diffusion.num_timesteps:
+        raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps")
+    if config.diffusion.beta_end < config.diffusion.beta_start:
+        raise ValueError("diffusion.beta_end must be at least diffusion.beta_start")
+    if config.evaluation.knn.weights == "temperature" and not config.evaluation.normalize:
+        raise ValueError("evaluation.knn.weights temperature needs evaluation.normalize true")
