@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.conftest import assert_equal_states, digits_args
 from training.experiment import initial_state, open_experiment
-from training.judge import baselines, raw_pixels, sample_grid
+from training.judge import baselines, config_protocols, judge, raw_pixels, sample_grid
 from training.step import draw_batch, draw_source, learning_rates, train_step
 from utils.config_file import load_config
 from utils.logging import PhaseTimer
@@ -109,6 +109,23 @@ def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None
     for each in (state, resumed):
         train_step(experiment, each, PhaseTimer())
     assert_equal_states(resumed.state_dict(), state.state_dict())
+
+
+def test_the_probe_sees_augmented_views_anew_each_epoch(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "evaluation.batch_size=2000", "evaluation.probe.epochs=2")
+    seen: list[torch.Tensor] = []
+
+    def encode(views: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(views)
+        return {"z": views.flatten(1)[:, ::16]}
+
+    judge(experiment, {"spy": encode}, config_protocols(experiment))
+    clean = experiment.views.evaluation(experiment.train.pixels)
+    test_views, bank, first, second = seen
+    assert len(test_views) == 360 and torch.equal(bank, clean)
+    for augmented, other in ((first, clean), (second, clean), (first, second)):
+        changed = (~torch.isclose(augmented, other)).flatten(1).any(dim=1).float().mean()
+        assert changed > 0.95, "digits move every time"
 
 
 def test_raw_pixels_are_the_views_or_their_averages() -> None:
