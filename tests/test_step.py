@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.conftest import assert_equal_states, digits_args
 from training.experiment import initial_state, open_experiment
 from training.judge import baselines, config_protocols, judge, raw_pixels, sample_grid
-from training.step import draw_batch, draw_source, learning_rates, train_step
+from training.step import draw_batch, learning_rates, train_step
 from utils.config_file import load_config
 from utils.logging import PhaseTimer
 
@@ -142,7 +142,7 @@ def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -
     settled = copy.deepcopy(fresh).train()
     with torch.no_grad():
         for step in range(20):
-            settled(draw_source(experiment, step, range(64)))
+            settled(draw_batch(experiment, step, range(64)).x_source)
     found = baselines(experiment)["untrained"](views)["z"]
     torch.testing.assert_close(found, settled.eval()(views))
     assert not torch.isclose(found, fresh(views), atol=1e-3).all(dim=1).any()

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 from evaluation import CLEAN, MakeView, Protocol, evaluate
 from model import SODA, ResNetEncoder
 from training.experiment import Experiment, initial_soda
-from training.step import draw_source
+from training.step import draw_pixels, draw_source
 from utils.config import KNN, Probe, ProbeView
 from utils.device import autocast
 from utils.randomness import CHUNK, generator, image_noise, sample_seeds
@@ -42,7 +42,7 @@ def settled(experiment: Experiment, encoder: ResNetEncoder) -> ResNetEncoder:
     encoder = copy.deepcopy(encoder).train()
     positions = range(experiment.config.training.batch_size)
     for step in range(SETTLING_PASSES):
-        encoder(draw_source(experiment, step, positions))
+        encoder(draw_source(experiment, draw_pixels(experiment, step, positions), step, positions))
     return encoder
 
 
@@ -165,5 +165,4 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
 
 def save_png(path: Path, image: Tensor) -> None:
     """Write an image (3, H, W) uint8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

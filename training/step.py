@@ -31,10 +31,14 @@ class Batch:
     drop_mask: Tensor
 
 
-def draw_source(experiment: Experiment, step: int, positions: range) -> Tensor:
-    """Source views (N, 3, H, W) of the samples at `positions` of the global batch of `step`."""
+def draw_pixels(experiment: Experiment, step: int, positions: range) -> Tensor:
+    """Images (N, 3, H, W) uint8 at `positions` of the global batch of `step`."""
+    return experiment.train.pixels[experiment.loader.indices(step, positions)]
+
+
+def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
+    """Source views (N, 3, H, W) of the images `pixels` that `draw_pixels` gave."""
     seed = experiment.config.seed
-    pixels = experiment.train.pixels[experiment.loader.indices(step, positions)]
     noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=experiment.device)
     return experiment.views.source(pixels, sample_seeds(positions, seed, "source view", step), noise)
 
@@ -42,14 +46,14 @@ def draw_source(experiment: Experiment, step: int, positions: range) -> Tensor:
 def draw_batch(experiment: Experiment, step: int, positions: range) -> Batch:
     """The samples at `positions` of the global batch of `step`."""
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
-    pixels = experiment.train.pixels[experiment.loader.indices(step, positions)]
+    pixels = draw_pixels(experiment, step, positions)
     # Small draws are made for the whole batch, so that each sample gets the same however the batch is split.
     batch_size, here = config.training.batch_size, slice(positions.start, positions.stop)
     draw_timesteps, draw_chances = (generator(seed, purpose, step) for purpose in ("timesteps", "drop mask"))
     timesteps = torch.randint(config.diffusion.num_timesteps, (batch_size,), generator=draw_timesteps)[here]
     drop_mask = torch.rand(batch_size, generator=draw_chances)[here] < config.training.latent_drop_probability
     return Batch(
-        x_source=draw_source(experiment, step, positions),
+        x_source=draw_source(experiment, pixels, step, positions),
         x_start=experiment.views.target(pixels, sample_seeds(positions, seed, "target view", step)),
         timesteps=timesteps.to(device, non_blocking=True),
         noise=image_noise(pixels.shape[1:], positions, seed, "noise", step, device=device),
