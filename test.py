@@ -3,12 +3,12 @@
 import json
 import logging
 import shlex
-import sys
 from pathlib import Path
 
-from utils.cli import make_parser, read_config, user_errors
+from utils.cli import make_parser, read_config, run, user_errors
 from utils.config import ConfigError
 from utils.config_file import differences, parse_config
+from utils.distributed import rank
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,14 @@ MUST_AGREE = ("data.", "encoder.", "decoder.")
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/last.pt in the config's output_dir")
-    args = parser.parse_intermixed_args(argv)
     with user_errors(ConfigError):
+        args = parser.parse_intermixed_args(argv)
         config = read_config(args)
 
     from datasets import DatasetError
-    from training.experiment import initial_state, open_experiment
+    from training.experiment import build_on_meta, initial_state, open_experiment
     from training.judge import all_protocols, baselines, encode_with, judge, settled
-    from utils.checkpoint import CheckpointError, load_checkpoint
+    from utils.checkpoint import CheckpointError, first_difference, load_checkpoint
     from utils.logging import format_table
 
     with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         changed = differences(trained_with, config, run=False, prefixes=MUST_AGREE)
         if changed:
             hint = " ".join(shlex.quote(f"{name}={json.dumps(old)}") for name, (old, _) in changed.items())
-            raise ConfigError(f"{checkpoint} was trained with another config: add {hint}")
+            shapes = first_difference(saved["model"], build_on_meta(config))
+            reason = f" ({shapes})" if shapes else ""
+            raise ConfigError(f"{checkpoint} was trained with another config{reason}: add {hint}")
         views = trained_with.views.model_copy(update={"probe": config.views.probe})
         training = trained_with.training.model_copy(update={"use_amp": config.training.use_amp})
         config = config.model_copy(update={"seed": trained_with.seed, "views": views, "training": training})
@@ -53,16 +55,19 @@ def main(argv: list[str] | None = None) -> int:
             logger.info("the training images in %s are not those of the checkpoint", config.data.root)
         epoch = state.step / experiment.loader.steps_per_epoch
         logger.info("judging the EMA encoder of %s, epoch %g, step %d", checkpoint, epoch, state.step)
-        encoder = state.ema.ema_model.encoder
-        # "settled": with BatchNorm statistics made as those of the untrained encoder are.
-        encoders = {
-            "trained": encode_with(experiment, encoder),
-            "settled": encode_with(experiment, settled(experiment, encoder)),
-            **baselines(experiment),
-        }
-        print(format_table(judge(experiment, encoders, all_protocols(experiment))))
+
+    encoder = state.ema.ema_model.encoder
+    # "settled": with BatchNorm statistics made as those of the untrained encoder are.
+    encoders = {
+        "trained": encode_with(experiment, encoder),
+        "settled": encode_with(experiment, settled(experiment, encoder)),
+        **baselines(experiment),
+    }
+    table = judge(experiment, encoders, all_protocols(experiment))
+    if rank() == 0:
+        print(format_table(table))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,28 +1,30 @@
 """Train SODA: encoder and decoder together, from one config file. The same command, given again, resumes."""
 
 import logging
-import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from utils.cli import make_parser, read_config, user_errors
+from utils.cli import make_parser, read_config, run, user_errors
 from utils.config import Config, ConfigError
 from utils.config_file import differences, parse_config, result_digest
-from utils.files import write_text
+from utils.distributed import from_rank_0, rank, same_everywhere
+from utils.files import InUseError, lock_file, write_text
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python train.py --config config/digits.yaml
   python train.py --config config/cifar10.yaml --use_amp training.epochs=200 output_dir=runs/short
-  python train.py --config config/folder.yaml data.root=photos --dry-run"""
+  python train.py --config config/folder.yaml data.root=photos --dry-run
+  torchrun --nproc_per_node=4 train.py --config config/cifar10.yaml --use_amp"""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the model's size, exit")
-    args = parser.parse_intermixed_args(argv)
     with user_errors(ConfigError):
+        args = parser.parse_intermixed_args(argv)
         config = read_config(args)
 
     # The heavy imports come after the config is known to be good: a mistake in it is answered at once.
@@ -32,33 +34,42 @@ def main(argv: list[str] | None = None) -> int:
     from utils.checkpoint import CheckpointError, load_checkpoint
 
     if args.dry_run:
-        print(config.to_yaml(), describe_model(config), sep="\n")
+        if rank() == 0:
+            print(config.to_yaml(), describe_model(config), sep="\n")
         return 0
-    with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
-        folder = Path(config.output_dir)
-        checkpoint = folder / "checkpoints" / "last.pt"
-        saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
-        check_folder(folder, config, saved)
-        if saved:
-            results = read_results(folder)
-            if (results.get("config_digest"), results.get("step")) == (result_digest(config), saved["step"]):
-                logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
-                print(summary(config, results["table"]))
+    folder = Path(config.output_dir)
+    checkpoint = folder / "checkpoints" / "last.pt"
+    with ExitStack() as held:
+        with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
+            saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+            if not same_everywhere(saved and saved["step"]):
+                raise ConfigError(
+                    f"the machines see different files in {folder}: output_dir must be storage they share"
+                )
+            check_folder(folder, config, saved)
+            results = from_rank_0(read_results(folder))
+            if saved and (results.get("config_digest"), results.get("step")) == (result_digest(config), saved["step"]):
+                epochs = config.training.epochs
+                logger.info("finished: all %d epochs are done; raise training.epochs to go on", epochs)
+                if rank() == 0:
+                    print(summary(config, results["table"]))
                 return 0
 
-        experiment = open_experiment(config)
-        if saved and saved["data"] != experiment.data_digest:
-            raise DatasetError(f"{config.data.root} holds other images than {checkpoint} was trained on")
-        prepare_folder(folder, config)
-        state = initial_state(experiment)
-        if saved:
-            state.load_state_dict(saved)
-            logger.info("%s: at step %d of %d", checkpoint, state.step, experiment.total_steps)
-            del saved
-        if experiment.test is None:
-            logger.info("the images have no labels: k-NN and linear probe are skipped")
+            experiment = open_experiment(config)
+            if saved and saved["data"] != experiment.data_digest:
+                raise DatasetError(f"{config.data.root} holds other images than {checkpoint} was trained on")
+            if rank() == 0:
+                held.enter_context(prepare_folder(folder, config))
+            state = initial_state(experiment)
+            if saved:
+                state.load_state_dict(saved)
+                logger.info("%s: at step %d of %d", checkpoint, state.step, experiment.total_steps)
+                del saved
+            if experiment.test is None:
+                logger.info("the images have no labels: k-NN and linear probe are skipped")
         train(experiment, state, folder)
-        print(summary(config, read_results(folder)["table"]))
+        if rank() == 0:
+            print(summary(config, read_results(folder)["table"]))
     return 0
 
 
@@ -87,15 +98,20 @@ def check_folder(folder: Path, config: Config, saved: dict[str, Any] | None) -> 
         logger.info("%s was %s and is now %s", name, old, new)
 
 
-def prepare_folder(folder: Path, config: Config) -> None:
-    """Make the run's folder, with the resolved config in it."""
+def prepare_folder(folder: Path, config: Config) -> TextIO:
+    """Make the run's folder, with the resolved config in it; it is ours until what is returned is closed."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder / ".lock")
         for name in ("checkpoints", "samples", "tensorboard"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "results.json"):
             if (folder / name).is_dir():
                 raise ConfigError(f"{folder / name} is a folder: choose another output_dir")
         write_text(folder / "config.yaml", config.to_yaml())
+        return lock
+    except InUseError as holder:
+        raise ConfigError(f"{folder} is in use by {holder}: wait for it to end, or choose another output_dir") from None
     except OSError as error:
         raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from None
 
@@ -116,4 +132,4 @@ def summary(config: Config, table: dict[str, dict[str, dict[str, float]]]) -> st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -68,6 +68,8 @@ def evaluate(
     batch_size: int,
     generator: Callable[[], torch.Generator],
     device: torch.device,
+    share: Callable[[int], range] = range,
+    all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracies in per cent: {protocol: {encoder: {"top1": ..., "top3": ...}}}.
 
@@ -79,6 +81,7 @@ def evaluate(
         train, test: `pixels` (N, 3, H, W) uint8 and `labels` (N,) int64 of each split.
         views: name -> view, CLEAN among them; a k-NN with an augmented bank takes that of epoch 0.
         generator: gives each probe its source of randomness, the same for all.
+        share, all_reduce: how processes share the encoding, as in `extract_features`.
     """
 
     def extract(split: Any, view: str, epoch: int) -> Features:
@@ -93,7 +96,7 @@ def evaluate(
                         features[encoder, kind, True] = F.normalize(values.float(), dim=1)
             return features
 
-        return extract_features(encode, len(split), batch_size, device)
+        return extract_features(encode, len(split), batch_size, device, share, all_reduce)
 
     wanted = {(protocol.features, protocol.normalize) for protocol in protocols}
     train_labels, test_labels = train.labels.to(device), test.labels.to(device)

@@ -84,7 +84,7 @@ class GaussianDiffusion:
         num_sampling_steps: int,
         eta: float = 0.0,
         clip_denoised: bool = True,
-        generator: torch.Generator | None = None,
+        draw_noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         """Denoise x_T (N, C, H, W) to images in [-1, 1] (Song et al. 2021, eq. 12).
 
@@ -94,8 +94,9 @@ class GaussianDiffusion:
             eta: 0 is deterministic DDIM, 1 has the variance of DDPM.
             clip_denoised: clip the predicted x_start to [-1, 1] and recompute eps from it at each step; for
                 random x_T. Inversion and its decode must not clip.
-            generator: source of the noise that eta > 0 adds.
+            draw_noise: timestep -> standard normal noise (N, C, H, W); eta > 0 needs it.
         """
+        assert eta == 0 or draw_noise is not None
         visited = self.sampling_timesteps(num_sampling_steps)
         clean = torch.ones((), device=x_T.device)  # alphas_cumprod after the last step: the image itself
         x_t = x_T.float()
@@ -108,6 +109,6 @@ class GaussianDiffusion:
             now, after = self.alphas_cumprod[t], clean if t_next is None else self.alphas_cumprod[t_next]
             sigma = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
             x_t = after.sqrt() * x_start + (1 - after - sigma**2).clamp(min=0).sqrt() * eps
-            if eta > 0:
-                x_t = x_t + sigma * torch.randn(x_t.shape, generator=generator, device=x_t.device)
+            if draw_noise is not None and eta > 0:
+                x_t = x_t + sigma * draw_noise(t)
         return x_t

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from model import SODA, build_soda
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 TINY_MODEL = [
     "encoder.width=4",
@@ -38,6 +42,25 @@ TINY_RUN = [
 def digits_args(folder: Path, *overrides: str) -> list[str]:
     """Arguments of train.py and test.py for a tiny run on digits in `folder`; later overrides win."""
     return ["--config", str(ROOT / "config" / "digits.yaml"), *TINY_RUN, f"output_dir={folder}", *overrides]
+
+
+def pytest_configure() -> None:
+    """The tests are one process, whatever a cluster says of the machine that they run on."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
+def launch(*args: str) -> subprocess.CompletedProcess[str]:
+    """`python args`, as a user types it; each launch costs seconds, so there are few."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.fixture

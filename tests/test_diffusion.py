@@ -66,10 +66,16 @@ def test_ddim_against_diffusers(num_sampling_steps: int, clip_denoised: bool, et
 
     torch.manual_seed(0)
     x_T = torch.randn(2, 3, 4, 4)
-    ours = diffusion().ddim_sample(
-        denoise, x_T, num_sampling_steps, eta, clip_denoised, generator=torch.Generator().manual_seed(1)
-    )
-    sample, generator = x_T, torch.Generator().manual_seed(1)
+    source, generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    asked: list[int] = []
+
+    def draw_noise(t: int) -> Tensor:
+        asked.append(t)
+        return torch.randn(2, 3, 4, 4, generator=source)
+
+    ours = diffusion().ddim_sample(denoise, x_T, num_sampling_steps, eta, clip_denoised, draw_noise)
+    assert asked == (theirs.timesteps.tolist() if eta else [])
+    sample = x_T
     for t in theirs.timesteps:
         eps = denoise(sample, t.expand(2))
         sample = theirs.step(

@@ -1,29 +1,14 @@
 """The real scripts, launched as a user launches them; and rules that hold for the whole source."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, digits_args
+from tests.conftest import ROOT, digits_args, launch
 
 PACKAGES = ("model", "datasets", "evaluation", "utils")
-
-
-def launch(*args: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *options, *args],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_train_then_test(tmp_path: Path) -> None:
@@ -51,7 +36,7 @@ def test_dry_run_prints_config_size_and_work(tmp_path: Path) -> None:
     ("args", "status"), [(("train.py", "--help"), 0), (("test.py", "--config", "config/cifar10.yaml", "seeed=1"), 2)]
 )
 def test_help_and_config_errors_do_not_wait_for_torch(args: tuple[str, ...], status: int) -> None:
-    done = launch(*args, options=("-X", "importtime"))
+    done = launch("-X", "importtime", *args)
     assert done.returncode == status
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "pydantic" in imported and not {"torch", "numpy", "torchvision"} & imported

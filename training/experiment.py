@@ -1,5 +1,6 @@
 """From a config to objects: what stays as it is (`Experiment`) and what training changes (`TrainState`)."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +9,12 @@ from ema_pytorch import EMA
 from datasets import DatasetError, DatasetInfo, Images, Loader, Views, build_dataset
 from model import SODA, GaussianDiffusion, build_soda, forward_flops
 from utils.checkpoint import TrainState
-from utils.config import Config
+from utils.config import Config, ConfigError
 from utils.device import choose_amp_dtype, choose_device
-from utils.randomness import derive_seed, generator
+from utils.distributed import first_on_each_node, same_everywhere, start, world_size
+from utils.randomness import CHUNK, derive_seed, generator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,16 @@ class Experiment:
 
 def open_experiment(config: Config) -> Experiment:
     """Load the data and lay everything out on the device; raises ConfigError and DatasetError."""
+    check_shares(config)
     device = choose_device(config.device)
-    train, test, info = build_dataset(**config.data.model_dump())
+    backend = start(config.distributed.backend, config.distributed.timeout_minutes, device)
+    if world_size() > 1:
+        share = config.training.batch_size // world_size()
+        logger.info("%d processes, %d images of each batch each, gradients by %s", world_size(), share, backend)
+    train, test, info = first_on_each_node(lambda: build_dataset(**config.data.model_dump()), DatasetError)
+    data_digest = train.digest()
+    if not same_everywhere(data_digest):
+        raise DatasetError(f"the machines hold different images in {config.data.root}: give them all the same")
     batch_size, k = config.training.batch_size, config.evaluation.knn.k
     if len(train) < batch_size:
         raise DatasetError(f"{len(train)} training images are fewer than a batch: set training.batch_size lower")
@@ -48,7 +60,7 @@ def open_experiment(config: Config) -> Experiment:
         amp_dtype=choose_amp_dtype(config.training.use_amp, device),
         train=train,
         test=test,
-        data_digest=train.digest(),
+        data_digest=data_digest,
         info=info,
         views=Views(config.views, info.image_size, info.mean, info.std, device),
         loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
@@ -56,10 +68,35 @@ def open_experiment(config: Config) -> Experiment:
     )
 
 
+def check_shares(config: Config) -> None:
+    """Raise ConfigError where the processes do not divide the batch into equal shares of whole chunks."""
+    batch_size, micro_batch_size, unit = (
+        config.training.batch_size,
+        config.training.micro_batch_size,
+        CHUNK * world_size(),
+    )
+    if batch_size % unit:
+        near = " or ".join(str(size) for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size)
+        raise ConfigError(
+            f"training.batch_size {batch_size} does not divide into shares of a multiple of {CHUNK} images for each of "
+            f"{world_size()} processes: take {near}"
+        )
+    share = batch_size // world_size()
+    if micro_batch_size and share % min(micro_batch_size, share):
+        raise ConfigError(
+            f"training.micro_batch_size {micro_batch_size} does not divide the {share} images of each process"
+        )
+
+
+def build_on_meta(config: Config) -> SODA:
+    """The model without its numbers: names and shapes, which cost nothing."""
+    with torch.device("meta"):
+        return build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+
+
 def describe_model(config: Config) -> str:
     """Parameters of encoder and decoder, and their work on one image."""
-    with torch.device("meta"):
-        soda = build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+    soda = build_on_meta(config)
     flops = forward_flops(soda, config.data.image_size)
     lines = []
     for name, module, work in zip(("encoder", "decoder"), (soda.encoder, soda.decoder), flops, strict=True):

@@ -17,6 +17,7 @@ from training.experiment import Experiment, initial_soda
 from training.step import draw_pixels, draw_source
 from utils.config import KNN, Probe, ProbeView
 from utils.device import autocast
+from utils.distributed import all_reduce, share
 from utils.randomness import CHUNK, generator, image_noise, sample_seeds
 
 SETTLING_PASSES = 20
@@ -121,6 +122,8 @@ def judge(
         batch_size=experiment.config.evaluation.batch_size,
         generator=lambda: generator(seed, "probe"),
         device=experiment.device,
+        share=share,
+        all_reduce=all_reduce,
     )
 
 
@@ -128,35 +131,39 @@ def judge(
 def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     """A picture (3, H, W) uint8 of three rows: source views, DDIM samples guided by them, target views.
 
-    Images, views and noise depend on the seed alone, so that grids of different epochs compare.
+    Images, views and noise depend on the seed alone, so that grids of different epochs compare. Processes share the
+    sampling.
     """
     config, seed, device = experiment.config.sampling, experiment.config.seed, experiment.device
     images = experiment.train if experiment.test is None else experiment.test
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
     pixels, positions = images.pixels[chosen], range(num_images)
-    shape = pixels.shape[1:]
+    mine = share(num_images, CHUNK)
 
-    def noise(purpose: str) -> Tensor:
-        whole_chunks = range(-(-num_images // CHUNK) * CHUNK)
-        return image_noise(shape, whole_chunks, seed, purpose, device=device)[:num_images]
+    def noise(positions: range, purpose: str, *counters: int) -> Tensor:
+        whole_chunks = range(positions.start, -(-positions.stop // CHUNK) * CHUNK)
+        drawn = image_noise(pixels.shape[1:], whole_chunks, seed, purpose, *counters, device=device)
+        return drawn[: len(positions)]
 
     x_source = experiment.views.source(
-        pixels, sample_seeds(positions, seed, "grid source view"), noise("grid source noise")
+        pixels, sample_seeds(positions, seed, "grid source view"), noise(positions, "grid source noise")
     )
     x_target = experiment.views.target(pixels, sample_seeds(positions, seed, "grid target view"))
+    samples = torch.zeros_like(x_target)
     soda.eval()
-    with autocast(device, experiment.amp_dtype):
-        samples = experiment.diffusion.ddim_sample(
-            soda.denoiser(soda.encoder(x_source), config.guidance_scale),
-            noise("grid noise"),
-            config.num_sampling_steps,
-            config.eta,
-            generator=generator(seed, "grid eta", device=device),
-        )
-    rows = torch.cat([experiment.views.denormalize(x_source) * 2 - 1, samples, x_target])
+    if mine:
+        with autocast(device, experiment.amp_dtype):
+            samples[mine.start : mine.stop] = experiment.diffusion.ddim_sample(
+                soda.denoiser(soda.encoder(x_source[mine.start : mine.stop]), config.guidance_scale),
+                noise(mine, "grid noise"),
+                config.num_sampling_steps,
+                config.eta,
+                draw_noise=lambda t: noise(mine, "grid eta", t),
+            )
+    rows = torch.cat([experiment.views.denormalize(x_source) * 2 - 1, all_reduce(samples), x_target])
     rows = (rows.clamp(-1, 1) * 127.5 + 127.5).round().byte()
-    enlarge = max(1, round(64 / shape[-1]))  # small images are enlarged to about 64 px
+    enlarge = max(1, round(64 / rows.shape[-1]))  # small images are enlarged to about 64 px
     grid = make_grid(
         F.interpolate(rows, scale_factor=enlarge, mode="nearest"), nrow=num_images, padding=2, pad_value=255
     )

@@ -15,8 +15,10 @@ from training.step import learning_rates, train_step
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
 from utils.config_file import result_digest
 from utils.device import peak_memory_mb
+from utils.distributed import all_reduce, from_rank_0, rank, world_size
 from utils.files import write_text
 from utils.logging import PhaseTimer, RunLog
+from utils.parallel import data_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +34,17 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
-    """Go on from `state` to the last step, writing checkpoints, samples and reports into `folder`."""
+    """Go on from `state` to the last step, writing checkpoints, samples and reports into `folder`.
+
+    Every process trains its share of each batch; rank 0 writes.
+    """
     config = experiment.config.training
     steps_per_epoch, total_steps = experiment.loader.steps_per_epoch, experiment.total_steps
-    log, timer = RunLog(folder, state.step), PhaseTimer()
-    log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
+    state.parallel = data_parallel(state.soda)
+    log = RunLog(folder, state.step) if rank() == 0 else None
+    timer = PhaseTimer()
+    if log:
+        log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
     interval = CheckpointInterval(config.checkpoint_every, steps_per_epoch)
     loss_sum, first_step = torch.zeros((), device=experiment.device), state.step
     bar = tqdm(
@@ -46,6 +54,7 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
         unit="img",
         unit_scale=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=log is None,
     )
 
     def save(name: str) -> None:
@@ -53,8 +62,8 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
             path, text = folder / "checkpoints" / name, experiment.config.to_yaml()
             save_checkpoint(path, state.state_dict(), text, experiment.data_digest)
 
-    if config.micro_batch_size:
-        logger.info("BatchNorm normalises over micro-batches of %d images", config.micro_batch_size)
+    if batch_norm_batch_size(experiment) < config.batch_size:
+        logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(experiment))
     # An evaluation that a killed run did not finish is made up for before the next step.
     evaluate_if_due(experiment, state, folder, log, timer)
     while state.step < total_steps:
@@ -67,19 +76,28 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
         if state.step % config.log_every == 0 or at_end:
             steps = state.step - first_step
             with timer.phase("wait for the device"):  # the only place where the host does
-                mean_loss, last_grad_norm = loss_sum.item() / steps, grad_norm.item()
-            report(experiment, state, log, timer, steps, mean_loss, last_grad_norm)
+                mean_loss = all_reduce(loss_sum).item() / (steps * world_size())
+                last_grad_norm = grad_norm.item()
+            if log:
+                report(experiment, state, log, timer, steps, mean_loss, last_grad_norm)
             bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             loss_sum.zero_()
             first_step = state.step
         keep = config.keep_every is not None and step_of_epoch == 0 and epoch % config.keep_every == 0
-        if interval.due(state.step) or keep or at_end:
+        if log and (interval.due(state.step) or keep or at_end):
             save("last.pt")
-        if keep:
+        if log and keep:
             save(f"epoch_{epoch:04d}.pt")
         evaluate_if_due(experiment, state, folder, log, timer)
     bar.close()
-    log.close()
+    if log:
+        log.close()
+
+
+def batch_norm_batch_size(experiment: Experiment) -> int:
+    """How many images BatchNorm normalises over: what all processes see in one forward pass."""
+    config = experiment.config.training
+    return min((config.micro_batch_size or config.batch_size) * world_size(), config.batch_size)
 
 
 def report(
@@ -112,42 +130,47 @@ def report(
     )
 
 
-def evaluate_if_due(experiment: Experiment, state: TrainState, folder: Path, log: RunLog, timer: PhaseTimer) -> None:
+def evaluate_if_due(
+    experiment: Experiment, state: TrainState, folder: Path, log: RunLog | None, timer: PhaseTimer
+) -> None:
     """Judge the EMA encoder and draw a grid of samples, every `evaluation.every` epochs and at the end, once.
 
-    At the end the untrained encoder and the raw pixels are judged beside it, for the closing table.
+    At the end the untrained encoder and the raw pixels are judged beside it, for the closing table. All processes
+    work; the one that has a log writes.
     """
     epoch, step_of_epoch = divmod(state.step, experiment.loader.steps_per_epoch)
     at_end = state.step == experiment.total_steps
     periodic = step_of_epoch == 0 and epoch > 0 and epoch % experiment.config.evaluation.every == 0
-    reported = log.has("evaluation", state.step)
-    if not (at_end or (periodic and not reported)):
+    if not (at_end or periodic):
+        return
+    reported = from_rank_0(log is not None and log.has("evaluation", state.step))
+    if reported and not at_end:
         return
     with timer.phase("evaluation"):
-        values: dict[str, float] = {"epoch": epoch}
-        notes: dict[str, str] = {}
-        soda, table = state.ema.ema_model, {}
-        if experiment.test is not None:
-            protocols = config_protocols(experiment)
+        soda, table, grid = state.ema.ema_model, {}, None
+        protocols = [] if experiment.test is None else config_protocols(experiment)
+        if protocols:
             encoders = {"trained": encode_with(experiment, soda.encoder)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)
-            for protocol in protocols:
-                accuracies = table[str(protocol)]["trained"]
-                values |= {f"{protocol.kind}_{name}": accuracy for name, accuracy in accuracies.items()}
-                notes[protocol.kind] = str(protocol)
-                logger.info("epoch %d, %s: top-1 %.1f, top-3 %.1f", epoch, protocol, *accuracies.values())
         if experiment.config.sampling.num_images:
             grid = sample_grid(experiment, soda)
+        if log is None:
+            return
+        values: dict[str, float] = {"epoch": epoch}
+        for protocol in protocols:
+            accuracies = table[str(protocol)]["trained"]
+            values |= {f"{protocol.kind}_{name}": accuracy for name, accuracy in accuracies.items()}
+            logger.info("epoch %d, %s: top-1 %.1f, top-3 %.1f", epoch, protocol, *accuracies.values())
+        if grid is not None:
             save_png(folder / "samples" / f"epoch_{epoch:04d}.png", grid)
             log.image("samples", state.step, grid)
         if not reported:
-            log.report("evaluation", state.step, values, **notes)
+            log.report("evaluation", state.step, values, **{protocol.kind: str(protocol) for protocol in protocols})
         if at_end:
-            training = experiment.config.training
             results = {
                 "config_digest": result_digest(experiment.config),
                 "step": state.step,
-                "batch_norm_batch_size": training.micro_batch_size or training.batch_size,
+                "batch_norm_batch_size": batch_norm_batch_size(experiment),
                 "table": table,
             }
             write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """One training step: draw the batch, denoise, update. Every draw is a function of (seed, purpose, step)."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 from training.experiment import Experiment
 from utils.checkpoint import TrainState
 from utils.device import autocast
+from utils.distributed import share, world_size
 from utils.logging import PhaseTimer
-from utils.randomness import derive_seed, generator, image_noise, sample_seeds
+from utils.randomness import CHUNK, derive_seed, generator, image_noise, sample_seeds
 
 
 @dataclass(frozen=True)
@@ -70,27 +72,34 @@ def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
 
 
 def train_step(experiment: Experiment, state: TrainState, timer: PhaseTimer) -> tuple[Tensor, Tensor]:
-    """One optimiser step over one global batch. Returns (loss, gradient norm before clipping), on the device."""
+    """One optimiser step over one global batch. Returns (loss, gradient norm before clipping), on the device.
+
+    The loss is the mean over this process's share of the batch, the gradient's norm that of the whole batch.
+    """
     config, device = experiment.config, experiment.device
-    batch_size = config.training.batch_size
-    micro_batch_size = config.training.micro_batch_size or batch_size
+    mine = share(config.training.batch_size, CHUNK)
+    micro_batch_size = min(config.training.micro_batch_size or len(mine), len(mine))
     state.soda.train()
     for group, lr in zip(state.optimizer.param_groups, learning_rates(experiment, state.step), strict=True):
         group["lr"] = lr
 
     total_loss = torch.zeros((), device=device)
-    for start in range(0, batch_size, micro_batch_size):
+    for start in range(mine.start, mine.stop, micro_batch_size):
         with timer.phase("views"):
             batch = draw_batch(experiment, state.step, range(start, start + micro_batch_size))
-        with timer.phase("forward and backward"):
+        at_end = start + micro_batch_size == mine.stop  # only now do processes average their gradients
+        with (
+            timer.phase("forward and backward"),
+            nullcontext() if at_end or world_size() == 1 else state.parallel.no_sync(),
+        ):
             torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
 
             def denoise(x_t: Tensor, timesteps: Tensor, batch: Batch = batch) -> Tensor:
-                return state.soda(batch.x_source, x_t, timesteps, batch.drop_mask)
+                return state.parallel(batch.x_source, x_t, timesteps, batch.drop_mask)
 
             with autocast(device, experiment.amp_dtype):
                 loss = experiment.diffusion.loss(denoise, batch.x_start, batch.timesteps, batch.noise)
-            loss = loss * (micro_batch_size / batch_size)
+            loss = loss * (micro_batch_size / len(mine))
             state.scaler.scale(loss).backward()
             total_loss += loss.detach()
 

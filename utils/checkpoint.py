@@ -22,6 +22,10 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
+    parallel: Any = None  # what a training step calls: `soda`, or DDP around it
+
+    def __post_init__(self) -> None:
+        self.parallel = self.parallel or self.soda
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -34,6 +38,9 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave; raises CheckpointError where it does not fit this model."""
+        difference = first_difference(state["model"], self.soda)
+        if difference:
+            raise CheckpointError(f"the checkpoint does not fit the model: {difference}; name another")
         try:
             self._load(state)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -57,6 +64,19 @@ class TrainState:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+
+
+def first_difference(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> str | None:
+    """What tells a checkpoint's weights from those of `model`, which may lie on the meta device; None if nothing."""
+    here = model.state_dict()
+    for name in (*here, *weights):
+        if not isinstance(weights.get(name), torch.Tensor):
+            return f"it has no {name}"
+        if name not in here:
+            return f"its {name} is not in the model"
+        if weights[name].shape != here[name].shape:
+            return f"{name} is {tuple(weights[name].shape)} there and {tuple(here[name].shape)} here"
+    return None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], config_yaml: str, data_digest: str) -> None:

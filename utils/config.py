@@ -156,7 +156,7 @@ class Training(Section):
     batch_size: int = key(512, "images a step, over all processes", ge=4, multiple_of=4)
     micro_batch_size: int | None = key(
         None,
-        "images a forward pass, to save memory; BatchNorm normalises over no more; null: all at once",
+        "images a forward pass of each process, to save memory; BatchNorm sees no more of each; null: all at once",
         run=True,
         ge=4,
         multiple_of=4,
@@ -210,6 +210,14 @@ class Sampling(Section):
     eta: float = key(0.0, "0: deterministic DDIM; 1: as much noise as DDPM", run=True, ge=0, le=1)
 
 
+class Distributed(Section):
+    """How processes talk, where a launcher starts several."""
+
+    all_run: ClassVar[bool] = True
+    backend: Literal["auto", "nccl", "gloo"] = key("auto", "auto: nccl where each process has a GPU, else gloo")
+    timeout_minutes: Positive = key(30.0, "a process that waits longer for the others fails", le=1e5)
+
+
 class Config(Section):
     seed: int = key(0, "of all randomness", ge=0)
     output_dir: PathText = key("", "folder of the run; empty: runs/<name of the config file>", run=True)
@@ -223,6 +231,7 @@ class Config(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sampling: Sampling = Sampling()
+    distributed: Distributed = Distributed()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

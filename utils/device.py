@@ -6,19 +6,30 @@ import sys
 
 import torch
 
-from utils.config import ConfigError
+from utils.distributed import local_rank, local_world_size, world_size
 
 logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """cuda, else mps, else cpu for `auto`; raises ConfigError for a device that is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise ConfigError(f"device {name} is not available here: take device=auto")
-    return torch.device(name)
+    """This process's device: cuda, else mps, else cpu for `auto`, and for a device that is not there, with a line.
+
+    Processes of one machine take its GPUs in turn. gloo does not carry tensors on mps.
+    """
+    mps = torch.backends.mps.is_available() and world_size() == 1
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    best = next(kind for kind, there in available.items() if there)
+    if name != "auto" and not available[name]:
+        logger.info("device is %s, which is not available here: training on %s", name, best)
+    kind = name if available.get(name) else best
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if local_world_size() > count:
+        logger.info("%d processes share %d GPU(s): fewer processes would be faster", local_world_size(), count)
+    device = torch.device("cuda", local_rank() % count)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _cpu_computes_bf16() -> bool:

@@ -1,6 +1,11 @@
 """Small files, written whole or not at all."""
 
+import errno
+import fcntl
+import os
+import socket
 from pathlib import Path
+from typing import TextIO
 
 
 def write_text(path: Path, text: str) -> None:
@@ -8,3 +13,26 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+class InUseError(Exception):
+    """Another process holds the lock; the message says which."""
+
+
+def lock_file(path: Path) -> TextIO:
+    """Hold `path`, made if need be, until what is returned is closed or this process ends, however it ends.
+
+    Raises InUseError. Storage that knows no locks is used without.
+    """
+    file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise InUseError(holder or "another process") from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file

@@ -1,0 +1,191 @@
+"""What test_distributed.py and test_mistakes.py run in two processes: `torchrun -m tests.processes WHAT FOLDER`."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import test as judge_program
+import train as train_program
+from datasets import DatasetError
+from tests.conftest import digits_args
+from training.experiment import Experiment, initial_state, open_experiment
+from training.judge import baselines, config_protocols, encode_with, judge, sample_grid
+from training.step import train_step
+from utils import parallel
+from utils.checkpoint import TrainState
+from utils.config_file import load_config
+from utils.distributed import SharedError, all_reduce, first_on_each_node, rank, same_everywhere, share, world_size
+from utils.logging import PhaseTimer
+
+# Steps are small because AdamW and ReLU magnify rounding: of a gradient near zero, AdamW keeps only the sign.
+COMPARABLE = (
+    "decoder.dropout=0.0",
+    "encoder.width=16",
+    "optimizer.max_grad_norm=1e9",
+    "optimizer.encoder_lr=1e-4",
+    "optimizer.decoder_lr=1e-4",
+)
+
+
+def prepare(folder: Path, *overrides: str) -> tuple[Experiment, TrainState]:
+    """A tiny run whose every parameter is random, so that no gradient is zero."""
+    _, path, *rest = digits_args(folder, *COMPARABLE, *overrides)
+    experiment = open_experiment(load_config(path, rest))
+    state = initial_state(experiment)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in state.soda.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    return experiment, state
+
+
+def digest(values: dict[str, Tensor]) -> bytes:
+    return b"".join(value.cpu().numpy().tobytes() for value in values.values())
+
+
+def training(folder: Path, steps: int, *overrides: str, fixed_statistics: bool) -> dict[str, Any]:
+    """Losses over the global batch of `steps` steps, gradients and buffers of the first, keys, and EMA."""
+    experiment, state = prepare(folder, *overrides)
+    if fixed_statistics:
+        state.soda.eval()
+        state.soda.train = lambda mode=True: None
+    state.parallel = parallel.data_parallel(state.soda)
+    found: dict[str, Any] = {"losses": []}
+
+    def look(*_: Any) -> None:
+        if state.step == 0:
+            found["gradients"] = {name: p.grad.cpu().clone() for name, p in state.soda.named_parameters()}
+
+    state.optimizer.register_step_pre_hook(look)
+    for step in range(steps):
+        loss, _ = train_step(experiment, state, PhaseTimer())
+        found["losses"].append(all_reduce(loss).item() / world_size())
+        if step == 0:
+            found["buffers"] = {name: buffer.cpu().clone() for name, buffer in state.soda.named_buffers()}
+    found["keys"] = list(state.soda.state_dict())
+    found["EMA is the same everywhere"] = same_everywhere(digest(state.ema.state_dict()))
+    return found
+
+
+def micro_batches(folder: Path) -> list[dict[str, Any]]:
+    """20 steps with fixed statistics, the share of a process in 1, 2 and 4 parts."""
+    sizes = [64 // world_size() // parts for parts in (1, 2, 4)]
+    return [training(folder, 20, f"training.micro_batch_size={size}", fixed_statistics=True) for size in sizes]
+
+
+def unsynchronised(folder: Path) -> dict[str, Any]:
+    """5 steps with torch's own BatchNorm, whose statistics are those of one process."""
+    convert = parallel.convert_batch_norm
+    parallel.convert_batch_norm = lambda module: None
+    try:
+        return training(folder, 5, fixed_statistics=False)
+    finally:
+        parallel.convert_batch_norm = convert
+
+
+def batch_norm(make: type[nn.BatchNorm2d], device: str = "cpu") -> dict[str, Tensor]:
+    """Two steps on this process's share of 8 samples, put together: the second on values far from zero."""
+    norm = make(6)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.normal_(generator=generator)
+        norm.bias.normal_(generator=generator)
+    norm.to(device)
+    found: dict[str, Tensor] = {}
+    for step, centre in enumerate((0.5, 20.0)):
+        values = torch.randn(8, 6, 5, 3, generator=generator) * torch.arange(1, 7)[:, None, None] + centre
+        weights = torch.randn(values.shape, generator=generator)
+        mine = slice(share(8).start, share(8).stop)
+        x = values[mine].to(device).requires_grad_()
+        y = norm(x)
+        norm.zero_grad()
+        (y * weights[mine].to(device)).sum().backward()
+        assert x.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
+        for name, part in (("y", y.detach()), ("x gradient", x.grad)):
+            whole = torch.zeros(values.shape, device=device)
+            whole[mine] = part
+            found[f"{name}, step {step}"] = all_reduce(whole)
+        for name, parameter in norm.named_parameters():
+            assert parameter.grad is not None
+            found[f"{name} gradient, step {step}"] = all_reduce(parameter.grad)
+        found |= {f"{name}, step {step}": buffer.clone() for name, buffer in norm.named_buffers()}
+    found["evaluation"] = norm.eval()(torch.ones(1, 6, 2, 2, device=device)).detach()
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor]:
+    """Accuracies of an encoder and of the baselines, and a grid of samples."""
+    experiment, state = prepare(folder, *overrides)
+    encoders = {"random": encode_with(experiment, state.soda.encoder), **baselines(experiment)}
+    table = judge(experiment, encoders, config_protocols(experiment))
+    return table, sample_grid(experiment, state.soda)
+
+
+def turns(folder: Path) -> dict[str, Any]:
+    """The order in which processes work, and what they learn of one that fails."""
+    log = folder / "turns"
+
+    def work() -> int:
+        with open(log, "a") as file:
+            file.write(f"{rank()} ")
+        return rank()
+
+    def fail() -> None:
+        if rank() == world_size() - 1:
+            raise DatasetError("the last process failed")
+
+    mine, learnt = first_on_each_node(work, DatasetError), None
+    try:
+        first_on_each_node(fail, DatasetError)
+    except SharedError as caught:
+        learnt = repr(caught.error)
+    return {"mine": mine, "log": log.read_text(), "learnt": learnt}
+
+
+def numbers(folder: Path, *overrides: str) -> dict[str, Any]:
+    """All that does not depend on the number of processes."""
+    return {
+        "micro-batches": micro_batches(folder),
+        "training": training(folder, 5, fixed_statistics=False),
+        # 15 and 4 batches of features, and one of each; samples in a chunk and a half.
+        "judging": [
+            judging(folder, f"evaluation.batch_size={size}", "sampling.num_images=6", "sampling.eta=1.0")
+            for size in (100, 2000)
+        ],
+    }
+
+
+def mistakes(cases: list[tuple[str, list[str]]]) -> list[tuple[Any, str]]:
+    """(exit status, what was printed) of each (program, arguments), where `{rank}` stands for this process's."""
+    found = []
+    for program, arguments in cases:
+        printed = io.StringIO()
+        status: Any = None
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            try:
+                main = train_program.main if program == "train.py" else judge_program.main
+                status = main([argument.replace("{rank}", str(rank())) for argument in arguments])
+            except SystemExit as ended:
+                status = ended.code
+        found.append((status, printed.getvalue()))
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, place = sys.argv[1], Path(sys.argv[2])
+    results: Any
+    if what == "mistakes":
+        results = mistakes(torch.load(place / "cases.pt"))
+    else:
+        results = numbers(place) | {
+            "unsynchronised": unsynchronised(place),
+            "batch norm": batch_norm(parallel.GlobalBatchNorm2d),
+            "turns": turns(place),
+        }
+    torch.save(results, place / f"rank{rank()}.pt")

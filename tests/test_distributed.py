@@ -1,0 +1,125 @@
+"""Two processes compute what one computes. What they run is in tests/processes.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import processes
+from tests.conftest import TWO_PROCESSES, launch
+from utils.distributed import share
+from utils.parallel import GlobalBatchNorm2d, convert_batch_norm
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return processes.numbers(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found, by rank."""
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "numbers", str(folder))
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To 1e-5: losses, and after one step every gradient and every buffer, each relative to its own norm."""
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for kind in ("gradients", "buffers"):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, value in expected[kind].items():
+            assert value.abs().max() > 0, f"{name} says nothing"
+            assert relative_error(found[kind][name], value) < 1e-5, name
+
+
+def test_the_number_of_processes_does_not_change_training(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert_same_training(rank["training"], one["training"])
+        assert rank["training"]["keys"] == one["training"]["keys"], "no prefix, nothing added"
+
+
+def test_batch_norm_of_one_process_would_change_it(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        found, expected = rank["unsynchronised"], one["training"]
+        assert found["losses"] != pytest.approx(expected["losses"], rel=1e-5)
+        for kind in ("gradients", "buffers"):
+            with pytest.raises(AssertionError):
+                assert_same_training({**expected, kind: found[kind]}, expected)
+
+
+def test_with_fixed_statistics_neither_processes_nor_micro_batches_matter(
+    one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    expected = one["micro-batches"][0]
+    assert abs(expected["losses"][-1] / expected["losses"][0] - 1) > 0.01, "something was learned"
+    for found in (*one["micro-batches"][1:], *two[0]["micro-batches"], *two[1]["micro-batches"]):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6) and len(found["losses"]) == 20
+        # AdamW forgets the scale of gradients, which therefore are compared themselves.
+        for name, gradient in expected["gradients"].items():
+            assert relative_error(found["gradients"][name], gradient) < 1e-5, name
+
+
+def test_the_ema_is_the_same_on_all_ranks(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        for found in (rank["training"], *rank["micro-batches"]):
+            assert found["EMA is the same everywhere"]
+        assert not rank["unsynchronised"]["EMA is the same everywhere"], "else this test could not fail"
+
+
+def test_batch_norm_of_two_processes_against_torch_on_the_whole_batch(two: list[dict[str, Any]]) -> None:
+    expected = processes.batch_norm(nn.BatchNorm2d)
+    for rank in two:
+        assert rank["batch norm"].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(rank["batch norm"][name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
+
+
+def test_batch_norm_is_converted_in_place() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)), nn.BatchNorm1d(4))
+    before = module.state_dict()
+    convert_batch_norm(module)
+    assert type(module[1][0]) is GlobalBatchNorm2d and type(module[2]) is nn.BatchNorm1d  # type: ignore[index]
+    after = module.state_dict()
+    assert after.keys() == before.keys() and all(after[name] is not None for name in before)
+    x = torch.randn(5, 4, 2, 2)
+    assert torch.equal(module[1].train()(x), nn.BatchNorm2d(4)(x)), "in one process, torch's own"
+
+
+def test_judging_gives_the_same_numbers(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        for (table, grid), (expected_table, expected_grid) in zip(rank["judging"], one["judging"], strict=True):
+            assert table == expected_table
+            assert (grid.int() - expected_grid.int()).abs().max() <= 1, "grey levels"
+    assert one["judging"][0][1].unique().numel() > 100
+
+
+def test_processes_take_turns_and_learn_of_each_others_failures(two: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(two):
+        assert found["turns"] == {
+            "mine": rank,
+            "log": "0 1 ",
+            "learnt": "DatasetError('the last process failed')",
+        }
+
+
+@pytest.mark.parametrize(("total", "multiple"), [(16, 4), (6, 4), (1, 4), (0, 1), (7, 1), (64, 8)])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_shares_cover_everything_once(
+    monkeypatch: pytest.MonkeyPatch, total: int, multiple: int, processes: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(share(total, multiple))
+    assert [index for part in shares for index in part] == list(range(total))
+    assert all(part.start % multiple == 0 for part in shares if part)
+    assert max(map(len, shares)) - min(map(len, shares)) <= multiple

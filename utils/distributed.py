@@ -1,0 +1,156 @@
+"""Rank, world size, and how processes meet. In a single process every call does the obvious thing.
+
+Launchers (torchrun, torch.distributed.launch) tell a process its place by environment variables. Small objects go
+through gloo on the host (`exchange`), tensors through the group that `start` opens (`all_reduce`). torch is imported
+where it is needed, since a mistake in the config is answered without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_group: ProcessGroup | None = None
+
+
+def _from_launcher(name: str, alone: int) -> int:
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # some clusters set one of them for their own use
+    return int(os.environ.get(name, alone)) if launched else alone
+
+
+def rank() -> int:
+    """This process among all, 0 first. Files are written by rank 0."""
+    return _from_launcher("RANK", 0)
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return _from_launcher("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """This process among those of its machine. Devices are picked by it."""
+    return _from_launcher("LOCAL_RANK", 0)
+
+
+def local_world_size() -> int:
+    """How many processes this machine has."""
+    return _from_launcher("LOCAL_WORLD_SIZE", 1)
+
+
+class SharedError(Exception):
+    """A mistake in some process, raised in all of them; `error` is what it was there."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def exchange(value: Any = None, error: Exception | None = None) -> list[Any]:
+    """Every process's `value`, by rank. If any comes with an error, all raise SharedError with the first."""
+    answers = [(value, error)]
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            # One process may decode a large folder while the others wait here. One that dies is noticed at once.
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        answers *= world_size()
+        dist.all_gather_object(answers, (value, error))
+    for _, failure in answers:
+        if failure is not None:
+            raise SharedError(failure)
+    return [answer for answer, _ in answers]
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's value of a picklable object, on all ranks."""
+    return exchange(value)[0]
+
+
+def same_everywhere(value: Any) -> bool:
+    """Whether a picklable object is equal on all ranks; the answer is the same on all ranks."""
+    first, *others = exchange(value)
+    return all(other == first for other in others)
+
+
+def first_on_each_node(work: Callable[[], T], *errors: type[Exception]) -> T:
+    """`work()` in all processes, but in turns: what it downloads or caches is there for those that come later.
+
+    Rank 0 goes first, then one process on each other machine, which may share rank 0's storage, then the others. One
+    of `errors` in any of them is raised in all, as SharedError.
+    """
+    if world_size() == 1:
+        return work()
+    mine = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
+    result: Any = None
+    for turn in range(3):
+        error: Exception | None = None
+        if turn == mine:
+            try:
+                result = work()
+            except errors as caught:
+                error = caught
+        exchange(error=error)
+    return result
+
+
+def start(backend: str, timeout_minutes: float, device: torch.device) -> str:
+    """Open the group that tensors on `device` travel through, and return its backend.
+
+    Args:
+        backend: `nccl`, `gloo` or `auto`. NCCL needs a GPU for each process; without, it is gloo on all ranks.
+        timeout_minutes: a collective that takes longer fails.
+    """
+    import torch.distributed as dist
+    from torch import cuda
+
+    global _group
+    can_nccl = device.type == "cuda" and cuda.device_count() >= local_world_size() and dist.is_nccl_available()
+    all_can = all(exchange(can_nccl))
+    chosen = "gloo" if backend == "gloo" or not all_can else "nccl"
+    if backend == "nccl" and not all_can:
+        logger.info("distributed.backend is nccl, which needs a GPU for each process: taking gloo")
+    if world_size() > 1:
+        _group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=timedelta(minutes=timeout_minutes)))
+    return chosen
+
+
+def group() -> ProcessGroup | None:
+    """The group that `start` opened; None before, and in a single process."""
+    return _group
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace a tensor by its sum over all processes; returns it."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor, group=_group)
+    return tensor
+
+
+def share(total: int, multiple: int = 1) -> range:
+    """This process's part of 0..total-1: consecutive, starting at a multiple, as even as that allows."""
+    pieces = -(-total // multiple)
+    start, stop = (pieces * r // world_size() * multiple for r in (rank(), rank() + 1))
+    return range(min(start, total), min(stop, total))

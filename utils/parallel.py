@@ -1,0 +1,104 @@
+"""What lets a module train over many processes: BatchNorm over all of them, gradients averaged by DDP."""
+
+import inspect
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.distributed import all_reduce, group, world_size
+
+
+class _Normalize(torch.autograd.Function):
+    """weight (x - mean) / sqrt(variance + eps) + bias, where mean and variance are those of x over all processes.
+
+    The gradient (Ioffe & Szegedy 2015, section 3), with x^ for the normalised x and averages over all processes:
+    dx = weight / sqrt(variance + eps) (dy - average(dy) - x^ average(dy x^)).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float, count: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.count = eps, count
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (dy,) = gradients
+        x, weight, mean, variance = ctx.saved_tensors
+        # As if mean and variance were constants: one kernel, and its sums are those that are needed.
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        mean_dy, mean_dy_x = all_reduce(torch.stack([dbias, dweight])) / ctx.count  # (C,) each
+        inverse = (variance + ctx.eps).rsqrt()
+        slope = -weight * inverse.square() * mean_dy_x
+        offset = -weight * inverse * mean_dy - slope * mean
+        dx = dx + torch.addcmul(offset[:, None, None], slope[:, None, None], x)
+        return dx.to(x.dtype), dweight, dbias, None, None, None, None
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics are those of all processes' samples, shares being equal.
+
+    One all-reduce forward and one backward, of 2 numbers a channel in float32. torch's SyncBatchNorm waits for the
+    device in every layer, and DDP refuses it on CPUs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        count = x.numel() // x.shape[1] * world_size()
+        with torch.no_grad():
+            variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)  # (C,) each, of this process
+            # Moments about a common point average over processes; about one near the mean, little is lost.
+            offset = mean - self.running_mean
+            offset, square = all_reduce(torch.stack([offset, variance + offset.square()])) / world_size()
+            mean, variance = self.running_mean + offset, (square - offset.square()).clamp(min=0)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return _Normalize.apply(x, self.weight, self.bias, mean, variance, self.eps, count)
+
+
+def convert_batch_norm(module: nn.Module) -> None:
+    """Turn every BatchNorm2d in `module` into a GlobalBatchNorm2d, in place; its state and its keys stay."""
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = GlobalBatchNorm2d
+
+
+class _DataParallel(DistributedDataParallel):
+    """DDP learns a static graph in its first backward pass, which therefore cannot go without reducing gradients."""
+
+    _learned = False
+
+    def no_sync(self) -> Any:
+        if not self._learned:
+            self._learned = True
+            return nullcontext()
+        return super().no_sync()
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """`module`, its BatchNorm converted in place, wrapped by DDP; in a single process, `module` as it is."""
+    if world_size() == 1:
+        return module
+    convert_batch_norm(module)
+    # 1x1 convolutions have gradients whose strides differ in dimensions of size 1 alone.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # GlobalBatchNorm2d keeps the buffers equal, so that none need be sent. The key's name depends on torch's version.
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_broadcast: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    return _DataParallel(module, process_group=group(), static_graph=True, gradient_as_bucket_view=True, **no_broadcast)
