@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.builtin import load_cifar, load_digits, load_fashion_mnist
-from datasets.files import load_listing
+from datasets.files import check_memory, load_listing
 from datasets.images import DatasetError, Images, Statistics, channel_statistics
 from datasets.listing import list_folder, list_tiny_imagenet
 from datasets.loader import Loader
@@ -44,6 +44,7 @@ def build_dataset(name: str, root: str, cache_dir: str, image_size: int) -> tupl
     else:
         list_files = list_tiny_imagenet if name == "tiny" else list_folder
         train_files, test_files = list_files(folder)
+        check_memory(folder, len(train_files.files) + len(test_files.files if test_files else []), image_size)
         train = load_listing(train_files, image_size, Path(cache_dir))
         test = load_listing(test_files, image_size, Path(cache_dir)) if test_files else None
     mean, std = STATISTICS.get(name) or train.statistics or channel_statistics(train.pixels)

@@ -4,9 +4,13 @@ import hashlib
 import json
 import logging
 import os
+import secrets
+import sys
+import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +71,35 @@ def _decode_all(listing: Listing, image_size: int, out: np.ndarray) -> None:
             out[index] = _decode(listing.root / listing.files[index], image_size).transpose(2, 0, 1)
         return len(indices)
 
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds between updates
     blocks = [range(start, min(start + 256, len(out))) for start in range(0, len(out), 256)]
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(out), desc=f"decoding {listing.root}", unit="img", leave=False) as bar,
+        tqdm(total=len(out), desc=f"decoding {listing.root}", unit="img", leave=False, mininterval=interval) as bar,
     ):
         warnings.simplefilter("ignore")  # e.g. of a palette's transparency
         for done in pool.map(work, blocks):
             bar.update(done)
+
+
+def memory_bytes() -> int:
+    """What this process may use: the machine's memory, or less where a container is given less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # `max` is no number
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
+def check_memory(root: Path, count: int, image_size: int) -> None:
+    """Raise DatasetError where `count` decoded images are larger than the memory."""
+    needed, there = count * 3 * image_size**2, memory_bytes()
+    if needed > there:
+        raise DatasetError(
+            f"the {count:,} images in {root} take {needed / 1e9:.1f} GB at {image_size} px, and there is "
+            f"{there / 1e9:.1f} GB of memory: set data.image_size lower, or take fewer images"
+        )
 
 
 def load_listing(listing: Listing, image_size: int, cache_dir: Path) -> Images:
@@ -94,9 +118,15 @@ def load_listing(listing: Listing, image_size: int, cache_dir: Path) -> Images:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             mark_file.unlink(missing_ok=True)
-            partial = pixels_file.with_suffix(f".{os.getpid()}.partial")
+            for left in cache_dir.glob(f"{pixels_file.stem}.*.partial"):
+                if time.time() - left.stat().st_mtime > 86400:  # of a process that was killed, not one at work
+                    left.unlink(missing_ok=True)
+            partial = pixels_file.with_suffix(f".{secrets.token_hex(4)}.partial")
             try:
                 array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+                if hasattr(os, "posix_fallocate"):  # else a disk that is full kills the process while it decodes
+                    with open(partial, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
                 _decode_all(listing, image_size, array)
                 array.flush()
                 mark = {"wanted": wanted, "statistics": channel_statistics(torch.from_numpy(array))}

@@ -1,7 +1,9 @@
+import errno
 import gzip
 import os
 import pickle
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,40 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     assert len(open_folder(tree, tmp_path)[0]) == 5
     assert open_folder(tree, tmp_path, size=4)[0].pixels.shape[-1] == 4
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_leftovers_of_a_killed_process_go_after_a_day(tree: Path, tmp_path: Path) -> None:
+    open_folder(tree, tmp_path)
+    (pixels_file, *_) = sorted((tmp_path / "cache").glob("*.npy"))
+    old, new = (pixels_file.with_suffix(f".{name}.partial") for name in ("old", "new"))
+    for left, age in ((old, 90000), (new, 0)):
+        left.write_text("")
+        os.utime(left, (time.time() - age,) * 2)
+    pixels_file.with_suffix(".json").unlink()
+    open_folder(tree, tmp_path)
+    assert new.exists() and not old.exists()
+
+
+def test_images_larger_than_the_memory_are_refused_with_their_size(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert files.memory_bytes() > 1e8
+    monkeypatch.setattr(files, "memory_bytes", lambda: 8 * 3 * 4096**2 - 1)
+    with pytest.raises(DatasetError, match=r"8 images in .*photos take 0\.4 GB at 4096 px"):
+        open_folder(tree, tmp_path, size=4096)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(files, "memory_bytes", lambda: 8 * 3 * 8**2)
+    assert len(open_folder(tree, tmp_path, size=8)[0]) == 6
+
+
+def test_a_disk_that_is_full_is_explained(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DatasetError, match=r"No space left on device.*data\.cache_dir"):
+        open_folder(tree, tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:

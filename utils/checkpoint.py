@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path}: train first, or name one that exists")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols, which tell a user nothing
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way at all
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: it is damaged, or holds more than tensors and plain values"
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): remove it or name another") from None
     expected = {"model": dict, "ema": dict, "optimizer": dict, "scaler": dict, "step": int, "config": str, "data": str}
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in expected.items()):

@@ -1,0 +1,179 @@
+"""Mistakes of the user's: one line that says what to do, status 2, nothing written or lost, on all ranks alike."""
+
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test as judge_program
+import train as train_program
+from tests.conftest import TWO_PROCESSES, digits_args, launch
+from tests.test_checkpoint import Malicious
+from utils.files import lock_file
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A command line, `{place}` and `{rank}` to be filled in, and part of the line that it must end with."""
+
+    expected: str
+    arguments: list[str]
+    program: str = "train.py"
+    processes: int = 1  # how many it takes to make it
+
+
+def folder(name: str) -> list[str]:
+    return ["data.name=folder", f"data.root={{place}}/images/{name}", "data.cache_dir={place}/../cache"]
+
+
+def checkpoint(name: str) -> list[str]:
+    return ["--checkpoint", f"{{place}}/checkpoints/{name}.pt"]
+
+
+MISTAKES = [
+    Mistake("unknown key training.epoch: did you mean training.epochs?", ["training.epoch=3"]),
+    Mistake("seed: input should be a valid integer", ["seed=many"]),
+    Mistake("training.latent_drop_probability: input should be less", ["training.latent_drop_probability=2"]),
+    Mistake("is not valid YAML", ["--config", "{place}/broken.yaml"]),
+    Mistake("is not valid YAML", ["--config", "{place}/object.yaml"]),
+    Mistake("no config file", ["--config", "{place}/none.yaml"]),
+    Mistake("the following arguments are required: --config (see", []),
+    Mistake("unrecognized arguments: --epochs=3 (see", ["--epochs=3"]),
+    Mistake("no folder", [*folder("missing")]),
+    Mistake("no images in", [*folder("empty")]),
+    Mistake("unreadable/train/b/7.png", [*folder("unreadable")]),
+    Mistake("truncated/train/a/3.png", [*folder("truncated")]),
+    Mistake("hold different classes: b, c", [*folder("differ")]),
+    Mistake("one class only", [*folder("single")]),
+    Mistake("40 training images are fewer than a batch", [*folder("few")]),
+    Mistake("cannot be halved 1 times", ["data.image_size=9"]),
+    Mistake("a 1x1 map", ["encoder.stem=imagenet"]),
+    Mistake("evaluation.knn.k 1438 is more than the 1437", ["evaluation.knn.k=1438"]),
+    Mistake("cannot write to output_dir", ["output_dir={place}/file/run"]),
+    Mistake("busy is in use by process", ["output_dir={place}/busy"]),
+    Mistake("encoder.latent_dim was 8 and is 16", ["output_dir={place}/run", "encoder.latent_dim=16"]),
+    Mistake("train first", [], "test.py"),
+    Mistake("truncated.pt cannot be read", checkpoint("truncated"), "test.py"),
+    Mistake("text.pt cannot be read", checkpoint("text"), "test.py"),
+    Mistake("malicious.pt cannot be read", checkpoint("malicious"), "test.py"),
+    Mistake("other.pt is not a checkpoint of this program", checkpoint("other"), "test.py"),
+    Mistake(
+        "(encoder.fc.weight is (8, 32) there and (16, 32) here): add encoder.latent_dim=8",
+        [*checkpoint("good"), "encoder.latent_dim=16"],
+        "test.py",
+    ),
+    Mistake(
+        "does not fit the model: encoder.fc.weight is (8, 31) there and (8, 32)", checkpoint("reshaped"), "test.py"
+    ),
+    Mistake("no config file", ["--config", "{place}/only_0.yaml", "--config", "{place}/only_{rank}.yaml"], processes=2),
+    Mistake("batch_size 60 does not divide into shares", ["training.batch_size=60"], processes=2),
+    Mistake(
+        "micro_batch_size 16 does not divide the 24 images of each process",
+        ["training.batch_size=48", "training.micro_batch_size=16"],
+        processes=2,
+    ),
+    Mistake("the machines hold different images", [*folder("rank{rank}")], processes=2),
+    Mistake("output_dir must be storage they share", ["output_dir={place}/run_{rank}"], processes=2),
+]
+
+
+def complete(mistake: Mistake, place: Path) -> list[str]:
+    base = [] if mistake.expected.startswith("the following") else digits_args(place / "nothing")
+    return [argument.replace("{place}", str(place)) for argument in [*base, *mistake.arguments]]
+
+
+def contents(place: Path) -> dict[str, bytes | None]:
+    files = (path for path in place.rglob("*") if path != place / "busy" / ".lock")  # the lock's is no mistake's
+    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in files}
+
+
+def write_images(root: Path, seed: int = 0, **counts: int) -> None:
+    """`root`/train/a/0.png and so on, from train_a=1; `root`/0.png from flat=1."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        inside = root if name == "flat" else root.joinpath(*name.split("_"))
+        inside.mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(inside / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that can be wrong, and a finished run in `run`."""
+    place = tmp_path_factory.mktemp("mistakes") / "place"
+    (place / "images" / "empty").mkdir(parents=True)
+    for name in ("unreadable", "truncated"):
+        write_images(place / "images" / name, train_a=40, train_b=40, test_a=2, test_b=2)
+    (place / "images/unreadable/train/b/7.png").write_bytes(b"no image")
+    os.truncate(place / "images/truncated/train/a/3.png", 100)
+    write_images(place / "images/differ", train_a=1, train_b=1, test_a=1, test_c=1)
+    write_images(place / "images/single", train_a=1, test_a=1)
+    write_images(place / "images/few", train_a=20, train_b=20, test_a=1, test_b=1)
+    write_images(place / "images/rank0", seed=0, flat=64)
+    write_images(place / "images/rank1", seed=1, flat=64)
+    (place / "broken.yaml").write_text("data: {name: digits")
+    (place / "object.yaml").write_text("seed: !!python/object/apply:os.mkdir [owned]")
+    (place / "only_0.yaml").write_text("data: {name: digits, image_size: 8}\n")
+    (place / "file").write_text("")
+    (place / "busy").mkdir()
+
+    # The run must not be judged by its baselines: it is there to be refused.
+    run = place / "run"
+    assert train_program.main(digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")) == 0
+    shutil.copytree(run, place / "run_0")
+    checkpoints = place / "checkpoints"
+    checkpoints.mkdir()
+    good = (run / "checkpoints" / "last.pt").read_bytes()
+    (checkpoints / "good.pt").write_bytes(good)
+    (checkpoints / "truncated.pt").write_bytes(good[: len(good) // 2])
+    (checkpoints / "text.pt").write_text("hello")
+    (checkpoints / "malicious.pt").write_bytes(pickle.dumps(Malicious()))
+    torch.save({"weights": torch.zeros(3)}, checkpoints / "other.pt")
+    state = torch.load(checkpoints / "good.pt")
+    state["model"]["encoder.fc.weight"] = state["model"]["encoder.fc.weight"][:, :31]
+    torch.save(state, checkpoints / "reshaped.pt")
+    return place
+
+
+def assert_refused(printed: str, expected: str) -> None:
+    line = printed.rpartition("\r")[2]  # behind the progress bar of decoding
+    assert line.startswith("error: ") and printed.count("\n") == 1, printed
+    assert expected in line
+
+
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.processes == 1], ids=lambda m: m.expected[:40])
+def test_a_mistake_ends_with_one_line_and_nothing_written(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: Mistake
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    before = contents(place)
+    program = train_program if mistake.program == "train.py" else judge_program
+    with lock_file(place / "busy" / ".lock"):
+        (place / "busy" / ".lock")
+        with pytest.raises(SystemExit, match="2"):
+            program.main(complete(mistake, place))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert_refused(captured.err, mistake.expected)
+    assert contents(place) == before
+
+
+def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path) -> None:
+    before = contents(place)
+    torch.save([(mistake.program, complete(mistake, place)) for mistake in MISTAKES], tmp_path / "cases.pt")
+    with lock_file(place / "busy" / ".lock"):
+        done = launch(*TWO_PROCESSES, "-m", "tests.processes", "mistakes", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found: list[list[tuple[Any, str]]] = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for mistake, (first, said), (second, also_said) in zip(MISTAKES, *found, strict=True):
+        assert (first, second) == (2, 2), mistake
+        assert_refused(said, mistake.expected)
+        assert also_said.rpartition("\r")[2] == "", mistake
+    assert contents(place) == before
