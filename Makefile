@@ -1,16 +1,18 @@
-# make train [CONFIG=config/digits.yaml] [ARGS="--use_amp key=value ..."]   train and evaluate
-# make test                                                              lint, types and tests
-# Both set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
+# make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate
+# make test                                                                        lint, types and tests
+# NPROC processes, one a GPU, train together. Both set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
+NPROC ?= 1
 ARGS ?=
 PYTHON ?= python3
+LAUNCH = .venv/bin/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
 
 .PHONY: train test clean
 .DELETE_ON_ERROR:
 
 train: .venv/requirements.done
-	.venv/bin/python train.py --config $(CONFIG) $(ARGS)
+	$(LAUNCH) train.py --config $(CONFIG) $(ARGS)
 
 test: .venv/requirements-dev.done
 	.venv/bin/ruff check .

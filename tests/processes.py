@@ -147,7 +147,7 @@ def turns(folder: Path) -> dict[str, Any]:
     return {"mine": mine, "log": log.read_text(), "learnt": learnt}
 
 
-def numbers(folder: Path, *overrides: str) -> dict[str, Any]:
+def numbers(folder: Path) -> dict[str, Any]:
     """All that does not depend on the number of processes."""
     return {
         "micro-batches": micro_batches(folder),
@@ -157,6 +157,16 @@ def numbers(folder: Path, *overrides: str) -> dict[str, Any]:
             judging(folder, f"evaluation.batch_size={size}", "sampling.num_images=6", "sampling.eta=1.0")
             for size in (100, 2000)
         ],
+    }
+
+
+def on_cuda(folder: Path) -> dict[str, Any]:
+    """Training and BatchNorm on one GPU, which processes share, without TensorFloat-32."""
+    torch.backends.cudnn.allow_tf32 = False
+    overrides = ("device=cuda", "distributed.backend=gloo")
+    return {
+        "training": training(folder, 5, *overrides, fixed_statistics=False),
+        "batch norm": batch_norm(parallel.GlobalBatchNorm2d, "cuda"),
     }
 
 
@@ -180,7 +190,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     what, place = sys.argv[1], Path(sys.argv[2])
     results: Any
-    if what == "mistakes":
+    if what == "cuda":
+        results = on_cuda(place)
+    elif what == "mistakes":
         results = mistakes(torch.load(place / "cases.pt"))
     else:
         results = numbers(place) | {

@@ -1,27 +1,54 @@
 """The real scripts, launched as a user launches them; and rules that hold for the whole source."""
 
 import ast
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, digits_args, launch
+import train as train_program
+from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch
 
 PACKAGES = ("model", "datasets", "evaluation", "utils")
 
 
-def test_train_then_test(tmp_path: Path) -> None:
-    args = digits_args(tmp_path / "run")
-    trained = launch("train.py", *args)
+def test_a_run_with_every_launcher(tmp_path: Path) -> None:
+    """Two processes train, two judge, one judges, one goes on: it ends where a run that was always one does."""
+    settings = ("decoder.dropout=0.0", "optimizer.encoder_lr=1e-4", "optimizer.decoder_lr=1e-4", "training.log_every=1")
+    args = digits_args(tmp_path / "run", *settings)
+    trained = launch(*TWO_PROCESSES, "train.py", *args)
     assert trained.returncode == 0, trained.stderr
-    assert re.search(r"k-NN k=20 .* (\d+\.\d / \d+\.\d\s*){3}", trained.stdout)
-    for path in ("checkpoints/last.pt", "samples/epoch_0001.png", "tensorboard"):
-        assert str(tmp_path / "run" / path) in trained.stdout
-    assert "img/s" in trained.stderr and "loss=" in trained.stderr
-    judged = launch("test.py", *args)
+    assert "2 processes, 32 images of each batch each, gradients by gloo" in trained.stderr
+
+    judged = launch("-m", "torch.distributed.launch", "--nproc_per_node=2", "test.py", *args)
     assert judged.returncode == 0, judged.stderr
+    judged_alone = launch("test.py", *args)
+    assert judged_alone.returncode == 0, judged_alone.stderr
+    assert judged.stdout == judged_alone.stdout
     assert judged.stdout.count("k-NN k=") >= 5 and judged.stdout.count("linear 15 epochs") >= 3
+
+    resumed = launch("train.py", *args, "training.epochs=2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "img/s" in resumed.stderr and "loss=" in resumed.stderr and "at step 22 of 44" in resumed.stderr
+    for done, epoch in ((trained, 1), (resumed, 2)):
+        assert len(re.findall(r"k-NN k=20 .* (?:\d+\.\d / \d+\.\d\s*){3}", done.stdout)) == 1
+        for path in ("checkpoints/last.pt", f"samples/epoch_000{epoch}.png", "tensorboard"):
+            assert str(tmp_path / "run" / path) in done.stdout
+    assert train_program.main([*digits_args(tmp_path / "alone", *settings), "training.epochs=2"]) == 0
+    losses = {}
+    for run in ("run", "alone"):
+        lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+        losses[run] = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses["run"]) == 44 and losses["run"] == pytest.approx(losses["alone"], rel=1e-6)
+
+
+def test_make_starts_as_many_processes_as_it_is_told(tmp_path: Path) -> None:
+    for nproc, expected in (("1", "bin/python train.py"), ("4", "torchrun --standalone --nproc_per_node=4 train.py")):
+        command = ["make", "-n", "train", f"NPROC={nproc}", "CONFIG=config/cifar10.yaml", "ARGS=--use_amp"]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert f"{expected} --config config/cifar10.yaml --use_amp" in shown
 
 
 def test_dry_run_prints_config_size_and_work(tmp_path: Path) -> None:
