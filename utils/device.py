@@ -20,13 +20,15 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     best = next(kind for kind, there in available.items() if there)
     if name != "auto" and not available[name]:
-        logger.info("device is %s, which is not available here: training on %s", name, best)
+        logger.info("device is %s, which is not available here: taking %s", name, best)
     kind = name if available.get(name) else best
     if kind != "cuda":
         return torch.device(kind)
     count = torch.cuda.device_count()
     if local_world_size() > count:
-        logger.info("%d processes share %d GPU(s): fewer processes would be faster", local_world_size(), count)
+        logger.info(
+            "%d processes share the GPUs, of which there are %d: slower than one each", local_world_size(), count
+        )
     device = torch.device("cuda", local_rank() % count)
     torch.cuda.set_device(device)
     return device
@@ -43,10 +45,13 @@ def choose_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
     if not use_amp:
         return None
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        logger.info("this GPU computes no bf16: mixed precision is fp16 with scaled gradients")
+        return torch.float16
     if device.type == "cpu" and _cpu_computes_bf16():
         return torch.bfloat16
-    logger.info("mixed precision was asked for, but this %s computes no bf16: training in float32", device.type)
+    logger.info("mixed precision was asked for, but this %s computes no bf16: taking float32", device.type)
     return None
 
 

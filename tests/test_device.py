@@ -1,0 +1,109 @@
+"""What is not there is replaced, with a line that says so. GPUs are imagined: these tests need none."""
+
+import pytest
+import torch
+
+from utils import device as module
+from utils import distributed
+from utils.device import choose_amp_dtype, choose_device
+
+
+@pytest.fixture(autouse=True)
+def _logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+
+
+def be_process(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(world_size))
+
+
+def test_without_cuda_another_device_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu") and caplog.text == ""
+    assert choose_device("cuda") == torch.device("cpu")
+    assert "device is cuda, which is not available here: taking cpu" in caplog.text
+
+
+def test_each_process_has_its_gpu(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert choose_device("auto") == torch.device("cuda", 0) and choose_device("cpu") == torch.device("cpu")
+    be_process(monkeypatch, 1, 2)
+    assert choose_device("auto") == torch.device("cuda", 1) and caplog.text == ""
+
+
+def test_more_processes_than_gpus_share_them(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    be_process(monkeypatch, 3, 4)
+    assert choose_device("cuda") == torch.device("cuda", 1)
+    assert "4 processes share the GPUs, of which there are 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("processes", "kind", "asked", "taken", "said"),
+    [
+        (2, "cuda", "auto", "nccl", ""),
+        (2, "cuda", "gloo", "gloo", ""),
+        (4, "cuda", "auto", "gloo", ""),
+        (4, "cuda", "nccl", "gloo", "needs a GPU for each process: taking gloo"),
+        (2, "cpu", "auto", "gloo", ""),
+        (2, "cpu", "nccl", "gloo", "needs a GPU for each process: taking gloo"),
+    ],
+)
+def test_the_backend_is_what_the_gpus_allow(
+    two_gpus: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    processes: int,
+    kind: str,
+    asked: str,
+    taken: str,
+    said: str,
+) -> None:
+    be_process(monkeypatch, 0, processes)
+    opened: list[str] = []
+    monkeypatch.setattr(distributed, "exchange", lambda value: [value] * processes)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: opened.append(backend))
+    monkeypatch.setattr(distributed, "_group", None)
+    assert distributed.start(asked, 30.0, torch.device(kind)) == taken
+    assert opened == [taken] and said in caplog.text and (said or not caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "computes_bf16", "expected", "said"),
+    [
+        ("cuda", True, torch.bfloat16, ""),
+        ("cuda", False, torch.float16, "mixed precision is fp16"),
+        ("cpu", True, torch.bfloat16, ""),
+        ("cpu", False, None, "taking float32"),
+        ("mps", True, None, "taking float32"),
+    ],
+)
+def test_mixed_precision_is_what_the_hardware_computes(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    computes_bf16: bool,
+    expected: torch.dtype | None,
+    said: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: computes_bf16)
+    monkeypatch.setattr(module, "_cpu_computes_bf16", lambda: computes_bf16)
+    assert choose_amp_dtype(True, torch.device(kind)) == expected
+    assert said in caplog.text and (said or not caplog.text)
+    assert choose_amp_dtype(False, torch.device(kind)) is None
