@@ -1,6 +1,6 @@
-# make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate
-# make test                                                                        lint, types and tests
-# NPROC processes, one a GPU, train together. Both set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
+# make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate; NPROC GPUs
+# make test                                                                           lint, types and tests
+# Both set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
 NPROC ?= 1

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from utils.cli import make_parser, read_config, run, user_errors
 from utils.config import Config, ConfigError
 from utils.config_file import differences, parse_config, result_digest
-from utils.distributed import from_rank_0, rank, same_everywhere
+from utils.distributed import exchange, from_rank_0, rank, same_everywhere
 from utils.files import InUseError, lock_file, write_text
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,9 @@ EXAMPLES = """\
   torchrun --nproc_per_node=4 train.py --config config/cifar10.yaml --use_amp"""
 
 
+LOCK = ".lock"  # in the run's folder, held by a run while it lives
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the model's size, exit")
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # The heavy imports come after the config is known to be good: a mistake in it is answered at once.
     from datasets import DatasetError
-    from training.experiment import describe_model, initial_state, open_experiment
+    from training.experiment import check_shares, describe_model, initial_state, open_experiment
     from training.loop import read_results, train
     from utils.checkpoint import CheckpointError, load_checkpoint
 
@@ -41,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = folder / "checkpoints" / "last.pt"
     with ExitStack() as held:
         with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
+            check_shares(config)
+            lock = held.enter_context(hold(folder)) if rank() == 0 and (folder / LOCK).exists() else None
+            exchange()  # nobody reads what another run may still write
             saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
             if not same_everywhere(saved and saved["step"]):
                 raise ConfigError(
@@ -58,15 +64,17 @@ def main(argv: list[str] | None = None) -> int:
             experiment = open_experiment(config)
             if saved and saved["data"] != experiment.data_digest:
                 raise DatasetError(f"{config.data.root} holds other images than {checkpoint} was trained on")
-            if rank() == 0:
-                held.enter_context(prepare_folder(folder, config))
             state = initial_state(experiment)
             if saved:
                 state.load_state_dict(saved)
                 logger.info("%s: at step %d of %d", checkpoint, state.step, experiment.total_steps)
-                del saved
             if experiment.test is None:
                 logger.info("the images have no labels: k-NN and linear probe are skipped")
+            if rank() == 0:
+                if lock is None:
+                    held.enter_context(hold(folder))
+                prepare_folder(folder, config, resumes=saved is not None)
+            del saved
         train(experiment, state, folder)
         if rank() == 0:
             print(summary(config, read_results(folder)["table"]))
@@ -98,20 +106,28 @@ def check_folder(folder: Path, config: Config, saved: dict[str, Any] | None) -> 
         logger.info("%s was %s and is now %s", name, old, new)
 
 
-def prepare_folder(folder: Path, config: Config) -> TextIO:
-    """Make the run's folder, with the resolved config in it; it is ours until what is returned is closed."""
+def hold(folder: Path) -> TextIO:
+    """Make the run's folder, which is ours until what is returned is closed; raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / ".lock")
+        return lock_file(folder / LOCK)
+    except InUseError as holder:
+        raise ConfigError(f"{folder} is in use by {holder}: wait for it to end, or choose another output_dir") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from None
+
+
+def prepare_folder(folder: Path, config: Config, resumes: bool) -> None:
+    """Make what a run writes into, and write its resolved config; raises ConfigError."""
+    if not resumes and (folder / "checkpoints" / "last.pt").exists():
+        raise ConfigError(f"another run has just used {folder}: start again to go on with it")
+    try:
         for name in ("checkpoints", "samples", "tensorboard"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir(exist_ok=True)
         for name in ("metrics.jsonl", "results.json"):
             if (folder / name).is_dir():
                 raise ConfigError(f"{folder / name} is a folder: choose another output_dir")
         write_text(folder / "config.yaml", config.to_yaml())
-        return lock
-    except InUseError as holder:
-        raise ConfigError(f"{folder} is in use by {holder}: wait for it to end, or choose another output_dir") from None
     except OSError as error:
         raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from None
 

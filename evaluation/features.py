@@ -26,13 +26,17 @@ def extract_features(
         all_reduce: tensor -> its sum over all processes.
     """
     features: Features = {}
+    times_encoded = torch.zeros(num_samples, device=device)
     # A process without a batch needs the features' names and widths all the same.
     starts = [batch * batch_size for batch in share(-(-num_samples // batch_size))]
     for start in starts or [0]:
         batch = range(start, min(start + batch_size, num_samples) if starts else 1)
+        if starts:
+            times_encoded[batch.start : batch.stop] += 1
         for name, values in encode(batch).items():
             if name not in features:
                 features[name] = torch.zeros(num_samples, values.shape[1], device=device)
             if starts:
                 features[name][batch.start : batch.stop] = values
+    assert all_reduce(times_encoded).eq(1).all(), "processes share the batches out, each to one of them"
     return {name: all_reduce(values) for name, values in features.items()}

@@ -1,28 +1,33 @@
-"""What test_distributed.py and test_mistakes.py run in two processes: `torchrun -m tests.processes WHAT FOLDER`."""
+"""What test_distributed.py, test_mistakes.py and test_cuda.py run in two processes, as `-m tests.processes`."""
 
 import contextlib
 import io
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import test as judge_program
 import train as train_program
-from datasets import DatasetError
 from tests.conftest import digits_args
 from training.experiment import Experiment, initial_state, open_experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid
 from training.step import train_step
 from utils import parallel
 from utils.checkpoint import TrainState
+from utils.cli import user_errors
+from utils.config import ConfigError
 from utils.config_file import load_config
-from utils.distributed import SharedError, all_reduce, first_on_each_node, rank, same_everywhere, share, world_size
+from utils.distributed import all_reduce, first_on_each_node, rank, same_everywhere, share, world_size
 from utils.logging import PhaseTimer
 
-# Steps are small because AdamW and ReLU magnify rounding: of a gradient near zero, AdamW keeps only the sign.
+# Steps are small because AdamW and ReLU magnify rounding: of a gradient near zero, AdamW keeps only the sign. Nothing
+# is clipped, so that gradients are compared as they are.
 COMPARABLE = (
     "decoder.dropout=0.0",
     "encoder.width=16",
@@ -54,7 +59,7 @@ def training(folder: Path, steps: int, *overrides: str, fixed_statistics: bool) 
     if fixed_statistics:
         state.soda.eval()
         state.soda.train = lambda mode=True: None
-    state.parallel = parallel.data_parallel(state.soda)
+    state.wrapped = parallel.data_parallel(state.soda)
     found: dict[str, Any] = {"losses": []}
 
     def look(*_: Any) -> None:
@@ -68,14 +73,32 @@ def training(folder: Path, steps: int, *overrides: str, fixed_statistics: bool) 
         if step == 0:
             found["buffers"] = {name: buffer.cpu().clone() for name, buffer in state.soda.named_buffers()}
     found["keys"] = list(state.soda.state_dict())
+    if world_size() > 1:
+        ddp = state.wrapped
+        sends_buffers = getattr(ddp, "forward_sync_buffers", None) or ddp.broadcast_buffers
+        found["DDP"] = (ddp.static_graph, ddp.gradient_as_bucket_view, sends_buffers)
     found["EMA is the same everywhere"] = same_everywhere(digest(state.ema.state_dict()))
     return found
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:
     """20 steps with fixed statistics, the share of a process in 1, 2 and 4 parts."""
-    sizes = [64 // world_size() // parts for parts in (1, 2, 4)]
-    return [training(folder, 20, f"training.micro_batch_size={size}", fixed_statistics=True) for size in sizes]
+    found, unreduced = [], 0
+    no_sync = DistributedDataParallel.no_sync
+
+    def counting(self: Any) -> Any:
+        nonlocal unreduced
+        unreduced += 1
+        return no_sync(self)
+
+    DistributedDataParallel.no_sync = counting  # type: ignore[method-assign]
+    for parts in (1, 2, 4):
+        unreduced = 0
+        size = 64 // world_size() // parts
+        found.append(training(folder, 20, f"training.micro_batch_size={size}", fixed_statistics=True))
+        found[-1]["unreduced"] = unreduced
+    DistributedDataParallel.no_sync = no_sync  # type: ignore[method-assign]
+    return found
 
 
 def unsynchronised(folder: Path) -> dict[str, Any]:
@@ -88,8 +111,18 @@ def unsynchronised(folder: Path) -> dict[str, Any]:
         parallel.convert_batch_norm = convert
 
 
-def batch_norm(make: type[nn.BatchNorm2d], device: str = "cpu") -> dict[str, Tensor]:
-    """Two steps on this process's share of 8 samples, put together: the second on values far from zero."""
+LAYOUTS = [  # dtype and memory format
+    (torch.float32, torch.contiguous_format),
+    (torch.float32, torch.channels_last),
+    (torch.bfloat16, torch.contiguous_format),
+    (torch.bfloat16, torch.channels_last),
+]
+
+
+def batch_norm(
+    make: type[nn.BatchNorm2d], dtype: torch.dtype, layout: torch.memory_format, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Two steps on this process's share of 8 samples, put together: the first on values far from zero."""
     norm = make(6)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -97,14 +130,14 @@ def batch_norm(make: type[nn.BatchNorm2d], device: str = "cpu") -> dict[str, Ten
         norm.bias.normal_(generator=generator)
     norm.to(device)
     found: dict[str, Tensor] = {}
-    for step, centre in enumerate((0.5, 20.0)):
+    for step, centre in enumerate((300.0, 0.5)):
         values = torch.randn(8, 6, 5, 3, generator=generator) * torch.arange(1, 7)[:, None, None] + centre
         weights = torch.randn(values.shape, generator=generator)
         mine = slice(share(8).start, share(8).stop)
-        x = values[mine].to(device).requires_grad_()
+        x = values[mine].to(device, dtype, memory_format=layout).requires_grad_()
         y = norm(x)
         norm.zero_grad()
-        (y * weights[mine].to(device)).sum().backward()
+        y.backward(weights[mine].to(device, dtype, memory_format=layout))
         assert x.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
         for name, part in (("y", y.detach()), ("x gradient", x.grad)):
             whole = torch.zeros(values.shape, device=device)
@@ -114,8 +147,13 @@ def batch_norm(make: type[nn.BatchNorm2d], device: str = "cpu") -> dict[str, Ten
             assert parameter.grad is not None
             found[f"{name} gradient, step {step}"] = all_reduce(parameter.grad)
         found |= {f"{name}, step {step}": buffer.clone() for name, buffer in norm.named_buffers()}
+        assert y.dtype == x.grad.dtype == dtype and y.is_contiguous(memory_format=layout)
     found["evaluation"] = norm.eval()(torch.ones(1, 6, 2, 2, device=device)).detach()
     return {name: value.cpu() for name, value in found.items()}
+
+
+def batch_norms(make: type[nn.BatchNorm2d], device: str = "cpu") -> list[dict[str, Tensor]]:
+    return [batch_norm(make, dtype, layout, device) for dtype, layout in LAYOUTS]
 
 
 def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor]:
@@ -137,14 +175,16 @@ def turns(folder: Path) -> dict[str, Any]:
 
     def fail() -> None:
         if rank() == world_size() - 1:
-            raise DatasetError("the last process failed")
+            raise ConfigError("the last process failed")
 
-    mine, learnt = first_on_each_node(work, DatasetError), None
-    try:
-        first_on_each_node(fail, DatasetError)
-    except SharedError as caught:
-        learnt = repr(caught.error)
-    return {"mine": mine, "log": log.read_text(), "learnt": learnt}
+    mine, printed, status = first_on_each_node(work), io.StringIO(), None
+    with contextlib.redirect_stderr(printed):
+        try:
+            with user_errors(ConfigError):
+                first_on_each_node(fail)
+        except SystemExit as ended:
+            status = ended.code
+    return {"mine": mine, "log": log.read_text(), "status": status, "printed": printed.getvalue()}
 
 
 def numbers(folder: Path) -> dict[str, Any]:
@@ -162,12 +202,9 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 def on_cuda(folder: Path) -> dict[str, Any]:
     """Training and BatchNorm on one GPU, which processes share, without TensorFloat-32."""
-    torch.backends.cudnn.allow_tf32 = False
-    overrides = ("device=cuda", "distributed.backend=gloo")
-    return {
-        "training": training(folder, 5, *overrides, fixed_statistics=False),
-        "batch norm": batch_norm(parallel.GlobalBatchNorm2d, "cuda"),
-    }
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = training(folder, 5, "device=cuda", "distributed.backend=gloo", fixed_statistics=False)
+    return {"training": found, "batch norms": batch_norms(parallel.GlobalBatchNorm2d, "cuda")}
 
 
 def mistakes(cases: list[tuple[str, list[str]]]) -> list[tuple[Any, str]]:
@@ -176,6 +213,7 @@ def mistakes(cases: list[tuple[str, list[str]]]) -> list[tuple[Any, str]]:
     for program, arguments in cases:
         printed = io.StringIO()
         status: Any = None
+        logging.root.handlers.clear()  # else they print to where the first one did
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             try:
                 main = train_program.main if program == "train.py" else judge_program.main
@@ -193,11 +231,12 @@ if __name__ == "__main__":
     if what == "cuda":
         results = on_cuda(place)
     elif what == "mistakes":
+        os.chdir(place / f"disk{rank()}")
         results = mistakes(torch.load(place / "cases.pt"))
     else:
         results = numbers(place) | {
             "unsynchronised": unsynchronised(place),
-            "batch norm": batch_norm(parallel.GlobalBatchNorm2d),
+            "batch norms": batch_norms(parallel.GlobalBatchNorm2d),
             "turns": turns(place),
         }
     torch.save(results, place / f"rank{rank()}.pt")

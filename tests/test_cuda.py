@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
-from tests.test_distributed import relative_error
+from tests.test_distributed import assert_like_torch, relative_error
 from training.step import train_step
 from utils.logging import PhaseTimer
 
@@ -21,7 +20,7 @@ def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     done = launch(*TWO_PROCESSES, "-m", "tests.processes", "cuda", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
-    one, norm = processes.on_cuda(tmp_path / "one"), processes.batch_norm(nn.BatchNorm2d, "cuda")
+    one = processes.on_cuda(tmp_path / "one")
     for rank in (0, 1):
         two = torch.load(tmp_path / "two" / f"rank{rank}.pt")
         assert two["training"]["losses"] == pytest.approx(one["training"]["losses"], rel=1e-4)
@@ -29,8 +28,7 @@ def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
             for name, value in one["training"][kind].items():
                 assert relative_error(two["training"][kind][name], value) < 1e-4, name
         assert two["training"]["EMA is the same everywhere"]
-        for name, value in norm.items():
-            torch.testing.assert_close(two["batch norm"][name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
+        assert_like_torch(two["batch norms"], "cuda")
 
 
 def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path) -> None:

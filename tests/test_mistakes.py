@@ -14,7 +14,7 @@ from PIL import Image
 
 import test as judge_program
 import train as train_program
-from tests.conftest import TWO_PROCESSES, digits_args, launch
+from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch
 from tests.test_checkpoint import Malicious
 from utils.files import lock_file
 
@@ -59,6 +59,9 @@ MISTAKES = [
     Mistake("cannot write to output_dir", ["output_dir={place}/file/run"]),
     Mistake("busy is in use by process", ["output_dir={place}/busy"]),
     Mistake("encoder.latent_dim was 8 and is 16", ["output_dir={place}/run", "encoder.latent_dim=16"]),
+    Mistake("last.pt cannot be read", ["output_dir={place}/run_truncated"]),
+    Mistake("last.pt cannot be read", ["output_dir={place}/run_malicious"]),
+    Mistake("encoder.fc.weight is (8, 31) there and (8, 32)", ["output_dir={place}/run_reshaped", "training.epochs=2"]),
     Mistake("train first", [], "test.py"),
     Mistake("truncated.pt cannot be read", checkpoint("truncated"), "test.py"),
     Mistake("text.pt cannot be read", checkpoint("text"), "test.py"),
@@ -73,6 +76,7 @@ MISTAKES = [
         "does not fit the model: encoder.fc.weight is (8, 31) there and (8, 32)", checkpoint("reshaped"), "test.py"
     ),
     Mistake("no config file", ["--config", "{place}/only_0.yaml", "--config", "{place}/only_{rank}.yaml"], processes=2),
+    Mistake("the processes read different configs", ["seed={rank}"], processes=2),
     Mistake("batch_size 60 does not divide into shares", ["training.batch_size=60"], processes=2),
     Mistake(
         "micro_batch_size 16 does not divide the 24 images of each process",
@@ -80,7 +84,7 @@ MISTAKES = [
         processes=2,
     ),
     Mistake("the machines hold different images", [*folder("rank{rank}")], processes=2),
-    Mistake("output_dir must be storage they share", ["output_dir={place}/run_{rank}"], processes=2),
+    Mistake("output_dir must be storage they share", ["output_dir=run"], processes=2),
 ]
 
 
@@ -90,7 +94,7 @@ def complete(mistake: Mistake, place: Path) -> list[str]:
 
 
 def contents(place: Path) -> dict[str, bytes | None]:
-    files = (path for path in place.rglob("*") if path != place / "busy" / ".lock")  # the lock's is no mistake's
+    files = (path for path in place.rglob("*") if path.name != ".lock")  # which says who held it last
     return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in files}
 
 
@@ -124,10 +128,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "file").write_text("")
     (place / "busy").mkdir()
 
-    # The run must not be judged by its baselines: it is there to be refused.
     run = place / "run"
     assert train_program.main(digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")) == 0
-    shutil.copytree(run, place / "run_0")
     checkpoints = place / "checkpoints"
     checkpoints.mkdir()
     good = (run / "checkpoints" / "last.pt").read_bytes()
@@ -139,20 +141,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = torch.load(checkpoints / "good.pt")
     state["model"]["encoder.fc.weight"] = state["model"]["encoder.fc.weight"][:, :31]
     torch.save(state, checkpoints / "reshaped.pt")
+    for name in ("truncated", "malicious", "reshaped"):
+        folder = shutil.copytree(run, place / f"run_{name}")
+        shutil.copy(checkpoints / f"{name}.pt", folder / "checkpoints" / "last.pt")
     return place
 
 
 def assert_refused(printed: str, expected: str) -> None:
-    line = printed.rpartition("\r")[2]  # behind the progress bar of decoding
-    assert line.startswith("error: ") and printed.count("\n") == 1, printed
-    assert expected in line
+    """One line says why, and it is the last; before it, decoding may show a bar, and resuming what changed."""
+    lines = printed.rpartition("\r")[2].splitlines()
+    assert [line for line in lines if "error" in line.lower() or "Traceback" in line] == lines[-1:], printed
+    assert lines[-1].startswith("error: ") and expected in lines[-1]
 
 
 @pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.processes == 1], ids=lambda m: m.expected[:40])
 def test_a_mistake_ends_with_one_line_and_nothing_written(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: Mistake
+    place: Path, capsys: pytest.CaptureFixture[str], mistake: Mistake
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     before = contents(place)
     program = train_program if mistake.program == "train.py" else judge_program
     with lock_file(place / "busy" / ".lock"):
@@ -167,6 +172,8 @@ def test_a_mistake_ends_with_one_line_and_nothing_written(
 
 def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path) -> None:
     before = contents(place)
+    shutil.copytree(place / "run", tmp_path / "disk0" / "run")  # each process works on a disk of its own
+    (tmp_path / "disk1").mkdir()
     torch.save([(mistake.program, complete(mistake, place)) for mistake in MISTAKES], tmp_path / "cases.pt")
     with lock_file(place / "busy" / ".lock"):
         done = launch(*TWO_PROCESSES, "-m", "tests.processes", "mistakes", str(tmp_path))
@@ -177,3 +184,30 @@ def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path
         assert_refused(said, mistake.expected)
         assert also_said.rpartition("\r")[2] == "", mistake
     assert contents(place) == before
+
+
+def test_a_launcher_shows_the_line_once_and_status_2_of_each_process(place: Path) -> None:
+    done = launch(*TWO_PROCESSES, "train.py", *digits_args(place / "nothing"), "training.epoch=3")
+    assert done.returncode == 1, "torchrun's own"
+    assert [line for line in done.stderr.splitlines() if "error: " in line and "error_file" not in line] == [
+        f"error: {ROOT / 'config' / 'digits.yaml'}: unknown key training.epoch: did you mean training.epochs?"
+    ]
+    assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr
+
+
+def test_a_run_that_another_has_overtaken_does_not_start(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other began, trained and ended while this one was loading its images."""
+    from training import experiment
+
+    def slowly(**keys: Any) -> Any:
+        shutil.copytree(place / "run", tmp_path / "run")
+        return build_dataset(**keys)
+
+    build_dataset = experiment.build_dataset
+    monkeypatch.setattr(experiment, "build_dataset", slowly)
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(digits_args(tmp_path / "run", "training.epochs=2"))
+    assert_refused(capsys.readouterr().err, "another run has just used")
+    assert contents(tmp_path / "run") == contents(place / "run")

@@ -1,6 +1,5 @@
 """From a config to objects: what stays as it is (`Experiment`) and what training changes (`TrainState`)."""
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,8 @@ from model import SODA, GaussianDiffusion, build_soda, forward_flops
 from utils.checkpoint import TrainState
 from utils.config import Config, ConfigError
 from utils.device import choose_amp_dtype, choose_device
-from utils.distributed import first_on_each_node, same_everywhere, start, world_size
+from utils.distributed import exchange, first_on_each_node, same_everywhere, start, world_size
 from utils.randomness import CHUNK, derive_seed, generator
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,15 +36,15 @@ class Experiment:
 
 def open_experiment(config: Config) -> Experiment:
     """Load the data and lay everything out on the device; raises ConfigError and DatasetError."""
-    check_shares(config)
     device = choose_device(config.device)
-    backend = start(config.distributed.backend, config.distributed.timeout_minutes, device)
-    if world_size() > 1:
-        share = config.training.batch_size // world_size()
-        logger.info("%d processes, %d images of each batch each, gradients by %s", world_size(), share, backend)
-    train, test, info = first_on_each_node(lambda: build_dataset(**config.data.model_dump()), DatasetError)
+    amp_dtype = choose_amp_dtype(config.training.use_amp, device)
+    arithmetic = [f"{kind} in {dtype or 'float32'}" for kind, dtype in exchange((device.type, amp_dtype))]
+    if len(set(arithmetic)) > 1:
+        raise ConfigError(f"the processes compute differently ({', '.join(arithmetic)}): set device, training.use_amp")
+    start(config.distributed.backend, config.distributed.timeout_minutes, device)
+    train, test, info = first_on_each_node(lambda: build_dataset(**config.data.model_dump()))
     data_digest = train.digest()
-    if not same_everywhere(data_digest):
+    if not same_everywhere((data_digest, test and test.digest())):
         raise DatasetError(f"the machines hold different images in {config.data.root}: give them all the same")
     batch_size, k = config.training.batch_size, config.evaluation.knn.k
     if len(train) < batch_size:
@@ -57,7 +54,7 @@ def open_experiment(config: Config) -> Experiment:
     return Experiment(
         config=config,
         device=device,
-        amp_dtype=choose_amp_dtype(config.training.use_amp, device),
+        amp_dtype=amp_dtype,
         train=train,
         test=test,
         data_digest=data_digest,
@@ -70,19 +67,17 @@ def open_experiment(config: Config) -> Experiment:
 
 def check_shares(config: Config) -> None:
     """Raise ConfigError where the processes do not divide the batch into equal shares of whole chunks."""
-    batch_size, micro_batch_size, unit = (
-        config.training.batch_size,
-        config.training.micro_batch_size,
-        CHUNK * world_size(),
-    )
+    batch_size, unit = config.training.batch_size, CHUNK * world_size()
     if batch_size % unit:
-        near = " or ".join(str(size) for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size)
+        below = batch_size // unit * unit
+        near = f"{below} or {below + unit}" if below else str(unit)
         raise ConfigError(
             f"training.batch_size {batch_size} does not divide into shares of a multiple of {CHUNK} images for each of "
             f"{world_size()} processes: take {near}"
         )
     share = batch_size // world_size()
-    if micro_batch_size and share % min(micro_batch_size, share):
+    micro_batch_size = min(config.training.micro_batch_size or share, share)
+    if share % micro_batch_size:
         raise ConfigError(
             f"training.micro_batch_size {micro_batch_size} does not divide the {share} images of each process"
         )

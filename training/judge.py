@@ -39,7 +39,10 @@ def encode_with(experiment: Experiment, encoder: ResNetEncoder) -> Encode:
 
 @torch.no_grad()
 def settled(experiment: Experiment, encoder: ResNetEncoder) -> ResNetEncoder:
-    """A copy of `encoder` whose BatchNorm statistics come from forward passes over source views in training mode."""
+    """A copy of `encoder` whose BatchNorm statistics come from forward passes over source views in training mode.
+
+    Each process sees whole batches: split ones would give numbers that depend on how many processes there are.
+    """
     encoder = copy.deepcopy(encoder).train()
     positions = range(experiment.config.training.batch_size)
     for step in range(SETTLING_PASSES):

@@ -15,7 +15,7 @@ from training.step import learning_rates, train_step
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
 from utils.config_file import result_digest
 from utils.device import peak_memory_mb
-from utils.distributed import all_reduce, from_rank_0, rank, world_size
+from utils.distributed import all_reduce, backend, from_rank_0, rank, world_size
 from utils.files import write_text
 from utils.logging import PhaseTimer, RunLog
 from utils.parallel import data_parallel
@@ -40,7 +40,7 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
     """
     config = experiment.config.training
     steps_per_epoch, total_steps = experiment.loader.steps_per_epoch, experiment.total_steps
-    state.parallel = data_parallel(state.soda)
+    state.wrapped = data_parallel(state.soda)
     log = RunLog(folder, state.step) if rank() == 0 else None
     timer = PhaseTimer()
     if log:
@@ -62,6 +62,9 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
             path, text = folder / "checkpoints" / name, experiment.config.to_yaml()
             save_checkpoint(path, state.state_dict(), text, experiment.data_digest)
 
+    if world_size() > 1:
+        mine = config.batch_size // world_size()
+        logger.info("%d processes, %d images of each batch each, gradients by %s", world_size(), mine, backend())
     if batch_norm_batch_size(experiment) < config.batch_size:
         logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(experiment))
     # An evaluation that a killed run did not finish is made up for before the next step.
@@ -75,7 +78,7 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
 
         if state.step % config.log_every == 0 or at_end:
             steps = state.step - first_step
-            with timer.phase("wait for the device"):  # the only place where the host does
+            with timer.phase("wait for the device"):  # with NCCL, the only place where the host does
                 mean_loss = all_reduce(loss_sum).item() / (steps * world_size())
                 last_grad_norm = grad_norm.item()
             if log:

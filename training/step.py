@@ -90,12 +90,12 @@ def train_step(experiment: Experiment, state: TrainState, timer: PhaseTimer) -> 
         at_end = start + micro_batch_size == mine.stop  # only now do processes average their gradients
         with (
             timer.phase("forward and backward"),
-            nullcontext() if at_end or world_size() == 1 else state.parallel.no_sync(),
+            nullcontext() if at_end or world_size() == 1 else state.wrapped.no_sync(),
         ):
             torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
 
             def denoise(x_t: Tensor, timesteps: Tensor, batch: Batch = batch) -> Tensor:
-                return state.parallel(batch.x_source, x_t, timesteps, batch.drop_mask)
+                return state.wrapped(batch.x_source, x_t, timesteps, batch.drop_mask)
 
             with autocast(device, experiment.amp_dtype):
                 loss = experiment.diffusion.loss(denoise, batch.x_start, batch.timesteps, batch.noise)

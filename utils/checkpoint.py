@@ -23,10 +23,10 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    parallel: Any = None  # what a training step calls: `soda`, or DDP around it
+    wrapped: Any = None  # what a training step calls: `soda`, or DDP around it
 
     def __post_init__(self) -> None:
-        self.parallel = self.parallel or self.soda
+        self.wrapped = self.wrapped or self.soda
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -71,10 +71,10 @@ def first_difference(weights: dict[str, torch.Tensor], model: torch.nn.Module) -
     """What tells a checkpoint's weights from those of `model`, which may lie on the meta device; None if nothing."""
     here = model.state_dict()
     for name in (*here, *weights):
-        if not isinstance(weights.get(name), torch.Tensor):
-            return f"it has no {name}"
         if name not in here:
             return f"its {name} is not in the model"
+        if not isinstance(weights.get(name), torch.Tensor):
+            return f"it has no {name}"
         if weights[name].shape != here[name].shape:
             return f"{name} is {tuple(weights[name].shape)} there and {tuple(here[name].shape)} here"
     return None

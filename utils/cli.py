@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from utils.config import Config, ConfigError
 from utils.config_file import describe_keys, load_config
-from utils.distributed import SharedError, exchange, rank, stop, world_size
+from utils.distributed import SharedError, exchange, rank, same_everywhere, stop, world_size
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,15 +43,20 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    return load_config(args.config, args.overrides + (["training.use_amp=true"] if args.use_amp else []))
+    """The config of the command line, the same in all processes but for where the images are; raises ConfigError."""
+    config = load_config(args.config, args.overrides + (["training.use_amp=true"] if args.use_amp else []))
+    data = config.data.model_copy(update={"root": "", "cache_dir": ""})
+    if not same_everywhere(config.model_copy(update={"data": data})):
+        raise ConfigError(f"the processes read different configs from {args.config}: give them all the same")
+    return config
 
 
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """A mistake of the user's, in any process, ends all of them: one line, exit status 2. A bug keeps its traceback.
 
-    Inside, processes may meet by `exchange` and what is made of it, and by nothing else: wherever one of them fails,
-    the others learn of it where they meet next.
+    Inside, processes meet by `exchange` and what is made of it, so that wherever one of them fails, the others learn of
+    it where they meet next. Tensors do not travel inside; `start` may be called, which meets by `exchange` first.
     """
     logging.basicConfig(level=logging.INFO if rank() == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -59,10 +64,10 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
             yield
             exchange()
         except kinds as error:
-            exchange(error=error)
+            exchange(error=str(error))
     except SharedError as failure:
         if rank() == 0:
-            print(f"error: {failure.error}", file=sys.stderr, flush=True)
+            print(f"error: {failure}", file=sys.stderr, flush=True)
         if world_size() > 1:
             # A launcher that sees one process end sends the others SIGTERM: let them all end with the same status,
             # and none before the line is out.
@@ -73,6 +78,9 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a program and leave, together with the other processes."""
-    status = main()
+    try:
+        status: Any = main()
+    except SystemExit as ended:
+        status = ended.code
     stop()
     sys.exit(status)

@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """This process's device: cuda, else mps, else cpu for `auto`, and for a device that is not there, with a line.
+    """The device of this process: for `auto`, or one that is not there (with a line), cuda, else mps, else cpu.
 
-    Processes of one machine take its GPUs in turn. gloo does not carry tensors on mps.
+    Processes of one machine take its GPUs in turn. Several do not use mps, whose tensors gloo does not carry.
     """
     mps = torch.backends.mps.is_available() and world_size() == 1
     available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 _group: ProcessGroup | None = None
 
 
-def _from_launcher(name: str, alone: int) -> int:
+def _from_launcher(name: str, default: int) -> int:
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # some clusters set one of them for their own use
-    return int(os.environ.get(name, alone)) if launched else alone
+    return int(os.environ.get(name, default)) if launched else default
 
 
 def rank() -> int:
@@ -49,21 +49,17 @@ def local_world_size() -> int:
 
 
 class SharedError(Exception):
-    """A mistake in some process, raised in all of them; `error` is what it was there."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """A mistake in some process, raised in all of them."""
 
 
-def exchange(value: Any = None, error: Exception | None = None) -> list[Any]:
-    """Every process's `value`, by rank. If any comes with an error, all raise SharedError with the first."""
+def exchange(value: Any = None, error: str | None = None) -> list[Any]:
+    """Every process's `value`, a picklable object, by rank. If any comes with an error, all raise it as SharedError."""
     answers = [(value, error)]
     if world_size() > 1:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            # One process may decode a large folder while the others wait here. One that dies is noticed at once.
+            # One process may decode a large folder while the others wait here, and one that dies is noticed anyway.
             dist.init_process_group("gloo", timeout=timedelta(days=1))
         answers *= world_size()
         dist.all_gather_object(answers, (value, error))
@@ -84,34 +80,30 @@ def same_everywhere(value: Any) -> bool:
     return all(other == first for other in others)
 
 
-def first_on_each_node(work: Callable[[], T], *errors: type[Exception]) -> T:
+def first_on_each_node(work: Callable[[], T]) -> T:
     """`work()` in all processes, but in turns: what it downloads or caches is there for those that come later.
 
-    Rank 0 goes first, then one process on each other machine, which may share rank 0's storage, then the others. One
-    of `errors` in any of them is raised in all, as SharedError.
+    Rank 0 goes first, then one process on each other machine, which may share rank 0's storage, then the others. If it
+    can fail, this is to be called inside `user_errors`, which tells the others.
     """
-    if world_size() == 1:
-        return work()
     mine = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     result: Any = None
     for turn in range(3):
-        error: Exception | None = None
         if turn == mine:
-            try:
-                result = work()
-            except errors as caught:
-                error = caught
-        exchange(error=error)
+            result = work()
+        exchange()
     return result
 
 
-def start(backend: str, timeout_minutes: float, device: torch.device) -> str:
-    """Open the group that tensors on `device` travel through, and return its backend.
+def start(backend: str, timeout_minutes: float, device: torch.device) -> None:
+    """Open the group that tensors on `device` travel through; all processes call it together.
 
     Args:
         backend: `nccl`, `gloo` or `auto`. NCCL needs a GPU for each process; without, it is gloo on all ranks.
-        timeout_minutes: a collective that takes longer fails.
+        timeout_minutes: a collective of tensors that takes longer fails.
     """
+    if world_size() == 1:
+        return
     import torch.distributed as dist
     from torch import cuda
 
@@ -121,9 +113,7 @@ def start(backend: str, timeout_minutes: float, device: torch.device) -> str:
     chosen = "gloo" if backend == "gloo" or not all_can else "nccl"
     if backend == "nccl" and not all_can:
         logger.info("distributed.backend is nccl, which needs a GPU for each process: taking gloo")
-    if world_size() > 1:
-        _group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=timedelta(minutes=timeout_minutes)))
-    return chosen
+    _group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=timedelta(minutes=timeout_minutes)))
 
 
 def group() -> ProcessGroup | None:
@@ -131,13 +121,22 @@ def group() -> ProcessGroup | None:
     return _group
 
 
+def backend() -> str:
+    """What tensors travel by: nccl or gloo."""
+    import torch.distributed as dist
+
+    return str(dist.get_backend(_group))
+
+
 def stop() -> None:
     """Leave the other processes."""
+    global _group
     if world_size() > 1:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
+        _group = None
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -147,6 +146,13 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
         dist.all_reduce(tensor, group=_group)
     return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors of all processes, of one shape, stacked by rank: (world_size, ...). Made for small ones."""
+    stacked = tensor.new_zeros(world_size(), *tensor.shape)
+    stacked[rank()] = tensor
+    return all_reduce(stacked)  # gloo cannot gather what lies on a GPU
 
 
 def share(total: int, multiple: int = 1) -> range:

@@ -1,11 +1,14 @@
-"""Small files, written whole or not at all."""
+"""Small files, written whole or not at all, and locks."""
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import TextIO
+
+logger = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,7 +25,7 @@ class InUseError(Exception):
 def lock_file(path: Path) -> TextIO:
     """Hold `path`, made if need be, until what is returned is closed or this process ends, however it ends.
 
-    Raises InUseError. Storage that knows no locks is used without.
+    Raises InUseError, and OSError where it cannot be written. Storage that knows no locks is used without.
     """
     file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
     try:
@@ -33,6 +36,7 @@ def lock_file(path: Path) -> TextIO:
             holder = file.read().strip()
             file.close()
             raise InUseError(holder or "another process") from None
+        logger.info("%s cannot be locked (%s): see to it that no second run uses the folder", path, error.strerror)
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file

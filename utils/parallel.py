@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.distributed import all_reduce, group, world_size
+from utils.distributed import all_gather, all_reduce, group, world_size
+
+# DDP's, of 1x1 convolutions: the strides of their gradients differ in dimensions of size 1 alone.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 class _Normalize(torch.autograd.Function):
@@ -32,12 +35,12 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,) = gradients
         x, weight, mean, variance = ctx.saved_tensors
+        inverse = (variance + ctx.eps).rsqrt()
         # As if mean and variance were constants: one kernel, and its sums are those that are needed.
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            dy, x, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )
         mean_dy, mean_dy_x = all_reduce(torch.stack([dbias, dweight])) / ctx.count  # (C,) each
-        inverse = (variance + ctx.eps).rsqrt()
         slope = -weight * inverse.square() * mean_dy_x
         offset = -weight * inverse * mean_dy - slope * mean
         dx = dx + torch.addcmul(offset[:, None, None], slope[:, None, None], x)
@@ -47,7 +50,7 @@ class _Normalize(torch.autograd.Function):
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of all processes' samples, shares being equal.
 
-    One all-reduce forward and one backward, of 2 numbers a channel in float32. torch's SyncBatchNorm waits for the
+    One gathering of mean and variance forward and one sum backward, in float32. torch's SyncBatchNorm waits for the
     device in every layer, and DDP refuses it on CPUs.
     """
 
@@ -59,11 +62,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         count = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
-            variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)  # (C,) each, of this process
-            # Moments about a common point average over processes; about one near the mean, little is lost.
-            offset = mean - self.running_mean
-            offset, square = all_reduce(torch.stack([offset, variance + offset.square()])) / world_size()
-            mean, variance = self.running_mean + offset, (square - offset.square()).clamp(min=0)
+            moments = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))  # (2, C), of this process
+            variances, means = all_gather(moments).unbind(dim=1)  # (world_size, C) each
+            mean, variance = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
@@ -78,13 +79,17 @@ def convert_batch_norm(module: nn.Module) -> None:
 
 
 class _DataParallel(DistributedDataParallel):
-    """DDP learns a static graph in its first backward pass, which therefore cannot go without reducing gradients."""
+    """DDP that can accumulate gradients over a static graph.
 
-    _learned = False
+    DDP learns the graph in its first backward pass, which therefore cannot go without reducing gradients: an internal
+    assertion fails.
+    """
+
+    _has_reduced = False
 
     def no_sync(self) -> Any:
-        if not self._learned:
-            self._learned = True
+        if not self._has_reduced:
+            self._has_reduced = True
             return nullcontext()
         return super().no_sync()
 
@@ -94,9 +99,8 @@ def data_parallel(module: nn.Module) -> nn.Module:
     if world_size() == 1:
         return module
     convert_batch_norm(module)
-    # 1x1 convolutions have gradients whose strides differ in dimensions of size 1 alone.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # GlobalBatchNorm2d keeps the buffers equal, so that none need be sent. The key's name depends on torch's version.
+    # GlobalBatchNorm2d keeps the buffers equal, so that none need be sent. The argument's name depends on torch's
+    # version.
     known = inspect.signature(DistributedDataParallel).parameters
     no_broadcast: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
