@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.checkpoint import CheckpointError, first_difference, load_checkpoint
     from utils.logging import format_table
 
-    with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
+    with user_errors(ConfigError, DatasetError, CheckpointError):
         checkpoint = args.checkpoint or Path(config.output_dir) / "checkpoints" / "last.pt"
         saved = load_checkpoint(checkpoint)
         trained_with = parse_config(saved["config"], str(checkpoint))

@@ -3,6 +3,7 @@
 import logging
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 from utils.cli import make_parser, read_config, run, user_errors
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(config.output_dir)
     checkpoint = folder / "checkpoints" / "last.pt"
     with ExitStack() as held:
-        with user_errors(ConfigError, DatasetError, CheckpointError, PermissionError):
+        with user_errors(ConfigError, DatasetError, CheckpointError):
             check_shares(config)
             lock = held.enter_context(hold(folder)) if rank() == 0 and (folder / LOCK).exists() else None
             exchange()  # nobody reads what another run may still write
@@ -124,6 +125,7 @@ def prepare_folder(folder: Path, config: Config, resumes: bool) -> None:
     try:
         for name in ("checkpoints", "samples", "tensorboard"):
             (folder / name).mkdir(exist_ok=True)
+            TemporaryFile(dir=folder / name).close()  # it can be written to, too
         for name in ("metrics.jsonl", "results.json"):
             if (folder / name).is_dir():
                 raise ConfigError(f"{folder / name} is a folder: choose another output_dir")

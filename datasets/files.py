@@ -1,12 +1,11 @@
 """Image files decoded in parallel to uint8 squares, once: the second time they come from a cache on disk."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import secrets
-import sys
-import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,12 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from datasets.images import DatasetError, Images, channel_statistics
+from datasets.images import DatasetError, Images, channel_statistics, pixel_digest
 from datasets.listing import Listing
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1  # raise when the pixels that decoding gives change
+CACHE_VERSION = 2  # raise when the pixels that decoding gives change, or what is known of them
 
 
 def _decode(path: Path, image_size: int) -> np.ndarray:
@@ -58,7 +57,7 @@ def _fingerprint(listing: Listing) -> str:
         try:
             status = (listing.root / file).stat()
         except OSError as error:
-            raise DatasetError(f"cannot read {listing.root / file}: {error.strerror}") from None
+            raise DatasetError(f"cannot read {listing.root / file} ({error.strerror}): mend or remove it") from None
         digest.update(f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -71,12 +70,12 @@ def _decode_all(listing: Listing, image_size: int, out: np.ndarray) -> None:
             out[index] = _decode(listing.root / listing.files[index], image_size).transpose(2, 0, 1)
         return len(indices)
 
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds between updates
+    logger.info("decoding %d images of %s", len(out), listing.root)
     blocks = [range(start, min(start + 256, len(out))) for start in range(0, len(out), 256)]
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(out), desc=f"decoding {listing.root}", unit="img", leave=False, mininterval=interval) as bar,
+        tqdm(total=len(out), desc="decoding", unit="img", leave=False, disable=None) as bar,  # on a terminal only
     ):
         warnings.simplefilter("ignore")  # e.g. of a palette's transparency
         for done in pool.map(work, blocks):
@@ -118,18 +117,20 @@ def load_listing(listing: Listing, image_size: int, cache_dir: Path) -> Images:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             mark_file.unlink(missing_ok=True)
-            for left in cache_dir.glob(f"{pixels_file.stem}.*.partial"):
-                if time.time() - left.stat().st_mtime > 86400:  # of a process that was killed, not one at work
-                    left.unlink(missing_ok=True)
+            _remove_leftovers(cache_dir, f"{pixels_file.stem}.*.partial")
             partial = pixels_file.with_suffix(f".{secrets.token_hex(4)}.partial")
             try:
-                array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-                if hasattr(os, "posix_fallocate"):  # else a disk that is full kills the process while it decodes
-                    with open(partial, "r+b") as file:
+                with open(partial, "xb") as file:
+                    with suppress(OSError):
+                        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: this is no leftover
+                    array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+                    if hasattr(os, "posix_fallocate"):  # else a disk that is full kills the process while it decodes
                         os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-                _decode_all(listing, image_size, array)
+                    _decode_all(listing, image_size, array)
                 array.flush()
-                mark = {"wanted": wanted, "statistics": channel_statistics(torch.from_numpy(array))}
+                pixels = torch.from_numpy(array)
+                known = {"statistics": channel_statistics(pixels), "digest": pixel_digest(pixels)}
+                mark = {"wanted": wanted, **known}
                 partial.replace(pixels_file)
                 partial.write_text(json.dumps(mark))
                 partial.replace(mark_file)
@@ -138,11 +139,19 @@ def load_listing(listing: Listing, image_size: int, cache_dir: Path) -> Images:
         except OSError as error:
             raise DatasetError(f"cannot cache images in {cache_dir} ({error}): set data.cache_dir") from None
         logger.info("cached %d images of %s in %s", len(listing.files), listing.root, pixels_file)
-    pixels = _map_pixels(pixels_file, shape)
-    assert mark is not None and pixels is not None, "the cache has just been read or written"
+    mapped = _map_pixels(pixels_file, shape)
+    assert mark is not None and mapped is not None, "the cache has just been read or written"
     mean, std = mark["statistics"]
     labels = None if listing.labels is None else torch.tensor(listing.labels)
-    return Images(torch.from_numpy(pixels), labels, listing.classes, (tuple(mean), tuple(std)))
+    return Images(torch.from_numpy(mapped), labels, listing.classes, (tuple(mean), tuple(std)), mark["digest"])
+
+
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the files that nobody holds a lock on any more, since who wrote them was killed."""
+    for left in folder.glob(pattern):
+        with suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
@@ -150,7 +159,7 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
     try:
         mark = json.loads(path.read_text())
         (_, _, _), (_, _, _) = mark["statistics"]
-        return mark if isinstance(mark["wanted"], dict) else None
+        return mark if isinstance(mark["wanted"], dict) and isinstance(mark["digest"], str) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

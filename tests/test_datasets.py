@@ -3,8 +3,8 @@ import gzip
 import os
 import pickle
 import struct
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from PIL import Image
 
 from datasets import DatasetError, Images, build_dataset, files
 from datasets.images import channel_statistics, from_arrays
+from datasets.listing import Listing
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
@@ -96,14 +97,17 @@ def test_digests_tell_data_sets_apart(tree: Path, tmp_path: Path) -> None:
     assert train.labels is not None
     same = Images(train.pixels.clone(), train.labels.clone(), ["ant", "bee"])
     assert same.digest() == train.digest()
+    one_pixel = train.pixels.clone()
+    one_pixel[3, 1, 2, 2] += 1
     others = [
+        Images(one_pixel, train.labels, train.classes),
         Images(train.pixels + 1, train.labels, train.classes),
         Images(train.pixels, 1 - train.labels, train.classes),
         Images(train.pixels[:5], train.labels[:5], train.classes),
         Images(train.pixels, train.labels, ["ant", "cow"]),
         Images(train.pixels, None, train.classes),
     ]
-    assert len({train.digest(), *(other.digest() for other in others)}) == 6
+    assert len({train.digest(), *(other.digest() for other in others)}) == 7
 
 
 @pytest.mark.parametrize("inside", ["", "train"])
@@ -149,16 +153,28 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_leftovers_of_a_killed_process_go_after_a_day(tree: Path, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process decodes the same folder while the first does."""
     open_folder(tree, tmp_path)
     (pixels_file, *_) = sorted((tmp_path / "cache").glob("*.npy"))
-    old, new = (pixels_file.with_suffix(f".{name}.partial") for name in ("old", "new"))
-    for left, age in ((old, 90000), (new, 0)):
-        left.write_text("")
-        os.utime(left, (time.time() - age,) * 2)
+    left = pixels_file.with_suffix(".0.partial")
+    left.write_text("")
+    decode_all, seen = files._decode_all, []
+
+    def slowly(listing: Listing, *rest: Any) -> None:
+        decode_all(listing, *rest)
+        seen.append(len(list((tmp_path / "cache").glob(f"{pixels_file.stem}.*.partial"))))
+        if len(seen) == 1:
+            assert not left.exists()
+            pixels_file.with_suffix(".json").unlink(missing_ok=True)
+            files.load_listing(listing, 8, tmp_path / "cache")
+
     pixels_file.with_suffix(".json").unlink()
+    monkeypatch.setattr(files, "_decode_all", slowly)
     open_folder(tree, tmp_path)
-    assert new.exists() and not old.exists()
+    assert seen == [1, 2] and not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_images_larger_than_the_memory_are_refused_with_their_size(

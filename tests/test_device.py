@@ -5,6 +5,7 @@ import torch
 
 from utils import device as module
 from utils import distributed
+from utils.cli import make_parser
 from utils.device import choose_amp_dtype, choose_device
 
 
@@ -107,3 +108,33 @@ def test_mixed_precision_is_what_the_hardware_computes(
     assert choose_amp_dtype(True, torch.device(kind)) == expected
     assert said in caplog.text and (said or not caplog.text)
     assert choose_amp_dtype(False, torch.device(kind)) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "MASTER_ADDR or MASTER_PORT is missing: start several processes with torchrun",
+        ),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x WORLD_SIZE=2 makes no sense"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "makes no sense"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "makes no sense"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "makes no sense"),
+    ],
+)
+def test_an_environment_that_no_launcher_made_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str], expected: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        make_parser("", "")
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and expected in printed
+
+
+def test_variables_that_clusters_set_for_themselves_are_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    make_parser("", "")
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)

@@ -62,6 +62,8 @@ MISTAKES = [
     Mistake("last.pt cannot be read", ["output_dir={place}/run_truncated"]),
     Mistake("last.pt cannot be read", ["output_dir={place}/run_malicious"]),
     Mistake("encoder.fc.weight is (8, 31) there and (8, 32)", ["output_dir={place}/run_reshaped", "training.epochs=2"]),
+    Mistake("File name too long", ["output_dir=" + "/x" * 3000]),
+    Mistake("File name too long", ["--checkpoint", "x" * 300], "test.py"),
     Mistake("train first", [], "test.py"),
     Mistake("truncated.pt cannot be read", checkpoint("truncated"), "test.py"),
     Mistake("text.pt cannot be read", checkpoint("text"), "test.py"),

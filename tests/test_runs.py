@@ -252,6 +252,26 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(
     assert "output_dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "checkpoints", "samples"])
+def test_a_folder_inside_that_cannot_be_written_is_noticed_before_training(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    config = (folder / "config.yaml").read_bytes()
+    make = train_program.TemporaryFile
+
+    def refuse(dir: Path) -> Any:  # permissions do not keep root out
+        if dir == folder / name:
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make(dir=dir)
+
+    monkeypatch.setattr(train_program, "TemporaryFile", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(digits_args(folder, *TWO_EPOCHS[1:], "training.epochs=3"))
+    assert "cannot write to output_dir" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_bytes() == config
+
+
 def flat_folder(folder: Path, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     folder.mkdir()

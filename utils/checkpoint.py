@@ -44,7 +44,7 @@ class TrainState:
             raise CheckpointError(f"the checkpoint does not fit the model: {difference}; name another")
         try:
             self._load(state)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"the checkpoint does not fit the model ({reason}): name another") from None
 
@@ -105,7 +105,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         reason = f"{type(error).__name__}: it is damaged, or holds more than tensors and plain values"
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): remove it or name another") from None
     expected = {"model": dict, "ema": dict, "optimizer": dict, "scaler": dict, "step": int, "config": str, "data": str}
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in expected.items()):
+    fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
+    if not fits or state["step"] < 0:
         raise CheckpointError(f"{path} is not a checkpoint of this program: name another")
     return state
 

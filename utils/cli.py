@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from utils.config import Config, ConfigError
 from utils.config_file import describe_keys, load_config
-from utils.distributed import SharedError, exchange, rank, same_everywhere, stop, world_size
+from utils.distributed import SharedError, check_launcher, exchange, rank, same_everywhere, stop, world_size
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,6 +23,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    try:
+        check_launcher()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     parser = _Parser(
         description=description,
         epilog=f"examples:\n{examples}\n\n{describe_keys()}",
@@ -55,15 +60,20 @@ def read_config(args: argparse.Namespace) -> Config:
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """A mistake of the user's, in any process, ends all of them: one line, exit status 2. A bug keeps its traceback.
 
+    Mistakes are errors of these `kinds`, and OSError.
+
     Inside, processes meet by `exchange` and what is made of it, so that wherever one of them fails, the others learn of
     it where they meet next. Tensors do not travel inside; `start` may be called, which meets by `exchange` first.
     """
     logging.basicConfig(level=logging.INFO if rank() == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    mistakes: tuple[type[Exception], ...] = (*kinds, OSError)
     try:
         try:
             yield
             exchange()
-        except kinds as error:
+        except mistakes as error:
+            if isinstance(error, OSError) and error.filename:
+                exchange(error=f"cannot use {error.filename}: {error.strerror}")
             exchange(error=str(error))
     except SharedError as failure:
         if rank() == 0:

@@ -28,6 +28,21 @@ def _from_launcher(name: str, default: int) -> int:
     return int(os.environ.get(name, default)) if launched else default
 
 
+def check_launcher() -> None:
+    """Raise ValueError where the environment does not say which process of how many this is."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    advice = "start several processes with torchrun, or unset RANK and WORLD_SIZE"
+    try:
+        fits = 0 <= rank() < world_size() and local_rank() >= 0 and local_world_size() > 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{' '.join(f'{name}={value}' for name, value in found.items())} makes no sense: {advice}")
+    if world_size() > 1 and not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
+        raise ValueError(f"WORLD_SIZE is {world_size()}, and MASTER_ADDR or MASTER_PORT is missing: {advice}")
+
+
 def rank() -> int:
     """This process among all, 0 first. Files are written by rank 0."""
     return _from_launcher("RANK", 0)
