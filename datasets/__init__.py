@@ -8,9 +8,9 @@ from datasets.files import check_memory, load_listing
 from datasets.images import DatasetError, Images, Statistics, channel_statistics
 from datasets.listing import list_folder, list_tiny_imagenet
 from datasets.loader import Loader
-from datasets.views import Views
+from datasets.views import Draw, Views
 
-__all__ = ["DatasetError", "DatasetInfo", "Images", "Loader", "Views", "build_dataset"]
+__all__ = ["DatasetError", "DatasetInfo", "Draw", "Images", "Loader", "Views", "build_dataset"]
 
 # Mean and deviation over all pixels of the training split. For CIFAR-10 the widely copied deviations
 # (0.2023, 0.1994, 0.2010) are averages of per-image deviations and not these.

@@ -1,7 +1,7 @@
 import torch
 
 from datasets import Loader
-from utils.randomness import derive_seed, generator, image_noise, sample_seeds
+from utils.randomness import derive_seed, generator, image_noise, uniforms
 
 CPU = torch.device("cpu")
 
@@ -23,8 +23,12 @@ def test_a_share_of_the_noise_is_that_part_of_the_whole() -> None:
     assert not torch.equal(image_noise((3, 4, 4), range(24), 0, "noise", 6, device=CPU), whole)
 
 
-def test_sample_seeds_belong_to_positions() -> None:
-    assert sample_seeds(range(8, 12), 0, "view", 3) == sample_seeds(range(0, 12), 0, "view", 3)[8:]
+def test_uniform_numbers_belong_to_positions() -> None:
+    whole = uniforms(range(0, 700), 5, 0, "view", 3)
+    assert whole.shape == (700, 5) and len(whole.unique()) > 3400 and abs(whole.mean() - 0.5) < 0.03
+    for part in (range(8, 12), range(250, 600), range(512, 513)):
+        assert torch.equal(uniforms(part, 5, 0, "view", 3), whole[part.start : part.stop])
+    assert not torch.equal(uniforms(range(0, 700), 5, 0, "view", 4), whole)
 
 
 def loader() -> Loader:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from datasets import Views
+from datasets import Draw, Views
 from utils.config import ProbeView, SourceView, View
 from utils.config import Views as ViewsConfig
+from utils.randomness import uniforms
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PLAIN: dict[str, Any] = {"crop_flip_probability": 0.0, "randaugment_probability": 0.0}
@@ -22,17 +23,30 @@ def pixels() -> torch.Tensor:
     return torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-SEEDS = list(range(100, 112))
+def drawn(samples: range) -> Draw:
+    return lambda width: uniforms(samples, width, 0, "view")
 
 
-def test_a_view_is_a_function_of_the_image_and_its_seed(pixels: torch.Tensor) -> None:
+DRAW = drawn(range(100, 112))
+
+
+def test_a_view_is_a_function_of_the_image_and_its_numbers(pixels: torch.Tensor) -> None:
     noise = torch.zeros(12, 3, 16, 16)
     state = torch.random.get_rng_state()
-    whole = views().source(pixels, SEEDS, noise)
-    assert torch.equal(views().source(pixels[4:8], SEEDS[4:8], noise[4:8]), whole[4:8])
+    whole = views().source(pixels, DRAW, noise)
+    assert torch.equal(views().source(pixels[4:8], drawn(range(104, 108)), noise[4:8]), whole[4:8])
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
-    same_image = views().target(pixels[:1].expand(12, -1, -1, -1), SEEDS)
-    assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "seeds give different views"
+    same_image = views().target(pixels[:1].expand(12, -1, -1, -1), DRAW)
+    assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "other numbers give other views"
+
+
+def test_a_pair_is_source_and_target_as_they_are_alone(pixels: torch.Tensor) -> None:
+    noise, other = torch.randn(12, 3, 16, 16), drawn(range(300, 312))
+    for target in ({}, PLAIN, {"randaugment_num_ops": 3, "randaugment_magnitude": 20}, {"affine_probability": 1.0}):
+        ours = views(target=target)
+        x_source, x_start = ours.pair(pixels, DRAW, other, noise)
+        assert torch.equal(x_source, ours.source(pixels, DRAW, noise))
+        assert torch.equal(x_start, ours.target(pixels, other))
 
 
 def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
@@ -40,21 +54,21 @@ def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
     noise = torch.randn(12, 3, 16, 16)
     ours = views(source=PLAIN | {"noise_std": 0.25}, target=PLAIN)
     torch.testing.assert_close(ours.evaluation(pixels), normalise(pixels))
-    torch.testing.assert_close(ours.augmented(pixels, SEEDS, ProbeView(**PLAIN)), normalise(pixels))
-    torch.testing.assert_close(ours.source(pixels, SEEDS, noise), normalise(pixels) + 0.25 * noise)
-    torch.testing.assert_close(ours.target(pixels, SEEDS), pixels / 127.5 - 1)
+    torch.testing.assert_close(ours.augmented(pixels, DRAW, ProbeView(**PLAIN)), normalise(pixels))
+    torch.testing.assert_close(ours.source(pixels, DRAW, noise), normalise(pixels) + 0.25 * noise)
+    torch.testing.assert_close(ours.target(pixels, DRAW), pixels / 127.5 - 1)
     torch.testing.assert_close(ours.denormalize(ours.evaluation(pixels)), pixels / 255)
 
 
 def test_target_views_stay_in_range(pixels: torch.Tensor) -> None:
-    target = views().target(pixels, SEEDS)
+    target = views().target(pixels, DRAW)
     assert target.shape == pixels.shape and target.min() >= -1 and target.max() <= 1
 
 
 def test_flip_and_its_probability(pixels: torch.Tensor) -> None:
     whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "randaugment_probability": 0.0}
     images = pixels[:1].expand(600, -1, -1, -1)
-    flipped = views(target=whole | {"crop_flip_probability": 0.8}).target(images, list(range(600)))
+    flipped = views(target=whole | {"crop_flip_probability": 0.8}).target(images, drawn(range(600)))
     plain = images / 127.5 - 1
     is_plain = torch.isclose(flipped, plain).flatten(1).all(dim=1)
     is_flipped = torch.isclose(flipped, plain.flip(-1)).flatten(1).all(dim=1)
@@ -66,7 +80,7 @@ def test_crops_follow_their_scale() -> None:
     # On a horizontal ramp the range of a crop's values shows its width.
     ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(300, 3, 16, 16).contiguous()
     crop = {"crop_flip_probability": 1.0, "crop_scale": [0.25, 0.25], "crop_ratio": [1.0, 1.0], "flip_probability": 0.0}
-    cropped = views(target=crop | {"randaugment_probability": 0.0}).target(ramp, list(range(300)))
+    cropped = views(target=crop | {"randaugment_probability": 0.0}).target(ramp, drawn(range(300)))
     width = (cropped.amax(dim=(1, 2, 3)) - cropped.amin(dim=(1, 2, 3))) * 127.5 / 16 + 1
     assert width.min() >= 7 and width.max() <= 9, "a quarter of the area is half of the width, 8 px"
 
@@ -74,7 +88,7 @@ def test_crops_follow_their_scale() -> None:
 def test_affine_moves_within_its_bounds() -> None:
     dot = torch.zeros(200, 3, 16, 16, dtype=torch.uint8)
     dot[:, :, 7:9, 7:9] = 255
-    moved = views(target=PLAIN | {"affine_probability": 1.0, "affine_translate": 0.25}).target(dot, list(range(200)))
+    moved = views(target=PLAIN | {"affine_probability": 1.0, "affine_translate": 0.25}).target(dot, drawn(range(200)))
     weight = (moved[:, 0] + 1).clamp(min=0)
     columns = (weight.sum(dim=1) * torch.arange(16)).sum(dim=1) / weight.sum(dim=(1, 2)) - 7.5
     assert -4.01 <= columns.min() < -3 and 3 < columns.max() <= 4.01
@@ -82,32 +96,16 @@ def test_affine_moves_within_its_bounds() -> None:
 
 def test_source_and_target_are_configured_apart(pixels: torch.Tensor) -> None:
     ours = views(source={"noise_std": 0.0}, target=PLAIN)
-    assert torch.equal(ours.target(pixels, SEEDS), pixels / 127.5 - 1)
-    assert not torch.isclose(ours.source(pixels, SEEDS, torch.zeros(12, 3, 16, 16)), ours.evaluation(pixels)).all()
+    assert torch.equal(ours.target(pixels, DRAW), pixels / 127.5 - 1)
+    assert not torch.isclose(ours.source(pixels, DRAW, torch.zeros(12, 3, 16, 16)), ours.evaluation(pixels)).all()
 
 
 def test_the_evaluations_view_is_augmented_as_asked(pixels: torch.Tensor) -> None:
     plain = views().evaluation(pixels)
     flip = ProbeView(crop_flip_probability=1.0, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip_probability=1.0)
-    torch.testing.assert_close(views().augmented(pixels, SEEDS, flip), plain.flip(-1))
-    changed = ~torch.isclose(views().augmented(pixels, SEEDS, ProbeView()), plain).flatten(1).all(dim=1)
+    torch.testing.assert_close(views().augmented(pixels, DRAW, flip), plain.flip(-1))
+    changed = ~torch.isclose(views().augmented(pixels, DRAW, ProbeView()), plain).flatten(1).all(dim=1)
     assert 0 < changed.sum() < 12, "some, by its probability of 0.65"
-
-
-def test_randaugment_is_torchvisions_at_its_probability(pixels: torch.Tensor) -> None:
-    images = pixels[:1].expand(300, -1, -1, -1)
-    always = {"crop_flip_probability": 0.0, "randaugment_probability": 1.0}
-    with torch.random.fork_rng():
-        for index in range(20):
-            torch.manual_seed(index)
-            torch.rand(1)  # RandomApply's own draw
-            theirs = v2.RandAugment(2, 9)(v2.functional.to_pil_image(pixels[0]))
-            ours = views(target=always).target(images[:1], [index])
-            torch.testing.assert_close(ours[0], v2.functional.pil_to_tensor(theirs) / 127.5 - 1)
-    sometimes = views(target=always | {"randaugment_probability": 0.3}).target(images, list(range(300)))
-    share = (~torch.isclose(sometimes, images / 127.5 - 1)).flatten(1).any(dim=1).float().mean().item()
-    # Two of fourteen operations, drawn twice, leave most images as they are one time in 50 or so.
-    assert abs(share - 0.3) < 0.09
 
 
 @pytest.mark.parametrize(

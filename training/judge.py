@@ -14,11 +14,11 @@ from torchvision.utils import make_grid
 from evaluation import CLEAN, MakeView, Protocol, evaluate
 from model import SODA, ResNetEncoder
 from training.experiment import Experiment, initial_soda
-from training.step import draw_pixels, draw_source
+from training.step import draw_pixels, draw_source, draws
 from utils.config import KNN, Probe, ProbeView
 from utils.device import autocast
 from utils.distributed import all_reduce, share
-from utils.randomness import CHUNK, generator, image_noise, sample_seeds
+from utils.randomness import CHUNK, generator, image_noise
 
 SETTLING_PASSES = 20
 RAW_PIXELS_SIZE = 32
@@ -110,7 +110,7 @@ def judge(
 
     def augmented_by(view: ProbeView) -> MakeView:
         def make(pixels: Tensor, indices: range, epoch: int) -> Tensor:
-            return views.augmented(pixels, sample_seeds(indices, seed, "probe view", epoch), view)
+            return views.augmented(pixels, draws(experiment, indices, "probe view", epoch), view)
 
         return make
 
@@ -149,10 +149,12 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
         drawn = image_noise(pixels.shape[1:], whole_chunks, seed, purpose, *counters, device=device)
         return drawn[: len(positions)]
 
-    x_source = experiment.views.source(
-        pixels, sample_seeds(positions, seed, "grid source view"), noise(positions, "grid source noise")
+    x_source, x_target = experiment.views.pair(
+        pixels,
+        draws(experiment, positions, "grid source view"),
+        draws(experiment, positions, "grid target view"),
+        noise(positions, "grid source noise"),
     )
-    x_target = experiment.views.target(pixels, sample_seeds(positions, seed, "grid target view"))
     samples = torch.zeros_like(x_target)
     soda.eval()
     if mine:

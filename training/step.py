@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from datasets import Draw
 from training.experiment import Experiment
 from utils.checkpoint import TrainState
 from utils.device import autocast
 from utils.distributed import share, world_size
 from utils.logging import PhaseTimer
-from utils.randomness import CHUNK, derive_seed, generator, image_noise, sample_seeds
+from utils.randomness import CHUNK, derive_seed, generator, image_noise, uniforms
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: ra
     """Source views (N, 3, H, W) of the images `pixels` that `draw_pixels` gave."""
     seed = experiment.config.seed
     noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=experiment.device)
-    return experiment.views.source(pixels, sample_seeds(positions, seed, "source view", step), noise)
+    return experiment.views.source(pixels, draws(experiment, positions, "source view", step), noise)
+
+
+def draws(experiment: Experiment, positions: range, purpose: str, *counters: int) -> Draw:
+    """What decides how the samples at `positions` are augmented."""
+    return lambda width: uniforms(positions, width, experiment.config.seed, purpose, *counters)
 
 
 def draw_batch(experiment: Experiment, step: int, positions: range) -> Batch:
@@ -54,9 +60,15 @@ def draw_batch(experiment: Experiment, step: int, positions: range) -> Batch:
     draw_timesteps, draw_chances = (generator(seed, purpose, step) for purpose in ("timesteps", "drop mask"))
     timesteps = torch.randint(config.diffusion.num_timesteps, (batch_size,), generator=draw_timesteps)[here]
     drop_mask = torch.rand(batch_size, generator=draw_chances)[here] < config.training.latent_drop_probability
+    x_source, x_start = experiment.views.pair(
+        pixels,
+        draws(experiment, positions, "source view", step),
+        draws(experiment, positions, "target view", step),
+        image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=device),
+    )
     return Batch(
-        x_source=draw_source(experiment, pixels, step, positions),
-        x_start=experiment.views.target(pixels, sample_seeds(positions, seed, "target view", step)),
+        x_source=x_source,
+        x_start=x_start,
         timesteps=timesteps.to(device, non_blocking=True),
         noise=image_noise(pixels.shape[1:], positions, seed, "noise", step, device=device),
         drop_mask=drop_mask.to(device, non_blocking=True),

@@ -8,6 +8,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+ROWS = 256  # positions that share a seed in draws of a few numbers each
 CHUNK = 4  # samples that share a seed in image-sized draws; shares and micro-batches are multiples of it
 
 
@@ -25,9 +26,15 @@ def generator(seed: int, purpose: str, *counters: int, device: torch.device | st
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *counters))
 
 
-def sample_seeds(positions: range, seed: int, purpose: str, *counters: int) -> list[int]:
-    """A seed for each sample at `positions` of the global batch."""
-    return [derive_seed(seed, purpose, *counters, position) for position in positions]
+def uniforms(positions: range, width: int, seed: int, purpose: str, *counters: int) -> Tensor:
+    """Uniform numbers in [0, 1), on the host: a row (width,) for each of `positions`, whatever the others are.
+
+    Every ROWS positions have a seed of their own.
+    """
+    blocks = range(positions.start // ROWS, -(-positions.stop // ROWS))
+    rows = [torch.rand(ROWS, width, generator=generator(seed, purpose, *counters, block)) for block in blocks]
+    start = blocks.start * ROWS
+    return torch.cat(rows)[positions.start - start : positions.stop - start]
 
 
 def image_noise(

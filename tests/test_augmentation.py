@@ -1,0 +1,212 @@
+"""Batched augmentation against torchvision's, which goes a sample at a time."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from datasets.augmentation import (
+    GEOMETRIC,
+    IDENTITY,
+    NUM_BINS,
+    OPERATIONS,
+    Augmentation,
+    Parameters,
+    magnitudes,
+    operation_matrices,
+)
+from datasets.operations import augment
+from utils.config import View
+
+EXACT = ("Identity", *GEOMETRIC, "Posterize", "Solarize", "Equalize")
+THEIRS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "Identity": lambda image, m: image,
+    "ShearX": lambda image, m: tv.affine(image, 0.0, [0, 0], 1.0, [math.degrees(math.atan(m)), 0.0], center=[0, 0]),
+    "ShearY": lambda image, m: tv.affine(image, 0.0, [0, 0], 1.0, [0.0, math.degrees(math.atan(m))], center=[0, 0]),
+    "TranslateX": lambda image, m: tv.affine(image, 0.0, [int(m), 0], 1.0, [0.0, 0.0]),
+    "TranslateY": lambda image, m: tv.affine(image, 0.0, [0, int(m)], 1.0, [0.0, 0.0]),
+    "Rotate": lambda image, m: tv.rotate(image, m),
+    "Brightness": lambda image, m: tv.adjust_brightness(image, 1 + m),
+    "Color": lambda image, m: tv.adjust_saturation(image, 1 + m),
+    "Contrast": lambda image, m: tv.adjust_contrast(image, 1 + m),
+    "Sharpness": lambda image, m: tv.adjust_sharpness(image, 1 + m),
+    "Posterize": lambda image, m: tv.posterize(image, int(m)),
+    "Solarize": lambda image, m: tv.solarize(image, m),
+    "AutoContrast": lambda image, m: tv.autocontrast(image),
+    "Equalize": lambda image, m: tv.equalize(image),
+}
+
+
+def pictures(count: int, size: int) -> Tensor:
+    """Smooth ones, noise, dark ones and flat ones, (count, 3, size, size) uint8."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    images = (F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255).byte()
+    images[::4] = torch.randint(0, 256, images[::4].shape, generator=generator, dtype=torch.uint8)
+    images[1::8] //= 3
+    images[2] = 77
+    return images
+
+
+def unchanged(count: int, size: int) -> Parameters:
+    return Parameters(
+        torch.tensor([[0.0, 0.0, size, size, 0.0]]).expand(count, 5),
+        torch.zeros(count, 1, dtype=torch.int64),
+        torch.zeros(count, 1),
+        torch.zeros(count, 1, 2, 3),
+        None,
+    )
+
+
+def operating(count: int, size: int, operations: Tensor, strengths: Tensor) -> Parameters:
+    matrices = operation_matrices(operations, strengths, size)[:, None]
+    return replace(
+        unchanged(count, size), operations=operations[:, None], strengths=strengths[:, None], matrices=matrices
+    )
+
+
+@pytest.mark.parametrize("bin_", [5, 9, 30])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_is_torchvisions(name: str, bin_: int) -> None:
+    images, index = pictures(32, 32), OPERATIONS.index(name)
+    strength = magnitudes(bin_, 32)[index].item()
+    signed = index <= OPERATIONS.index("Sharpness")
+    strengths = torch.tensor([strength, -strength if signed else strength] * 16)
+    ours = augment(images, operating(32, 32, torch.full((32,), index), strengths))
+    theirs = torch.stack([THEIRS[name](image, m) for image, m in zip(images, strengths.tolist(), strict=True)])
+    assert (ours.int() - theirs.int()).abs().max() <= (0 if name in EXACT else 1)
+    assert name == "Identity" or not torch.equal(ours, images)
+
+
+def test_strengths_are_torchvisions() -> None:
+    space = v2.RandAugment._AUGMENTATION_SPACE
+    assert set(space) == set(OPERATIONS)
+    for bin_ in range(NUM_BINS):
+        for name, ours in zip(OPERATIONS, magnitudes(bin_, 32).tolist(), strict=True):
+            of_bins = space[name][0](NUM_BINS, 32, 32)
+            theirs = 0.0 if of_bins is None else float(of_bins[bin_])
+            if name.startswith("Translate"):
+                theirs = int(theirs)
+            assert ours == pytest.approx(theirs * (255 if name == "Solarize" else 1), abs=1e-4), (name, bin_)
+
+
+def test_operations_of_a_batch_are_applied_in_order_to_the_right_samples() -> None:
+    images = pictures(64, 16)
+    view = View(randaugment_probability=1.0, randaugment_num_ops=3, crop_flip_probability=0.0)
+    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(64, width))
+    ours = augment(images, drawn)
+    assert drawn.operations.unique().numel() > 10
+    for sample in range(64):
+        expected = images[sample]
+        for operation, m in zip(drawn.operations[sample].tolist(), drawn.strengths[sample].tolist(), strict=True):
+            expected = THEIRS[OPERATIONS[operation]](expected, m)
+        # A grey level's difference may be widened by what follows it.
+        assert (ours[sample].int() - expected.int()).abs().float().mean() < 1
+
+
+def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None:
+    view = View(randaugment_probability=0.65)
+    drawn = Augmentation(view, 32).parameters(lambda width: torch.rand(100_000, width))
+    shares = drawn.operations.flatten().bincount(minlength=14) / 200_000
+    expected = torch.full((14,), 0.65 / 14)
+    expected[0] += 0.35
+    torch.testing.assert_close(shares, expected, atol=0.003, rtol=0)
+    same = (drawn.operations[:, 0] == drawn.operations[:, 1]) & (drawn.operations[:, 0] > 0)
+    assert abs(same.float().mean() - 0.65 * 13 / 14**2) < 0.003, "drawn with replacement"
+    for index, name in enumerate(OPERATIONS):
+        strengths = drawn.strengths[drawn.operations == index]
+        negative = (strengths < 0).float().mean().item()
+        assert negative == pytest.approx(0.5 if v2.RandAugment._AUGMENTATION_SPACE[name][1] else 0, abs=0.03), name
+        assert strengths.abs().unique().numel() == 1
+
+
+def boxes_of(count: int, size: int, **keys: Any) -> Tensor:
+    view = View(**{"crop_flip_probability": 1.0, **keys})
+    return Augmentation(view, size).parameters(lambda width: torch.rand(count, width)).boxes
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [([0.08, 1.0], [3 / 4, 4 / 3]), ([0.5, 1.0], [0.5, 2.0])])
+def test_crops_follow_torchvisions_distribution(scale: list[float], ratio: list[float]) -> None:
+    ours = boxes_of(100_000, 32, crop_scale=scale, crop_ratio=ratio)[:, :4]
+    crop = v2.RandomResizedCrop(32, scale=scale, ratio=ratio)
+    image = torch.zeros(3, 32, 32)
+    keys = ("left", "top", "width", "height")
+    made = [crop.make_params([image]) for _ in range(10_000)]
+    theirs = torch.tensor([[float(box[key]) for key in keys] for box in made])
+    deviation = theirs.std(dim=0)
+    assert ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() < 5 * deviation / 100).all()  # five standard errors
+    torch.testing.assert_close(ours.std(dim=0), deviation, rtol=0.05, atol=0)
+    torch.testing.assert_close(ours.T.corrcoef(), theirs.T.corrcoef(), rtol=0, atol=0.05)
+    assert (ours.amin(dim=0) <= theirs.amin(dim=0)).all() and (ours.amax(dim=0) >= theirs.amax(dim=0)).all()
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 32).all() and (ours[:, 2:] >= 1).all()
+    area, shape = ours[:, 2] * ours[:, 3] / 32**2, ours[:, 2] / ours[:, 3]
+    assert abs(area.min() - scale[0]) < 0.05 and area.max() <= 1 and ratio[0] * 0.8 < shape.min() < ratio[0] * 1.2
+
+
+@pytest.mark.parametrize("ratio", [[2.0, 3.0], [0.2, 0.5], [1.0, 1.0]])
+def test_crops_that_never_fit_fall_back_as_torchvisions(ratio: list[float]) -> None:
+    ours = boxes_of(5, 32, crop_scale=[1.0, 1.0], crop_ratio=ratio)
+    theirs = v2.RandomResizedCrop(32, scale=(1.0, 1.0), ratio=ratio).make_params([torch.zeros(3, 32, 32)])
+    assert ours[:, :4].tolist() == [[theirs[key] for key in ("left", "top", "width", "height")]] * 5
+
+
+def test_resizing_a_crop_is_torchvisions() -> None:
+    images = pictures(200, 32)
+    boxes = boxes_of(200, 32)
+    ours = augment(images, replace(unchanged(200, 32), boxes=boxes))
+    for image, result, (left, top, width, height, flip) in zip(images, ours, boxes.int().tolist(), strict=True):
+        theirs = tv.resized_crop(image, top, left, height, width, [32, 32], antialias=True)
+        assert (result.int() - (theirs.flip(-1) if flip else theirs).int()).abs().max() <= 1
+    assert 0.3 < boxes[:, 4].mean() < 0.7
+
+
+def test_nothing_outside_the_box_is_seen() -> None:
+    images = torch.full((50, 3, 32, 32), 255, dtype=torch.uint8)
+    boxes = boxes_of(50, 32)
+    for image, (left, top, width, height, _) in zip(images, boxes.int().tolist(), strict=True):
+        image[:, top : top + height, left : left + width] = 0
+    assert augment(images, replace(unchanged(50, 32), boxes=boxes)).max() == 0
+
+
+def test_affine_moves_are_torchvisions() -> None:
+    images = pictures(40, 24)
+    view = View(
+        crop_flip_probability=0.0,
+        randaugment_probability=0.0,
+        affine_probability=0.9,
+        affine_degrees=30.0,
+        affine_translate=0.2,
+        affine_scale=[0.7, 1.3],
+        affine_shear=20.0,
+    )
+    uniforms = torch.rand(40, 100)
+    drawn = Augmentation(view, 24).parameters(lambda width: uniforms[:, :width])
+    ours, still = augment(images, drawn), 0
+    apply, angle, x, y, scale, shear = uniforms[:, 29:35].T.double()
+    for sample in range(40):
+        if apply[sample] >= 0.9:
+            still += 1
+            assert torch.equal(ours[sample], images[sample])
+            continue
+        theirs = tv.affine(
+            images[sample],
+            angle=60 * angle[sample].item() - 30,
+            translate=[round((2 * along[sample].item() - 1) * 4.8) for along in (x, y)],
+            scale=0.7 + 0.6 * scale[sample].item(),
+            shear=[40 * shear[sample].item() - 20, 0.0],
+            interpolation=v2.InterpolationMode.BILINEAR,
+        )
+        assert (ours[sample].int() - theirs.int()).abs().max() <= 1
+    assert 0 < still < 15 and drawn.moves is not None and torch.equal(IDENTITY, torch.eye(2, 3))
+
+
+def test_images_too_small_to_blur_are_left(size: int = 2) -> None:
+    images, index = pictures(4, size), OPERATIONS.index("Sharpness")
+    assert torch.equal(augment(images, operating(4, size, torch.full((4,), index), torch.ones(4))), images)
