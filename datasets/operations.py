@@ -13,16 +13,20 @@ from torchvision.transforms.v2 import functional as tv
 from datasets.augmentation import BLENDS, GEOMETRIC, OPERATIONS, Parameters
 
 
+def _sample(pixels: Tensor, x: Tensor, y: Tensor, mode: str, outside: str) -> Tensor:
+    """Images (N, 3, S, S) uint8 read at positions x, y (N, S, S), each axis from -1 to 1."""
+    grid = torch.view_as_real(torch.complex(x, y))  # (N, S, S, 2), sooner made so than by stacking
+    values = F.grid_sample(pixels.float(), grid, mode, outside, align_corners=False)
+    return values.round_().to(torch.int32).byte()  # CPUs have no fast way from float32 to uint8 but this
+
+
 def move(pixels: Tensor, matrices: Tensor, mode: str) -> Tensor:
     """Images (N, 3, S, S) uint8 moved by `matrices` (N, 2, 3) on their device; what comes from outside is black."""
     size = pixels.shape[-1]
     axis = torch.linspace((1 - size) / 2, (size - 1) / 2, size, device=pixels.device)
-    base = torch.stack(
-        [axis.expand(size, size), axis[:, None].expand(size, size), torch.ones_like(axis).expand(size, size)], dim=-1
-    )
-    grid = base.view(1, -1, 3).expand(len(pixels), -1, -1).bmm(matrices.transpose(1, 2) / (size / 2))
-    moved = F.grid_sample(pixels.float(), grid.view(-1, size, size, 2), mode, "zeros", align_corners=False)
-    return moved.round_().byte()
+    a, b, c = (matrices / (size / 2))[..., None, None].unbind(dim=2)  # (N, 2, 1, 1) each
+    x, y = (a * axis + b * axis[:, None] + c).unbind(dim=1)
+    return _sample(pixels, x, y, mode, "zeros")
 
 
 def crop(pixels: Tensor, boxes: Tensor) -> Tensor:
@@ -38,8 +42,7 @@ def crop(pixels: Tensor, boxes: Tensor) -> Tensor:
 
     x = positions(left, width, torch.where(flip > 0, size - 1 - index, index))
     y = positions(top, height, index)
-    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
-    return F.grid_sample(pixels.float(), grid, "bilinear", "border", align_corners=False).round_().byte()
+    return _sample(pixels, x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size), "bilinear", "border")
 
 
 def grey(pixels: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ Draw = Callable[[int], Tensor]
 CPU_CHUNK = 512  # samples augmented at once, so that what is in work stays in the caches
 
 
+def _scale(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
 class Views:
     """Batches of uint8 images (N, 3, S, S) -> batches of float32 views on `device`.
 
@@ -41,7 +46,7 @@ class Views:
         return torch.cat([augment(pixels[s : s + size], parameters[s : s + size]) for s in starts])
 
     def _normalize(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self._device, non_blocking=True).float() / 255 - self._mean) / self._std
+        return pixels.to(self._device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
 
     def denormalize(self, views: Tensor) -> Tensor:
         """Normalised views back on the scale of [0, 1], for pictures."""
@@ -49,17 +54,18 @@ class Views:
 
     def source(self, pixels: Tensor, draw: Draw, noise: Tensor) -> Tensor:
         """x_source: augmented, normalised, plus `noise` (N, 3, S, S), standard normal, times `noise_std`."""
-        return self._normalize(self._augment(pixels, self._source.parameters(draw))) + self._noise_std * noise
+        views = self._normalize(self._augment(pixels, self._source.parameters(draw)))
+        return views.add_(noise, alpha=self._noise_std)
 
     def target(self, pixels: Tensor, draw: Draw) -> Tensor:
         """x_start: augmented and scaled to [-1, 1]."""
-        return self._augment(pixels, self._target.parameters(draw)).float() / 127.5 - 1
+        return _scale(self._augment(pixels, self._target.parameters(draw)))
 
     def pair(self, pixels: Tensor, draw_source: Draw, draw_target: Draw, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(x_source, x_start), as `source` and `target` give them, for half the operations."""
         parameters = self._source.parameters(draw_source), self._target.parameters(draw_target)
         source, target = self._augment(torch.cat([pixels, pixels]), Parameters.concatenate(*parameters)).chunk(2)
-        return self._normalize(source) + self._noise_std * noise, target.float() / 127.5 - 1
+        return self._normalize(source).add_(noise, alpha=self._noise_std), _scale(target)
 
     def augmented(self, pixels: Tensor, draw: Draw, view: Any) -> Tensor:
         """A training view of the evaluation: augmented by the keys of `view`, such as `views.probe`; normalised."""

@@ -1,8 +1,10 @@
 """The device and its arithmetic, chosen once."""
 
+import ctypes
 import logging
 import resource
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -22,6 +24,8 @@ def choose_device(name: str) -> torch.device:
     if name != "auto" and not available[name]:
         logger.info("device is %s, which is not available here: taking %s", name, best)
     kind = name if available.get(name) else best
+    if kind == "cpu":
+        _keep_freed_memory()
     if kind != "cuda":
         return torch.device(kind)
     count = torch.cuda.device_count()
@@ -32,6 +36,15 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", local_rank() % count)
     torch.cuda.set_device(device)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, up to 32 MB a piece: faulting it in anew doubles the time of a batch's views."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**25)
 
 
 def _cpu_computes_bf16() -> bool:

@@ -1,0 +1,107 @@
+"""Both views of a batch: ours, all samples at once, against torchvision's transforms on PIL images, one at a time.
+
+The latter run as a DataLoader's workers would, one process a core, but for what it costs to hand their results over.
+
+  python -m benchmarks.views                                   # 512 images of 32 px, two CPU cores
+  python -m benchmarks.views --device cuda --batch_size 2048
+"""
+
+import argparse
+import multiprocessing
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from benchmarks.measure import machine, ratio, spread, take_turns
+from datasets import Views
+from utils.config_file import load_config
+from utils.device import choose_device
+from utils.randomness import uniforms
+
+
+def pil_augmentation(view: Any, image_size: int) -> v2.Compose:
+    crop = v2.RandomResizedCrop(image_size, scale=view.crop_scale, ratio=view.crop_ratio)
+    flip = v2.RandomHorizontalFlip(view.flip_probability)
+    randaugment = v2.RandAugment(view.randaugment_num_ops, view.randaugment_magnitude)
+    return v2.Compose(
+        [
+            v2.RandomApply([crop, flip], p=view.crop_flip_probability),
+            v2.RandomApply([randaugment], p=view.randaugment_probability),
+        ]
+    )
+
+
+class OneByOne:
+    """A worker's share of the plain pipeline: both views of each image, to float tensors."""
+
+    def __init__(self, config: Any, pixels: Tensor, mean: list[float], std: list[float]) -> None:
+        self.images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
+        to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+        size = pixels.shape[-1]
+        self.source = v2.Compose([pil_augmentation(config.source, size), *to_float, v2.Normalize(mean, std)])
+        self.target = v2.Compose([pil_augmentation(config.target, size), *to_float, v2.Normalize([0.5] * 3, [0.5] * 3)])
+
+    def __call__(self) -> int:
+        source = torch.stack([self.source(image) for image in self.images])
+        target = torch.stack([self.target(image) for image in self.images])
+        return len(source) + len(target)
+
+
+_worker: OneByOne
+
+
+def _start_worker(config: Any, pixels: Tensor, mean: list[float], std: list[float]) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    choose_device("cpu")
+    _worker = OneByOne(config, pixels, mean, std)
+
+
+def _work(_: int) -> int:
+    return _worker()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--image_size", type=int, default=32)
+    parser.add_argument("--config", default="config/cifar10.yaml", help="its views are drawn")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    config, device, size = load_config(args.config).views, choose_device(args.device), args.image_size
+    mean, std = [0.5] * 3, [0.25] * 3
+
+    coarse = torch.rand(args.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1).mul(255).byte()
+    share = pixels[: -(-args.batch_size // args.cores)].clone()  # as many images for each core
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.cores, _start_worker, (config, share, mean, std)) as pool:
+        views, on_device = Views(config, size, mean, std, device), pixels.to(device)
+        noise = torch.zeros(pixels.shape, device=device)
+        step = iter(range(10**9))
+
+        def at_once() -> None:
+            draw = partial(uniforms, range(args.batch_size))
+            seed = next(step)
+            views.pair(on_device, partial(draw, seed=seed, purpose="a"), partial(draw, seed=seed, purpose="b"), noise)
+
+        seconds = take_turns(
+            {"one by one": lambda: pool.map(_work, range(args.cores), chunksize=1), "at once": at_once},
+            args.rounds,
+            device,
+        )
+    print(f"both views of {args.batch_size} images of {size} px; {args.cores} cores; {machine(device)}")
+    for name, each in seconds.items():
+        print(f"{name:12s} {spread(each)}  {args.batch_size / sorted(each)[len(each) // 2]:,.0f} pairs/s")
+    print(f"at once is {ratio(seconds['one by one'], seconds['at once'])} as fast")
+
+
+if __name__ == "__main__":
+    main()
