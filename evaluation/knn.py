@@ -1,7 +1,21 @@
 """k-nearest-neighbour classification of features: pure functions of tensors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Products of float32 matrices without TensorFloat-32, whatever the training has asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -28,7 +42,7 @@ def knn_votes(
     assert 1 <= k <= len(bank), "k is at most the size of the bank"
     votes = torch.zeros(len(queries), num_classes, device=bank.device)
     classes = torch.arange(num_classes, device=bank.device)
-    with torch.autocast(bank.device.type, enabled=False):
+    with torch.autocast(bank.device.type, enabled=False), true_float32():
         # |q - b|^2 = |q|^2 - 2 (q b - |b|^2 / 2): the nearest have the largest q b - |b|^2 / 2. Distances do
         # not change with the origin, and about the bank's mean less is lost in the difference.
         origin = bank.float().mean(dim=0)

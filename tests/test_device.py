@@ -6,7 +6,7 @@ import torch
 from utils import device as module
 from utils import distributed
 from utils.cli import make_parser
-from utils.device import choose_amp_dtype, choose_device
+from utils.device import choose_amp_dtype, choose_compile, choose_device
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +19,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 
 
@@ -138,3 +139,29 @@ def test_variables_that_clusters_set_for_themselves_are_no_launcher(monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "8")
     make_parser("", "")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind", "compiler", "expected"),
+    [
+        (None, "cpu", "c++", False),
+        (None, "cuda", "c++", True),
+        (False, "cuda", "c++", False),
+        (True, "cpu", "c++", True),
+        (True, "cpu", None, False),
+        (None, "cuda", None, False),
+    ],
+)
+def test_the_model_is_compiled_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    setting: bool | None,
+    kind: str,
+    compiler: str | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    assert choose_compile(setting, torch.device(kind)) == expected
+    wanted = setting or (setting is None and kind == "cuda")
+    assert ("training eagerly" in caplog.text) == (wanted and not expected)

@@ -1,12 +1,15 @@
 """One training step and what it is made of, and what the evaluation builds on it."""
 
+import contextlib
 import copy
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import assert_equal_states, digits_args
 from training.experiment import initial_state, open_experiment
@@ -190,3 +193,34 @@ def test_ema_is_what_ema_pytorch_documents(tmp_path: Path) -> None:
     assert expected is not None
     torch.testing.assert_close(dict(state.ema.ema_model.named_parameters())[name], expected)
     assert state.ema.step.device.type == "cpu" and int(state.ema.step) == 5
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a number leaves a tensor for the host, on which a GPU would be waited for; the EMA's counters may."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+        if function.overloadpacket.__name__ in reads:
+            callers = [frame.filename for frame in traceback.extract_stack()]
+            assert any("ema_pytorch" in name for name in callers), f"{function} in the step"
+        return function(*args, **(kwargs or {}))
+
+
+class WatchedPhases(PhaseTimer):
+    """Watches what runs on the device; the views are drawn on the host, where counts are read."""
+
+    def phase(self, name: str) -> Any:
+        watched = NoHostReads() if name != "views" else contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        stack.enter_context(super().phase(name))
+        stack.enter_context(watched)
+        return stack
+
+
+def test_a_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "training.micro_batch_size=16")
+    state = initial_state(experiment)
+    for _ in range(2):
+        train_step(experiment, state, WatchedPhases())
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), WatchedPhases().phase("update"):
+        torch.ones(1).item()

@@ -1,6 +1,6 @@
 """From a config to objects: what stays as it is (`Experiment`) and what training changes (`TrainState`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from ema_pytorch import EMA
@@ -46,6 +46,7 @@ def open_experiment(config: Config) -> Experiment:
     data_digest = train.digest()
     if not same_everywhere((data_digest, test and test.digest())):
         raise DatasetError(f"the machines hold different images in {config.data.root}: give them all the same")
+    train, test = _near(train, device), test and _near(test, device)
     batch_size, k = config.training.batch_size, config.evaluation.knn.k
     if len(train) < batch_size:
         raise DatasetError(f"{len(train)} training images are fewer than a batch: set training.batch_size lower")
@@ -63,6 +64,13 @@ def open_experiment(config: Config) -> Experiment:
         loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
         diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
     )
+
+
+def _near(images: Images, device: torch.device) -> Images:
+    """The images in a GPU's memory, if they take no more than a quarter of what is free there; else on the host."""
+    if device.type != "cuda" or images.pixels.numel() > torch.cuda.mem_get_info(device)[0] / 4:
+        return images
+    return replace(images, pixels=images.pixels.to(device))
 
 
 def check_shares(config: Config) -> None:

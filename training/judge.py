@@ -141,7 +141,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     images = experiment.train if experiment.test is None else experiment.test
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
-    pixels, positions = images.pixels[chosen], range(num_images)
+    pixels, positions = images.pixels[chosen.to(images.pixels.device)], range(num_images)
     mine = share(num_images, CHUNK)
 
     def noise(positions: range, purpose: str, *counters: int) -> Tensor:

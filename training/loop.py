@@ -14,7 +14,7 @@ from training.judge import baselines, config_protocols, encode_with, judge, samp
 from training.step import learning_rates, train_step
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
 from utils.config_file import result_digest
-from utils.device import peak_memory_mb
+from utils.device import choose_compile, peak_memory_mb
 from utils.distributed import all_reduce, backend, from_rank_0, rank, world_size
 from utils.files import write_text
 from utils.logging import PhaseTimer, RunLog
@@ -40,6 +40,8 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
     """
     config = experiment.config.training
     steps_per_epoch, total_steps = experiment.loader.steps_per_epoch, experiment.total_steps
+    if choose_compile(config.compile, experiment.device):
+        state.soda.compile()  # in place, so that names stay; the EMA has copied the eager model
     state.wrapped = data_parallel(state.soda)
     log = RunLog(folder, state.step) if rank() == 0 else None
     timer = PhaseTimer()

@@ -36,7 +36,10 @@ class Batch:
 
 def draw_pixels(experiment: Experiment, step: int, positions: range) -> Tensor:
     """Images (N, 3, H, W) uint8 at `positions` of the global batch of `step`."""
-    return experiment.train.pixels[experiment.loader.indices(step, positions)]
+    pixels, indices = experiment.train.pixels, experiment.loader.indices(step, positions)
+    if pixels.device.type == "cuda":
+        indices = indices.pin_memory()  # else the copy waits for the device
+    return pixels.index_select(0, indices.to(pixels.device, non_blocking=True))
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
@@ -99,21 +102,20 @@ def train_step(experiment: Experiment, state: TrainState, timer: PhaseTimer) -> 
     for start in range(mine.start, mine.stop, micro_batch_size):
         with timer.phase("views"):
             batch = draw_batch(experiment, state.step, range(start, start + micro_batch_size))
-        at_end = start + micro_batch_size == mine.stop  # only now do processes average their gradients
-        with (
-            timer.phase("forward and backward"),
-            nullcontext() if at_end or world_size() == 1 else state.wrapped.no_sync(),
-        ):
-            torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
+        is_last = start + micro_batch_size == mine.stop  # only now do processes average their gradients
+        with nullcontext() if is_last or world_size() == 1 else state.wrapped.no_sync():
+            with timer.phase("forward"):
+                torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
 
-            def denoise(x_t: Tensor, timesteps: Tensor, batch: Batch = batch) -> Tensor:
-                return state.wrapped(batch.x_source, x_t, timesteps, batch.drop_mask)
+                def denoise(x_t: Tensor, timesteps: Tensor, batch: Batch = batch) -> Tensor:
+                    return state.wrapped(batch.x_source, x_t, timesteps, batch.drop_mask)
 
-            with autocast(device, experiment.amp_dtype):
-                loss = experiment.diffusion.loss(denoise, batch.x_start, batch.timesteps, batch.noise)
-            loss = loss * (micro_batch_size / len(mine))
-            state.scaler.scale(loss).backward()
-            total_loss += loss.detach()
+                with autocast(device, experiment.amp_dtype):
+                    loss = experiment.diffusion.loss(denoise, batch.x_start, batch.timesteps, batch.noise)
+                loss = loss * (micro_batch_size / len(mine))
+                total_loss += loss.detach()
+            with timer.phase("backward"):
+                state.scaler.scale(loss).backward()
 
     with timer.phase("update"):
         state.scaler.unscale_(state.optimizer)
@@ -121,6 +123,7 @@ def train_step(experiment: Experiment, state: TrainState, timer: PhaseTimer) -> 
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
+    with timer.phase("EMA"):
         state.ema.update()
     state.step += 1
     return total_loss, grad_norm

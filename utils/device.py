@@ -1,8 +1,11 @@
 """The device and its arithmetic, chosen once."""
 
 import ctypes
+import importlib.util
 import logging
+import os
 import resource
+import shutil
 import sys
 from contextlib import suppress
 
@@ -35,7 +38,21 @@ def choose_device(name: str) -> torch.device:
         )
     device = torch.device("cuda", local_rank() % count)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # sizes do not vary: the fastest kernels are found once
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is left, but for the evaluation
     return device
+
+
+def choose_compile(setting: bool | None, device: torch.device) -> bool:
+    """Whether to compile the model: as asked, by default on CUDA; not, with a line, where there is no compiler."""
+    if not (device.type == "cuda" if setting is None else setting):
+        return False
+    missing = [] if shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") else ["a C++ compiler"]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing.append("triton")
+    if missing:
+        logger.info("%s is missing, without which nothing can be compiled: training eagerly", " and ".join(missing))
+    return not missing
 
 
 def _keep_freed_memory() -> None:

@@ -1,0 +1,164 @@
+"""The training step: where its time goes, and ours against a plain loop, in one run.
+
+The plain loop is shaped like the reference implementation's: eager, float32, contiguous, unfused optimiser and EMA,
+timesteps drawn on the host, a wait for the device each step; its batch is given, so it draws no views. Ours is the real
+step, views included. Each line gives the share of the machine's matrix rate, measured here by large products in the
+same number format; the model's work is counted as three times that of a forward pass.
+
+  python -m benchmarks.step --batch_sizes 8 32                              # two CPU cores: ten minutes
+  python -m benchmarks.step --batch_sizes 128 512 1024 --rounds 20          # a data-centre GPU
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from ema_pytorch import EMA
+
+from benchmarks.measure import machine, ratio, spread, synchronize, take_turns
+from datasets import Images, Loader
+from model import forward_flops
+from training.experiment import Experiment, build_on_meta, initial_soda, initial_state, open_experiment
+from training.step import draw_batch, train_step
+from utils.checkpoint import save_checkpoint
+from utils.config_file import load_config
+from utils.device import choose_compile
+from utils.logging import PhaseTimer
+from utils.randomness import generator
+
+
+class SynchronizedTimer(PhaseTimer):
+    """Waits for the device around each phase, so that its seconds are the phase's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        synchronize(self._device)
+        with super().phase(name):
+            yield
+            synchronize(self._device)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of products of large square matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = take_turns({"": lambda: a @ b}, 10, device)[""]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experiment:
+    """The config's experiment on random images, so that no data set is needed."""
+    size = load_config(config_path, overrides).data.image_size
+    digits = ["data.name=digits", f"data.image_size={size}", f"training.batch_size={min(batch_size, 1024)}"]
+    experiment = open_experiment(load_config(config_path, [*overrides, *digits]))
+    training = experiment.config.training.model_copy(update={"batch_size": batch_size})
+    pixels = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8).to(
+        experiment.train.pixels.device
+    )
+    return replace(
+        experiment,
+        config=experiment.config.model_copy(update={"training": training}),
+        train=Images(pixels, None, []),
+        loader=Loader(len(pixels), batch_size, lambda epoch: generator(0, "order", epoch)),
+    )
+
+
+def plain_step(experiment: Experiment) -> Callable[[], object]:
+    """One step of the plain loop, ready to be called."""
+    device, config = experiment.device, experiment.config
+    soda = initial_soda(config, device).to(memory_format=torch.contiguous_format)
+    groups = [{"params": list(part.parameters())} for part in (soda.encoder, soda.decoder)]
+    optimizer = torch.optim.AdamW(groups, lr=4e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=False, foreach=False)
+    ema = EMA(soda, beta=0.9999, update_after_step=0, update_every=1, include_online_model=False)
+    batch = draw_batch(experiment, 0, range(config.training.batch_size))
+
+    def step() -> float:
+        soda.train()
+        timesteps = torch.randint(0, config.diffusion.num_timesteps, (len(batch.x_start),)).to(device)
+        noise = torch.randn_like(batch.x_start)
+        x_t = experiment.diffusion.q_sample(batch.x_start, timesteps, noise)
+        loss = (soda(batch.x_source, x_t, timesteps, batch.drop_mask) - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(soda.parameters(), 1.0)
+        optimizer.step()
+        ema.update()
+        return loss.item()
+
+    return step
+
+
+def our_step(experiment: Experiment, compiled: bool) -> tuple[Callable[[PhaseTimer], object], Any]:
+    state = initial_state(experiment)
+    if compiled:
+        state.soda.compile()
+    return lambda timer: train_step(experiment, state, timer), state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="config/cifar10.yaml")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled; default: on CUDA")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+
+    for batch_size in args.batch_sizes:
+        exact = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=false"])
+        mixed = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=true"])
+        device, size = exact.device, exact.config.data.image_size
+        work = 3 * sum(forward_flops(build_on_meta(exact.config), size)) * batch_size
+        rates = {dtype: matrix_rate(dtype, device) for dtype in {torch.float32, mixed.amp_dtype or torch.float32}}
+        print(f"\nbatches of {batch_size} images of {size} px, {work / 1e12:.2f} TFLOP a step; {machine(device)}")
+        print("matrix rate " + ", ".join(f"{str(d)[6:]} {rate / 1e12:.2f} TFLOP/s" for d, rate in rates.items()))
+
+        named: dict[str, tuple[Callable[[PhaseTimer], object], torch.dtype]] = {}
+        variants = [("ours, float32", exact, False)]
+        if mixed.amp_dtype:
+            variants.append((f"ours, {str(mixed.amp_dtype)[6:]}", mixed, False))
+        if choose_compile(args.compile, device):
+            variants += [(f"{name}, compiled", experiment, True) for name, experiment, _ in variants]
+        for name, experiment, compiled in variants:
+            step, state = our_step(experiment, compiled)
+            named[name] = step, experiment.amp_dtype or torch.float32
+        plain, silent = plain_step(exact), PhaseTimer()
+        calls: dict[str, Callable[[], object]] = {"plain, float32": plain}
+        calls |= {name: partial(step, silent) for name, (step, _) in named.items()}
+        seconds = take_turns(calls, args.rounds, device)
+
+        for name, each in seconds.items():
+            median, dtype = statistics.median(each), named.get(name, (None, torch.float32))[1]
+            rate = work / median
+            print(
+                f"{name:24s} {spread(each):>42s} {batch_size / median:9.1f} images/s {rate / 1e12:7.2f} TFLOP/s "
+                f"({rate / rates[dtype]:4.0%}), {ratio(seconds['plain, float32'], each)} the plain loop's speed"
+            )
+        for name, (step, _) in named.items():
+            timer = SynchronizedTimer(device)
+            for _ in range(2):
+                step(timer)
+            total, phases = timer.take()
+            shares = ", ".join(f"{phase} {s / 2 * 1000:.1f} ms ({s / total:.0%})" for phase, s in phases.items())
+            print(f"{name:24s} {shares}")
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            save_checkpoint(Path(folder) / "last.pt", state.state_dict(), "", "")
+            stall = time.perf_counter() - start
+        print(f"saving a checkpoint stalls for {stall:.2f} s, {stall / 600:.2%} of the time at one in ten minutes")
+
+
+if __name__ == "__main__":
+    main()
