@@ -2,8 +2,8 @@
 
 The plain loop is shaped like the reference implementation's: eager, float32, contiguous, unfused optimiser and EMA,
 timesteps drawn on the host, a wait for the device each step; its batch is given, so it draws no views. Ours is the real
-step, views included. Each line gives the share of the machine's matrix rate, measured here by large products in the
-same number format; the model's work is counted as three times that of a forward pass.
+step, views included. Each line gives the share of the machine's matrix rate, measured here by large products and
+convolutions in the same number format; the model's work is counted as three times that of a forward pass.
 
   python -m benchmarks.step --batch_sizes 8 32                              # two CPU cores: ten minutes
   python -m benchmarks.step --batch_sizes 128 512 1024 --rounds 20          # a data-centre GPU
@@ -51,11 +51,19 @@ class SynchronizedTimer(PhaseTimer):
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of products of large square matrices."""
-    size = 8192 if device.type == "cuda" else 2048
+    """FLOP/s of large products of square matrices, or of large convolutions where these are faster, as on some CPUs."""
+    size, images = (8192, 512) if device.type == "cuda" else (2048, 32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = take_turns({"": lambda: a @ b}, 10, device)[""]
-    return 2 * size**3 / statistics.median(seconds)
+    x, w = (
+        torch.randn(images, 256, 32, 32, device=device).to(dtype),
+        torch.randn(256, 256, 3, 3, device=device).to(dtype),
+    )
+    if device.type == "cuda":
+        x, w = (values.contiguous(memory_format=torch.channels_last) for values in (x, w))
+    with torch.no_grad():
+        seconds = take_turns({"a": lambda: a @ b, "w": lambda: torch.conv2d(x, w, padding=1)}, 10, device)
+    work = {"a": 2 * size**3, "w": 2 * x.numel() * w[0].numel()}
+    return max(work[name] / statistics.median(each) for name, each in seconds.items())
 
 
 def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experiment:

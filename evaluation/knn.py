@@ -26,7 +26,7 @@ def knn_votes(
     k: int,
     num_classes: int,
     temperature: float | None = None,
-    chunk_size: int = 512,
+    max_distances: int = 2**25,
 ) -> Tensor:
     """Votes (Q, num_classes) of the k Euclidean nearest neighbours of each query.
 
@@ -35,7 +35,7 @@ def knn_votes(
         queries: (Q, D) features.
         temperature: None lets every neighbour vote alike (Cover & Hart 1967); a number weighs it by
             exp(cosine / temperature), for features of length 1 (Wu et al. 2018, section 3.4).
-        chunk_size: queries whose distances are held at once.
+        max_distances: how many distances are held at once, which bounds the memory.
 
     Distances are true float32, whatever autocast or the features' type.
     """
@@ -47,10 +47,11 @@ def knn_votes(
         # not change with the origin, and about the bank's mean less is lost in the difference.
         origin = bank.float().mean(dim=0)
         centred = bank.float() - origin
+        chunk_size = max(1, max_distances // len(bank))
         half_squares = torch.linalg.vector_norm(centred, dim=1).square() / 2  # (N,)
         for start in range(0, len(queries), chunk_size):
             chunk = queries[start : start + chunk_size].float() - origin
-            nearness, neighbours = (chunk @ centred.T - half_squares).topk(k, dim=1)  # (q, k) each
+            nearness, neighbours = (chunk @ centred.T).sub_(half_squares).topk(k, dim=1)  # (q, k) each
             weights = torch.ones_like(nearness)
             if temperature is not None:
                 # At length 1, cosines differ as nearness does. Relative to the nearest, no weight overflows

@@ -21,7 +21,7 @@ def test_knn_against_scikit_learn(k: int, offset: float) -> None:
     bank, queries = rng.normal(offset, 1, (500, 16)), rng.normal(offset, 1, (200, 16))
     labels = rng.integers(0, 5, 500)
     theirs = KNeighborsClassifier(k, algorithm="brute").fit(bank, labels).predict_proba(queries)
-    ours = knn_votes(*as_tensors(bank, labels, queries), k, num_classes=5, chunk_size=64)
+    ours = knn_votes(*as_tensors(bank, labels, queries), k, num_classes=5, max_distances=32_000)
     np.testing.assert_array_equal(ours.numpy() / k, theirs.astype(np.float32))
 
 

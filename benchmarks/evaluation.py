@@ -1,0 +1,101 @@
+"""The evaluation: k-NN against scikit-learn's, the linear probe, and the views that it sees, given random features.
+
+python -m benchmarks.evaluation                    # CIFAR-10's sizes: 50,000 x 128, 10,000 queries
+python -m benchmarks.evaluation --device cuda
+python -m benchmarks.evaluation --bank 100000 --dim 512 --queries 2000 --only_knn
+"""
+
+import argparse
+import statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from benchmarks.measure import machine, ratio, spread, synchronize, take_turns
+from datasets import Views
+from evaluation.knn import knn_votes
+from evaluation.linear_probe import LinearProbe
+from utils.config_file import load_config
+from utils.device import choose_device
+from utils.randomness import uniforms
+
+NUM_CLASSES, K = 10, 20
+
+
+def peak_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bank", type=int, default=50_000)
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only_knn", action="store_true")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    print(f"bank {args.bank:,} x {args.dim}, {args.queries:,} queries; {machine(device)}")
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, NUM_CLASSES, (args.bank,), generator=generator)
+    centres = torch.randn(NUM_CLASSES, args.dim, generator=generator)
+    bank = torch.nn.functional.normalize(centres[labels] + 3 * torch.randn(args.bank, args.dim, generator=generator))
+    queries = bank[: args.queries] + 0.05 * torch.randn(args.queries, args.dim, generator=generator)
+    knn = partial(knn_votes, bank.to(device), labels.to(device), queries.to(device), K, NUM_CLASSES)
+
+    forget_peak(device)
+    before = peak_mb(device)
+    votes = knn()
+    print(f"k-NN's own peak memory: {peak_mb(device) - before:.0f} MB")
+    if args.only_knn:
+        return
+    theirs = KNeighborsClassifier(K, algorithm="brute").fit(bank.numpy(), labels.numpy())
+    different = (votes.argmax(dim=1).cpu().numpy() != theirs.predict(queries.numpy())).sum()
+    print(f"predictions that differ from scikit-learn's: {different} of {args.queries:,}")
+    seconds = take_turns(
+        {
+            "scikit-learn": lambda: theirs.predict(queries.numpy()),
+            "ours": knn,
+        },
+        args.rounds,
+        device,
+        warmup=1,
+    )
+    for name, each in seconds.items():
+        print(f"k-NN, {name:12s} {spread(each)}")
+    print(f"ours is {ratio(seconds['scikit-learn'], seconds['ours'])} as fast")
+
+    probe = LinearProbe(args.dim, NUM_CLASSES, args.rounds + 1, 1e-3, 128, generator, device)
+    epoch = take_turns(
+        {"": partial(probe.train_epoch, bank.to(device), labels.to(device))}, args.rounds, device, warmup=1
+    )[""]
+    print(f"probe, an epoch in batches of 128: {spread(epoch)}")
+
+    views = Views(load_config("config/cifar10.yaml").views, 32, [0.5] * 3, [0.25] * 3, device)
+    pixels = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8).to(device)
+    probe_view = load_config("config/cifar10.yaml").views.probe
+    draw = partial(uniforms, range(512), seed=0, purpose="probe view")
+    augmented = take_turns({"": lambda: views.augmented(pixels, draw, probe_view)}, 20, device)[""]
+    synchronize(device)
+    per_image = statistics.median(augmented) / 512
+    print(
+        f"probe's views: {1 / per_image:,.0f} images/s; 15 epochs of {args.bank:,}: {15 * args.bank * per_image:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
