@@ -1,6 +1,7 @@
 # make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate; NPROC GPUs
 # make test                                                                           lint, types and tests
-# Both set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
+# make test-long                                                                      the tests that take minutes
+# All set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
 NPROC ?= 1
@@ -8,7 +9,7 @@ ARGS ?=
 PYTHON ?= python3
 LAUNCH = .venv/bin/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
 
-.PHONY: train test clean
+.PHONY: train test test-long clean
 .DELETE_ON_ERROR:
 
 train: .venv/requirements.done
@@ -19,6 +20,9 @@ test: .venv/requirements-dev.done
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest
+
+test-long: .venv/requirements-dev.done
+	.venv/bin/python -m pytest -m long
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

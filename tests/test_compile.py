@@ -1,0 +1,57 @@
+"""Compiled is eager, to rounding. The first compilation takes half a minute for the decoder, minutes for a model."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import UNetDecoder
+from tests import processes
+from training.step import train_step
+from utils.device import choose_compile
+from utils.logging import PhaseTimer
+
+needs_compiler = pytest.mark.skipif(
+    not choose_compile(True, torch.device("cpu")), reason="needs a C++ compiler on the path"
+)
+
+
+@needs_compiler
+def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attn_resolutions": []}
+    eager = UNetDecoder(image_size=8, latent_dim=8, num_head_channels=None, dropout=0.0, **sizes)
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    compiled = copy.deepcopy(eager)
+    compiled.compile()
+    inputs = torch.randn(8, 3, 8, 8), torch.randint(0, 1000, (8,)), torch.randn(8, 8)
+    target = torch.randn(8, 3, 8, 8)
+    losses: list[list[float]] = []
+    for decoder in (eager, compiled):
+        optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
+        losses.append([])
+        for _ in range(20):
+            loss = (decoder(*inputs) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=3e-4) and losses[0][-1] < 0.95 * losses[0][0]
+    assert losses[1] != losses[0], "something was compiled: it rounds otherwise"
+    assert list(compiled.state_dict()) == list(eager.state_dict()), "no prefix"
+
+
+@needs_compiler
+@pytest.mark.long
+def test_a_compiled_model_trains_as_the_eager_one_does(tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        experiment, state = processes.prepare(tmp_path)
+        if compiled:
+            state.soda.compile()
+        losses.append([train_step(experiment, state, PhaseTimer())[0].item() for _ in range(20)])
+    assert losses[1] == pytest.approx(losses[0], rel=3e-4) and losses[1] != losses[0]
