@@ -64,6 +64,7 @@ class Views:
     def pair(self, pixels: Tensor, draw_source: Draw, draw_target: Draw, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(x_source, x_start), as `source` and `target` give them, for half the operations."""
         parameters = self._source.parameters(draw_source), self._target.parameters(draw_target)
+        pixels = pixels.to(self._device, non_blocking=True)
         source, target = self._augment(torch.cat([pixels, pixels]), Parameters.concatenate(*parameters)).chunk(2)
         return self._normalize(source).add_(noise, alpha=self._noise_std), _scale(target)
 
