@@ -1,4 +1,4 @@
-"""The evaluation: k-NN against scikit-learn's, the linear probe, and the views that it sees, given random features.
+"""The evaluation: k-NN against scikit-learn's, the linear probe, and the probe's views, given features in clusters.
 
 python -m benchmarks.evaluation                    # CIFAR-10's sizes: 50,000 x 128, 10,000 queries
 python -m benchmarks.evaluation --device cuda
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks.measure import machine, ratio, spread, synchronize, take_turns
+from benchmarks.measure import machine, ratio, spread, take_turns
 from datasets import Views
 from evaluation.knn import knn_votes
 from evaluation.linear_probe import LinearProbe
@@ -54,7 +54,10 @@ def main() -> None:
     labels = torch.randint(0, NUM_CLASSES, (args.bank,), generator=generator)
     centres = torch.randn(NUM_CLASSES, args.dim, generator=generator)
     bank = torch.nn.functional.normalize(centres[labels] + 3 * torch.randn(args.bank, args.dim, generator=generator))
-    queries = bank[: args.queries] + 0.05 * torch.randn(args.queries, args.dim, generator=generator)
+    asked = torch.randint(0, NUM_CLASSES, (args.queries,), generator=generator)
+    queries = torch.nn.functional.normalize(
+        centres[asked] + 3 * torch.randn(args.queries, args.dim, generator=generator)
+    )
     knn = partial(knn_votes, bank.to(device), labels.to(device), queries.to(device), K, NUM_CLASSES)
 
     forget_peak(device)
@@ -90,7 +93,6 @@ def main() -> None:
     probe_view = load_config("config/cifar10.yaml").views.probe
     draw = partial(uniforms, range(512), seed=0, purpose="probe view")
     augmented = take_turns({"": lambda: views.augmented(pixels, draw, probe_view)}, 20, device)[""]
-    synchronize(device)
     per_image = statistics.median(augmented) / 512
     print(
         f"probe's views: {1 / per_image:,.0f} images/s; 15 epochs of {args.bank:,}: {15 * args.bank * per_image:.1f} s"

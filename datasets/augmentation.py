@@ -24,11 +24,14 @@ IDENTITY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 def magnitudes(bin_: int, image_size: int) -> Tensor:
     """Strength of each of OPERATIONS at one of NUM_BINS bins: (14,), slopes, pixels, degrees, shares, bits, level."""
-    share = bin_ / (NUM_BINS - 1)
-    pixels = float(int(150 / 331 * image_size * share))
-    slope, degrees, blend = 0.3 * share, 30.0 * share, 0.9 * share
-    bits, level = float(8 - round(4 * share)), 255 * (1 - share)
-    return torch.tensor([0, slope, slope, pixels, pixels, degrees, *[blend] * len(BLENDS), bits, level, 0, 0])
+
+    def at(first: float, last: float) -> float:
+        return torch.linspace(first, last, NUM_BINS)[bin_].item()  # float32, as torchvision's
+
+    slope, pixels, degrees, blend = at(0, 0.3), int(at(0, 150 / 331 * image_size)), at(0, 30), at(0, 0.9)
+    bits = 8 - round(4 * bin_ / (NUM_BINS - 1))
+    level = torch.tensor(255 * at(1, 0)).ceil().item()  # what float32 makes of it; pixels are whole numbers
+    return torch.tensor([0.0, slope, slope, pixels, pixels, degrees, *[blend] * len(BLENDS), bits, level, 0, 0])
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,9 @@ class Augmentation:
         shape = shapes[torch.arange(len(shapes)), first]  # (N, 2)
         fallback = torch.tensor([size, size], dtype=torch.float32)
         if view.crop_ratio[0] > 1:
-            fallback[1] = round(size / view.crop_ratio[0])
+            fallback[1] = max(1, round(size / view.crop_ratio[0]))
         elif view.crop_ratio[1] < 1:
-            fallback[0] = round(size * view.crop_ratio[1])
+            fallback[0] = max(1, round(size * view.crop_ratio[1]))
         some = fits.any(dim=1, keepdim=True)
         corner = torch.where(some, (where * (size - shape + 1)).floor(), ((size - fallback) / 2).floor())
         boxes = torch.cat([corner, torch.where(some, shape, fallback)], dim=1)
@@ -157,7 +160,7 @@ def operation_matrices(operations: Tensor, strengths: Tensor, image_size: int) -
         torch.ones(len(operations)),
         torch.zeros(len(operations)),
     )
-    # Shears keep the first row or column where it is, not the centre.
+    # Shears keep the upper or left edge where it is, not the centre.
     for name, row, column in (("ShearX", 0, 1), ("ShearY", 1, 0)):
         matrices[:, row, column] += strengths * is_one[name]
         matrices[:, row, 2] += strengths * is_one[name] * (image_size / 2)

@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import functional as tv
 from datasets.augmentation import BLENDS, GEOMETRIC, OPERATIONS, Parameters
 
 
-def _sample(pixels: Tensor, x: Tensor, y: Tensor, mode: str, outside: str) -> Tensor:
-    """Images (N, 3, S, S) uint8 read at positions x, y (N, S, S), each axis from -1 to 1."""
+def _sample(pixels: Tensor, x: Tensor, y: Tensor, mode: str) -> Tensor:
+    """Images (N, 3, S, S) uint8 read at positions x, y (N, S, S), each axis from -1 to 1; black outside."""
     grid = torch.view_as_real(torch.complex(x, y))  # (N, S, S, 2), sooner made so than by stacking
-    values = F.grid_sample(pixels.float(), grid, mode, outside, align_corners=False)
+    values = F.grid_sample(pixels.float(), grid, mode, "zeros", align_corners=False)
     return values.round_().to(torch.int32).byte()  # CPUs have no fast way from float32 to uint8 but this
 
 
@@ -26,7 +26,7 @@ def move(pixels: Tensor, matrices: Tensor, mode: str) -> Tensor:
     axis = torch.linspace((1 - size) / 2, (size - 1) / 2, size, device=pixels.device)
     a, b, c = (matrices / (size / 2))[..., None, None].unbind(dim=2)  # (N, 2, 1, 1) each
     x, y = (a * axis + b * axis[:, None] + c).unbind(dim=1)
-    return _sample(pixels, x, y, mode, "zeros")
+    return _sample(pixels, x, y, mode)
 
 
 def crop(pixels: Tensor, boxes: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def crop(pixels: Tensor, boxes: Tensor) -> Tensor:
 
     x = positions(left, width, torch.where(flip > 0, size - 1 - index, index))
     y = positions(top, height, index)
-    return _sample(pixels, x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size), "bilinear", "border")
+    return _sample(pixels, x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size), "bilinear")
 
 
 def grey(pixels: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def operate(pixels: Tensor, counts: list[int], matrices: Tensor, strengths: Tens
         None,
         lambda group, matrix, _: move(group, matrix, "nearest"),
         lambda group, _, strength: blend(group, 1 + strength, counts[-4 - blends : -4]),
-        lambda group, _, bits: group & (256 - 2 ** (8 - bits)).byte()[:, None, None, None],
-        lambda group, _, level: torch.where(group >= level.ceil().byte()[:, None, None, None], 255 - group, group),
+        lambda group, _, bits: group & (256 - 2 ** (8 - bits)).round().byte()[:, None, None, None],
+        lambda group, _, level: torch.where(group >= level.byte()[:, None, None, None], 255 - group, group),
         lambda group, *_: autocontrast(group),
         lambda group, *_: tv.equalize(group),
     ]

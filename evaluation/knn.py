@@ -35,7 +35,7 @@ def knn_votes(
         queries: (Q, D) features.
         temperature: None lets every neighbour vote alike (Cover & Hart 1967); a number weighs it by
             exp(cosine / temperature), for features of length 1 (Wu et al. 2018, section 3.4).
-        max_distances: how many distances are held at once, which bounds the memory.
+        max_distances: how many distances, or neighbours times classes, are held at once, which bounds the memory.
 
     Distances are true float32, whatever autocast or the features' type.
     """
@@ -47,7 +47,7 @@ def knn_votes(
         # not change with the origin, and about the bank's mean less is lost in the difference.
         origin = bank.float().mean(dim=0)
         centred = bank.float() - origin
-        chunk_size = max(1, max_distances // len(bank))
+        chunk_size = max(1, max_distances // max(len(bank), k * num_classes))
         half_squares = torch.linalg.vector_norm(centred, dim=1).square() / 2  # (N,)
         for start in range(0, len(queries), chunk_size):
             chunk = queries[start : start + chunk_size].float() - origin

@@ -41,6 +41,8 @@ def prepare(folder: Path, *overrides: str) -> tuple[Experiment, TrainState]:
     """A tiny run whose every parameter is random, so that no gradient is zero."""
     _, path, *rest = digits_args(folder, *COMPARABLE, *overrides)
     experiment = open_experiment(load_config(path, rest))
+    torch.set_float32_matmul_precision("highest")  # choose_device allows TensorFloat-32
+    torch.backends.cudnn.benchmark = False
     state = initial_state(experiment)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -94,7 +94,20 @@ def test_strengths_are_torchvisions() -> None:
             theirs = 0.0 if of_bins is None else float(of_bins[bin_])
             if name.startswith("Translate"):
                 theirs = int(theirs)
-            assert ours == pytest.approx(theirs * (255 if name == "Solarize" else 1), abs=1e-4), (name, bin_)
+            if name == "Solarize":
+                theirs = torch.tensor(255 * theirs).ceil().item()
+            assert ours == pytest.approx(theirs, rel=1e-6), (name, bin_)
+
+
+@pytest.mark.parametrize("bin_", range(NUM_BINS))
+def test_solarize_at_every_level_and_bin(bin_: int) -> None:
+    levels, index = (
+        torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16),
+        OPERATIONS.index("Solarize"),
+    )
+    ours = augment(levels, operating(1, 16, torch.tensor([index]), magnitudes(bin_, 16)[index : index + 1]))
+    threshold = 255 * float(v2.RandAugment._AUGMENTATION_SPACE["Solarize"][0](NUM_BINS, 16, 16)[bin_])
+    assert torch.equal(ours, tv.solarize(levels, threshold))
 
 
 def test_operations_of_a_batch_are_applied_in_order_to_the_right_samples() -> None:
@@ -207,6 +220,18 @@ def test_affine_moves_are_torchvisions() -> None:
     assert 0 < still < 15 and drawn.moves is not None and torch.equal(IDENTITY, torch.eye(2, 3))
 
 
-def test_images_too_small_to_blur_are_left(size: int = 2) -> None:
-    images, index = pictures(4, size), OPERATIONS.index("Sharpness")
-    assert torch.equal(augment(images, operating(4, size, torch.full((4,), index), torch.ones(4))), images)
+def test_images_too_small_to_blur_are_left() -> None:
+    images, index = pictures(4, 2), OPERATIONS.index("Sharpness")
+    assert torch.equal(augment(images, operating(4, 2, torch.full((4,), index), torch.ones(4))), images)
+
+
+def test_nothing_is_read_from_the_pixels() -> None:
+    """On the meta device there are none to read: a number asked for, or a shape that depends on them, raises."""
+    view = View(randaugment_probability=1.0, affine_probability=1.0)
+    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(200, width))
+    assert drawn.operations.unique().numel() == len(OPERATIONS)
+    pixels = torch.empty(200, 3, 16, 16, dtype=torch.uint8, device="meta")
+    views = augment(pixels, drawn)
+    assert views.shape == pixels.shape and views.dtype == torch.uint8
+    with pytest.raises(RuntimeError):
+        pixels.max().item()

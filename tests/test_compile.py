@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from model import UNetDecoder
 from tests import processes
@@ -28,6 +29,7 @@ def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
     compiled = copy.deepcopy(eager)
     compiled.compile()
+    counters.clear()
     inputs = torch.randn(8, 3, 8, 8), torch.randint(0, 1000, (8,)), torch.randn(8, 8)
     target = torch.randn(8, 3, 8, 8)
     losses: list[list[float]] = []
@@ -41,7 +43,7 @@ def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
             optimizer.step()
             losses[-1].append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=3e-4) and losses[0][-1] < 0.95 * losses[0][0]
-    assert losses[1] != losses[0], "something was compiled: it rounds otherwise"
+    assert counters["stats"]["unique_graphs"] > 0, "something was compiled"
     assert list(compiled.state_dict()) == list(eager.state_dict()), "no prefix"
 
 
@@ -51,7 +53,9 @@ def test_a_compiled_model_trains_as_the_eager_one_does(tmp_path: Path) -> None:
     losses = []
     for compiled in (False, True):
         experiment, state = processes.prepare(tmp_path)
+        counters.clear()
         if compiled:
             state.soda.compile()
         losses.append([train_step(experiment, state, PhaseTimer())[0].item() for _ in range(20)])
-    assert losses[1] == pytest.approx(losses[0], rel=3e-4) and losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=3e-4)
+    assert counters["stats"]["unique_graphs"] > 0, "something was compiled"

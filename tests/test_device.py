@@ -162,6 +162,10 @@ def test_the_model_is_compiled_where_it_can_be(
 ) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda name: compiler)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(module.Path, "exists", lambda path: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_compile(setting, torch.device(kind)) == expected
     wanted = setting or (setting is None and kind == "cuda")
     assert ("training eagerly" in caplog.text) == (wanted and not expected)
+    be_process(monkeypatch, 0, 2)
+    assert choose_compile(setting, torch.device(kind)) == (expected and setting is True), "by default one process only"

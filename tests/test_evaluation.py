@@ -22,6 +22,8 @@ def test_knn_against_scikit_learn(k: int, offset: float) -> None:
     labels = rng.integers(0, 5, 500)
     theirs = KNeighborsClassifier(k, algorithm="brute").fit(bank, labels).predict_proba(queries)
     ours = knn_votes(*as_tensors(bank, labels, queries), k, num_classes=5, max_distances=32_000)
+    in_chunks = [knn_votes(*as_tensors(bank, labels, queries), k, 5, max_distances=n) for n in (1, 3_000)]
+    assert all(torch.equal(votes, ours) for votes in in_chunks)
     np.testing.assert_array_equal(ours.numpy() / k, theirs.astype(np.float32))
 
 

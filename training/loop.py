@@ -80,7 +80,7 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
 
         if state.step % config.log_every == 0 or at_end:
             steps = state.step - first_step
-            with timer.phase("wait for the device"):  # with NCCL, the only place where the host does
+            with timer.phase("wait for the device"):  # the steps themselves do not
                 mean_loss = all_reduce(loss_sum).item() / (steps * world_size())
                 last_grad_norm = grad_norm.item()
             if log:

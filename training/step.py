@@ -36,10 +36,11 @@ class Batch:
 
 def draw_pixels(experiment: Experiment, step: int, positions: range) -> Tensor:
     """Images (N, 3, H, W) uint8 at `positions` of the global batch of `step`."""
-    pixels, indices = experiment.train.pixels, experiment.loader.indices(step, positions)
-    if pixels.device.type == "cuda":
-        indices = indices.pin_memory()  # else the copy waits for the device
-    return pixels.index_select(0, indices.to(pixels.device, non_blocking=True))
+    pixels = experiment.train.pixels
+    indices = experiment.loader.indices(step, positions).to(pixels.device, non_blocking=True)
+    chosen = pixels.index_select(0, indices)
+    # From pinned memory, the copy to the GPU goes on while the host does.
+    return chosen.pin_memory() if experiment.device.type == "cuda" and pixels.device.type == "cpu" else chosen
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:

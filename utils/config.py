@@ -162,7 +162,7 @@ class Training(Section):
         multiple_of=4,
     )
     use_amp: bool = key(False, "mixed precision: bf16 where the hardware computes it, else fp16 on CUDA")
-    compile: bool | None = key(None, "torch.compile the model for training; null: on CUDA", run=True)
+    compile: bool | None = key(None, "torch.compile the model for training; null: on a single GPU", run=True)
     latent_drop_probability: Probability = key(0.1, "of replacing a sample's latent by the null latent")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(0.9999, "cap of the EMA's decay, which warms up")
     log_every: int = key(50, "steps between reports", run=True, ge=1)

@@ -7,7 +7,10 @@ import os
 import resource
 import shutil
 import sys
+import sysconfig
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +22,8 @@ logger = logging.getLogger(__name__)
 def choose_device(name: str) -> torch.device:
     """The device of this process: for `auto`, or one that is not there (with a line), cuda, else mps, else cpu.
 
-    Processes of one machine take its GPUs in turn. Several do not use mps, whose tensors gloo does not carry.
+    Processes of one machine take its GPUs in turn. Several do not use mps, whose tensors gloo does not carry. On a
+    CPU, glibc is told to keep what is freed.
     """
     mps = torch.backends.mps.is_available() and world_size() == 1
     available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
@@ -39,17 +43,23 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", local_rank() % count)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # sizes do not vary: the fastest kernels are found once
-    torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is left, but for the evaluation
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is left, but for k-NN's distances
     return device
 
 
 def choose_compile(setting: bool | None, device: torch.device) -> bool:
-    """Whether to compile the model: as asked, by default on CUDA; not, with a line, where there is no compiler."""
-    if not (device.type == "cuda" if setting is None else setting):
+    """Whether to compile the model: as asked, by default on a single GPU; not, with a line, where that cannot be."""
+    if not (device.type == "cuda" and world_size() == 1 if setting is None else setting):
         return False
-    missing = [] if shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") else ["a C++ compiler"]
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing.append("triton")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]
+    there: dict[str, Any] = {
+        f"the compiler {compiler}": shutil.which(compiler),
+        "Python.h, of Python's development package,": Path(sysconfig.get_path("include"), "Python.h").exists(),
+    }
+    if device.type == "cuda":
+        there["triton"] = importlib.util.find_spec("triton")
+        there["a GPU of compute capability 7"] = torch.cuda.get_device_capability(device) >= (7, 0)
+    missing = [what for what, found in there.items() if not found]
     if missing:
         logger.info("%s is missing, without which nothing can be compiled: training eagerly", " and ".join(missing))
     return not missing

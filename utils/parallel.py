@@ -54,7 +54,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     device in every layer, and DDP refuses it on CPUs.
     """
 
-    @torch.compiler.disable  # processes meet in here
+    @torch.compiler.disable  # collectives are not traced: the graph is cut here
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         if not self.training or world_size() == 1:
