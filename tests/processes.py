@@ -23,7 +23,7 @@ from utils.checkpoint import TrainState
 from utils.cli import user_errors
 from utils.config import ConfigError
 from utils.config_file import load_config
-from utils.distributed import all_reduce, first_on_each_node, rank, same_everywhere, share, world_size
+from utils.distributed import all_reduce, first_on_each_node, rank, same_everywhere, share, stop, world_size
 from utils.logging import PhaseTimer
 
 # Steps are small because AdamW and ReLU magnify rounding: of a gradient near zero, AdamW keeps only the sign. Nothing
@@ -242,3 +242,4 @@ if __name__ == "__main__":
             "turns": turns(place),
         }
     torch.save(results, place / f"rank{rank()}.pt")
+    stop()
