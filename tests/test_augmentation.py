@@ -44,6 +44,11 @@ THEIRS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def pictures(count: int, size: int) -> Tensor:
     """Smooth ones, noise, dark ones and flat ones, (count, 3, size, size) uint8."""
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +135,8 @@ def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None
     shares = drawn.operations.flatten().bincount(minlength=14) / 200_000
     expected = torch.full((14,), 0.65 / 14)
     expected[0] += 0.35
-    torch.testing.assert_close(shares, expected, atol=0.003, rtol=0)
+    # Three and more deviations: the largest is that of Identity, 0.0015, since a sample has both operations or neither.
+    torch.testing.assert_close(shares, expected, atol=0.005, rtol=0)
     same = (drawn.operations[:, 0] == drawn.operations[:, 1]) & (drawn.operations[:, 0] > 0)
     assert abs(same.float().mean() - 0.65 * 13 / 14**2) < 0.003, "drawn with replacement"
     for index, name in enumerate(OPERATIONS):
@@ -193,7 +199,7 @@ def test_affine_moves_are_torchvisions() -> None:
     view = View(
         crop_flip_probability=0.0,
         randaugment_probability=0.0,
-        affine_probability=0.9,
+        affine_probability=0.7,
         affine_degrees=30.0,
         affine_translate=0.2,
         affine_scale=[0.7, 1.3],
@@ -204,7 +210,7 @@ def test_affine_moves_are_torchvisions() -> None:
     ours, still = augment(images, drawn), 0
     apply, angle, x, y, scale, shear = uniforms[:, 29:35].T.double()
     for sample in range(40):
-        if apply[sample] >= 0.9:
+        if apply[sample] >= 0.7:
             still += 1
             assert torch.equal(ours[sample], images[sample])
             continue
@@ -217,7 +223,7 @@ def test_affine_moves_are_torchvisions() -> None:
             interpolation=v2.InterpolationMode.BILINEAR,
         )
         assert (ours[sample].int() - theirs.int()).abs().max() <= 1
-    assert 0 < still < 15 and drawn.moves is not None and torch.equal(IDENTITY, torch.eye(2, 3))
+    assert 4 < still < 20 and drawn.moves is not None and torch.equal(IDENTITY, torch.eye(2, 3))
 
 
 def test_images_too_small_to_blur_are_left() -> None:
