@@ -5,7 +5,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from utils.cli import make_parser, read_config, run, user_errors
+from utils.cli import errors_under_way, make_parser, read_config, run, user_errors
 from utils.config import ConfigError
 from utils.config_file import differences, parse_config
 from utils.distributed import rank
@@ -58,12 +58,13 @@ def main(argv: list[str] | None = None) -> int:
 
     encoder = state.ema.ema_model.encoder
     # "settled": with BatchNorm statistics made as those of the untrained encoder are.
-    encoders = {
-        "trained": encode_with(experiment, encoder),
-        "settled": encode_with(experiment, settled(experiment, encoder)),
-        **baselines(experiment),
-    }
-    table = judge(experiment, encoders, all_protocols(experiment))
+    with errors_under_way(DatasetError):
+        encoders = {
+            "trained": encode_with(experiment, encoder),
+            "settled": encode_with(experiment, settled(experiment, encoder)),
+            **baselines(experiment),
+        }
+        table = judge(experiment, encoders, all_protocols(experiment))
     if rank() == 0:
         print(format_table(table))
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
 
-from utils.cli import make_parser, read_config, run, user_errors
+from utils.cli import errors_under_way, make_parser, read_config, run, user_errors
 from utils.config import Config, ConfigError
 from utils.config_file import differences, parse_config, result_digest
 from utils.distributed import exchange, from_rank_0, rank, same_everywhere
@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
                     held.enter_context(hold(folder))
                 prepare_folder(folder, config, resumes=saved is not None)
             del saved
-        train(experiment, state, folder)
+        with errors_under_way(DatasetError):  # a file that could be read when they were opened
+            train(experiment, state, folder)
         if rank() == 0:
             print(summary(config, read_results(folder)["table"]))
     return 0

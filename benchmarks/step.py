@@ -25,10 +25,10 @@ import torch
 from ema_pytorch import EMA
 
 from benchmarks.measure import machine, ratio, spread, synchronize, take_turns
-from datasets import Images, Loader
+from datasets import Loader, StoredImages
 from model import forward_flops
 from training.experiment import Experiment, build_on_meta, initial_soda, initial_state, open_experiment
-from training.step import draw_batch, train_step
+from training.step import draw_batch, read_pixels, train_step, training_pixels
 from utils.checkpoint import save_checkpoint
 from utils.config_file import load_config
 from utils.device import choose_compile
@@ -73,13 +73,12 @@ def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experi
     digits = ["data.name=digits", f"data.image_size={size}", f"training.batch_size={min(batch_size, 1024)}"]
     experiment = open_experiment(load_config(config_path, [*overrides, *digits]))
     training = experiment.config.training.model_copy(update={"batch_size": batch_size})
-    pixels = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8).to(
-        experiment.train.pixels.device
-    )
+    # Where the images of a data set that fits would be.
+    pixels = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8, device=experiment.device)
     return replace(
         experiment,
         config=experiment.config.model_copy(update={"training": training}),
-        train=Images(pixels, None, []),
+        train=StoredImages(pixels, None, []),
         loader=Loader(len(pixels), batch_size, lambda epoch: generator(0, "order", epoch)),
     )
 
@@ -91,7 +90,9 @@ def plain_step(experiment: Experiment) -> Callable[[], object]:
     groups = [{"params": list(part.parameters())} for part in (soda.encoder, soda.decoder)]
     optimizer = torch.optim.AdamW(groups, lr=4e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=False, foreach=False)
     ema = EMA(soda, beta=0.9999, update_after_step=0, update_every=1, include_online_model=False)
-    batch = draw_batch(experiment, 0, range(config.training.batch_size))
+    positions = range(config.training.batch_size)
+    (pixels,) = read_pixels(experiment, [(0, positions)])
+    batch = draw_batch(experiment, pixels, 0, positions)
 
     def step() -> float:
         soda.train()
@@ -113,7 +114,8 @@ def our_step(experiment: Experiment, compiled: bool) -> tuple[Callable[[PhaseTim
     state = initial_state(experiment)
     if compiled:
         state.soda.compile()
-    return lambda timer: train_step(experiment, state, timer), state
+    pixels = training_pixels(experiment, 0)
+    return lambda timer: train_step(experiment, state, pixels, timer), state
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
-"""Data sets by name, each as uint8 images in memory with a DatasetInfo."""
+"""Data sets by name, each as uint8 images, in memory or on disk, with a DatasetInfo."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.builtin import load_cifar, load_digits, load_fashion_mnist
-from datasets.files import check_memory, load_listing
-from datasets.images import DatasetError, Images, Statistics, channel_statistics
+from datasets.files import choose_stream, open_listing
+from datasets.images import DatasetError, Images, Statistics, StoredImages
 from datasets.listing import list_folder, list_tiny_imagenet
 from datasets.loader import Loader
 from datasets.views import Draw, Views
 
-__all__ = ["DatasetError", "DatasetInfo", "Draw", "Images", "Loader", "Views", "build_dataset"]
+__all__ = ["DatasetError", "DatasetInfo", "Draw", "Images", "Loader", "StoredImages", "Views", "build_dataset"]
 
 # Mean and deviation over all pixels of the training split. For CIFAR-10 the widely copied deviations
 # (0.2023, 0.1994, 0.2010) are averages of per-image deviations and not these.
@@ -30,8 +30,13 @@ class DatasetInfo:
     std: tuple[float, ...]
 
 
-def build_dataset(name: str, root: str, cache_dir: str, image_size: int) -> tuple[Images, Images | None, DatasetInfo]:
-    """(training split, test split or None, info); raises DatasetError when the images cannot be had."""
+def build_dataset(
+    name: str, root: str, cache_dir: str, image_size: int, stream: bool | None = None, num_workers: int | None = None
+) -> tuple[Images, Images | None, DatasetInfo]:
+    """(training split, test split or None, info); raises DatasetError when the images cannot be had.
+
+    The arguments are the keys of the config's `data` section.
+    """
     folder = Path(root)
     train: Images
     test: Images | None
@@ -44,8 +49,9 @@ def build_dataset(name: str, root: str, cache_dir: str, image_size: int) -> tupl
     else:
         list_files = list_tiny_imagenet if name == "tiny" else list_folder
         train_files, test_files = list_files(folder)
-        check_memory(folder, len(train_files.files) + len(test_files.files if test_files else []), image_size)
-        train = load_listing(train_files, image_size, Path(cache_dir))
-        test = load_listing(test_files, image_size, Path(cache_dir)) if test_files else None
-    mean, std = STATISTICS.get(name) or train.statistics or channel_statistics(train.pixels)
+        count = len(train_files.files) + len(test_files.files if test_files else [])
+        how = (image_size, Path(cache_dir), choose_stream(stream, folder, count, image_size), num_workers)
+        train = open_listing(train_files, *how)
+        test = open_listing(test_files, *how) if test_files else None
+    mean, std = STATISTICS.get(name) or train.summary.statistics
     return train, test, DatasetInfo(image_size, train.classes, mean, tuple(max(s, 1e-3) for s in std))

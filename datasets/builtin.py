@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torchvision import datasets as torchvision_datasets
 
-from datasets.images import DatasetError, Images, from_arrays
+from datasets.images import DatasetError, StoredImages, from_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's pac
 DOWNLOAD_TIMEOUT_S = 30
 
 
-def load_digits(image_size: int) -> tuple[Images, Images]:
+def load_digits(image_size: int) -> tuple[StoredImages, StoredImages]:
     """UCI handwritten digits as scikit-learn ships them: 1,797 of 8x8 in 17 grey levels.
 
     A fifth, drawn once and for all within each class, is the test split.
@@ -67,7 +67,7 @@ def _open(build: Callable[..., Any], root: Path, what: str, url: str, advice: st
         raise DatasetError(f"{what} in {root} is damaged ({reason}): remove it, then {advice}") from None
 
 
-def load_cifar(root: Path, image_size: int, num_classes: int) -> tuple[Images, Images]:
+def load_cifar(root: Path, image_size: int, num_classes: int) -> tuple[StoredImages, StoredImages]:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), 50,000 and 10,000 of 32x32, through torchvision."""
     build = torchvision_datasets.CIFAR10 if num_classes == 10 else torchvision_datasets.CIFAR100
     advice = f"put {build.filename} (md5 {build.tgz_md5}) into {root}, or give its folder as data.root"
@@ -76,7 +76,7 @@ def load_cifar(root: Path, image_size: int, num_classes: int) -> tuple[Images, I
     return train, test
 
 
-def load_fashion_mnist(root: Path, image_size: int) -> tuple[Images, Images]:
+def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, StoredImages]:
     """Fashion-MNIST (Xiao et al. 2017), 60,000 and 10,000 of 28x28 grey, through torchvision."""
     build = torchvision_datasets.FashionMNIST
     raw = root / "FashionMNIST" / "raw"

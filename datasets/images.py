@@ -1,7 +1,10 @@
-"""What every source of images gives: uint8 squares held once in memory, with labels if there are any."""
+"""What every source of images gives: uint8 squares by index, with labels if there are any."""
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,42 +13,109 @@ from torch import Tensor
 # Mean and deviation of each channel, on the scale of [0, 1].
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
+# Which images of a split: consecutive ones, or any (N,) int64.
+Indices = range | Tensor
+
 
 class DatasetError(Exception):
     """Images that are missing or unusable; the message says what to do."""
 
 
 @dataclass(frozen=True)
-class Images:
-    """One split: `pixels` (N, 3, size, size) uint8, `labels` (N,) int64 or None, and the classes' names.
+class Summary:
+    """Of all pixels of a split: the statistics of its channels, and a digest."""
 
-    `statistics` and `known_digest` are what `channel_statistics` and `pixel_digest` give, if that is known already.
+    statistics: Statistics
+    digest: str
+
+
+def summarize(blocks: Iterable[Tensor]) -> Summary:
+    """Of pixels (N, 3, H, W) uint8 that come a block at a time; how they are cut into blocks does not matter."""
+    digest = hashlib.blake2b(digest_size=16)
+    # Sums of integers, which are exact in any order.
+    count, total, squares = 0, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    for block in blocks:
+        digest.update(block.numpy().data)
+        count += block.numel() // 3
+        total += block.sum(dim=(0, 2, 3))
+        squares += block.int().square_().sum(dim=(0, 2, 3))
+    mean = total.double() / (255 * count)
+    std = (squares.double() / (255**2 * count) - mean.square()).clamp(min=0).sqrt()
+    return Summary((tuple(mean.tolist()), tuple(std.tolist())), digest.hexdigest())
+
+
+class Images(ABC):
+    """One split, wherever its images are.
+
+    Attributes:
+        shape: (N, 3, size, size).
+        labels: (N,) int64 or None.
     """
 
-    pixels: Tensor
-    labels: Tensor | None
-    classes: list[str]
-    statistics: Statistics | None = None
-    known_digest: str | None = None
+    shape: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        assert self.pixels.dtype == torch.uint8 and self.pixels.shape[1] == 3
-        assert self.labels is None or len(self.labels) == len(self.pixels)
+    def __init__(self, classes: list[str], labels: Tensor | None) -> None:
+        self.classes, self.labels = classes, labels
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return self.shape[0]
+
+    @property
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Of all pixels."""
+
+    @abstractmethod
+    def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
+        """Pixels (N, 3, size, size) uint8 of each batch of indices in turn.
+
+        `wanted` may be read ahead of what is taken. On the host, pixels can be asked for in pinned memory, from which
+        a GPU fetches them while the host goes on.
+        """
 
     def digest(self) -> str:
         """Tells data sets apart: of all pixels, labels and classes."""
         found = hashlib.blake2b(digest_size=16)
-        found.update(f"{self.pixels.shape} {self.classes}".encode(errors="surrogateescape"))
-        found.update((self.known_digest or pixel_digest(self.pixels)).encode())
+        found.update(f"{self.shape} {self.classes}".encode(errors="surrogateescape"))
+        found.update(self.summary.digest.encode())
         if self.labels is not None:
             found.update(self.labels.numpy().tobytes())
         return found.hexdigest()
 
 
-def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], image_size: int) -> Images:
+class StoredImages(Images):
+    """One split in memory, the host's or a GPU's: `pixels` (N, 3, size, size) uint8.
+
+    `summary` saves looking at all pixels, if it is known.
+    """
+
+    def __init__(
+        self, pixels: Tensor, labels: Tensor | None, classes: list[str], summary: Summary | None = None
+    ) -> None:
+        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
+        assert labels is None or len(labels) == len(pixels)
+        super().__init__(classes, labels)
+        self.pixels, self._known = pixels, summary
+        self.shape = tuple(pixels.shape)
+
+    @cached_property
+    def summary(self) -> Summary:
+        return self._known or summarize(block.cpu() for block in self.pixels.split(1024))
+
+    def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
+        for indices in wanted:
+            if isinstance(indices, range):
+                chosen = self.pixels[indices.start : indices.stop]
+            else:
+                chosen = self.pixels.index_select(0, indices.to(self.pixels.device, non_blocking=True))
+            yield chosen.pin_memory() if pin_memory and chosen.device.type == "cpu" else chosen
+
+    def to(self, device: torch.device) -> "StoredImages":
+        """The same images in the memory of `device`."""
+        return StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
+
+
+def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], image_size: int) -> StoredImages:
     """Images from arrays (N, H, W) or (N, H, W, 3) uint8, resized with antialiasing if they have another size."""
     pixels = torch.from_numpy(np.ascontiguousarray(arrays))
     pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
@@ -54,22 +124,4 @@ def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], imag
             pixels.float(), size=(image_size, image_size), mode="bilinear", antialias=True
         )
         pixels = pixels.round().clamp(0, 255).byte()
-    return Images(pixels.contiguous(), torch.from_numpy(np.asarray(labels, dtype=np.int64)), classes)
-
-
-def pixel_digest(pixels: Tensor) -> str:
-    """Of all pixels (N, 3, H, W) uint8; about a second a gigabyte."""
-    return hashlib.blake2b(pixels.numpy().data, digest_size=16).hexdigest()
-
-
-def channel_statistics(pixels: Tensor) -> Statistics:
-    """Mean and deviation of each channel over all pixels of (N, 3, H, W) uint8."""
-    total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for chunk in pixels.split(1024):
-        values = chunk.double().div(255).transpose(0, 1).flatten(1)  # (3, n)
-        total += values.sum(dim=1)
-        squares += values.square().sum(dim=1)
-    count = pixels.numel() / 3
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return tuple(mean.tolist()), tuple(std.tolist())
+    return StoredImages(pixels.contiguous(), torch.from_numpy(np.asarray(labels, dtype=np.int64)), classes)

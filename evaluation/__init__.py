@@ -78,15 +78,15 @@ def evaluate(
 
     Args:
         encoders: name -> function from a batch of views to features by name.
-        train, test: `pixels` (N, 3, H, W) uint8 and `labels` (N,) int64 of each split.
+        train, test: each split, with `labels` (N,) int64 and `batches` as in `extract_features`.
         views: name -> view, CLEAN among them; a k-NN with an augmented bank takes that of epoch 0.
         generator: gives each probe its source of randomness, the same for all.
         share, all_reduce: how processes share the encoding, as in `extract_features`.
     """
 
     def extract(split: Any, view: str, epoch: int) -> Features:
-        def encode(indices: range) -> Features:
-            batch = views[view](split.pixels[indices.start : indices.stop], indices, epoch)
+        def encode(pixels: Tensor, indices: range) -> Features:
+            batch = views[view](pixels, indices, epoch)
             features: Features = {}
             for encoder, run in encoders.items():
                 for kind, values in run(batch).items():
@@ -96,7 +96,7 @@ def evaluate(
                         features[encoder, kind, True] = F.normalize(values.float(), dim=1)
             return features
 
-        return extract_features(encode, len(split), batch_size, device, share, all_reduce)
+        return extract_features(encode, split, batch_size, device, share, all_reduce)
 
     wanted = {(protocol.features, protocol.normalize) for protocol in protocols}
     train_labels, test_labels = train.labels.to(device), test.labels.to(device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import test as judge_program
@@ -17,7 +18,7 @@ import train as train_program
 from tests.conftest import digits_args
 from training.experiment import Experiment, initial_state, open_experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid
-from training.step import train_step
+from training.step import train_step, training_pixels
 from utils import parallel
 from utils.checkpoint import TrainState
 from utils.cli import user_errors
@@ -55,12 +56,17 @@ def digest(values: dict[str, Tensor]) -> bytes:
     return b"".join(value.cpu().numpy().tobytes() for value in values.values())
 
 
-def training(folder: Path, steps: int, *overrides: str, fixed_statistics: bool) -> dict[str, Any]:
+def training(
+    folder: Path, steps: int, *overrides: str, fixed_statistics: bool = False, compiled: bool = False
+) -> dict[str, Any]:
     """Losses over the global batch of `steps` steps, gradients and buffers of the first, keys, and EMA."""
     experiment, state = prepare(folder, *overrides)
     if fixed_statistics:
         state.soda.eval()
         state.soda.train = lambda mode=True: None
+    counters.clear()
+    if compiled:
+        state.soda.compile()
     state.wrapped = parallel.data_parallel(state.soda)
     found: dict[str, Any] = {"losses": []}
 
@@ -69,12 +75,14 @@ def training(folder: Path, steps: int, *overrides: str, fixed_statistics: bool) 
             found["gradients"] = {name: p.grad.cpu().clone() for name, p in state.soda.named_parameters()}
 
     state.optimizer.register_step_pre_hook(look)
+    pixels = training_pixels(experiment, 0)
     for step in range(steps):
-        loss, _ = train_step(experiment, state, PhaseTimer())
+        loss, _ = train_step(experiment, state, pixels, PhaseTimer())
         found["losses"].append(all_reduce(loss).item() / world_size())
         if step == 0:
             found["buffers"] = {name: buffer.cpu().clone() for name, buffer in state.soda.named_buffers()}
     found["keys"] = list(state.soda.state_dict())
+    found["graphs"] = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
     if world_size() > 1:
         ddp = state.wrapped
         sends_buffers = getattr(ddp, "forward_sync_buffers", None) or ddp.broadcast_buffers
@@ -108,7 +116,7 @@ def unsynchronised(folder: Path) -> dict[str, Any]:
     convert = parallel.convert_batch_norm
     parallel.convert_batch_norm = lambda module: None
     try:
-        return training(folder, 5, fixed_statistics=False)
+        return training(folder, 5)
     finally:
         parallel.convert_batch_norm = convert
 
@@ -193,7 +201,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     """All that does not depend on the number of processes."""
     return {
         "micro-batches": micro_batches(folder),
-        "training": training(folder, 5, fixed_statistics=False),
+        "training": training(folder, 5),
         # 15 and 4 batches of features, and one of each; samples in a chunk and a half.
         "judging": [
             judging(folder, f"evaluation.batch_size={size}", "sampling.num_images=6", "sampling.eta=1.0")
@@ -205,7 +213,7 @@ def numbers(folder: Path) -> dict[str, Any]:
 def on_cuda(folder: Path) -> dict[str, Any]:
     """Training and BatchNorm on one GPU, which processes share, without TensorFloat-32."""
     with torch.backends.cudnn.flags(allow_tf32=False):
-        found = training(folder, 5, "device=cuda", "distributed.backend=gloo", fixed_statistics=False)
+        found = training(folder, 5, "device=cuda", "distributed.backend=gloo")
     return {"training": found, "batch norms": batch_norms(parallel.GlobalBatchNorm2d, "cuda")}
 
 
@@ -232,6 +240,8 @@ if __name__ == "__main__":
     results: Any
     if what == "cuda":
         results = on_cuda(place)
+    elif what == "compiled":
+        results = training(place, 20, compiled=True)
     elif what == "mistakes":
         os.chdir(place / f"disk{rank()}")
         results = mistakes(torch.load(place / "cases.pt"))

@@ -10,9 +10,8 @@ from torch._dynamo.utils import counters
 
 from model import UNetDecoder
 from tests import processes
-from training.step import train_step
+from tests.conftest import TWO_PROCESSES, launch
 from utils.device import choose_compile
-from utils.logging import PhaseTimer
 
 needs_compiler = pytest.mark.skipif(
     not choose_compile(True, torch.device("cpu")), reason="needs a C++ compiler on the path"
@@ -50,12 +49,11 @@ def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
 @needs_compiler
 @pytest.mark.long
 def test_a_compiled_model_trains_as_the_eager_one_does(tmp_path: Path) -> None:
-    losses = []
-    for compiled in (False, True):
-        experiment, state = processes.prepare(tmp_path)
-        counters.clear()
-        if compiled:
-            state.soda.compile()
-        losses.append([train_step(experiment, state, PhaseTimer())[0].item() for _ in range(20)])
-    assert losses[1] == pytest.approx(losses[0], rel=3e-4)
-    assert counters["stats"]["unique_graphs"] > 0, "something was compiled"
+    """In one process and in two; as one graph, which is not cut where processes meet."""
+    eager, compiled = (processes.training(tmp_path, 20, compiled=compiled) for compiled in (False, True))
+    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "compiled", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for found in (compiled, *(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))):
+        assert found["losses"] == pytest.approx(eager["losses"], rel=3e-4)
+        assert found["graphs"] == (1, {}) and eager["graphs"] == (0, {})
+        assert found["keys"] == eager["keys"], "no prefix"

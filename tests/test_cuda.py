@@ -8,7 +8,7 @@ import torch
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
 from tests.test_distributed import assert_like_torch, relative_error
-from training.step import train_step
+from training.step import train_step, training_pixels
 from utils.logging import PhaseTimer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -35,11 +35,11 @@ def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path) -> No
     experiment, state = processes.prepare(tmp_path, "device=cuda", "training.use_amp=true")
     if experiment.amp_dtype != torch.bfloat16:
         pytest.skip("fp16 needs a scaler, which looks at the gradients")
-    timer = PhaseTimer()
-    losses = [train_step(experiment, state, timer)[0] for _ in range(3)]
+    pixels, timer = training_pixels(experiment, 0), PhaseTimer()
+    losses = [train_step(experiment, state, pixels, timer)[0] for _ in range(3)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses += [train_step(experiment, state, timer)[0] for _ in range(10)]
+        losses += [train_step(experiment, state, pixels, timer)[0] for _ in range(10)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]

@@ -3,6 +3,8 @@ import gzip
 import os
 import pickle
 import struct
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from datasets import DatasetError, Images, build_dataset, files
-from datasets.images import channel_statistics, from_arrays
+from datasets import DatasetError, StoredImages, build_dataset, decoding, files
+from datasets.decoding import StreamedImages, decode_batches
+from datasets.images import from_arrays, summarize
 from datasets.listing import Listing
 
 
@@ -36,24 +39,28 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def open_folder(root: Path, tmp_path: Path, size: int = 8) -> tuple[Images, Images | None]:
-    return build_dataset("folder", str(root), str(tmp_path / "cache"), size)[:2]
+def open_data(*args: Any, **how: Any) -> Any:
+    return build_dataset(*args, **how)
+
+
+def open_folder(root: Path, tmp_path: Path, size: int = 8, **how: Any) -> tuple[Any, Any]:
+    return open_data("folder", str(root), str(tmp_path / "cache"), size, **how)[:2]
 
 
 def test_digits_are_embedded() -> None:
-    train, test, info = build_dataset("digits", "", "", 8)
+    train, test, info = open_data("digits", "", "", 8)
     assert test is not None and (len(train), len(test)) == (1437, 360)
     assert train.pixels.shape == (1437, 3, 8, 8) and info.classes == [str(i) for i in range(10)]
     assert train.pixels.max() == 255 and train.labels is not None and train.labels.bincount().min() > 130
     for mean, std, channel in zip(info.mean, info.std, train.pixels.transpose(0, 1).double() / 255, strict=True):
         assert (mean, std) == (pytest.approx(channel.mean().item()), pytest.approx(channel.std().item(), rel=1e-4))
-    larger = build_dataset("digits", "", "", 16)[0]
-    assert larger.pixels.shape[-2:] == (16, 16) and torch.equal(larger.labels, train.labels)  # type: ignore[arg-type]
+    larger = open_data("digits", "", "", 16)[0]
+    assert larger.pixels.shape[-2:] == (16, 16) and torch.equal(larger.labels, train.labels)
 
 
 def test_folder_with_classes(tree: Path, tmp_path: Path) -> None:
     train, test = open_folder(tree, tmp_path)
-    assert train.statistics == channel_statistics(train.pixels)
+    assert train.summary == summarize([train.pixels])
     assert test is not None and train.labels is not None and test.labels is not None
     assert train.classes == ["ant", "bee"] == test.classes
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 1]
@@ -95,17 +102,17 @@ def test_linked_folders_are_read_once(tree: Path, tmp_path: Path, caplog: pytest
 def test_digests_tell_data_sets_apart(tree: Path, tmp_path: Path) -> None:
     train, _ = open_folder(tree, tmp_path)
     assert train.labels is not None
-    same = Images(train.pixels.clone(), train.labels.clone(), ["ant", "bee"])
+    same = StoredImages(train.pixels.clone(), train.labels.clone(), ["ant", "bee"])
     assert same.digest() == train.digest()
     one_pixel = train.pixels.clone()
     one_pixel[3, 1, 2, 2] += 1
     others = [
-        Images(one_pixel, train.labels, train.classes),
-        Images(train.pixels + 1, train.labels, train.classes),
-        Images(train.pixels, 1 - train.labels, train.classes),
-        Images(train.pixels[:5], train.labels[:5], train.classes),
-        Images(train.pixels, train.labels, ["ant", "cow"]),
-        Images(train.pixels, None, train.classes),
+        StoredImages(one_pixel, train.labels, train.classes),
+        StoredImages(train.pixels + 1, train.labels, train.classes),
+        StoredImages(train.pixels, 1 - train.labels, train.classes),
+        StoredImages(train.pixels[:5], train.labels[:5], train.classes),
+        StoredImages(train.pixels, train.labels, ["ant", "cow"]),
+        StoredImages(train.pixels, None, train.classes),
     ]
     assert len({train.digest(), *(other.digest() for other in others)}) == 7
 
@@ -121,13 +128,13 @@ def test_flat_folders_have_no_labels(tmp_path: Path, inside: str) -> None:
 def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = open_folder(tree, tmp_path)
     decoded: list[Path] = []
-    decode = files._decode
+    decode = decoding.decode
 
     def counting(path: Path, size: int) -> np.ndarray:
         decoded.append(path)
         return decode(path, size)
 
-    monkeypatch.setattr(files, "_decode", counting)
+    monkeypatch.setattr(decoding, "decode", counting)
 
     second, _ = open_folder(tree, tmp_path)
     assert decoded == [] and torch.equal(first.pixels, second.pixels)
@@ -163,13 +170,13 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     left.write_text("")
     decode_all, seen = files._decode_all, []
 
-    def slowly(listing: Listing, *rest: Any) -> None:
-        decode_all(listing, *rest)
+    def slowly(listing: Listing, image_size: int) -> Iterator[torch.Tensor]:
+        yield from decode_all(listing, image_size)
         seen.append(len(list((tmp_path / "cache").glob(f"{pixels_file.stem}.*.partial"))))
         if len(seen) == 1:
             assert not left.exists()
             pixels_file.with_suffix(".json").unlink(missing_ok=True)
-            files.load_listing(listing, 8, tmp_path / "cache")
+            files.open_listing(listing, 8, tmp_path / "cache", stream=False, num_workers=None)
 
     pixels_file.with_suffix(".json").unlink()
     monkeypatch.setattr(files, "_decode_all", slowly)
@@ -177,16 +184,90 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     assert seen == [1, 2] and not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_images_larger_than_the_memory_are_refused_with_their_size(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_that_fill_half_of_the_memory_are_streamed(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert files.memory_bytes() > 1e8
+    caplog.set_level("INFO")
+    needed = 8 * 3 * 8**2
+    for memory, kind in ((2 * needed, StoredImages), (2 * needed - 1, StreamedImages)):
+        monkeypatch.setattr(files, "memory_bytes", lambda memory=memory: memory)
+        assert isinstance(open_folder(tree, tmp_path)[0], kind)
+        assert ("8 images in" in caplog.text) == (kind is StreamedImages)
+        assert isinstance(open_folder(tree, tmp_path, stream=False)[0], StoredImages)
+        assert isinstance(open_folder(tree, tmp_path, stream=True)[1], StreamedImages)
+
+
+def test_images_larger_than_the_memory_are_not_stored(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "memory_bytes", lambda: 8 * 3 * 4096**2 - 1)
-    with pytest.raises(DatasetError, match=r"8 images in .*photos take 0\.4 GB at 4096 px"):
-        open_folder(tree, tmp_path, size=4096)
+    with pytest.raises(DatasetError, match=r"8 images in .*photos take 0\.4 GB at 4096 px.*data\.stream=false"):
+        open_folder(tree, tmp_path, size=4096, stream=False)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(files, "memory_bytes", lambda: 8 * 3 * 8**2)
-    assert len(open_folder(tree, tmp_path, size=8)[0]) == 6
+
+
+def test_streamed_images_are_the_stored_ones(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, streamed = open_folder(tree, tmp_path), open_folder(tree, tmp_path / "streamed", stream=True)
+    assert not list((tmp_path / "streamed" / "cache").glob("*.npy"))
+    for here, there in zip(stored, streamed, strict=True):
+        assert here.digest() == there.digest() and here.summary == there.summary and len(here) == len(there)
+        assert here.classes == there.classes and torch.equal(here.labels, there.labels)
+    wanted = [torch.tensor([5, 0, 3]), range(1, 5), torch.tensor([2])]
+    for here, there in zip(stored[0].batches(wanted), streamed[0].batches(wanted), strict=True):
+        assert torch.equal(here, there)
+
+    decoded: list[Path] = []
+    monkeypatch.setattr(decoding, "decode", lambda path, size: decoded.append(path))
+    again, _ = open_folder(tree, tmp_path / "streamed", stream=True)
+    assert decoded == [] and again.summary == stored[0].summary
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Listing:
+    """20 images, each of the colour of its index."""
+    for index in range(20):
+        write_image(tmp_path / "numbered" / f"{index:02}.png", np.full((4, 4, 3), index, np.uint8))
+    return Listing(tmp_path / "numbered", [f"{index:02}.png" for index in range(20)], None, [])
+
+
+def test_batches_are_decoded_ahead_and_no_further(numbered: Listing) -> None:
+    asked: list[int] = []
+
+    def wanted() -> Iterator[torch.Tensor]:
+        for index in range(19, -1, -1):
+            asked.append(index)
+            yield torch.tensor([index])
+
+    threads = threading.active_count()
+    batches = decode_batches(numbered, 4, wanted(), num_workers=2)
+    for index in (19, 18):
+        assert next(batches).unique().tolist() == [index]
+        assert asked[-1] == index - decoding.AHEAD
+    batches.close()
+    assert threading.active_count() == threads
+    assert [b.unique().item() for b in decode_batches(numbered, 4, (range(i, i + 1) for i in range(3)), 2)] == [0, 1, 2]
+
+
+def test_an_image_that_goes_bad_is_named_when_its_batch_is_due(numbered: Listing) -> None:
+    (numbered.root / "02.png").write_bytes(b"")
+    batches = decode_batches(numbered, 4, (range(i, i + 1) for i in range(20)), num_workers=2)
+    assert [next(batches).unique().item() for _ in range(2)] == [0, 1]
+    with pytest.raises(DatasetError, match=r"cannot read the image .*02\.png .*mend or remove it"):
+        next(batches)
+
+
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path: Path) -> None:
+    ramps = np.linspace(0, 255, 256)
+    array = np.stack(np.broadcast_arrays(ramps[:, None], ramps[None], ramps[:, None] / 2 + ramps[None] / 2), axis=-1)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(array.astype(np.uint8)).save(path, quality=95)
+    with Image.open(path) as image:
+        expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR), dtype=int)
+    with Image.open(path) as image:
+        image.draft(None, (32, 32))
+        assert image.size == (32, 32)
+    assert np.abs(decoding.decode(path, 16).astype(int) - expected).max() <= 3
 
 
 def test_a_disk_that_is_full_is_explained(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +294,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         "val_1.JPEG\tn01\t0\t0\t7\t7\nval_0.JPEG\tn02\t0\t0\t7\t7\nval_2.JPEG\tn01\t0\t0\t7\t7\n"
     )
     for root in (base, tmp_path):
-        train, test, info = build_dataset("tiny", str(root), str(tmp_path / "cache"), 8)
+        train, test, info = open_data("tiny", str(root), str(tmp_path / "cache"), 8)
         assert test is not None and train.labels is not None and test.labels is not None
         assert info.classes == ["n01", "n02"] and train.labels.tolist() == [0, 0, 1, 1]
         assert train.pixels[:, 0, 0, 0].tolist() == [90, 90, 0, 0]
@@ -235,11 +316,11 @@ def test_fashion_mnist_from_archives_on_disk(tmp_path: Path, monkeypatch: pytest
         folder = tmp_path / "root" / where
         write_idx(folder / f"{split}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
         write_idx(folder / f"{split}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8))
-    train, test, info = build_dataset("fashion_mnist", str(tmp_path / "root"), "", 28)
+    train, test, info = open_data("fashion_mnist", str(tmp_path / "root"), "", 28)
     assert test is not None and (len(train), len(test)) == (6, 3) and len(info.classes) == 10
     expected = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     assert (train.pixels.numpy() == expected[:, None]).all()
-    assert build_dataset("fashion_mnist", str(tmp_path / "root"), "", 32)[0].pixels.shape == (6, 3, 32, 32)
+    assert open_data("fashion_mnist", str(tmp_path / "root"), "", 32)[0].pixels.shape == (6, 3, 32, 32)
 
 
 def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +332,7 @@ def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [3, 7]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
-    train, test, info = build_dataset("cifar10", str(tmp_path), "", 32)
+    train, test, info = open_data("cifar10", str(tmp_path), "", 32)
     assert test is not None and train.labels is not None
     assert len(train) == 10 and (train.pixels[:2].numpy() == data.reshape(2, 3, 32, 32)).all()
     assert train.labels[:2].tolist() == [3, 7] and info.std == (0.2470, 0.2435, 0.2616)
@@ -267,14 +348,14 @@ def test_a_damaged_archive_is_named_and_can_be_mended(tmp_path: Path, monkeypatc
     whole = archive.read_bytes()
     archive.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DatasetError, match=archive.name):
-        build_dataset("fashion_mnist", str(tmp_path), "", 28)
+        open_data("fashion_mnist", str(tmp_path), "", 28)
     with gzip.open(archive, "wb") as file:
         file.write(b"not an idx file")
     with pytest.raises(DatasetError, match="damaged"):
-        build_dataset("fashion_mnist", str(tmp_path), "", 28)
+        open_data("fashion_mnist", str(tmp_path), "", 28)
     archive.write_bytes(whole)
     (tmp_path / "FashionMNIST" / "raw" / archive.stem).unlink()
-    assert len(build_dataset("fashion_mnist", str(tmp_path), "", 28)[0]) == 6
+    assert len(open_data("fashion_mnist", str(tmp_path), "", 28)[0]) == 6
 
 
 @pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python")])
@@ -286,7 +367,7 @@ def test_a_refused_download_says_which_file_to_put_where(
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(DatasetError, match="connection refused") as caught:
-        build_dataset(name, str(tmp_path), "", 32)
+        open_data(name, str(tmp_path), "", 32)
     assert archive in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -310,7 +391,7 @@ def test_unusable_folders_are_explained(tree: Path, tmp_path: Path, damage, expe
 
 def test_tiny_imagenet_that_is_not_there_says_what_to_unpack(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"tiny-imagenet-200\.zip"):
-        build_dataset("tiny", str(tmp_path), "", 64)
+        open_data("tiny", str(tmp_path), "", 64)
 
 
 def test_tiny_imagenet_without_annotations_is_explained(tmp_path: Path) -> None:
@@ -320,12 +401,12 @@ def test_tiny_imagenet_without_annotations_is_explained(tmp_path: Path) -> None:
     for text, expected in (("", "is empty"), ("val_0.JPEG\tn99\t0\n", "not a complete"), ("x", "not a complete")):
         (tmp_path / "val" / "val_annotations.txt").write_text(text)
         with pytest.raises(DatasetError, match=expected):
-            build_dataset("tiny", str(tmp_path), str(tmp_path / "cache"), 8)
+            open_data("tiny", str(tmp_path), str(tmp_path / "cache"), 8)
 
 
-def test_channel_statistics_against_numpy() -> None:
+def test_statistics_against_numpy() -> None:
     pixels = torch.randint(0, 256, (1500, 3, 5, 5), dtype=torch.uint8)
-    mean, std = channel_statistics(pixels)
+    mean, std = summarize(pixels.split(100)).statistics
     np.testing.assert_allclose(mean, pixels.numpy().mean((0, 2, 3)) / 255)
     np.testing.assert_allclose(std, pixels.numpy().std((0, 2, 3)) / 255)
 

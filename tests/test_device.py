@@ -167,5 +167,3 @@ def test_the_model_is_compiled_where_it_can_be(
     assert choose_compile(setting, torch.device(kind)) == expected
     wanted = setting or (setting is None and kind == "cuda")
     assert ("training eagerly" in caplog.text) == (wanted and not expected)
-    be_process(monkeypatch, 0, 2)
-    assert choose_compile(setting, torch.device(kind)) == (expected and setting is True), "by default one process only"

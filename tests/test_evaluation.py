@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 
-from datasets import Images
+from datasets import StoredImages
 from evaluation import Protocol, evaluate
 from evaluation.features import extract_features
 from evaluation.knn import knn_votes, topk_accuracy
@@ -84,8 +85,6 @@ def test_probe_follows_its_protocol() -> None:
     for _ in range(2):
         probe.train_epoch(torch.randn(21, 4), torch.randint(0, 3, (21,)))
     np.testing.assert_allclose(rates, [1e-3] * 3 + [0.5e-3] * 3)  # batches of 8, 8 and 5; two epochs
-    norm = probe._model[0]
-    assert isinstance(norm, torch.nn.BatchNorm1d) and norm.eps == 1e-6 and norm.weight is None
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.Adam([torch.zeros(1)], lr=1e-3), 2)
     assert theirs.get_last_lr() == [rates[0]]
     theirs.optimizer.step()
@@ -95,9 +94,34 @@ def test_probe_follows_its_protocol() -> None:
         probe.train_epoch(torch.randn(21, 4), torch.randint(0, 3, (21,)))
 
 
+@pytest.mark.parametrize("batch_size", [8, 11, 100])
+def test_probe_is_the_module_that_its_protocol_names(batch_size: int) -> None:
+    """The reference's modules and optimiser, trained by autograd on the same batches from the same start."""
+    torch.manual_seed(0)
+    features, labels = 3 * torch.randn(77, 6) + torch.arange(6), torch.randint(0, 3, (77,))
+    probe = LinearProbe(6, 3, 4, 1e-2, batch_size, torch.Generator().manual_seed(1), torch.device("cpu"))
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(6, affine=False, eps=1e-6), torch.nn.Linear(6, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (model[1].weight, model[1].bias):
+            parameter.uniform_(-(6**-0.5), 6**-0.5, generator=generator)  # type: ignore[operator]
+    for _ in range(3):
+        probe.train_epoch(features, labels)
+        for batch in torch.randperm(77, generator=generator).split(batch_size):
+            loss = F.cross_entropy(model.train()(features[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(probe.scores(features), model.eval()(features))
+
+
 def test_features_are_placed_by_index() -> None:
     values = torch.randn(10, 3)
-    features = extract_features(lambda r: {"a": values[r.start : r.stop]}, 10, 4, torch.device("cpu"))["a"]
+    images = StoredImages(torch.zeros(10, 3, 1, 1, dtype=torch.uint8), None, [])
+    features = extract_features(lambda _, r: {"a": values[r.start : r.stop]}, images, 4, torch.device("cpu"))["a"]
     assert torch.equal(features, values)
 
 
@@ -121,7 +145,7 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
     """Two encoders, one of which sees the label, under clean and augmented views, z and pooled."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
-    split = Images(labels.byte()[:, None, None, None].expand(-1, 3, 1, 1), labels, ["a", "b", "c"])
+    split = StoredImages(labels.byte()[:, None, None, None].expand(-1, 3, 1, 1), labels, ["a", "b", "c"])
     noise = torch.randn(60, 1, generator=generator)
     seen: list[tuple[str, int]] = []
 

@@ -144,10 +144,10 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     args = digits_args(tmp_path / "run", "training.epochs=2", "evaluation.every=1", "training.checkpoint_every=4 steps")
     step = loop.train_step
 
-    def interrupted(experiment: Any, state: Any, timer: Any) -> Any:
+    def interrupted(experiment: Any, state: Any, *rest: Any) -> Any:
         if state.step == stop_at:
             raise KeyboardInterrupt
-        return step(experiment, state, timer)
+        return step(experiment, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", interrupted)
@@ -374,3 +374,55 @@ def test_use_amp_is_an_override(tmp_path: Path) -> None:
     args = argparse.Namespace(config=digits_args(tmp_path)[1], use_amp=True, overrides=["training.epochs=3"])
     config = read_config(args)
     assert config.training.use_amp and config.training.epochs == 3
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """200 training and 50 test images of two classes: bright ones, and bright ones upside down."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 100), ("test", 25)):
+        for name, slope in (("up", 1), ("down", -1)):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for index in range(count):
+                ramp = np.linspace(60, 180, 8)[::slope, None, None] + generator.normal(0, 30, (8, 8, 3))
+                path = tmp_path / "pictures" / split / name / f"{index}.png"
+                Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def test_a_run_on_streamed_images_is_the_one_on_stored_images(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is interrupted, and all training files go bad under way; with the files back it ends where it should."""
+
+    def args(name: str, stream: str) -> list[str]:
+        data = ["data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / name}", "data.num_workers=2"]
+        settings = ["training.epochs=8", "training.micro_batch_size=32", "training.checkpoint_every=4 steps"]
+        return digits_args(tmp_path / "runs" / name, *data, *settings, f"data.stream={stream}")
+
+    assert train_program.main(args("stored", "false")) == 0
+
+    step, good, bad_at = loop.train_step, {path: path.read_bytes() for path in pictures.glob("train/*/*")}, 9
+
+    def sabotaged(experiment: Any, state: Any, *rest: Any) -> Any:
+        if state.step == bad_at:
+            for path in good:
+                path.write_bytes(good[path][:50])
+        return step(experiment, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", sabotaged)
+        with pytest.raises(SystemExit, match="2"):
+            train_program.main(args("streamed", "true"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: cannot read the image") and error.endswith("mend or remove it")
+    assert last(tmp_path / "runs" / "streamed")["step"] in (8, 12)
+
+    for path, content in good.items():
+        path.write_bytes(content)
+    assert train_program.main(args("streamed", "true")) == 0
+    stored, streamed = (last(tmp_path / "runs" / name) for name in ("stored", "streamed"))
+    for part in ("model", "ema", "optimizer", "step", "data"):
+        assert_equal_states(streamed[part], stored[part], part)
+    assert reports(tmp_path / "runs" / "streamed", "evaluation") == reports(tmp_path / "runs" / "stored", "evaluation")
+    assert not list((tmp_path / "streamed").glob("*.npy")) and len(list((tmp_path / "stored").glob("*.npy"))) == 2

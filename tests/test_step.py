@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import assert_equal_states, digits_args
 from training.experiment import initial_state, open_experiment
 from training.judge import baselines, config_protocols, judge, raw_pixels, sample_grid
-from training.step import draw_batch, learning_rates, train_step
+from training.step import Batch, draw_batch, learning_rates, read_pixels, train_step, training_pixels
 from utils.config_file import load_config
 from utils.logging import PhaseTimer
 
@@ -26,10 +26,15 @@ def experiment_of(tmp_path: Path, *overrides: str) -> Any:
     return open_experiment(load_config(path, rest))
 
 
+def batch_of(experiment: Any, step: int, positions: range) -> Batch:
+    (pixels,) = read_pixels(experiment, [(step, positions)])
+    return draw_batch(experiment, pixels, step, positions)
+
+
 def test_the_loss_falls_within_20_steps(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path)
-    state, timer = initial_state(experiment), PhaseTimer()
-    losses = [train_step(experiment, state, timer)[0].item() for _ in range(20)]
+    state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    losses = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(20)]
     assert 0.9 < losses[0] < 1.1, "a decoder that starts at zero predicts no noise"
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
 
@@ -42,7 +47,8 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
         state = initial_state(experiment)
         state.soda.eval()
         state.soda.train = lambda mode=True: None
-        losses = [train_step(experiment, state, PhaseTimer())[0].item() for _ in range(3)]
+        pixels = training_pixels(experiment, 0)
+        losses = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(3)]
         weights.append((losses, torch.cat([p.detach().flatten() for p in state.soda.parameters()])))
     for losses, parameters in weights[1:]:
         assert losses == pytest.approx(weights[0][0], rel=1e-6)
@@ -52,26 +58,26 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
 
 def test_a_batch_splits_into_its_parts(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path)
-    whole, part = draw_batch(experiment, 3, range(64)), draw_batch(experiment, 3, range(16, 48))
+    whole, part = batch_of(experiment, 3, range(64)), batch_of(experiment, 3, range(16, 48))
     for name, values in vars(whole).items():
         assert torch.equal(getattr(part, name), values[16:48]), name
-    assert not torch.equal(whole.x_start, draw_batch(experiment, 4, range(64)).x_start)
+    assert not torch.equal(whole.x_start, batch_of(experiment, 4, range(64)).x_start)
     assert whole.timesteps.min() >= 0 and whole.timesteps.max() < 1000 and whole.timesteps.unique().numel() > 40
 
 
 def test_the_latent_is_dropped_at_its_rate(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path, "training.latent_drop_probability=0.25", "training.batch_size=1024")
-    assert abs(draw_batch(experiment, 0, range(1024)).drop_mask.float().mean().item() - 0.25) < 0.05
+    assert abs(batch_of(experiment, 0, range(1024)).drop_mask.float().mean().item() - 0.25) < 0.05
 
 
 def test_every_draw_has_a_purpose_of_its_own(tmp_path: Path) -> None:
     same = "{crop_flip_probability: 1.0, crop_scale: [0.3, 0.6], randaugment_probability: 0.0}"
     experiment = experiment_of(tmp_path, f"views.source={same}", f"views.target={same}", "views.source.noise_std=0.0")
-    batch = draw_batch(experiment, 0, range(64))
+    batch = batch_of(experiment, 0, range(64))
     source = experiment.views.denormalize(batch.x_source) * 2 - 1
     assert (~torch.isclose(source, batch.x_start, atol=1e-3)).flatten(1).any(dim=1).sum() > 60
     noisy = experiment_of(tmp_path, f"views.source={same}", "views.source.noise_std=1.0")
-    source_noise = draw_batch(noisy, 0, range(64)).x_source - batch.x_source
+    source_noise = batch_of(noisy, 0, range(64)).x_source - batch.x_source
     correlation = torch.corrcoef(torch.stack([source_noise.flatten(), batch.noise.flatten()]))[0, 1]
     assert abs(correlation) < 0.05 and abs(source_noise.std() - 1) < 0.05
 
@@ -92,7 +98,7 @@ def test_the_optimiser_gets_its_settings_and_clipped_gradients(tmp_path: Path) -
         norms.append(torch.cat([p.grad.flatten() for p in state.soda.parameters()]).norm().item())
 
     state.optimizer.register_step_pre_hook(look)
-    _, before = train_step(experiment, state, PhaseTimer())
+    _, before = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
     assert before.item() > 0.01 and norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
@@ -100,8 +106,9 @@ def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None
     """CUDA trains channels-last, CPUs do not: a run may go on on the other device."""
     experiment = experiment_of(tmp_path)
     state = initial_state(experiment)
+    pixels = training_pixels(experiment, 0)
     for _ in range(3):
-        train_step(experiment, state, PhaseTimer())
+        train_step(experiment, state, pixels, PhaseTimer())
     saved = copy.deepcopy(state.state_dict())
     for moments in saved["optimizer"]["state"].values():
         for name, value in moments.items():
@@ -110,7 +117,7 @@ def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None
     resumed = initial_state(experiment)
     resumed.load_state_dict(saved)
     for each in (state, resumed):
-        train_step(experiment, each, PhaseTimer())
+        train_step(experiment, each, training_pixels(experiment, 3), PhaseTimer())
     assert_equal_states(resumed.state_dict(), state.state_dict())
 
 
@@ -133,8 +140,9 @@ def test_the_probe_sees_augmented_views_anew_each_epoch(tmp_path: Path) -> None:
 
 def test_raw_pixels_are_the_views_or_their_averages() -> None:
     small, large = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 64, 64)
-    assert torch.equal(raw_pixels(small), small.flatten(1))
-    torch.testing.assert_close(raw_pixels(large), F.avg_pool2d(large, 2).flatten(1))
+    assert torch.equal(raw_pixels(small, 1000), small.flatten(1))
+    torch.testing.assert_close(raw_pixels(large, 100_000), F.avg_pool2d(large, 2).flatten(1))
+    torch.testing.assert_close(raw_pixels(large, 1_281_167), F.avg_pool2d(large, 4).flatten(1))
 
 
 def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -> None:
@@ -145,7 +153,7 @@ def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -
     settled = copy.deepcopy(fresh).train()
     with torch.no_grad():
         for step in range(20):
-            settled(draw_batch(experiment, step, range(64)).x_source)
+            settled(batch_of(experiment, step, range(64)).x_source)
     found = baselines(experiment)["untrained"](views)["z"]
     torch.testing.assert_close(found, settled.eval()(views))
     assert not torch.isclose(found, fresh(views), atol=1e-3).all(dim=1).any()
@@ -186,8 +194,9 @@ def test_ema_is_what_ema_pytorch_documents(tmp_path: Path) -> None:
     state = initial_state(experiment)
     name, parameter = next(iter(state.soda.named_parameters()))
     expected: torch.Tensor | None = None
+    pixels = training_pixels(experiment, 0)
     for step in range(5):
-        train_step(experiment, state, PhaseTimer())
+        train_step(experiment, state, pixels, PhaseTimer())
         decay = 1 - (1 + step) ** (-2 / 3)
         expected = parameter.detach().clone() if expected is None else expected.lerp(parameter.detach(), 1 - decay)
     assert expected is not None
@@ -207,10 +216,10 @@ class NoHostReads(TorchDispatchMode):
 
 
 class WatchedPhases(PhaseTimer):
-    """Watches what runs on the device; the views are drawn on the host, where counts are read."""
+    """Watches what runs on the device; images are chosen and views drawn on the host, where counts are read."""
 
     def phase(self, name: str) -> Any:
-        watched = NoHostReads() if name != "views" else contextlib.nullcontext()
+        watched = NoHostReads() if name not in ("images", "views") else contextlib.nullcontext()
         stack = contextlib.ExitStack()
         stack.enter_context(super().phase(name))
         stack.enter_context(watched)
@@ -220,7 +229,8 @@ class WatchedPhases(PhaseTimer):
 def test_a_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path, "training.micro_batch_size=16")
     state = initial_state(experiment)
+    pixels = training_pixels(experiment, 0)
     for _ in range(2):
-        train_step(experiment, state, WatchedPhases())
+        train_step(experiment, state, pixels, WatchedPhases())
     with pytest.raises(AssertionError, match="_local_scalar_dense"), WatchedPhases().phase("update"):
         torch.ones(1).item()

@@ -1,11 +1,11 @@
 """From a config to objects: what stays as it is (`Experiment`) and what training changes (`TrainState`)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from ema_pytorch import EMA
 
-from datasets import DatasetError, DatasetInfo, Images, Loader, Views, build_dataset
+from datasets import DatasetError, DatasetInfo, Images, Loader, StoredImages, Views, build_dataset
 from model import SODA, GaussianDiffusion, build_soda, forward_flops
 from utils.checkpoint import TrainState
 from utils.config import Config, ConfigError
@@ -68,9 +68,9 @@ def open_experiment(config: Config) -> Experiment:
 
 def _near(images: Images, device: torch.device) -> Images:
     """The images in a GPU's memory, if they take no more than a quarter of what is free there; else on the host."""
-    if device.type != "cuda" or images.pixels.numel() > torch.cuda.mem_get_info(device)[0] / 4:
+    if device.type != "cuda" or not isinstance(images, StoredImages):
         return images
-    return replace(images, pixels=images.pixels.to(device))
+    return images if images.pixels.numel() > torch.cuda.mem_get_info(device)[0] / 4 else images.to(device)
 
 
 def check_shares(config: Config) -> None:

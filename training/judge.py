@@ -14,14 +14,14 @@ from torchvision.utils import make_grid
 from evaluation import CLEAN, MakeView, Protocol, evaluate
 from model import SODA, ResNetEncoder
 from training.experiment import Experiment, initial_soda
-from training.step import draw_pixels, draw_source, draws
+from training.step import draw_source, draws, read_pixels
 from utils.config import KNN, Probe, ProbeView
 from utils.device import autocast
 from utils.distributed import all_reduce, share
 from utils.randomness import CHUNK, generator, image_noise
 
 SETTLING_PASSES = 20
-RAW_PIXELS_SIZE = 32
+MAX_RAW_PIXELS = 2**30  # numbers, 4 GB, of a whole data set
 
 Encode = Callable[[Tensor], dict[str, Tensor]]
 
@@ -45,14 +45,17 @@ def settled(experiment: Experiment, encoder: ResNetEncoder) -> ResNetEncoder:
     """
     encoder = copy.deepcopy(encoder).train()
     positions = range(experiment.config.training.batch_size)
-    for step in range(SETTLING_PASSES):
-        encoder(draw_source(experiment, draw_pixels(experiment, step, positions), step, positions))
+    steps = range(SETTLING_PASSES)
+    for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
+        encoder(draw_source(experiment, pixels, step, positions))
     return encoder
 
 
-def raw_pixels(views: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, 3 * size * size), averaged down to at most 32 px, so that a data set of them fits."""
-    size = min(views.shape[-1], RAW_PIXELS_SIZE)
+def raw_pixels(views: Tensor, num_images: int) -> Tensor:
+    """(N, 3, H, W) -> (N, 3 * size * size), averaged down to at most 32 px; 16 px for a data set of ImageNet's size."""
+    size = min(views.shape[-1], 32)
+    while 3 * size**2 * num_images > MAX_RAW_PIXELS and size > 8:
+        size //= 2
     return F.adaptive_avg_pool2d(views, size).flatten(1)
 
 
@@ -66,7 +69,7 @@ def baselines(experiment: Experiment) -> dict[str, Encode]:
     features = experiment.config.evaluation.features
     return {
         "untrained": encode_with(experiment, untrained),
-        "raw pixels": lambda views: {features: raw_pixels(views)},
+        "raw pixels": lambda views: {features: raw_pixels(views, len(experiment.train))},
     }
 
 
@@ -141,7 +144,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     images = experiment.train if experiment.test is None else experiment.test
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
-    pixels, positions = images.pixels[chosen.to(images.pixels.device)], range(num_images)
+    (pixels,), positions = images.batches([chosen]), range(num_images)
     mine = share(num_images, CHUNK)
 
     def noise(positions: range, purpose: str, *counters: int) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from training.experiment import Experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid, save_png
-from training.step import learning_rates, train_step
+from training.step import learning_rates, train_step, training_pixels
 from utils.checkpoint import CheckpointInterval, TrainState, save_checkpoint
 from utils.config_file import result_digest
 from utils.device import choose_compile, peak_memory_mb
@@ -71,30 +72,30 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
         logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(experiment))
     # An evaluation that a killed run did not finish is made up for before the next step.
     evaluate_if_due(experiment, state, folder, log, timer)
-    while state.step < total_steps:
-        loss, grad_norm = train_step(experiment, state, timer)
-        loss_sum += loss
-        bar.update(config.batch_size)
-        epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
-        at_end = state.step == total_steps
+    with closing(training_pixels(experiment, state.step)) as pixels, bar:
+        while state.step < total_steps:
+            loss, grad_norm = train_step(experiment, state, pixels, timer)
+            loss_sum += loss
+            bar.update(config.batch_size)
+            epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
+            at_end = state.step == total_steps
 
-        if state.step % config.log_every == 0 or at_end:
-            steps = state.step - first_step
-            with timer.phase("wait for the device"):  # the steps themselves do not
-                mean_loss = all_reduce(loss_sum).item() / (steps * world_size())
-                last_grad_norm = grad_norm.item()
-            if log:
-                report(experiment, state, log, timer, steps, mean_loss, last_grad_norm)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-            loss_sum.zero_()
-            first_step = state.step
-        keep = config.keep_every is not None and step_of_epoch == 0 and epoch % config.keep_every == 0
-        if log and (interval.due(state.step) or keep or at_end):
-            save("last.pt")
-        if log and keep:
-            save(f"epoch_{epoch:04d}.pt")
-        evaluate_if_due(experiment, state, folder, log, timer)
-    bar.close()
+            if state.step % config.log_every == 0 or at_end:
+                steps = state.step - first_step
+                with timer.phase("wait for the device"):  # the steps themselves do not
+                    mean_loss = all_reduce(loss_sum).item() / (steps * world_size())
+                    last_grad_norm = grad_norm.item()
+                if log:
+                    report(experiment, state, log, timer, steps, mean_loss, last_grad_norm)
+                bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+                loss_sum.zero_()
+                first_step = state.step
+            keep = config.keep_every is not None and step_of_epoch == 0 and epoch % config.keep_every == 0
+            if log and (interval.due(state.step) or keep or at_end):
+                save("last.pt")
+            if log and keep:
+                save(f"epoch_{epoch:04d}.pt")
+            evaluate_if_due(experiment, state, folder, log, timer)
     if log:
         log.close()
 

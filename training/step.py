@@ -1,5 +1,6 @@
 """One training step: draw the batch, denoise, update. Every draw is a function of (seed, purpose, step)."""
 
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -34,17 +35,28 @@ class Batch:
     drop_mask: Tensor
 
 
-def draw_pixels(experiment: Experiment, step: int, positions: range) -> Tensor:
-    """Images (N, 3, H, W) uint8 at `positions` of the global batch of `step`."""
-    pixels = experiment.train.pixels
-    indices = experiment.loader.indices(step, positions).to(pixels.device, non_blocking=True)
-    chosen = pixels.index_select(0, indices)
-    # From pinned memory, the copy to the GPU goes on while the host does.
-    return chosen.pin_memory() if experiment.device.type == "cuda" and pixels.device.type == "cpu" else chosen
+def micro_batches(experiment: Experiment) -> list[range]:
+    """The positions in the global batch that this process's forward passes take, in turn."""
+    config = experiment.config.training
+    mine = share(config.batch_size, CHUNK)
+    size = min(config.micro_batch_size or len(mine), len(mine))
+    return [range(start, start + size) for start in range(mine.start, mine.stop, size)]
+
+
+def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> Generator[Tensor, None, None]:
+    """Images (N, 3, H, W) uint8 of each (step, positions in its global batch) in turn, read ahead."""
+    indices = (experiment.loader.indices(step, positions) for step, positions in wanted)
+    return experiment.train.batches(indices, pin_memory=experiment.device.type == "cuda")
+
+
+def training_pixels(experiment: Experiment, step: int) -> Generator[Tensor, None, None]:
+    """What `train_step` takes, from `step` to the end of training."""
+    steps = range(step, experiment.total_steps)
+    return read_pixels(experiment, ((step, positions) for step in steps for positions in micro_batches(experiment)))
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
-    """Source views (N, 3, H, W) of the images `pixels` that `draw_pixels` gave."""
+    """Source views (N, 3, H, W) of the images `pixels` at `positions` of the global batch of `step`."""
     seed = experiment.config.seed
     noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=experiment.device)
     return experiment.views.source(pixels, draws(experiment, positions, "source view", step), noise)
@@ -55,10 +67,9 @@ def draws(experiment: Experiment, positions: range, purpose: str, *counters: int
     return lambda width: uniforms(positions, width, experiment.config.seed, purpose, *counters)
 
 
-def draw_batch(experiment: Experiment, step: int, positions: range) -> Batch:
-    """The samples at `positions` of the global batch of `step`."""
+def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Batch:
+    """The samples at `positions` of the global batch of `step`, made of their images `pixels`."""
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
-    pixels = draw_pixels(experiment, step, positions)
     # Small draws are made for the whole batch, so that each sample gets the same however the batch is split.
     batch_size, here = config.training.batch_size, slice(positions.start, positions.stop)
     draw_timesteps, draw_chances = (generator(seed, purpose, step) for purpose in ("timesteps", "drop mask"))
@@ -87,33 +98,37 @@ def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
     return config.encoder_lr * factor, config.decoder_lr * factor
 
 
-def train_step(experiment: Experiment, state: TrainState, timer: PhaseTimer) -> tuple[Tensor, Tensor]:
+def train_step(
+    experiment: Experiment, state: TrainState, pixels: Iterator[Tensor], timer: PhaseTimer
+) -> tuple[Tensor, Tensor]:
     """One optimiser step over one global batch. Returns (loss, gradient norm before clipping), on the device.
 
-    The loss is the mean over this process's share of the batch, the gradient's norm that of the whole batch.
+    `pixels` is what `training_pixels` gives from `state.step` on. The loss is the mean over this process's share of
+    the batch, the gradient's norm that of the whole batch.
     """
     config, device = experiment.config, experiment.device
-    mine = share(config.training.batch_size, CHUNK)
-    micro_batch_size = min(config.training.micro_batch_size or len(mine), len(mine))
+    parts = micro_batches(experiment)
     state.soda.train()
     for group, lr in zip(state.optimizer.param_groups, learning_rates(experiment, state.step), strict=True):
         group["lr"] = lr
 
     total_loss = torch.zeros((), device=device)
-    for start in range(mine.start, mine.stop, micro_batch_size):
+    for positions in parts:
+        with timer.phase("images"):
+            chosen = next(pixels)
         with timer.phase("views"):
-            batch = draw_batch(experiment, state.step, range(start, start + micro_batch_size))
-        is_last = start + micro_batch_size == mine.stop  # only now do processes average their gradients
+            batch = draw_batch(experiment, chosen, state.step, positions)
+        is_last = positions is parts[-1]  # only now do processes average their gradients
         with nullcontext() if is_last or world_size() == 1 else state.wrapped.no_sync():
             with timer.phase("forward"):
-                torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
+                torch.manual_seed(derive_seed(config.seed, "dropout", state.step, positions.start))
 
                 def denoise(x_t: Tensor, timesteps: Tensor, batch: Batch = batch) -> Tensor:
                     return state.wrapped(batch.x_source, x_t, timesteps, batch.drop_mask)
 
                 with autocast(device, experiment.amp_dtype):
                     loss = experiment.diffusion.loss(denoise, batch.x_start, batch.timesteps, batch.noise)
-                loss = loss * (micro_batch_size / len(mine))
+                loss = loss / len(parts)
                 total_loss += loss.detach()
             with timer.phase("backward"):
                 state.scaler.scale(loss).backward()

@@ -86,6 +86,19 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         sys.exit(2)
 
 
+@contextmanager
+def errors_under_way(*kinds: type[Exception]) -> Iterator[None]:
+    """A mistake of these `kinds` ends this process with one line and status 2, where the others are not to be met.
+
+    They may be waiting for tensors; a launcher ends them when it sees this one end.
+    """
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a program and leave, together with the other processes."""
     try:

@@ -54,7 +54,19 @@ class Data(Section):
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key("cifar10", "data set")
     root: PathText = key("data", "folder that holds the data set, or receives its download", run=True)
     cache_dir: PathText = key("data/cache", "folder for decoded images of `tiny` and `folder`", run=True)
-    image_size: int = key(32, "height and width in pixels that images are stored and modelled at", ge=4, le=4096)
+    image_size: int = key(32, "height and width in pixels that images are decoded to and modelled at", ge=4, le=4096)
+    stream: bool | None = key(
+        None,
+        "decode the files of `tiny` and `folder` while they are used; null: if they fill half of the memory",
+        run=True,
+    )
+    num_workers: int | None = key(
+        None,
+        "threads of each process that decode ahead, where images stream; null: one a core",
+        run=True,
+        ge=1,
+        le=1024,
+    )
 
 
 class View(Section):
@@ -162,7 +174,7 @@ class Training(Section):
         multiple_of=4,
     )
     use_amp: bool = key(False, "mixed precision: bf16 where the hardware computes it, else fp16 on CUDA")
-    compile: bool | None = key(None, "torch.compile the model for training; null: on a single GPU", run=True)
+    compile: bool | None = key(None, "torch.compile the model for training; null: on CUDA", run=True)
     latent_drop_probability: Probability = key(0.1, "of replacing a sample's latent by the null latent")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(0.9999, "cap of the EMA's decay, which warms up")
     log_every: int = key(50, "steps between reports", run=True, ge=1)

@@ -48,8 +48,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_compile(setting: bool | None, device: torch.device) -> bool:
-    """Whether to compile the model: as asked, by default on a single GPU; not, with a line, where that cannot be."""
-    if not (device.type == "cuda" and world_size() == 1 if setting is None else setting):
+    """Whether to compile the model: as asked, by default on CUDA; not, with a line, where that cannot be."""
+    if not (device.type == "cuda" if setting is None else setting):
         return False
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]
     there: dict[str, Any] = {

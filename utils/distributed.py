@@ -163,13 +163,6 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensors of all processes, of one shape, stacked by rank: (world_size, ...). Made for small ones."""
-    stacked = tensor.new_zeros(world_size(), *tensor.shape)
-    stacked[rank()] = tensor
-    return all_reduce(stacked)  # gloo cannot gather what lies on a GPU
-
-
 def share(total: int, multiple: int = 1) -> range:
     """This process's part of 0..total-1: consecutive, starting at a multiple, as even as that allows."""
     pieces = -(-total // multiple)

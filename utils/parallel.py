@@ -10,10 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.distributed import all_gather, all_reduce, group, world_size
+from utils.distributed import all_reduce, group, rank, world_size
 
 # DDP's, of 1x1 convolutions: the strides of their gradients differ in dimensions of size 1 alone.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+
+@torch.library.custom_op("soda::sum_over_processes", mutates_args=())
+def _traceable_sum(tensor: Tensor) -> Tensor:
+    return all_reduce(tensor.clone())
+
+
+@_traceable_sum.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    """`all_reduce`, which the compiler cannot look into: without this it would cut the encoder at every BatchNorm."""
+    return _traceable_sum(tensor) if torch.compiler.is_compiling() else all_reduce(tensor)
 
 
 class _Normalize(torch.autograd.Function):
@@ -40,7 +55,7 @@ class _Normalize(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )
-        mean_dy, mean_dy_x = all_reduce(torch.stack([dbias, dweight])) / ctx.count  # (C,) each
+        mean_dy, mean_dy_x = _sum_over_processes(torch.stack([dbias, dweight])) / ctx.count  # (C,) each
         slope = -weight * inverse.square() * mean_dy_x
         offset = -weight * inverse * mean_dy - slope * mean
         dx = dx + torch.addcmul(offset[:, None, None], slope[:, None, None], x)
@@ -54,7 +69,6 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     device in every layer, and DDP refuses it on CPUs.
     """
 
-    @torch.compiler.disable  # collectives are not traced: the graph is cut here
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         if not self.training or world_size() == 1:
@@ -63,8 +77,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         count = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
-            moments = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))  # (2, C), of this process
-            variances, means = all_gather(moments).unbind(dim=1)  # (world_size, C) each
+            # Each process's place, and zeros: a sum, since gloo cannot gather what lies on a GPU.
+            everyone = torch.zeros(world_size(), 2, x.shape[1], device=x.device)
+            everyone[rank()] = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))
+            variances, means = _sum_over_processes(everyone).unbind(dim=1)  # (world_size, C) each
             mean, variance = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

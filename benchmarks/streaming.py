@@ -1,0 +1,108 @@
+"""Images that do not fit in memory: decoded by our threads, by a DataLoader's processes, and by nobody ahead of time.
+
+Makes JPEGs of ImageNet's usual size, takes all of them in batches in a random order, then has a pretended step, which
+sleeps, take batches that are due somewhat slower than they can be decoded.
+
+  python -m benchmarks.streaming                             # both are the same everywhere: decoding is the host's work
+  python -m benchmarks.streaming --image_size 224 --workers 16
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.measure import machine, ratio, spread, take_turns
+from datasets import decoding
+from datasets.decoding import decode, decode_batches
+from datasets.files import num_cores
+from datasets.listing import Listing
+
+
+def write_jpegs(folder: Path, count: int) -> Listing:
+    """Blurred noise of 500x375 pixels, about 50 kB each, as photographs of that size often are."""
+    generator = np.random.default_rng(0)
+    names = [f"{index:04}.jpg" for index in range(count)]
+    for name in names:
+        coarse = Image.fromarray(generator.integers(0, 256, (96, 128, 3), dtype=np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+    return Listing(folder, names, None, [])
+
+
+class Files(Dataset[Tensor]):
+    def __init__(self, listing: Listing, image_size: int) -> None:
+        self._listing, self._image_size = listing, image_size
+
+    def __getitem__(self, index: int) -> Tensor:
+        pixels = decode(self._listing.root / self._listing.files[index], self._image_size)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def waits(batches: Iterator[Tensor], step_seconds: float) -> float:
+    """Share of the time that a step of `step_seconds` waits for its batch, from the fourth on."""
+    waited, start = 0.0, 0.0
+    for number in range(12):
+        before = time.perf_counter()
+        if number == 3:
+            waited, start = 0.0, before
+        if next(batches, None) is None:
+            break
+        waited += time.perf_counter() - before
+        time.sleep(step_seconds)
+    return waited / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=num_cores())
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    count = 12 * args.batch_size
+    print(f"{count} JPEGs of 500x375 to {args.image_size} px, {args.workers} workers; {machine(torch.device('cpu'))}")
+    with tempfile.TemporaryDirectory() as folder:
+        listing = write_jpegs(Path(folder), count)
+        size = statistics.mean(path.stat().st_size for path in Path(folder).iterdir())
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).split(args.batch_size)
+        ours = partial(decode_batches, listing, args.image_size)
+
+        def processes() -> Iterable[Tensor]:
+            loader = DataLoader(
+                Files(listing, args.image_size), batch_sampler=[o.tolist() for o in order], num_workers=args.workers
+            )
+            return iter(loader)
+
+        everything: dict[str, Callable[[], Iterable[Tensor]]] = {
+            "one thread": partial(ours, order, 1),
+            "threads": partial(ours, order, args.workers),
+            "processes of a DataLoader": processes,
+        }
+        work = {name: lambda batches=batches: [None for _ in batches()] for name, batches in everything.items()}
+        seconds = take_turns(work, args.rounds, torch.device("cpu"), warmup=1)
+        print(f"{size / 1e3:.0f} kB a file")
+        for name, each in seconds.items():
+            rate = count / statistics.median(each)
+            print(f"{name:26s} {spread(each)}  {rate:7.0f} images/s, {ratio(seconds['one thread'], each)} one thread's")
+
+        batch_seconds = statistics.median(seconds["threads"]) / len(order)
+        step_seconds = 1.25 * batch_seconds
+        print(f"a step of {step_seconds * 1000:.0f} ms waits, for batches that take {batch_seconds * 1000:.0f} ms,")
+        ahead = [waits(ours(iter(order), args.workers), step_seconds) for _ in range(args.rounds)]
+        decoding.AHEAD = 0
+        behind = [waits(ours(iter(order), args.workers), step_seconds) for _ in range(args.rounds)]
+        for name, shares in (("read ahead", ahead), ("read when due", behind)):
+            print(f"{name:26s} {statistics.median(shares):.1%} of the time ({min(shares):.1%} to {max(shares):.1%})")
+
+
+if __name__ == "__main__":
+    main()
