@@ -9,6 +9,7 @@ from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
 from tests.test_distributed import assert_like_torch, relative_error
 from training.step import train_step, training_pixels
+from utils.device import choose_compile
 from utils.logging import PhaseTimer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -31,10 +32,15 @@ def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
         assert_like_torch(two["batch norms"], "cuda")
 
 
-def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> None:
     experiment, state = processes.prepare(tmp_path, "device=cuda", "training.use_amp=true")
     if experiment.amp_dtype != torch.bfloat16:
         pytest.skip("fp16 needs a scaler, which looks at the gradients")
+    if compiled:
+        if not choose_compile(True, experiment.device):
+            pytest.skip("needs a compiler")
+        state.soda.compile()
     pixels, timer = training_pixels(experiment, 0), PhaseTimer()
     losses = [train_step(experiment, state, pixels, timer)[0] for _ in range(3)]
     torch.cuda.set_sync_debug_mode("error")
@@ -43,3 +49,12 @@ def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path) -> No
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+
+
+def test_images_lie_on_the_gpu_or_are_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    near, _ = processes.prepare(tmp_path, "device=cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    far, _ = processes.prepare(tmp_path, "device=cuda")
+    here, there = next(training_pixels(near, 0)), next(training_pixels(far, 0))
+    assert here.is_cuda and there.is_pinned() and torch.equal(here.cpu(), there)
+    assert near.data_digest == far.data_digest
