@@ -16,7 +16,7 @@ EXAMPLES = """\
   python test.py --config config/cifar10.yaml --use_amp
   python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt"""
 
-# What the weights mean. Seed, views and batch size are the checkpoint's; the rest does not matter to a judge.
+# What the weights mean. Seed, views, diffusion and batch size are the checkpoint's; the rest is no matter to a judge.
 MUST_AGREE = ("data.", "encoder.", "decoder.")
 
 
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"{checkpoint} was trained with another config{reason}: add {hint}")
         views = trained_with.views.model_copy(update={"probe": config.views.probe})
         training = trained_with.training.model_copy(update={"use_amp": config.training.use_amp})
-        config = config.model_copy(update={"seed": trained_with.seed, "views": views, "training": training})
+        as_trained = {"seed": trained_with.seed, "diffusion": trained_with.diffusion}
+        config = config.model_copy(update={**as_trained, "views": views, "training": training})
         experiment = open_experiment(config)
         if experiment.test is None:
             raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")
@@ -56,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         epoch = state.step / experiment.loader.steps_per_epoch
         logger.info("judging the EMA encoder of %s, epoch %g, step %d", checkpoint, epoch, state.step)
 
-    encoder = state.ema.ema_model.encoder
+    soda = state.ema.ema_model
     # "settled": with BatchNorm statistics made as those of the untrained encoder are.
     with errors_under_way(DatasetError):
         encoders = {
-            "trained": encode_with(experiment, encoder),
-            "settled": encode_with(experiment, settled(experiment, encoder)),
+            "trained": encode_with(experiment, soda),
+            "settled": encode_with(experiment, settled(experiment, soda)),
             **baselines(experiment),
         }
         table = judge(experiment, encoders, all_protocols(experiment))

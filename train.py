@@ -96,7 +96,8 @@ def check_folder(folder: Path, config: Config, saved: dict[str, Any] | None) -> 
     else:
         return
     changed = differences(before, config, run=False)
-    if "training.epochs" in changed and config.training.epochs > before.training.epochs:
+    constant = config.optimizer.schedule == "constant"  # else the last epoch decides every learning rate
+    if "training.epochs" in changed and config.training.epochs > before.training.epochs and constant:
         del changed["training.epochs"]  # more epochs go on with the same experiment
     if changed:
         listing = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())

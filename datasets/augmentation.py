@@ -1,7 +1,8 @@
-"""How samples are augmented: parameters of crop and flip, RandAugment and affine moves, drawn for a whole batch.
+"""How samples are augmented: crop and flip, RandAugment, colours, affine moves; parameters drawn for a whole batch.
 
 The distributions are those of torchvision.transforms.v2: RandomResizedCrop and RandomHorizontalFlip, RandAugment,
-RandomAffine. Everything here happens on the host; datasets/operations.py does to the pixels what is drawn.
+ColorJitter and RandomGrayscale, RandomAffine. Everything here happens on the host; datasets/operations.py does to the
+pixels what is drawn.
 """
 
 import math
@@ -16,14 +17,16 @@ from torch import Tensor
 # RandAugment's operations (Cubuk et al. 2020), in the order that samples are sorted by.
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
-OPERATIONS = ("Identity", *GEOMETRIC, *BLENDS, "Posterize", "Solarize", "AutoContrast", "Equalize")
+RANDAUGMENT = ("Identity", *GEOMETRIC, *BLENDS, "Posterize", "Solarize", "AutoContrast", "Equalize")
+OPERATIONS = (*RANDAUGMENT, "Hue")
+JITTER = tuple(OPERATIONS.index(name) for name in ("Brightness", "Contrast", "Color", "Hue"))  # as ColorJitter's keys
 NUM_BINS = 31
 CROP_ATTEMPTS = 10
 IDENTITY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def magnitudes(bin_: int, image_size: int) -> Tensor:
-    """Strength of each of OPERATIONS at one of NUM_BINS bins: (14,), slopes, pixels, degrees, shares, bits, level."""
+    """Strength of each of RANDAUGMENT at one of NUM_BINS bins: (14,), slopes, pixels, degrees, shares, bits, level."""
 
     def at(first: float, last: float) -> float:
         return torch.linspace(first, last, NUM_BINS)[bin_].item()  # float32, as torchvision's
@@ -77,7 +80,7 @@ class Parameters:
 
 
 class Augmentation:
-    """Draws Parameters by the keys of one `views.*` section of the config: crop and flip, RandAugment, affine."""
+    """Draws Parameters by the keys of one `views.*` section of the config."""
 
     def __init__(self, view: Any, image_size: int) -> None:
         self._view, self._size = view, image_size
@@ -86,16 +89,34 @@ class Augmentation:
     def parameters(self, draw: Callable[[int], Tensor]) -> Parameters:
         """Of N samples; `draw` gives as many columns of N uniform numbers in [0, 1) as it is asked for."""
         view, num_ops = self._view, self._view.randaugment_num_ops
-        widths = [2 * CROP_ATTEMPTS + 4, 1 + 2 * num_ops, 6]
-        crop, ops, moves = draw(sum(widths)).split(widths, dim=1)
+        jitters = view.color_jitter_probability > 0 or view.grayscale_probability > 0
+        widths = [2 * CROP_ATTEMPTS + 4, 1 + 2 * num_ops, 6, 2 + 2 * len(JITTER) if jitters else 0]
+        crop, ops, moves, colors = draw(sum(widths)).split(widths, dim=1)
         apply = ops[:, :1] < view.randaugment_probability
-        operations = (ops[:, 1 : 1 + num_ops] * len(OPERATIONS)).long() * apply
+        operations = (ops[:, 1 : 1 + num_ops] * len(RANDAUGMENT)).long() * apply
         signs = torch.where((ops[:, 1 + num_ops :] < 0.5) & (operations <= len(GEOMETRIC + BLENDS)), -1.0, 1.0)
         strengths = self._magnitudes[operations] * signs
+        if jitters:
+            more = self._colors(colors)
+            operations, strengths = torch.cat([operations, more[0]], dim=1), torch.cat([strengths, more[1]], dim=1)
         matrices = operation_matrices(operations.flatten(), strengths.flatten(), self._size)
-        return Parameters(
-            self._boxes(crop), operations, strengths, matrices.view(-1, num_ops, 2, 3), self._moves(moves)
-        )
+        matrices = matrices.view(*operations.shape, 2, 3)
+        return Parameters(self._boxes(crop), operations, strengths, matrices, self._moves(moves))
+
+    def _colors(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """ColorJitter's four operations in random order, then greyness: operations and strengths, (N, 5) each."""
+        view, num = self._view, len(JITTER)
+        apply, grey, order, strengths = uniforms.split([1, 1, num, num], dim=1)
+        jitter = apply < view.color_jitter_probability
+        # Factors from 1 - x, not below 0, to 1 + x, of which strengths are what exceeds 1; hue is turned by -x to x.
+        reach = torch.tensor(view.color_jitter)
+        low = torch.cat([-reach[:3].clamp(max=1), -reach[3:]])
+        strengths = (low + (reach - low) * strengths) * jitter
+        order = order.argsort(dim=1)
+        is_grey = grey < view.grayscale_probability
+        fade = OPERATIONS.index("Color") * is_grey  # by -1: to the luminance alone
+        operations = torch.tensor(JITTER)[order] * jitter
+        return torch.cat([operations, fade], dim=1), torch.cat([strengths.gather(1, order), -is_grey.float()], dim=1)
 
     def _boxes(self, uniforms: Tensor) -> Tensor:
         """RandomResizedCrop's boxes: the first of ten random ones that fits, else the central one of legal shape."""

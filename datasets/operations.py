@@ -82,6 +82,19 @@ def autocontrast(pixels: Tensor) -> Tensor:
     return ((values - low.masked_fill(flat, 0)) / ((high - low) / 255).masked_fill(flat, 1)).clamp_(0, 255).byte()
 
 
+def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
+    """Colours of (N, 3, S, S) uint8 turned on the circle of hues by `turns` (N,) of it, in HSV."""
+    red, green, blue = pixels.float().unbind(dim=1)  # (N, S, S) each
+    value = red.maximum(green).maximum(blue)
+    reach = value - red.minimum(green).minimum(blue)
+    by = reach.masked_fill(reach == 0, 1)
+    hue = torch.where(value == green, 2 + (blue - red) / by, 4 + (red - green) / by)
+    hue = torch.where(value == red, (green - blue) / by, hue)  # 0..6
+    k = torch.stack([5 + hue, 3 + hue, 1 + hue], dim=1).add_(6 * turns[:, None, None, None]).remainder_(6)
+    out = value[:, None] - reach[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    return (out * (255.999 / 255)).clamp_(0, 255).byte()  # as torchvision turns [0, 1] into levels
+
+
 def operate(pixels: Tensor, counts: list[int], matrices: Tensor, strengths: Tensor) -> Tensor:
     """One operation on each sample (N, 3, S, S) uint8, in place; samples are sorted by operation, `counts` of each.
 
@@ -90,15 +103,16 @@ def operate(pixels: Tensor, counts: list[int], matrices: Tensor, strengths: Tens
         strengths: (N,), of the others.
     """
     geometric, blends = len(GEOMETRIC), len(BLENDS)
-    grouped = [counts[0], sum(counts[1 : 1 + geometric]), sum(counts[1 + geometric : -4]), *counts[-4:]]
+    grouped = [counts[0], sum(counts[1 : 1 + geometric]), sum(counts[1 + geometric : -5]), *counts[-5:]]
     work = [
         None,
         lambda group, matrix, _: move(group, matrix, "nearest"),
-        lambda group, _, strength: blend(group, 1 + strength, counts[-4 - blends : -4]),
+        lambda group, _, strength: blend(group, 1 + strength, counts[-5 - blends : -5]),
         lambda group, _, bits: group & (256 - 2 ** (8 - bits)).round().byte()[:, None, None, None],
         lambda group, _, level: torch.where(group >= level.byte()[:, None, None, None], 255 - group, group),
         lambda group, *_: autocontrast(group),
         lambda group, *_: tv.equalize(group),
+        lambda group, _, turns: turn_hue(group, turns),
     ]
     groups = zip(work, *(values.split(grouped) for values in (pixels, matrices, strengths)), strict=True)
     for function, group, matrix, strength in groups:

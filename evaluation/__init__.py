@@ -31,7 +31,7 @@ class Protocol:
         kind: "knn" or "probe".
         settings: the config's `evaluation.knn` or `evaluation.probe` section, accordingly.
         view: the name of the view that the training images get; the probe sees it anew each epoch.
-        features: "z" or "pooled".
+        features: the name of those that are looked at, such as "z".
         normalize: whether features are scaled to length 1.
         note: printed behind it.
     """
@@ -59,7 +59,7 @@ class Protocol:
 
 
 def evaluate(
-    encoders: Mapping[str, Callable[[Tensor], Mapping[str, Tensor]]],
+    encoders: Mapping[str, Callable[[Tensor, range], Mapping[str, Tensor]]],
     train: Any,
     test: Any,
     views: Mapping[str, MakeView],
@@ -77,7 +77,7 @@ def evaluate(
     left out under it.
 
     Args:
-        encoders: name -> function from a batch of views to features by name.
+        encoders: name -> function from a batch of views and its indices to features by name.
         train, test: each split, with `labels` (N,) int64 and `batches` as in `extract_features`.
         views: name -> view, CLEAN among them; a k-NN with an augmented bank takes that of epoch 0.
         generator: gives each probe its source of randomness, the same for all.
@@ -89,7 +89,7 @@ def evaluate(
             batch = views[view](pixels, indices, epoch)
             features: Features = {}
             for encoder, run in encoders.items():
-                for kind, values in run(batch).items():
+                for kind, values in run(batch, indices).items():
                     if (kind, False) in wanted:
                         features[encoder, kind, False] = values.float()
                     if (kind, True) in wanted:

@@ -36,11 +36,13 @@ class AdaGN(nn.Module):
     """AdaGN(h, t, z) = z_s * (t_s * GroupNorm(h) + t_b) + z_b, time inside, latent outside (SODA, section 3).
 
     (t_s, t_b) and (z_s, z_b) are linear in the activated time embedding and latent. The scales are
-    `1 + linear(...)`, so that an untrained layer passes features on at their own size.
+    `scale_offset + linear(...)`: with 1, an untrained layer passes features on at their own size; the reference
+    implementation has 0.
     """
 
-    def __init__(self, channels: int, time_dim: int, latent_dim: int) -> None:
+    def __init__(self, channels: int, time_dim: int, latent_dim: int, scale_offset: float) -> None:
         super().__init__()
+        self.scale_offset = scale_offset
         self.norm = group_norm(channels)
         self.time_proj = nn.Linear(time_dim, 2 * channels)
         self.latent_proj = nn.Linear(latent_dim, 2 * channels)
@@ -49,18 +51,20 @@ class AdaGN(nn.Module):
         """h (N, C, H, W), time (N, time_dim), latent (N, latent_dim) -> (N, C, H, W)."""
         time_scale, time_shift = self.time_proj(time)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
         latent_scale, latent_shift = self.latent_proj(latent)[:, :, None, None].chunk(2, dim=1)
-        h = (1 + time_scale) * self.norm(h) + time_shift
-        return (1 + latent_scale) * h + latent_shift
+        h = (self.scale_offset + time_scale) * self.norm(h) + time_shift
+        return (self.scale_offset + latent_scale) * h + latent_shift
 
 
 class ResBlock(nn.Module):
     """x + conv(dropout(silu(AdaGN(conv(silu(norm(x))), t, z)))), with a 1x1 convolution on a skip that widens."""
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, latent_dim: int, dropout: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, time_dim: int, latent_dim: int, dropout: float, scale_offset: float
+    ) -> None:
         super().__init__()
         self.norm = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.adagn = AdaGN(out_channels, time_dim, latent_dim)
+        self.adagn = AdaGN(out_channels, time_dim, latent_dim, scale_offset)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)

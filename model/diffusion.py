@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Schedule = Literal["linear", "cosine", "inverted_cosine"]
+Schedule = Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -17,7 +17,8 @@ def alphas_cumprod(schedule: Schedule, num_timesteps: int, beta_start: float, be
     `linear`: the product of 1 - beta_t, with beta_t linear from `beta_start` to `beta_end` (Ho et al. 2020).
     `cosine`: cos^2(pi/2 (u + s)/(1 + s)) over its value at u = 0, s = 0.008 (Nichol & Dhariwal 2021, eq. 17).
     `inverted_cosine`: arccos(2u - 1) / pi (SODA, section 3).
-    The last two are continuous in u in (0, 1) and taken at u = (t + 1/2) / T, away from both ends.
+    `linear_alphas_cumprod`: 1 - u (Chen et al. 2024, "Deconstructing Denoising Diffusion Models for SSL").
+    The last three are continuous in u in (0, 1) and taken at u = (t + 1/2) / T, away from both ends.
     """
     if schedule == "linear":
         return (1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)).cumprod(0)
@@ -27,6 +28,8 @@ def alphas_cumprod(schedule: Schedule, num_timesteps: int, beta_start: float, be
         return (torch.cos(math.pi / 2 * (u + s) / (1 + s)) / math.cos(math.pi / 2 * s / (1 + s))) ** 2
     if schedule == "inverted_cosine":
         return torch.arccos(2 * u - 1) / math.pi
+    if schedule == "linear_alphas_cumprod":
+        return 1 - u
     raise ValueError(f"unknown schedule {schedule!r}")
 
 

@@ -41,6 +41,7 @@ class UNetDecoder(nn.Module):
         attn_resolutions: feature-map sizes, in pixels, that get self-attention; the middle always does.
         num_head_channels: channels of an attention head; None means one head.
         dropout: probability, inside the residual blocks.
+        scale_offset: what AdaGN adds to its linear scales.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class UNetDecoder(nn.Module):
         attn_resolutions: list[int],
         num_head_channels: int | None,
         dropout: float,
+        scale_offset: float = 1.0,
         image_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class UNetDecoder(nn.Module):
         time_dim = 4 * model_channels
 
         def stage(in_channels: int, out_channels: int, attend: bool) -> Stage:
-            block = ResBlock(in_channels, out_channels, time_dim, latent_dim, dropout)
+            block = ResBlock(in_channels, out_channels, time_dim, latent_dim, dropout, scale_offset)
             return Stage(block, SelfAttention(out_channels, num_head_channels) if attend else None)
 
         self.time_mlp = nn.Sequential(
@@ -114,3 +116,13 @@ class UNetDecoder(nn.Module):
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), time, latent) if isinstance(layer, Stage) else layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    def features(self, x_t: Tensor, timesteps: Tensor, z: Tensor, block: str) -> Tensor:
+        """What `block`, such as `up.3` or `middle.0`, makes of the same inputs: (N, C, h, w)."""
+        found: list[Tensor] = []
+        handle = self.get_submodule(block).register_forward_hook(lambda *call: found.append(call[-1]))
+        try:
+            self(x_t, timesteps, z)
+        finally:
+            handle.remove()
+        return found[0]

@@ -169,7 +169,7 @@ def batch_norms(make: type[nn.BatchNorm2d], device: str = "cpu") -> list[dict[st
 def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor]:
     """Accuracies of an encoder and of the baselines, and a grid of samples."""
     experiment, state = prepare(folder, *overrides)
-    encoders = {"random": encode_with(experiment, state.soda.encoder), **baselines(experiment)}
+    encoders = {"random": encode_with(experiment, state.soda), **baselines(experiment)}
     table = judge(experiment, encoders, config_protocols(experiment))
     return table, sample_grid(experiment, state.soda)
 

@@ -17,6 +17,7 @@ from datasets.augmentation import (
     IDENTITY,
     NUM_BINS,
     OPERATIONS,
+    RANDAUGMENT,
     Augmentation,
     Parameters,
     magnitudes,
@@ -41,6 +42,7 @@ THEIRS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Solarize": lambda image, m: tv.solarize(image, m),
     "AutoContrast": lambda image, m: tv.autocontrast(image),
     "Equalize": lambda image, m: tv.equalize(image),
+    "Hue": lambda image, m: tv.adjust_hue(image, m),
 }
 
 
@@ -78,7 +80,7 @@ def operating(count: int, size: int, operations: Tensor, strengths: Tensor) -> P
 
 
 @pytest.mark.parametrize("bin_", [5, 9, 30])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", RANDAUGMENT)
 def test_each_operation_is_torchvisions(name: str, bin_: int) -> None:
     images, index = pictures(32, 32), OPERATIONS.index(name)
     strength = magnitudes(bin_, 32)[index].item()
@@ -90,11 +92,70 @@ def test_each_operation_is_torchvisions(name: str, bin_: int) -> None:
     assert name == "Identity" or not torch.equal(ours, images)
 
 
+@pytest.mark.parametrize("turns", [0.5, 0.1, 0.0, -0.03, -0.5])
+def test_turning_the_hue_is_torchvisions(turns: float) -> None:
+    images = pictures(32, 32)
+    ours = augment(images, operating(32, 32, torch.full((32,), OPERATIONS.index("Hue")), torch.full((32,), turns)))
+    difference = (ours.int() - tv.adjust_hue(images, turns).int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.02
+
+
+def test_colours_are_changed_as_torchvision_would() -> None:
+    """In an order of each sample's own, by factors of its own; grey where it should be."""
+    images = pictures(60, 16)
+    view = View(
+        crop_flip_probability=0.0,
+        randaugment_probability=0.0,
+        color_jitter_probability=0.8,
+        color_jitter=[0.4, 0.3, 0.2, 0.1],
+        grayscale_probability=0.2,
+    )
+    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(60, width))
+    ours = augment(images, drawn)
+    for sample in range(60):
+        expected = images[sample]
+        for operation, m in zip(drawn.operations[sample].tolist(), drawn.strengths[sample].tolist(), strict=True):
+            expected = THEIRS[OPERATIONS[operation]](expected, m)
+        if drawn.strengths[sample, -1] == -1:
+            torch.testing.assert_close(expected, tv.rgb_to_grayscale(expected, 3), atol=1, rtol=0)
+            assert torch.equal(ours[sample, 0], ours[sample, 2])
+        assert (ours[sample].int() - expected.int()).abs().float().mean() < 1
+
+
+def test_colours_follow_torchvisions_distribution() -> None:
+    view = View(
+        randaugment_probability=0.0,
+        color_jitter_probability=0.8,
+        color_jitter=[0.4, 1.5, 0.2, 0.1],
+        grayscale_probability=0.2,
+    )
+    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(24_000, width))
+    rounds, strengths = drawn.operations[:, 2:6], drawn.strengths[:, 2:6]
+    jittered = rounds.any(dim=1)
+    assert abs(jittered.float().mean() - 0.8) < 0.02
+    orders = rounds[jittered].unique(dim=0, return_counts=True)[1]
+    assert len(orders) == 24 and (orders / jittered.sum() - 1 / 24).abs().max() < 0.01, "every order alike"
+    theirs = v2.ColorJitter(0.4, 1.5, 0.2, 0.1)
+    for name, (low, high), centre in (
+        ("Brightness", theirs.brightness, 1),
+        ("Contrast", theirs.contrast, 1),
+        ("Color", theirs.saturation, 1),
+        ("Hue", theirs.hue, 0),
+    ):
+        found = strengths[rounds == OPERATIONS.index(name)] + centre
+        assert low <= found.min() < low + 0.01 and high - 0.01 < found.max() <= high
+        assert abs(found.mean() - (low + high) / 2) < 0.01 * (high - low) * 2, name
+    assert abs((drawn.operations[:, 6] == OPERATIONS.index("Color")).float().mean() - 0.2) < 0.02
+    assert drawn.strengths[:, 6].unique().tolist() == [-1, 0]
+    plain = Augmentation(View(randaugment_probability=0.0), 16).parameters(lambda width: torch.rand(9, width))
+    assert plain.operations.shape == (9, 2), "no rounds that change nothing"
+
+
 def test_strengths_are_torchvisions() -> None:
     space = v2.RandAugment._AUGMENTATION_SPACE
-    assert set(space) == set(OPERATIONS)
+    assert set(space) == set(RANDAUGMENT)
     for bin_ in range(NUM_BINS):
-        for name, ours in zip(OPERATIONS, magnitudes(bin_, 32).tolist(), strict=True):
+        for name, ours in zip(RANDAUGMENT, magnitudes(bin_, 32).tolist(), strict=True):
             of_bins = space[name][0](NUM_BINS, 32, 32)
             theirs = 0.0 if of_bins is None else float(of_bins[bin_])
             if name.startswith("Translate"):
@@ -139,7 +200,7 @@ def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None
     torch.testing.assert_close(shares, expected, atol=0.005, rtol=0)
     same = (drawn.operations[:, 0] == drawn.operations[:, 1]) & (drawn.operations[:, 0] > 0)
     assert abs(same.float().mean() - 0.65 * 13 / 14**2) < 0.003, "drawn with replacement"
-    for index, name in enumerate(OPERATIONS):
+    for index, name in enumerate(RANDAUGMENT):
         strengths = drawn.strengths[drawn.operations == index]
         negative = (strengths < 0).float().mean().item()
         assert negative == pytest.approx(0.5 if v2.RandAugment._AUGMENTATION_SPACE[name][1] else 0, abs=0.03), name
@@ -233,7 +294,7 @@ def test_images_too_small_to_blur_are_left() -> None:
 
 def test_nothing_is_read_from_the_pixels() -> None:
     """On the meta device there are none to read: a number asked for, or a shape that depends on them, raises."""
-    view = View(randaugment_probability=1.0, affine_probability=1.0)
+    view = View(randaugment_probability=1.0, affine_probability=1.0, color_jitter_probability=0.5)
     drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(200, width))
     assert drawn.operations.unique().numel() == len(OPERATIONS)
     pixels = torch.empty(200, 3, 16, 16, dtype=torch.uint8, device="meta")

@@ -8,7 +8,7 @@ from torch import Tensor
 from model import GaussianDiffusion
 from model.diffusion import Schedule, alphas_cumprod
 
-SCHEDULES: list[Schedule] = ["linear", "cosine", "inverted_cosine"]
+SCHEDULES: list[Schedule] = ["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]
 TEN_POINTS = [0, 1, 7, 50, 249, 500, 666, 900, 998, 999]
 
 
@@ -22,6 +22,8 @@ def closed_form(schedule: Schedule, t: int) -> float:
         return math.exp(math.fsum(math.log1p(-(1e-4 + (0.02 - 1e-4) * s / 999)) for s in range(t + 1)))
     if schedule == "cosine":
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    if schedule == "linear_alphas_cumprod":
+        return 1 - u
     return 2 / math.pi * math.acos(math.sqrt(u))  # equal to arccos(2u - 1) / pi
 
 

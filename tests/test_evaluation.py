@@ -158,8 +158,8 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
         return pixels[:, 0, 0].float()
 
     encoders = {
-        "good": lambda x: {"z": torch.cat([x, (x - 1) ** 2], 1), "pooled": torch.zeros(len(x), 1)},
-        "pixels": lambda x: {"z": x},
+        "good": lambda x, _: {"z": torch.cat([x, (x - 1) ** 2], 1), "pooled": torch.zeros(len(x), 1)},
+        "pixels": lambda x, _: {"z": x},
     }
     protocols = [
         Protocol("knn", KNN(k=5), "clean", "z", False),

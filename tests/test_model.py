@@ -44,9 +44,10 @@ def test_timestep_embedding_is_the_fields() -> None:
     torch.testing.assert_close(timestep_embedding(timesteps, 128), theirs, atol=1e-4, rtol=0)
 
 
-def test_adagn_is_the_papers_equation() -> None:
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_adagn_is_the_papers_equation(offset: float) -> None:
     torch.manual_seed(0)
-    adagn = AdaGN(8, time_dim=6, latent_dim=5)
+    adagn = AdaGN(8, time_dim=6, latent_dim=5, scale_offset=offset)
     h, time, latent = torch.randn(2, 8, 4, 4), torch.randn(2, 6), torch.randn(2, 5)
     t_s, t_b = adagn.time_proj(time)[:, :8], adagn.time_proj(time)[:, 8:]
     z_s, z_b = adagn.latent_proj(latent)[:, :8], adagn.latent_proj(latent)[:, 8:]
@@ -56,7 +57,8 @@ def test_adagn_is_the_papers_equation() -> None:
     ).view_as(h)
     for n in range(2):
         for c in range(8):
-            expected = (1 + z_s[n, c]) * ((1 + t_s[n, c]) * normed[n, c] + t_b[n, c]) + z_b[n, c]
+            by_time = (offset + t_s[n, c]) * normed[n, c] + t_b[n, c]
+            expected = (offset + z_s[n, c]) * by_time + z_b[n, c]
             torch.testing.assert_close(adagn(h, time, latent)[n, c], expected)
 
 

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import assert_equal_states, digits_args
 from training.experiment import initial_state, open_experiment
-from training.judge import baselines, config_protocols, judge, raw_pixels, sample_grid
+from training.judge import baselines, config_protocols, encode_with, judge, raw_pixels, sample_grid
 from training.step import Batch, draw_batch, learning_rates, read_pixels, train_step, training_pixels
 from utils.config_file import load_config
 from utils.logging import PhaseTimer
+from utils.randomness import image_noise
 
 STEPS_PER_EPOCH = 1437 // 64
 
@@ -125,7 +126,7 @@ def test_the_probe_sees_augmented_views_anew_each_epoch(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path, "evaluation.batch_size=2000", "evaluation.probe.epochs=2")
     seen: list[torch.Tensor] = []
 
-    def encode(views: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(views: torch.Tensor, _: range) -> dict[str, torch.Tensor]:
         seen.append(views)
         return {"z": views.flatten(1)[:, ::16]}
 
@@ -154,11 +155,32 @@ def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -
     with torch.no_grad():
         for step in range(20):
             settled(batch_of(experiment, step, range(64)).x_source)
-    found = baselines(experiment)["untrained"](views)["z"]
+    found = baselines(experiment)["untrained"](views, range(8))["z"]
     torch.testing.assert_close(found, settled.eval()(views))
     assert not torch.isclose(found, fresh(views), atol=1e-3).all(dim=1).any()
-    other = baselines(experiment_of(tmp_path, "seed=5"))["untrained"](views)["z"]
+    other = baselines(experiment_of(tmp_path, "seed=5"))["untrained"](views, range(8))["z"]
     assert not torch.isclose(found, other, atol=1e-3).all(dim=1).any()
+
+
+def test_features_of_the_decoder_are_its_activations_without_a_latent(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "evaluation.features=decoder.up.1@20")
+    soda = initial_state(experiment).soda.eval()
+    assert experiment.test is not None
+    (pixels,) = experiment.test.batches([range(3, 10)])
+    encode = encode_with(experiment, soda)
+    found = encode(experiment.views.evaluation(pixels), range(3, 10))["decoder.up.1@20"]
+    # The same by hand: noise of the samples' indices, a null latent, the mean over the pixels of that block.
+    noise = image_noise((3, 8, 8), range(12), 0, "features", device=experiment.device)[3:10]
+    share = experiment.diffusion.alphas_cumprod[20]
+    x_t = share.sqrt() * (pixels / 127.5 - 1) + (1 - share).sqrt() * noise
+    seen: list[torch.Tensor] = []
+    soda.decoder.up[1].register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad():
+        soda.decoder(x_t, torch.full((7,), 20), torch.zeros(7, 8))
+    torch.testing.assert_close(found, seen[0].mean(dim=(2, 3)), atol=1e-5, rtol=1e-4)
+    parts = [encode(experiment.views.evaluation(pixels[i : i + 1]), range(3 + i, 4 + i)) for i in range(7)]
+    together = torch.cat([part["decoder.up.1@20"] for part in parts])
+    torch.testing.assert_close(together, found, atol=1e-5, rtol=1e-4)
 
 
 def test_samples_depend_on_the_latent_and_on_the_guidance(tmp_path: Path) -> None:
@@ -189,15 +211,31 @@ def test_warmup_is_linear_in_steps_then_constant(tmp_path: Path) -> None:
     )
 
 
-def test_ema_is_what_ema_pytorch_documents(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "optimizer.max_grad_norm=1e9")
+def test_a_cosine_falls_from_the_warm_up_to_zero(tmp_path: Path) -> None:
+    experiment = experiment_of(
+        tmp_path, "optimizer.schedule=cosine", "optimizer.warmup_epochs=0.5", "training.epochs=2"
+    )
+    rates = [learning_rates(experiment, step)[0] for step in range(2 * STEPS_PER_EPOCH)]
+    assert rates[:11] == pytest.approx([2e-3 * (step + 1) / 11 for step in range(11)])
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 33)
+    for rate in rates[11:]:
+        assert rate == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert theirs.get_last_lr()[0] == pytest.approx(0) and rates[-1] > 0
+
+
+@pytest.mark.parametrize("power", [2 / 3, 0.9])
+def test_ema_is_what_ema_pytorch_documents(tmp_path: Path, power: float) -> None:
+    experiment = experiment_of(tmp_path, "optimizer.max_grad_norm=1e9", f"training.ema_power={power}")
     state = initial_state(experiment)
     name, parameter = next(iter(state.soda.named_parameters()))
     expected: torch.Tensor | None = None
     pixels = training_pixels(experiment, 0)
     for step in range(5):
         train_step(experiment, state, pixels, PhaseTimer())
-        decay = 1 - (1 + step) ** (-2 / 3)
+        decay = 1 - (1 + step) ** -power
         expected = parameter.detach().clone() if expected is None else expected.lerp(parameter.detach(), 1 - decay)
     assert expected is not None
     torch.testing.assert_close(dict(state.ema.ema_model.named_parameters())[name], expected)

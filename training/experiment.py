@@ -137,6 +137,7 @@ def initial_state(experiment: Experiment) -> TrainState:
         ema=EMA(
             soda,
             beta=experiment.config.training.ema_decay,
+            power=experiment.config.training.ema_power,
             update_after_step=0,
             update_every=1,
             include_online_model=False,

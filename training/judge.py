@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from evaluation import CLEAN, MakeView, Protocol, evaluate
-from model import SODA, ResNetEncoder
+from model import SODA, UNetDecoder
 from training.experiment import Experiment, initial_soda
 from training.step import draw_source, draws, read_pixels
 from utils.config import KNN, Probe, ProbeView
@@ -23,32 +23,55 @@ from utils.randomness import CHUNK, generator, image_noise
 SETTLING_PASSES = 20
 MAX_RAW_PIXELS = 2**30  # numbers, 4 GB, of a whole data set
 
-Encode = Callable[[Tensor], dict[str, Tensor]]
+Encode = Callable[[Tensor, range], dict[str, Tensor]]
 
 
-def encode_with(experiment: Experiment, encoder: ResNetEncoder) -> Encode:
-    """The encoder as the evaluation uses it: in evaluation mode, under the experiment's autocast."""
+def encode_with(experiment: Experiment, soda: SODA) -> Encode:
+    """The features of `soda` as the evaluation uses them: in evaluation mode, under the experiment's autocast.
 
-    def encode(views: Tensor) -> dict[str, Tensor]:
-        encoder.eval()
+    "z" and "pooled" of the encoder; of the decoder, if `evaluation.features` names them.
+    """
+    features = experiment.config.evaluation.features
+
+    def encode(views: Tensor, indices: range) -> dict[str, Tensor]:
+        soda.eval()
         with torch.no_grad(), autocast(experiment.device, experiment.amp_dtype):
-            return encoder.features(views)
+            found = soda.encoder.features(views)
+            if features.startswith("decoder."):
+                found[features] = decoder_features(experiment, soda.decoder, views, indices, features)
+        return found
 
     return encode
 
 
+def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor, indices: range, name: str) -> Tensor:
+    """Activations of the decoder without a latent, averaged over the pixels: views (N, 3, H, W) -> (N, C) float32.
+
+    The probe of Denoising Diffusion Autoencoders (Xiang et al. 2023), on a decoder that is unconditional a tenth of the
+    time. `name` is decoder.<block>@<timestep>: of which block, for images with how much noise. A sample's noise is the
+    same each time.
+    """
+    block, timestep = name.removeprefix("decoder.").split("@")
+    x_start = experiment.views.denormalize(views) * 2 - 1
+    noise = image_noise(views.shape[1:], indices, experiment.config.seed, "features", device=views.device)
+    timesteps = torch.full((len(views),), int(timestep), device=views.device)
+    z = torch.zeros(len(views), experiment.config.encoder.latent_dim, device=views.device)
+    x_t = experiment.diffusion.q_sample(x_start, timesteps, noise)
+    return decoder.features(x_t, timesteps, z, block).float().mean(dim=(2, 3))
+
+
 @torch.no_grad()
-def settled(experiment: Experiment, encoder: ResNetEncoder) -> ResNetEncoder:
-    """A copy of `encoder` whose BatchNorm statistics come from forward passes over source views in training mode.
+def settled(experiment: Experiment, soda: SODA) -> SODA:
+    """`soda` with other BatchNorm statistics: those of forward passes over source views, in training mode.
 
     Each process sees whole batches: split ones would give numbers that depend on how many processes there are.
     """
-    encoder = copy.deepcopy(encoder).train()
+    encoder = copy.deepcopy(soda.encoder).train()
     positions = range(experiment.config.training.batch_size)
     steps = range(SETTLING_PASSES)
     for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
         encoder(draw_source(experiment, pixels, step, positions))
-    return encoder
+    return SODA(encoder, soda.decoder)
 
 
 def raw_pixels(views: Tensor, num_images: int) -> Tensor:
@@ -60,16 +83,16 @@ def raw_pixels(views: Tensor, num_images: int) -> Tensor:
 
 
 def baselines(experiment: Experiment) -> dict[str, Encode]:
-    """The encoder as this run started it, and the raw pixels.
+    """The model as this run started it, and the raw pixels.
 
     BatchNorm's running statistics start at mean 0 and variance 1: unless they settle first, the untrained encoder
     is a straw man. The raw pixels stand where the config's features do; nothing comes before them.
     """
-    untrained = settled(experiment, initial_soda(experiment.config, experiment.device).encoder)
+    untrained = settled(experiment, initial_soda(experiment.config, experiment.device))
     features = experiment.config.evaluation.features
     return {
         "untrained": encode_with(experiment, untrained),
-        "raw pixels": lambda views: {features: raw_pixels(views, len(experiment.train))},
+        "raw pixels": lambda views, _: {features: raw_pixels(views, len(experiment.train))},
     }
 
 
@@ -148,9 +171,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     mine = share(num_images, CHUNK)
 
     def noise(positions: range, purpose: str, *counters: int) -> Tensor:
-        whole_chunks = range(positions.start, -(-positions.stop // CHUNK) * CHUNK)
-        drawn = image_noise(pixels.shape[1:], whole_chunks, seed, purpose, *counters, device=device)
-        return drawn[: len(positions)]
+        return image_noise(pixels.shape[1:], positions, seed, purpose, *counters, device=device)
 
     x_source, x_target = experiment.views.pair(
         pixels,

@@ -156,7 +156,7 @@ def evaluate_if_due(
         soda, table, grid = state.ema.ema_model, {}, None
         protocols = [] if experiment.test is None else config_protocols(experiment)
         if protocols:
-            encoders = {"trained": encode_with(experiment, soda.encoder)} | (baselines(experiment) if at_end else {})
+            encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)
         if experiment.config.sampling.num_images:
             grid = sample_grid(experiment, soda)

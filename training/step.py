@@ -1,5 +1,6 @@
 """One training step: draw the batch, denoise, update. Every draw is a function of (seed, purpose, step)."""
 
+import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -91,10 +92,12 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
 
 
 def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
-    """Of encoder and decoder at `step`: a linear warm-up, the first step already above zero, then constant."""
-    config = experiment.config.optimizer
+    """Of encoder and decoder at `step`: a linear warm-up, the first step already above zero, then as configured."""
+    config, total_steps = experiment.config.optimizer, experiment.total_steps
     warmup_steps = round(config.warmup_epochs * experiment.loader.steps_per_epoch)
     factor = min(1.0, (step + 1) / max(1, warmup_steps))
+    if config.schedule == "cosine" and step >= warmup_steps:
+        factor = (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2
     return config.encoder_lr * factor, config.decoder_lr * factor
 
 

@@ -70,7 +70,7 @@ class Data(Section):
 
 
 class View(Section):
-    """How one view of an image is drawn: crop and flip, RandAugment, affine, in this order."""
+    """How one view of an image is drawn: crop and flip, RandAugment, colours, affine, in this order."""
 
     crop_flip_probability: Probability = key(0.95, "of the crop and, after it, the flip, being applied at all")
     crop_scale: Pair = key([0.08, 1.0], "range of the crop's share of the area")
@@ -79,6 +79,11 @@ class View(Section):
     randaugment_probability: Probability = key(0.65, "of RandAugment being applied")
     randaugment_num_ops: int = key(2, "operations that RandAugment applies", ge=1)
     randaugment_magnitude: int = key(9, "strength of the operations, of 31 bins", ge=0, le=30)
+    color_jitter_probability: Probability = key(0.0, "of changed colours")
+    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = key(
+        [0.4, 0.4, 0.4, 0.1], "reach of brightness, contrast, saturation (about 1) and hue (about 0, at most 0.5)"
+    )
+    grayscale_probability: Probability = key(0.0, "of no colour")
     affine_probability: Probability = key(0.0, "of a random affine move being applied")
     affine_degrees: float = key(0.0, "rotation up to this many degrees either way", ge=0, le=180)
     affine_translate: Probability = key(0.0, "shift up to this share of the image size, each axis")
@@ -95,6 +100,11 @@ class View(Section):
         if self.randaugment_probability:
             strength = f"{self.randaugment_num_ops}x{self.randaugment_magnitude}"
             parts.append(f"RandAugment {strength} (p={self.randaugment_probability:g})")
+        if self.color_jitter_probability:
+            reach = " ".join(f"{x:g}" for x in self.color_jitter)
+            parts.append(f"jitter {reach} (p={self.color_jitter_probability:g})")
+        if self.grayscale_probability:
+            parts.append(f"grey (p={self.grayscale_probability:g})")
         if self.affine_probability:
             low, high = self.affine_scale
             parts.append(f"affine {self.affine_degrees:g} deg {self.affine_translate:g} x{low:g}-{high:g}")
@@ -109,6 +119,13 @@ class View(Section):
         if info.field_name == "crop_scale" and pair[1] > 1:
             raise ValueError("a share of the area is at most 1")
         return pair
+
+    @field_validator("color_jitter")
+    @classmethod
+    def _hue(cls, reach: list[float]) -> list[float]:
+        if reach[3] > 0.5:
+            raise ValueError("the reach of hue is at most 0.5")
+        return reach
 
 
 class SourceView(View):
@@ -143,10 +160,11 @@ class Decoder(Section):
     attn_resolutions: list[int] = key([16], "feature-map sizes, in pixels, with self-attention")
     num_head_channels: int | None = key(None, "channels of an attention head; null: one head", ge=1)
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "dropout in the residual blocks")
+    scale_offset: float = key(1.0, "AdaGN's scales are this + linear(...); the reference implementation has 0", ge=0)
 
 
 class Diffusion(Section):
-    schedule: Literal["linear", "cosine", "inverted_cosine"] = key("linear", "noise schedule")
+    schedule: Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"] = key("linear", "noise schedule")
     num_timesteps: int = key(1000, "timesteps T", ge=1)
     beta_start: Annotated[float, Field(gt=0, lt=1)] = key(1e-4, "first beta of the linear schedule")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = key(0.02, "last beta of the linear schedule")
@@ -160,6 +178,7 @@ class Optimizer(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's betas", min_length=2, max_length=2)
     weight_decay: float = key(0.05, "AdamW's weight decay", ge=0)
     warmup_epochs: float = key(20.0, "linear warm-up, a step at a time, over this many epochs", ge=0, le=1e6)
+    schedule: Literal["constant", "cosine"] = key("constant", "after the warm-up; cosine: to zero at the last step")
     max_grad_norm: Positive = key(1.0, "gradients are clipped to this norm")
 
 
@@ -177,6 +196,7 @@ class Training(Section):
     compile: bool | None = key(None, "torch.compile the model for training; null: on CUDA", run=True)
     latent_drop_probability: Probability = key(0.1, "of replacing a sample's latent by the null latent")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(0.9999, "cap of the EMA's decay, which warms up")
+    ema_power: Positive = key(2 / 3, "the EMA's decay at step n is 1 - (1 + n)^-ema_power, up to its cap")
     log_every: int = key(50, "steps between reports", run=True, ge=1)
     checkpoint_every: str = key("10 minutes", "`N steps`, `N epochs` or `N minutes`", run=True)
     keep_every: int | None = key(None, "epochs between checkpoints kept for good; null: none", run=True, ge=1)
@@ -210,7 +230,12 @@ class Probe(Section):
 class Evaluation(Section):
     every: int = key(100, "epochs between evaluations of the EMA encoder; always at the end", run=True, ge=1)
     batch_size: int = key(512, "images a forward pass", run=True, ge=1)
-    features: Literal["z", "pooled"] = key("z", "the latent, or the features before the last layer", run=True)
+    features: Annotated[str, Field(pattern=r"^(z|pooled|decoder\.(down|middle|up)\.\d+@\d+)$")] = key(
+        "z",
+        "the latent z; pooled, before the encoder's last layer; decoder.<block>@<timestep>, as decoder.up.5@20, of the "
+        "decoder without a latent",
+        run=True,
+    )
     normalize: bool = key(True, "scale features to length 1", run=True)
     knn: KNN = KNN()
     probe: Probe = Probe()

@@ -25,6 +25,16 @@ def check_consistency(config: Any) -> None:
     for channels in attended:
         if decoder.num_head_channels and channels % decoder.num_head_channels:
             raise ValueError(f"decoder.num_head_channels does not divide the {channels} channels that attend")
+    if config.evaluation.features.startswith("decoder."):
+        _, part, rest = config.evaluation.features.split(".")
+        index, timestep = map(int, rest.split("@"))
+        per_level = {"down": decoder.num_res_blocks, "up": decoder.num_res_blocks + 1}
+        blocks = 2 if part == "middle" else per_level[part] * (halvings + 1) + halvings
+        if index >= blocks or timestep >= config.diffusion.num_timesteps:
+            raise ValueError(
+                f"evaluation.features {config.evaluation.features}: the decoder has {part}.0 to {part}.{blocks - 1}, "
+                f"and timesteps go from 0 to {config.diffusion.num_timesteps - 1}"
+            )
     # On some CPUs the bf16 gradient of a strided 3x3 convolution on a 1x1 map is garbage.
     last_input = math.ceil(size / (4 if config.encoder.stem == "small" else 16))
     if last_input == 1:

@@ -40,15 +40,16 @@ def uniforms(positions: range, width: int, seed: int, purpose: str, *counters: i
 def image_noise(
     shape: tuple[int, ...], positions: range, seed: int, purpose: str, *counters: int, device: torch.device
 ) -> Tensor:
-    """Standard normal noise (len(positions), *shape) for the samples at `positions` of the global batch.
+    """Standard normal noise (len(positions), *shape) for the samples at `positions`, as of the global batch.
 
     Every CHUNK samples have a seed of their own, so that a process draws its share of the batch and no more,
     and gets what one process with the whole batch would have drawn there.
     """
-    assert positions.start % CHUNK == 0 == len(positions) % CHUNK, "a share of the batch is made of whole chunks"
-    noise = torch.empty(len(positions), *shape, device=device)
+    chunks = range(positions.start // CHUNK, -(-positions.stop // CHUNK))
+    noise = torch.empty(len(chunks) * CHUNK, *shape, device=device)
     source = torch.Generator(device)
-    for chunk, out in enumerate(noise.split(CHUNK), start=positions.start // CHUNK):
+    for chunk, out in zip(chunks, noise.split(CHUNK), strict=True):
         source.manual_seed(derive_seed(seed, purpose, *counters, chunk))
         torch.randn(out.shape, generator=source, out=out)
-    return noise
+    start = chunks.start * CHUNK
+    return noise[positions.start - start : positions.stop - start]
