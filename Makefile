@@ -1,15 +1,19 @@
 # make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate; NPROC GPUs
 # make test                                                                           lint, types and tests
 # make test-long                                                                      the tests that take minutes
+# make bundle DATA=folder [BUNDLE_PYTHON=3.12]      bundle/: code, a folder of images, the packages that a bare machine
+#                                                   with torch lacks; `bash bundle/run.sh` runs an ablation there
 # All set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
 NPROC ?= 1
 ARGS ?=
 PYTHON ?= python3
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_MB = 60
 LAUNCH = .venv/bin/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
 
-.PHONY: train test test-long clean
+.PHONY: train test test-long bundle clean
 .DELETE_ON_ERROR:
 
 train: .venv/requirements.done
@@ -23,6 +27,19 @@ test: .venv/requirements-dev.done
 
 test-long: .venv/requirements-dev.done
 	.venv/bin/python -m pytest -m long
+
+# Of what is committed. ema-pytorch's own needs, torch and more, are there.
+bundle: .venv/requirements.done
+	@test -d "$(DATA)/train" || { echo "error: DATA is no folder of train/ and test/: make bundle DATA=photos" >&2; exit 2; }
+	rm -rf bundle
+	mkdir -p bundle/wheels
+	git archive --format=tar.gz -o bundle/code.tar.gz HEAD
+	tar -C "$(DATA)" -czf bundle/data.tar.gz .
+	.venv/bin/python -m pip download --quiet --only-binary=:all: --python-version $(BUNDLE_PYTHON) \
+	  --platform manylinux2014_x86_64 --dest bundle/wheels pydantic
+	.venv/bin/python -m pip download --quiet --no-deps --dest bundle/wheels ema-pytorch
+	cp benchmarks/run_bundle.sh bundle/run.sh
+	@du -sm bundle | awk '{print "bundle/: " $$1 " MB"; if ($$1 >= $(BUNDLE_MB)) {print "error: $(BUNDLE_MB) MB or more" > "/dev/stderr"; exit 2}}'
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
