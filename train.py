@@ -64,7 +64,10 @@ def main(argv: list[str] | None = None) -> int:
 
             experiment = open_experiment(config)
             if saved and saved["data"] != experiment.data_digest:
-                raise DatasetError(f"{config.data.root} holds other images than {checkpoint} was trained on")
+                raise DatasetError(
+                    f"{config.data.root} holds other images than {checkpoint} was trained on: "
+                    "put those back, or choose another output_dir"
+                )
             state = initial_state(experiment)
             if saved:
                 state.load_state_dict(saved)

@@ -1,8 +1,8 @@
 """Images that do not fit in memory: decoded by our threads against a DataLoader's processes, ahead and when due.
 
-Makes JPEGs of ImageNet's usual size and takes all of them in batches, in a random order; the processes are started for
-each pass, as they would be for each epoch. Then a pretended step, which sleeps, takes batches a quarter slower than
-they can be decoded.
+Makes JPEGs of ImageNet's usual size and takes all of them in batches, in a random order; the processes are started
+once. Then a pretended step takes batches a quarter slower than they can be decoded. It sleeps: it leaves the cores and
+Python's lock alone, as a step does only while a GPU works on what it has been given.
 
   python -m benchmarks.streaming                             # decoding is the host's work, with a GPU or without
   python -m benchmarks.streaming --image_size 224 --workers 16
@@ -50,16 +50,13 @@ class Files(Dataset[Tensor]):
 
 def waits(batches: Iterator[Tensor], step_seconds: float) -> float:
     """Share of the time that a step of `step_seconds` waits for its batch, from the fourth on."""
-    waited, start = 0.0, 0.0
-    for number in range(12):
-        before = time.perf_counter()
-        if number == 3:
-            waited, start = 0.0, before
+    waited: list[float] = []
+    while True:
+        start = time.perf_counter()
         if next(batches, None) is None:
-            break
-        waited += time.perf_counter() - before
+            return sum(waited[3:]) / (sum(waited[3:]) + step_seconds * len(waited[3:]))
+        waited.append(time.perf_counter() - start)
         time.sleep(step_seconds)
-    return waited / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -77,16 +74,16 @@ def main() -> None:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).split(args.batch_size)
         ours = partial(decode_batches, listing, args.image_size)
 
-        def processes() -> Iterable[Tensor]:
-            loader = DataLoader(
-                Files(listing, args.image_size), batch_sampler=[o.tolist() for o in order], num_workers=args.workers
-            )
-            return iter(loader)
-
+        loader = DataLoader(
+            Files(listing, args.image_size),
+            batch_sampler=[chosen.tolist() for chosen in order],
+            num_workers=args.workers,
+            persistent_workers=True,
+        )
         everything: dict[str, Callable[[], Iterable[Tensor]]] = {
             "one thread": partial(ours, order, 1),
             "threads": partial(ours, order, args.workers),
-            "processes of a DataLoader": processes,
+            "processes of a DataLoader": lambda: iter(loader),
         }
         work = {name: lambda batches=batches: [None for _ in batches()] for name, batches in everything.items()}
         seconds = take_turns(work, args.rounds, torch.device("cpu"), warmup=1)
@@ -95,14 +92,14 @@ def main() -> None:
             rate = count / statistics.median(each)
             print(f"{name:26s} {spread(each)}  {rate:7.0f} images/s, {ratio(seconds['one thread'], each)} one thread's")
 
-        batch_seconds = statistics.median(seconds["threads"]) / len(order)
-        step_seconds = 1.25 * batch_seconds
-        print(f"a step of {step_seconds * 1000:.0f} ms waits, for batches that take {batch_seconds * 1000:.0f} ms,")
-        ahead = [waits(ours(iter(order), args.workers), step_seconds) for _ in range(args.rounds)]
-        decoding.AHEAD = 0
-        behind = [waits(ours(iter(order), args.workers), step_seconds) for _ in range(args.rounds)]
-        for name, shares in (("read ahead", ahead), ("read when due", behind)):
-            print(f"{name:26s} {statistics.median(shares):.1%} of the time ({min(shares):.1%} to {max(shares):.1%})")
+        shares: dict[int, list[float]] = {decoding.AHEAD: [], 0: []}
+        for _ in range(args.rounds):
+            threads = take_turns({"threads": work["threads"]}, 1, torch.device("cpu"), warmup=0)["threads"][0]
+            for decoding.AHEAD, found in shares.items():
+                found.append(waits(ours(iter(order), args.workers), 1.25 * threads / len(order)))
+        for ahead, found in shares.items():
+            spread_of = f"{statistics.median(found):.1%} of the time ({min(found):.1%} to {max(found):.1%})"
+            print(f"reading {ahead} batches ahead, the step waits {spread_of}")
 
 
 if __name__ == "__main__":

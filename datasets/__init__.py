@@ -31,11 +31,17 @@ class DatasetInfo:
 
 
 def build_dataset(
-    name: str, root: str, cache_dir: str, image_size: int, stream: bool | None = None, num_workers: int | None = None
+    name: str,
+    root: str,
+    cache_dir: str,
+    image_size: int,
+    stream: bool | None = None,
+    num_workers: int | None = None,
+    processes: int = 1,
 ) -> tuple[Images, Images | None, DatasetInfo]:
     """(training split, test split or None, info); raises DatasetError when the images cannot be had.
 
-    The arguments are the keys of the config's `data` section.
+    The arguments are the keys of the config's `data` section, and how many processes share this machine's cores.
     """
     folder = Path(root)
     train: Images
@@ -50,7 +56,7 @@ def build_dataset(
         list_files = list_tiny_imagenet if name == "tiny" else list_folder
         train_files, test_files = list_files(folder)
         count = len(train_files.files) + len(test_files.files if test_files else [])
-        how = (image_size, Path(cache_dir), choose_stream(stream, folder, count, image_size), num_workers)
+        how = (image_size, Path(cache_dir), choose_stream(stream, folder, count, image_size), num_workers, processes)
         train = open_listing(train_files, *how)
         test = open_listing(test_files, *how) if test_files else None
     mean, std = STATISTICS.get(name) or train.summary.statistics

@@ -1,5 +1,6 @@
 """Image files to uint8 squares: one, or batches of them by threads that work ahead of whoever takes them."""
 
+import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -20,24 +21,26 @@ GROUP = 8  # images that a thread takes at a time
 warnings.filterwarnings("ignore", module=r"PIL\.")  # e.g. of a palette's transparency
 
 
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def decode(path: Path, image_size: int) -> np.ndarray:
     """An image file as a (size, size, 3) uint8 square: shorter side resized, centre cropped, grey made colour.
 
-    Turned as its EXIF orientation says; 16-bit grey loses its low byte. JPEGs of at least four times the size are
-    decoded at a half, a quarter or an eighth of theirs, never below twice what is asked for: that is faster, and after
-    the resizing with antialiasing it hardly shows.
+    Turned as its EXIF orientation says; 16-bit grey loses its low byte. Raises DatasetError.
     """
     try:
         with Image.open(path) as image:
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")
-            image.draft(None, (2 * image_size, 2 * image_size))
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
             rgb = upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"cannot read the image {path} ({error}): mend or remove it") from None
+        raise DatasetError(f"cannot read the image {path} ({error})") from None
     width, height = rgb.size
     if (width, height) != (image_size, image_size):
         side = min(width, height)
@@ -54,6 +57,8 @@ def decode_batches(
 
     Threads and not processes: PIL lets go of Python's lock while it decodes and resizes, pixels are written where they
     stay (in pinned memory, if asked), no shared memory runs out, and an error is raised as it is.
+
+    Raises DatasetError for a file that cannot be read, when its batch is due.
     """
 
     def fill(out: np.ndarray, indices: list[int]) -> None:
@@ -93,13 +98,12 @@ class StreamedImages(Images):
     """
 
     def __init__(self, listing: Listing, image_size: int, num_workers: int, summary: Summary) -> None:
-        super().__init__(listing.classes, None if listing.labels is None else torch.tensor(listing.labels))
-        self._listing, self._num_workers, self._summary = listing, num_workers, summary
-        self.shape = (len(listing.files), 3, image_size, image_size)
-
-    @property
-    def summary(self) -> Summary:
-        return self._summary
+        labels = None if listing.labels is None else torch.tensor(listing.labels)
+        super().__init__((len(listing.files), 3, image_size, image_size), labels, listing.classes, summary)
+        self._listing, self._num_workers = listing, num_workers
 
     def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
-        return decode_batches(self._listing, self.shape[-1], wanted, self._num_workers, pin_memory)
+        try:
+            yield from decode_batches(self._listing, self.shape[-1], wanted, self._num_workers, pin_memory)
+        except DatasetError as error:
+            raise DatasetError(f"{error}: put back the file that was there, and start again") from None

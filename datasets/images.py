@@ -4,7 +4,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ def summarize(blocks: Iterable[Tensor]) -> Summary:
     # Sums of integers, which are exact in any order.
     count, total, squares = 0, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     for block in blocks:
-        digest.update(block.numpy().data)
+        digest.update(block.contiguous().numpy().data)
         count += block.numel() // 3
         total += block.sum(dim=(0, 2, 3))
         squares += block.int().square_().sum(dim=(0, 2, 3))
@@ -50,27 +49,22 @@ class Images(ABC):
     Attributes:
         shape: (N, 3, size, size).
         labels: (N,) int64 or None.
+        summary: of all pixels.
     """
 
-    shape: tuple[int, ...]
-
-    def __init__(self, classes: list[str], labels: Tensor | None) -> None:
-        self.classes, self.labels = classes, labels
+    def __init__(self, shape: tuple[int, ...], labels: Tensor | None, classes: list[str], summary: Summary) -> None:
+        assert shape[1] == 3 and (labels is None or len(labels) == shape[0])
+        self.shape, self.labels, self.classes, self.summary = torch.Size(shape), labels, classes, summary
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    @property
-    @abstractmethod
-    def summary(self) -> Summary:
-        """Of all pixels."""
 
     @abstractmethod
     def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
         """Pixels (N, 3, size, size) uint8 of each batch of indices in turn.
 
-        `wanted` may be read ahead of what is taken. On the host, pixels can be asked for in pinned memory, from which
-        a GPU fetches them while the host goes on.
+        `wanted` may be read ahead of what is taken. What lies on the host can be asked for in pinned memory, from
+        which a GPU fetches it while the host goes on.
         """
 
     def digest(self) -> str:
@@ -92,15 +86,9 @@ class StoredImages(Images):
     def __init__(
         self, pixels: Tensor, labels: Tensor | None, classes: list[str], summary: Summary | None = None
     ) -> None:
-        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
-        assert labels is None or len(labels) == len(pixels)
-        super().__init__(classes, labels)
-        self.pixels, self._known = pixels, summary
-        self.shape = tuple(pixels.shape)
-
-    @cached_property
-    def summary(self) -> Summary:
-        return self._known or summarize(block.cpu() for block in self.pixels.split(1024))
+        assert pixels.dtype == torch.uint8
+        super().__init__(pixels.shape, labels, classes, summary or summarize(p.cpu() for p in pixels.split(1024)))
+        self.pixels = pixels
 
     def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
         for indices in wanted:

@@ -22,7 +22,7 @@ def extract_features(
 
     Args:
         encode: pixels and their indices -> their features, (len(range), D) each.
-        images: of known length, with `batches`, which yields the pixels of each batch of indices.
+        images: of known length; `batches(ranges, pin_memory)` yields the pixels of each.
         share: number of batches -> those that this process encodes. A batch is never split, so that its features do
             not depend on the number of processes.
         all_reduce: tensor -> its sum over all processes.
@@ -33,7 +33,7 @@ def extract_features(
     mine = [range(b * batch_size, min((b + 1) * batch_size, count)) for b in share(-(-count // batch_size))]
     # A process without a batch needs the features' names and widths all the same.
     batches = mine or [range(1)]
-    for batch, pixels in zip(batches, images.batches(batches), strict=True):
+    for batch, pixels in zip(batches, images.batches(batches, pin_memory=device.type == "cuda"), strict=True):
         if mine:
             times_encoded[batch.start : batch.stop] += 1
         for name, values in encode(pixels, batch).items():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS, MOMENTUM = 1e-6, 0.1  # of BatchNorm
-BLOCK = 64  # batches that are normalised at once
+BLOCK = 2**24  # numbers that are normalised at once
 
 
 class LinearProbe:
@@ -54,8 +54,9 @@ class LinearProbe:
         self._optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * self._epoch / self.epochs)) / 2
         order = torch.randperm(len(features), generator=self._generator).to(features.device)
         whole = len(order) // self.batch_size * self.batch_size
-        for start in range(0, whole, BLOCK * self.batch_size):
-            block = order[start : min(start + BLOCK * self.batch_size, whole)]
+        step = max(1, BLOCK // (self.batch_size * features.shape[1])) * self.batch_size
+        for start in range(0, whole, step):
+            block = order[start : min(start + step, whole)]
             self._train(features[block], labels[block], self.batch_size)
         if len(order) - whole > 1:  # BatchNorm refuses to train on one
             self._train(features[order[whole:]], labels[order[whole:]], len(order) - whole)
@@ -71,9 +72,9 @@ class LinearProbe:
         self._mean = kept * self._mean + weights @ mean
         self._var = kept * self._var + weights @ var * (n / (n - 1))
         x = _with_one((x - mean[:, None]) * (var[:, None] + EPS).rsqrt())  # (B, n, D + 1)
-        onehot = F.one_hot(labels, len(self._weight)).to(x.dtype).view(len(x), n, -1)
-        for x_batch, onehot_batch in zip(x, onehot, strict=True):
-            error = torch.softmax(x_batch @ self._weight.T, dim=1).sub_(onehot_batch)
+        minus_one = -torch.ones(n, 1, device=x.device)
+        for x_batch, label in zip(x, labels.view(len(x), n, 1), strict=True):
+            error = torch.softmax(x_batch @ self._weight.T, dim=1).scatter_add_(1, label, minus_one)
             torch.addmm(self._weight, error.T, x_batch, beta=0, alpha=1 / n, out=self._weight.grad)
             self._optimizer.step()
 

@@ -50,7 +50,7 @@ def pytest_configure() -> None:
         os.environ.pop(name, None)
 
 
-def launch(*args: str) -> subprocess.CompletedProcess[str]:
+def launch(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`python args`, as a user types it; each launch costs seconds, so there are few."""
     return subprocess.run(
         [sys.executable, *args],
@@ -58,7 +58,7 @@ def launch(*args: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
 

@@ -51,7 +51,7 @@ def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
 def test_a_compiled_model_trains_as_the_eager_one_does(tmp_path: Path) -> None:
     """In one process and in two; as one graph, which is not cut where processes meet."""
     eager, compiled = (processes.training(tmp_path, 20, compiled=compiled) for compiled in (False, True))
-    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "compiled", str(tmp_path))
+    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "compiled", str(tmp_path), timeout=900)
     assert done.returncode == 0, done.stderr
     for found in (compiled, *(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))):
         assert found["losses"] == pytest.approx(eager["losses"], rel=3e-4)

@@ -89,6 +89,7 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("encoder.stem=imagenet data.image_size=16", "encoder.stem"),
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
         ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
+        ("data.stream=true", "data.stream is for data sets of image files, tiny and folder, not for cifar10"),
         ("evaluation.features=q", "evaluation.features"),
         ("evaluation.features=decoder.middle.2@5", "the decoder has middle.0 to middle.1"),
         ("evaluation.features=decoder.up.15@5", "the decoder has up.0 to up.14"),

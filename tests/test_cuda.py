@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from datasets.decoding import decode_batches
+from datasets.listing import Listing
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
 from tests.test_distributed import assert_like_torch, relative_error
@@ -25,6 +28,7 @@ def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
     for rank in (0, 1):
         two = torch.load(tmp_path / "two" / f"rank{rank}.pt")
         assert two["training"]["losses"] == pytest.approx(one["training"]["losses"], rel=1e-4)
+        assert two["compiled"]["losses"] == pytest.approx(one["training"]["losses"], rel=3e-4)
         for kind in ("gradients", "buffers"):
             for name, value in one["training"][kind].items():
                 assert relative_error(two["training"][kind][name], value) < 1e-4, name
@@ -49,6 +53,14 @@ def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path, compi
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+
+
+def test_streamed_images_are_pinned(tmp_path: Path) -> None:
+    for index in range(4):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    listing = Listing(tmp_path, [f"{index}.png" for index in range(4)], None, [])
+    (pixels,) = decode_batches(listing, 8, [range(4)], num_workers=2, pin_memory=True)
+    assert pixels.is_pinned() and pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_images_lie_on_the_gpu_or_are_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

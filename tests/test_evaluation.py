@@ -8,7 +8,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 
 from datasets import StoredImages
-from evaluation import Protocol, evaluate
+from evaluation import Protocol, evaluate, linear_probe
 from evaluation.features import extract_features
 from evaluation.knn import knn_votes, topk_accuracy
 from evaluation.linear_probe import LinearProbe
@@ -94,11 +94,16 @@ def test_probe_follows_its_protocol() -> None:
         probe.train_epoch(torch.randn(21, 4), torch.randint(0, 3, (21,)))
 
 
-@pytest.mark.parametrize("batch_size", [8, 11, 100])
-def test_probe_is_the_module_that_its_protocol_names(batch_size: int) -> None:
+@pytest.mark.parametrize("block", [2**24, 150])
+@pytest.mark.parametrize("batch_size", [8, 11, 19, 25, 100])
+def test_probe_is_the_module_that_its_protocol_names(
+    batch_size: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference's modules and optimiser, trained by autograd on the same batches from the same start."""
     torch.manual_seed(0)
+    monkeypatch.setattr(linear_probe, "BLOCK", block)
     features, labels = 3 * torch.randn(77, 6) + torch.arange(6), torch.randint(0, 3, (77,))
+    features[:, 0] /= 1000  # then BatchNorm's eps matters
     probe = LinearProbe(6, 3, 4, 1e-2, batch_size, torch.Generator().manual_seed(1), torch.device("cpu"))
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(6, affine=False, eps=1e-6), torch.nn.Linear(6, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -110,10 +115,11 @@ def test_probe_is_the_module_that_its_protocol_names(batch_size: int) -> None:
     for _ in range(3):
         probe.train_epoch(features, labels)
         for batch in torch.randperm(77, generator=generator).split(batch_size):
-            loss = F.cross_entropy(model.train()(features[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            if len(batch) > 1:
+                loss = F.cross_entropy(model.train()(features[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         scheduler.step()
     torch.testing.assert_close(probe.scores(features), model.eval()(features))
 

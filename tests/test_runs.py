@@ -1,7 +1,12 @@
 """The programs, called in process: what a run writes, how it resumes, what it refuses."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,10 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
-from tests.conftest import assert_equal_states, digits_args
+from datasets import files
+from datasets.decoding import AHEAD
+from datasets.listing import list_folder
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from training import loop
 from utils.cli import read_config
 from utils.config_file import load_config
@@ -403,6 +411,7 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
     assert train_program.main(args("stored", "false")) == 0
 
     step, good, bad_at = loop.train_step, {path: path.read_bytes() for path in pictures.glob("train/*/*")}, 9
+    fingerprint = {name: files._fingerprint(list_folder(pictures)[name == "test"]) for name in ("train", "test")}  # type: ignore[arg-type]
 
     def sabotaged(experiment: Any, state: Any, *rest: Any) -> Any:
         if state.step == bad_at:
@@ -415,8 +424,16 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
         with pytest.raises(SystemExit, match="2"):
             train_program.main(args("streamed", "true"))
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: cannot read the image") and error.endswith("mend or remove it")
-    assert last(tmp_path / "runs" / "streamed")["step"] in (8, 12)
+    assert error.startswith("error: cannot read the image")
+    assert error.endswith("put back the file that was there, and start again")
+    stopped_at = last(tmp_path / "runs" / "streamed")["step"]
+    assert bad_at <= stopped_at <= bad_at + AHEAD + 1, "the steps whose images had been read are done, and kept"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        # Judging meets them, too.
+        patch.setattr(files, "_fingerprint", lambda listing: fingerprint[listing.root.name])
+        judge_program.main(args("streamed", "true"))
+    assert "error: cannot read the image" in capsys.readouterr().err
 
     for path, content in good.items():
         path.write_bytes(content)
@@ -426,3 +443,24 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
         assert_equal_states(streamed[part], stored[part], part)
     assert reports(tmp_path / "runs" / "streamed", "evaluation") == reports(tmp_path / "runs" / "stored", "evaluation")
     assert not list((tmp_path / "streamed").glob("*.npy")) and len(list((tmp_path / "stored").glob("*.npy"))) == 2
+
+
+@pytest.mark.long
+def test_two_processes_end_at_once_when_one_cannot_read_an_image(pictures: Path, tmp_path: Path) -> None:
+    """Though the other waits for its tensors."""
+    data = ["data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / 'cache'}", "data.stream=true"]
+    args = digits_args(tmp_path / "run", *data, "training.epochs=10000", "training.log_every=1")
+    command = [sys.executable, *TWO_PROCESSES, "train.py", *args]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            for _ in range(600):
+                if (tmp_path / "run" / "metrics.jsonl").exists() and len(reports(tmp_path / "run", "train")) > 5:
+                    break
+                time.sleep(0.1)
+            for path in pictures.glob("train/*/*"):
+                path.unlink()
+            _, said = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 1, "torchrun's own"
+    assert re.search(r"^error: cannot read the image .* put back the file that was there", said, re.MULTILINE)

@@ -144,6 +144,7 @@ def test_raw_pixels_are_the_views_or_their_averages() -> None:
     assert torch.equal(raw_pixels(small, 1000), small.flatten(1))
     torch.testing.assert_close(raw_pixels(large, 100_000), F.avg_pool2d(large, 2).flatten(1))
     torch.testing.assert_close(raw_pixels(large, 1_281_167), F.avg_pool2d(large, 4).flatten(1))
+    assert raw_pixels(large, 10**8).shape == (2, 3)
 
 
 def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -> None:

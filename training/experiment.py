@@ -10,7 +10,7 @@ from model import SODA, GaussianDiffusion, build_soda, forward_flops
 from utils.checkpoint import TrainState
 from utils.config import Config, ConfigError
 from utils.device import choose_amp_dtype, choose_device
-from utils.distributed import exchange, first_on_each_node, same_everywhere, start, world_size
+from utils.distributed import exchange, first_on_each_node, local_world_size, same_everywhere, start, world_size
 from utils.randomness import CHUNK, derive_seed, generator
 
 
@@ -42,7 +42,8 @@ def open_experiment(config: Config) -> Experiment:
     if len(set(arithmetic)) > 1:
         raise ConfigError(f"the processes compute differently ({', '.join(arithmetic)}): set device, training.use_amp")
     start(config.distributed.backend, config.distributed.timeout_minutes, device)
-    train, test, info = first_on_each_node(lambda: build_dataset(**config.data.model_dump()))
+    data = {**config.data.model_dump(), "processes": local_world_size()}
+    train, test, info = first_on_each_node(lambda: build_dataset(**data))
     data_digest = train.digest()
     if not same_everywhere((data_digest, test and test.digest())):
         raise DatasetError(f"the machines hold different images in {config.data.root}: give them all the same")

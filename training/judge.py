@@ -75,9 +75,9 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
 
 
 def raw_pixels(views: Tensor, num_images: int) -> Tensor:
-    """(N, 3, H, W) -> (N, 3 * size * size), averaged down to at most 32 px; 16 px for a data set of ImageNet's size."""
+    """(N, 3, H, W) -> (N, 3 * size * size), averaged down to 32 px, or less for a large data set."""
     size = min(views.shape[-1], 32)
-    while 3 * size**2 * num_images > MAX_RAW_PIXELS and size > 8:
+    while 3 * size**2 * num_images > MAX_RAW_PIXELS:
         size //= 2
     return F.adaptive_avg_pool2d(views, size).flatten(1)
 
@@ -167,7 +167,8 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     images = experiment.train if experiment.test is None else experiment.test
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
-    (pixels,), positions = images.batches([chosen]), range(num_images)
+    (pixels,) = images.batches([chosen], pin_memory=device.type == "cuda")
+    positions = range(num_images)
     mine = share(num_images, CHUNK)
 
     def noise(positions: range, purpose: str, *counters: int) -> Tensor:

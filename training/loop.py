@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from datasets import DatasetError
 from training.experiment import Experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid, save_png
 from training.step import learning_rates, train_step, training_pixels
@@ -74,7 +75,12 @@ def train(experiment: Experiment, state: TrainState, folder: Path) -> None:
     evaluate_if_due(experiment, state, folder, log, timer)
     with closing(training_pixels(experiment, state.step)) as pixels, bar:
         while state.step < total_steps:
-            loss, grad_norm = train_step(experiment, state, pixels, timer)
+            try:
+                loss, grad_norm = train_step(experiment, state, pixels, timer)
+            except DatasetError:
+                if log:
+                    save("last.pt")
+                raise
             loss_sum += loss
             bar.update(config.batch_size)
             epoch, step_of_epoch = divmod(state.step, steps_per_epoch)

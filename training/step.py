@@ -36,14 +36,6 @@ class Batch:
     drop_mask: Tensor
 
 
-def micro_batches(experiment: Experiment) -> list[range]:
-    """The positions in the global batch that this process's forward passes take, in turn."""
-    config = experiment.config.training
-    mine = share(config.batch_size, CHUNK)
-    size = min(config.micro_batch_size or len(mine), len(mine))
-    return [range(start, start + size) for start in range(mine.start, mine.stop, size)]
-
-
 def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> Generator[Tensor, None, None]:
     """Images (N, 3, H, W) uint8 of each (step, positions in its global batch) in turn, read ahead."""
     indices = (experiment.loader.indices(step, positions) for step, positions in wanted)
@@ -51,9 +43,9 @@ def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> 
 
 
 def training_pixels(experiment: Experiment, step: int) -> Generator[Tensor, None, None]:
-    """What `train_step` takes, from `step` to the end of training."""
-    steps = range(step, experiment.total_steps)
-    return read_pixels(experiment, ((step, positions) for step in steps for positions in micro_batches(experiment)))
+    """This process's share of each batch, from `step` to the end of training."""
+    mine = share(experiment.config.training.batch_size, CHUNK)
+    return read_pixels(experiment, ((step, mine) for step in range(step, experiment.total_steps)))
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
@@ -107,24 +99,27 @@ def train_step(
     """One optimiser step over one global batch. Returns (loss, gradient norm before clipping), on the device.
 
     `pixels` is what `training_pixels` gives from `state.step` on. The loss is the mean over this process's share of
-    the batch, the gradient's norm that of the whole batch.
+    the batch, the gradient's norm that of the whole batch. Raises DatasetError, the state being what it was, where an
+    image cannot be read.
     """
     config, device = experiment.config, experiment.device
-    parts = micro_batches(experiment)
+    mine = share(config.training.batch_size, CHUNK)
+    size = min(config.training.micro_batch_size or len(mine), len(mine))
+    with timer.phase("images"):
+        # All before anything changes: an image that cannot be read leaves the state whole.
+        parts = list(zip(range(mine.start, mine.stop, size), next(pixels).split(size), strict=True))
     state.soda.train()
     for group, lr in zip(state.optimizer.param_groups, learning_rates(experiment, state.step), strict=True):
         group["lr"] = lr
 
     total_loss = torch.zeros((), device=device)
-    for positions in parts:
-        with timer.phase("images"):
-            chosen = next(pixels)
+    for start, chosen in parts:
         with timer.phase("views"):
-            batch = draw_batch(experiment, chosen, state.step, positions)
-        is_last = positions is parts[-1]  # only now do processes average their gradients
+            batch = draw_batch(experiment, chosen, state.step, range(start, start + size))
+        is_last = start + size == mine.stop  # only now do processes average their gradients
         with nullcontext() if is_last or world_size() == 1 else state.wrapped.no_sync():
             with timer.phase("forward"):
-                torch.manual_seed(derive_seed(config.seed, "dropout", state.step, positions.start))
+                torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
 
                 def denoise(x_t: Tensor, timesteps: Tensor, batch: Batch = batch) -> Tensor:
                     return state.wrapped(batch.x_source, x_t, timesteps, batch.drop_mask)

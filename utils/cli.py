@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -90,12 +91,15 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
 def errors_under_way(*kinds: type[Exception]) -> Iterator[None]:
     """A mistake of these `kinds` ends this process with one line and status 2, where the others are not to be met.
 
-    They may be waiting for tensors; a launcher ends them when it sees this one end.
+    They may be waiting for tensors. A launcher ends them when it sees this one end, which therefore does not take leave
+    of them: NCCL would wait for all.
     """
     try:
         yield
     except kinds as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if world_size() > 1:
+            os._exit(2)
         sys.exit(2)
 
 

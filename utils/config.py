@@ -62,7 +62,7 @@ class Data(Section):
     )
     num_workers: int | None = key(
         None,
-        "threads of each process that decode ahead, where images stream; null: one a core",
+        "threads of each process that decode ahead, where images stream; null: share the cores",
         run=True,
         ge=1,
         le=1024,

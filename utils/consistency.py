@@ -43,6 +43,8 @@ def check_consistency(config: Any) -> None:
             f"data.image_size {size} leaves the encoder's last strided convolution a 1x1 map: "
             f"take larger images{hint} (encoder.stem is {config.encoder.stem})"
         )
+    if config.data.stream and config.data.name not in ("tiny", "folder"):
+        raise ValueError(f"data.stream is for data sets of image files, tiny and folder, not for {config.data.name}")
     if config.training.micro_batch_size and config.training.batch_size % config.training.micro_batch_size:
         raise ValueError("training.micro_batch_size must divide training.batch_size")
     if config.sampling.num_sampling_steps > config.diffusion.num_timesteps:

@@ -16,19 +16,25 @@ from utils.distributed import all_reduce, group, rank, world_size
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
+# The compiler cannot look into collectives, and would cut the encoder at every BatchNorm: to it, these are operations
+# like any other. All processes compile the same graph, so that their collectives keep one order.
+
+
 @torch.library.custom_op("soda::sum_over_processes", mutates_args=())
-def _traceable_sum(tensor: Tensor) -> Tensor:
+def _sum_over_processes(tensor: Tensor) -> Tensor:
     return all_reduce(tensor.clone())
 
 
-@_traceable_sum.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
+@torch.library.custom_op("soda::of_all_processes", mutates_args=())
+def _of_all_processes(tensor: Tensor) -> Tensor:
+    """(...) -> (world_size, ...), by a sum of each process's and zeros: gloo cannot gather what lies on a GPU."""
+    everyone = tensor.new_zeros(world_size(), *tensor.shape)
+    everyone[rank()] = tensor
+    return all_reduce(everyone)
 
 
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    """`all_reduce`, which the compiler cannot look into: without this it would cut the encoder at every BatchNorm."""
-    return _traceable_sum(tensor) if torch.compiler.is_compiling() else all_reduce(tensor)
+_sum_over_processes.register_fake(torch.empty_like)
+_of_all_processes.register_fake(lambda tensor: tensor.new_empty(world_size(), *tensor.shape))
 
 
 class _Normalize(torch.autograd.Function):
@@ -77,10 +83,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         count = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
-            # Each process's place, and zeros: a sum, since gloo cannot gather what lies on a GPU.
-            everyone = torch.zeros(world_size(), 2, x.shape[1], device=x.device)
-            everyone[rank()] = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))
-            variances, means = _sum_over_processes(everyone).unbind(dim=1)  # (world_size, C) each
+            moments = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))  # (2, C), of this process
+            variances, means = _of_all_processes(moments).unbind(dim=1)  # (world_size, C) each
             mean, variance = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
