@@ -248,7 +248,7 @@ if __name__ == "__main__":
         results = on_cuda(place)
     elif what == "compiled":
         # Several buckets of gradients, as a large model has, for which the graph is split.
-        patch = partial(parallel._DataParallel, bucket_cap_mb=0.05)
+        patch = partial(parallel._DataParallel, bucket_cap_mb=1)
         parallel._DataParallel = patch  # type: ignore[misc,assignment]
         results = training(place, 20, compiled=True)
     elif what == "mistakes":
