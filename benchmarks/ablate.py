@@ -11,6 +11,7 @@ its checkpoint. Each result is a JSON line in `<out>/results.jsonl`, written the
 
 import argparse
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from utils.cli import user_errors
 from utils.config import ConfigError
 
 CALIBRATION_STEPS = 60
+FIRST_JUDGING_S = 30.0  # a guess, until one has been timed
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +35,14 @@ class Driver:
     def __init__(self, plan: Plan, out: Path, end: float, more: list[str]) -> None:
         self.plan, self.out, self.end, self.more = plan, out, end, more
         self.results = Results(out / "results.jsonl")
-        # What judging a run takes, guessed before the first; kept free at the end.
-        self.judging_s = max([30.0, *(row["evaluation_s"] for row in self.results.rows.values())])
 
     def out_of_time(self) -> bool:
-        return time.monotonic() > self.end - 1.5 * self.judging_s
+        """Whether what is left is for judging: as long as the longest took so far, and half as much again."""
+        judging_s = [row["evaluation_s"] for row in self.results.rows.values() if "failed" not in row]
+        return time.monotonic() > self.end - 1.5 * max(judging_s, default=FIRST_JUDGING_S)
 
     def go(self) -> bool:
-        """Whether all is done."""
+        """Whether nothing is left that more time would do."""
         for stage in self.plan.stages:
             if stage.command:
                 self.command(stage)
@@ -50,8 +52,13 @@ class Driver:
                 if self.out_of_time():
                     logger.info("no time is left for %s", run.name)
                     return False
-                if not self.make(run):
-                    return False
+                try:
+                    if not self.make(run):
+                        return False
+                except RuntimeError as error:  # out of memory, say: the others may do better
+                    reason = str(error).splitlines()[0]
+                    logger.info("%s failed: %s", run.name, reason)
+                    self.results.add(run, {"complete": False, "failed": reason})
         return True
 
     def command(self, stage: Stage) -> None:
@@ -67,7 +74,10 @@ class Driver:
             try:
                 command = [sys.executable, *shlex.split(stage.command)]
                 limit = None if left == float("inf") else left
-                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False)
+                environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else what it printed is lost when time is up
+                done = subprocess.run(
+                    command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False, env=environment
+                )
                 ended = f"status {done.returncode}"
             except subprocess.TimeoutExpired:
                 ended = "no time left"
@@ -84,9 +94,7 @@ class Driver:
         trial = Trial(config_of(run, self.plan, self.more, self.epochs(run, checkpoint)), checkpoint)
         logger.info("%s, %d epochs: %s", run.name, trial.config.training.epochs, " ".join(run.overrides) or "as it is")
         trial.train(self.out_of_time)
-        row = trial.judged()
-        self.judging_s = max(row["evaluation_s"], 0 if self.results.rows else self.judging_s)
-        self.results.add(run, row)
+        self.results.add(run, trial.judged())
         (self.out / "table.md").write_text(tables(self.plan, self.results))
         if run.stage.keep:
             write_parts(trial.state.ema.ema_model.encoder, self.out / f"{run.name}.pt")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import platform
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import nn
 
 from benchmarks.measure import machine
@@ -110,6 +112,7 @@ class Trial:
             "evaluation_s": time.monotonic() - begun,
             "peak_memory_mb": peak_memory_mb(experiment.device),
             "machine": machine(experiment.device),
+            "versions": {"python": platform.python_version(), "torchvision": torchvision.__version__},
             "amp": str(experiment.amp_dtype),
         }
 

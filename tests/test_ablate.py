@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks import ablate
 from benchmarks.plan import Plan, Results, Run, Stage, read_plan, runs_of
 from benchmarks.tables import pooled_deviation, tables, verdict
-from benchmarks.trial import write_parts
+from benchmarks.trial import Trial, write_parts
 from tests.conftest import ROOT, TINY_RUN
 from utils.config import ConfigError
 
@@ -136,11 +136,13 @@ def test_a_plan_stops_and_goes_on_where_it_was(
 ) -> None:
     """The clock runs out within the second run and during the stage of minutes; nothing is done twice."""
     overrides = [*TINY_RUN, "training.batch_size=64", "evaluation.knn.k=5"]
-    plan = {
+    plan: dict[str, Any] = {
         "config": str(ROOT / "config" / "digits.yaml"),
         "overrides": overrides,
         "stages": [
             {"name": "hello", "command": "-c 'print(6 * 7)'"},
+            {"name": "bad", "command": "-c 'exit(3)'", "minutes": 0.5},
+            {"name": "endless", "command": "-c 'print(1); import time; time.sleep(99)'", "minutes": 0.005},
             {"name": "screen", "epochs": 1, "variants": {"a": [], "b": ["diffusion.schedule=linear"]}},
             {"name": "long", "minutes": 0.02, "base": "screen", "keep": True, "variants": {"best": []}},
             {"name": "control", "images_of": "long/best", "variants": {"a": []}},
@@ -173,7 +175,27 @@ def test_a_plan_stops_and_goes_on_where_it_was(
     table = (tmp_path / "broken" / "table.md").read_text()
     assert table.count("**") == 6 and table in make("broken"), "nothing is left to do"
 
-    plan["stages"] = plan["stages"][1:2]
+    assert (tmp_path / "broken" / "bad.partial").exists() and not (tmp_path / "broken" / "bad.txt").exists()
+    assert (tmp_path / "broken" / "endless.partial").exists()
+
+    # One that fails does not keep the others from being made.
+    plan["stages"] = [stage for stage in plan["stages"] if stage["name"] == "screen"]
+    del plan["stages"][0]["variants"]["a"]
+    path.write_text(json.dumps({**plan, "stages": [{**plan["stages"][0], "variants": {"large": [], "b": []}}]}))
+    train = Trial.train
+
+    def failing(trial: Trial, stop: Any) -> None:
+        if "large" in str(trial.checkpoint):
+            raise RuntimeError("out of memory\nand more")
+        train(trial, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "train", failing)
+        assert "all is done" in make("failing")
+    rows = Results(tmp_path / "failing" / "results.jsonl").rows
+    assert rows["screen-large-0"]["failed"] == "out of memory" and rows["screen-b-0"]["complete"]
+    plan["stages"][0]["variants"] = {"a": [], "b": ["diffusion.schedule=linear"]}
+    rows = Results(tmp_path / "broken" / "results.jsonl").rows
     path.write_text(json.dumps(plan))
     make("whole")
     whole = Results(tmp_path / "whole" / "results.jsonl").rows
