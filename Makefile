@@ -1,8 +1,8 @@
 # make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate; NPROC GPUs
 # make test                                                                           lint, types and tests
 # make test-long                                                                      the tests that take minutes
-# make bundle DATA=folder [BUNDLE_PYTHON=3.12]      bundle/: code, a folder of images, the packages that a bare machine
-#                                                   with torch lacks; `bash bundle/run.sh` runs an ablation there
+# make bundle DATA=folder [NAME="what it is"] [BUNDLE_PYTHON=3.12]    code, images, and the packages that a bare machine
+#                                                     with torch lacks; `bash bundle/run.sh` runs an ablation there
 # All set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
@@ -11,6 +11,7 @@ ARGS ?=
 PYTHON ?= python3
 BUNDLE_PYTHON ?= 3.12
 BUNDLE_MB = 60
+NAME ?= $(notdir $(DATA))
 LAUNCH = .venv/bin/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
 
 .PHONY: train test test-long bundle clean
@@ -34,7 +35,8 @@ bundle: .venv/requirements.done
 	rm -rf bundle
 	mkdir -p bundle/wheels
 	git archive --format=tar.gz -o bundle/code.tar.gz HEAD
-	tar -C "$(DATA)" -czf bundle/data.tar.gz .
+	tar -C "$(DATA)" -chzf bundle/data.tar.gz .
+	echo "$(NAME)" > bundle/name.txt
 	.venv/bin/python -m pip download --quiet --only-binary=:all: --python-version $(BUNDLE_PYTHON) \
 	  --platform manylinux2014_x86_64 --dest bundle/wheels pydantic
 	.venv/bin/python -m pip download --quiet --no-deps --dest bundle/wheels ema-pytorch

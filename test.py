@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         training = trained_with.training.model_copy(update={"use_amp": config.training.use_amp})
         as_trained = {"seed": trained_with.seed, "diffusion": trained_with.diffusion}
         config = config.model_copy(update={**as_trained, "views": views, "training": training})
+        config = parse_config(config.to_yaml(), f"the command line with the config of {checkpoint}")  # checked anew
         experiment = open_experiment(config)
         if experiment.test is None:
             raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")

@@ -102,6 +102,11 @@ def check_folder(folder: Path, config: Config, saved: dict[str, Any] | None) -> 
     constant = config.optimizer.schedule == "constant"  # else the last epoch decides every learning rate
     if "training.epochs" in changed and config.training.epochs > before.training.epochs and constant:
         del changed["training.epochs"]  # more epochs go on with the same experiment
+    if set(changed) == {"training.epochs"} and not constant:
+        raise ConfigError(
+            f"{folder} was begun for {before.training.epochs} epochs, on which optimizer.schedule=cosine depends: "
+            "choose another output_dir"
+        )
     if changed:
         listing = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
         raise ConfigError(

@@ -2,24 +2,25 @@
 
 import json
 import statistics
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from utils.config import Config, ConfigError
-from utils.config_file import load_config
+from utils.config_file import load_config, parse_yaml, result_digest
+
+Name = Annotated[str, Field(pattern=r"^\w+$")]
+OF_THE_RUN = ("seed=", "training.epochs=")  # which stages decide
 
 
 class Stage(BaseModel):
     """Variants that are compared with each other, the first of them with all others; or a command.
 
     Attributes:
-        command: arguments of Python, for at most `minutes`; what it prints is kept in `<name>.txt`.
+        command: arguments of Python, for at most `minutes`; what it prints goes to `commands.txt`.
         epochs, minutes, images_of: how long each run trains; the last names a stage and a variant, `stage/variant`.
         base: the stage whose best variant these variants change.
         keep: whether the encoders are worth keeping.
@@ -27,15 +28,22 @@ class Stage(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    name: str = Field(pattern=r"^[\w-]+$")
+    name: Name
     command: str | None = None
     epochs: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
     images_of: str | None = None
     base: str | None = None
-    seeds: list[int] = [0]
+    seeds: list[Annotated[int, Field(ge=0)]] = [0]
     keep: bool = False
-    variants: dict[str, list[str]] = {}
+    variants: dict[Name, list[str]] = {}
+
+    @field_validator("seeds")
+    @classmethod
+    def _once_each(cls, seeds: list[int]) -> list[int]:
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ValueError("give at least one seed, and each once")
+        return seeds
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Stage":
@@ -57,18 +65,19 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     config: str
     overrides: list[str] = []
-    stages: list[Stage]
+    stages: list[Stage] = Field(min_length=1)
 
 
 def read_plan(path: Path, more: list[str]) -> Plan:
-    """The plan in a file, whose variants load with the overrides `more`; raises ConfigError.
+    """The plan in a file, with the overrides `more` for all runs; raises ConfigError.
 
     A stage builds on stages before it only.
     """
     try:
-        plan = Plan.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        plan = Plan.model_validate(parse_yaml(path.read_text(), str(path)))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no plan: {' '.join(str(error).split())}") from None
+    plan = plan.model_copy(update={"overrides": [*plan.overrides, *more]})
     before: dict[str, Stage] = {}
     for stage in plan.stages:
         if stage.name in before:
@@ -80,58 +89,101 @@ def read_plan(path: Path, more: list[str]) -> Plan:
             if name not in before or variant not in before[name].variants:
                 raise ConfigError(f"{path}: {stage.name} trains as long as {stage.images_of}, which is not before it")
         before[stage.name] = stage
-        for overrides in stage.variants.values():
-            load_config(plan.config, [*plan.overrides, *overrides, *more])
+        for overrides in [plan.overrides, *stage.variants.values()]:
+            load_config(plan.config, [*plan.overrides, *overrides])
+            if any(override.startswith(OF_THE_RUN) for override in overrides):
+                raise ConfigError(f"{path}: {stage.name} decides on seeds and epochs by its own keys, not by overrides")
     return plan
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed."""
+    """One variant with one seed; `config` holds everything but the number of epochs."""
 
     stage: Stage
     variant: str
     seed: int
     overrides: list[str]  # those of the base and of the variant
+    config: Config
 
     @property
     def name(self) -> str:
         return f"{self.stage.name}-{self.variant}-{self.seed}"
 
+    @property
+    def digest(self) -> str:
+        """Of all that its result depends on, but for the images."""
+        stage = self.stage
+        budget = f"{stage.epochs} {stage.minutes} {stage.images_of}"
+        return result_digest(self.config, without=("data.root", "training.epochs"), also=budget)
 
-class Results:
-    """JSON lines, one for each time that a run was judged; the last of a run counts."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
+class Ablation:
+    """A plan and its results: JSON lines, one for each time that a run was judged, of which the last counts.
+
+    A result that does not belong to the run as the plan has it now is passed over.
+    """
+
+    def __init__(self, plan: Plan, path: Path) -> None:
+        self.plan, self.path = plan, path
+        self._rows: dict[str, dict[str, Any]] = {}
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             with suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short
                 row = json.loads(line)
-                self.rows[row["run"]] = row
+                if isinstance(row["digest"], str) and isinstance(row["complete"], bool):
+                    self._rows[row["run"]] = row
 
     def add(self, run: Run, row: dict[str, Any]) -> None:
         """Written the moment that it is there, on a line of its own even after one that was cut short."""
         what = {"run": run.name, "stage": run.stage.name, "variant": run.variant, "seed": run.seed}
-        self.rows[run.name] = {**what, "overrides": run.overrides, **row}
+        self._rows[run.name] = {**what, "overrides": run.overrides, "digest": run.digest, **row}
         whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
         with open(self.path, "a") as file:
-            file.write(("" if whole else "\n") + json.dumps(self.rows[run.name]) + "\n")
+            file.write(("" if whole else "\n") + json.dumps(self._rows[run.name]) + "\n")
 
-    def finished(self, run: Run) -> bool:
-        """Whether it has come to its end, as it would be made now."""
-        row = self.rows.get(run.name)
-        return row is not None and row["complete"] and row["overrides"] == run.overrides
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.plan.stages if stage.name == name)
 
-    def of(self, stage: str, variant: str) -> list[dict[str, Any]]:
-        """Over seeds, those that came to their end."""
-        rows = (row for row in self.rows.values() if (row["stage"], row["variant"]) == (stage, variant))
-        return [row for row in rows if row["complete"]]
+    def runs(self, stage: Stage) -> list[Run]:
+        """In the order in which they are made: all variants with the first seed, then with the next.
+
+        None where nothing has come of a stage that they build on. Raises ConfigError where a variant does not go with
+        the best of that stage.
+        """
+        inherited: list[str] = []
+        base = stage.base
+        while base is not None:
+            before = self.stage(base)
+            best = self.best(before)
+            if best is None:
+                return []
+            inherited, base = [*before.variants[best], *inherited], before.base
+        plan, runs = self.plan, []
+        for seed in stage.seeds:
+            for variant, overrides in stage.variants.items():
+                mine = [*inherited, *overrides]
+                config = load_config(plan.config, [*plan.overrides, *mine, f"seed={seed}"])
+                runs.append(Run(stage, variant, seed, mine, config))
+        return runs
+
+    def row(self, run: Run) -> dict[str, Any] | None:
+        """What came of it last, finished or not."""
+        row = self._rows.get(run.name)
+        return row if row is not None and row["digest"] == run.digest else None
+
+    def rows(self, stage: Stage) -> dict[str, list[dict[str, Any]]]:
+        """Of each variant, over seeds, what came to its end."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for run in self.runs(stage):
+            row = self.row(run)
+            if row and row["complete"]:
+                found.setdefault(run.variant, []).append(row)
+        return found
 
     def best(self, stage: Stage) -> str | None:
         """The variant with the highest score, over those that have any."""
-        scored = {v: statistics.mean(map(score, rows)) for v in stage.variants if (rows := self.of(stage.name, v))}
-        return max(scored, key=lambda variant: scored[variant]) if scored else None
+        scores = {variant: statistics.mean(map(score, rows)) for variant, rows in self.rows(stage).items()}
+        return max(scores, key=lambda variant: scores[variant]) if scores else None
 
 
 def accuracies(row: dict[str, Any]) -> tuple[float, float]:
@@ -143,27 +195,3 @@ def accuracies(row: dict[str, Any]) -> tuple[float, float]:
 def score(row: dict[str, Any]) -> float:
     """What variants are ranked by: the mean of the two."""
     return statistics.mean(accuracies(row))
-
-
-def runs_of(stage: Stage, plan: Plan, results: Results) -> Iterator[Run]:
-    """In the order in which they are made: all variants with the first seed, then with the next.
-
-    None if nothing has come of a stage that they build on.
-    """
-    inherited: list[str] = []
-    base = stage.base
-    while base is not None:
-        before = next(s for s in plan.stages if s.name == base)
-        best = results.best(before)
-        if best is None:
-            return
-        inherited, base = [*before.variants[best], *inherited], before.base
-    for seed in stage.seeds:
-        for variant, overrides in stage.variants.items():
-            yield Run(stage, variant, seed, [*inherited, *overrides])
-
-
-def config_of(run: Run, plan: Plan, more: list[str], epochs: int) -> Config:
-    return load_config(
-        plan.config, [*plan.overrides, *run.overrides, *more, f"seed={run.seed}", f"training.epochs={epochs}"]
-    )

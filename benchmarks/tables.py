@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import Any
 
-from benchmarks.plan import Plan, Results, Stage, accuracies, score
+from benchmarks.plan import Ablation, Stage, accuracies, score
 
 HEAD = [
     "variant",
@@ -19,25 +19,27 @@ HEAD = [
 ]
 
 
-def tables(plan: Plan, results: Results) -> str:
+def tables(ablation: Ablation) -> str:
     """A table for each stage of which anything is done.
 
     k-NN and linear probe are top-1 in per cent by the reference's protocol, mean ± standard deviation over seeds. A
-    difference of less than two standard deviations of a run is a tie; how much runs vary is what all variants of the
+    difference of at most two standard deviations of a run is a tie; how much runs vary is what all variants of the
     stage with several seeds say together, or else those of all stages.
     """
-    rows = {s.name: {v: found for v in s.variants if (found := results.of(s.name, v))} for s in plan.stages}
+    rows = {stage.name: ablation.rows(stage) for stage in ablation.plan.stages}
     scores = {name: [[score(row) for row in found] for found in of.values()] for name, of in rows.items()}
     overall = pooled_deviation([group for groups in scores.values() for group in groups])
     parts = []
-    for stage in plan.stages:
-        if rows[stage.name]:
-            own = pooled_deviation(scores[stage.name])
-            parts.append(_stage(stage, rows[stage.name], overall if own is None else own))
-    return "\n\n".join(parts) + "\n"
+    for stage in ablation.plan.stages:
+        own = pooled_deviation(scores[stage.name])
+        body = _stage(stage, rows[stage.name], overall if own is None else own)
+        parts += [part for part in (body, _unfinished(stage, ablation)) if part]
+    return "".join(f"{part}\n\n" for part in parts)
 
 
 def _stage(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: float | None) -> str:
+    if not rows:
+        return ""
     first = next(iter(stage.variants))
     control = statistics.mean(map(score, rows[first])) if first in rows else None
     lines = [HEAD, ["---"] * len(HEAD)]
@@ -56,9 +58,21 @@ def _stage(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: float
                 "" if variant == first or control is None else verdict(mean - control, deviation),
             ]
         )
-    machines = sorted({f"{row['machine']}, {row['amp']}" for found in rows.values() for row in found})
-    said = [f"**{stage.name}** ({'; '.join(machines)})", ""]
-    return "\n".join([*said, *(f"| {' | '.join(line)} |" for line in lines), *_effects(stage, rows)])
+    where = sorted({f"{row['data']}; {row['machine']}, {row['amp']}" for found in rows.values() for row in found})
+    said = [f"**{stage.name}** ({'; '.join(where)})", ""]
+    return "\n".join([*said, *(f"| {' | '.join(line)} |" for line in lines), *_effects(stage, rows, deviation)])
+
+
+def _unfinished(stage: Stage, ablation: Ablation) -> str:
+    lines = []
+    for run in ablation.runs(stage):
+        row = ablation.row(run)
+        if row and "failed" in row:
+            lines.append(f"- {run.name} failed: {row['failed']}")
+        elif row and not row["complete"]:
+            knn, linear = accuracies(row)
+            lines.append(f"- {run.name} was stopped after {row['images']:,} images: {knn:.1f} / {linear:.1f}")
+    return "\n".join(lines)
 
 
 def pooled_deviation(groups: list[list[float]]) -> float | None:
@@ -72,7 +86,7 @@ def pooled_deviation(groups: list[list[float]]) -> float | None:
 def verdict(difference: float, deviation: float | None) -> str:
     if deviation is None:
         return f"{difference:+.1f} (one seed)"
-    return f"{difference:+.1f}" + (" (tie)" if abs(difference) < 2 * deviation else "")
+    return f"{difference:+.1f}" + (" (tie)" if abs(difference) <= 2 * deviation else "")
 
 
 def _mean(values: list[float], form: str = "{:.1f}") -> str:
@@ -82,14 +96,23 @@ def _mean(values: list[float], form: str = "{:.1f}") -> str:
     return form.format(statistics.mean(values)) + spread
 
 
-def _effects(stage: Stage, rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Of each override that several variants have and several have not: mean with it less mean without."""
-    scores = {variant: statistics.mean(map(score, found)) for variant, found in rows.items()}
-    lines = []
+def _effects(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: float | None) -> list[str]:
+    """Of each setting of a key that several variants have: their mean, less the mean of those without the key.
+
+    Other settings of the key are left out; settings that always come together are one.
+    """
+    scores = {variant: [score(row) for row in found] for variant, found in rows.items()}
+    having: dict[frozenset[str], list[str]] = {}
     for override in dict.fromkeys(o for variant in rows for o in stage.variants[variant]):
-        with_it = [scores[v] for v in rows if override in stage.variants[v]]
-        without = [scores[v] for v in rows if override not in stage.variants[v]]
-        if len(with_it) > 1 and len(without) > 1:
-            effect = statistics.mean(with_it) - statistics.mean(without)
-            lines.append(f"- `{override}`: {effect:+.1f} on average ({len(with_it)} variants with it)")
+        having.setdefault(frozenset(v for v in rows if override in stage.variants[v]), []).append(override)
+    lines = []
+    for variants, overrides in having.items():
+        keys = tuple(override.partition("=")[0] + "=" for override in overrides)
+        without = [v for v in rows if not any(override.startswith(keys) for override in stage.variants[v])]
+        if len(variants) > 1 and len(without) > 1:
+            means = [statistics.mean(statistics.mean(scores[v]) for v in group) for group in (variants, without)]
+            runs = [sum(len(scores[v]) for v in group) for group in (variants, without)]
+            of_means = None if deviation is None else deviation * math.sqrt(sum(1 / n for n in runs))
+            said = verdict(means[0] - means[1], of_means)
+            lines.append(f"- `{' '.join(overrides)}`: {said}, {len(variants)} variants against {len(without)} without")
     return ["", *lines] if lines else []

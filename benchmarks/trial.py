@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import platform
 import time
 from collections import deque
@@ -15,19 +16,22 @@ import torchvision
 from torch import nn
 
 from benchmarks.measure import machine
+from datasets import DatasetError
 from training.experiment import Experiment, initial_state, open_experiment
 from training.judge import all_protocols, encode_with, judge
 from training.step import train_step, training_pixels
-from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from utils.config import Config
-from utils.config_file import parse_config, result_digest
+from utils.checkpoint import CheckpointError, TrainState, load_checkpoint, save_checkpoint
+from utils.config import Config, ConfigError
+from utils.config_file import differences, parse_config
 from utils.device import choose_compile, peak_memory_mb
 from utils.logging import PhaseTimer
 
-SAVE_EVERY_S = 300
+SAVE_EVERY_S = 120
 WARMUP_STEPS = 30  # not in the images per second: kernels are chosen and compiled in them
 LOOK_EVERY = 10  # steps between looks at the clock, for which the host waits for the device
 PART_BYTES = 12 * 2**20
+
+logger = logging.getLogger(__name__)
 
 
 class Trial:
@@ -35,6 +39,7 @@ class Trial:
 
     Attributes:
         seconds: that training has taken, over all starts.
+        looked_s: that it has taken since the first look at the clock, after the first step of this start.
         images_per_s: of this start, without its first steps; None if there were no others.
     """
 
@@ -42,37 +47,54 @@ class Trial:
         torch.compiler.reset()  # else variants count as recompilations of the first, and the ninth runs eagerly
         self.config, self.checkpoint = config, checkpoint
         self.experiment: Experiment = open_experiment(config)
+        if self.experiment.test is None:
+            raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")
+        if self.experiment.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.experiment.device)
         self.state: TrainState = initial_state(self.experiment)
-        self.seconds = 0.0
+        self.seconds = self.looked_s = 0.0
         self.images_per_s: float | None = None
         self._recent: deque[torch.Tensor] = deque(maxlen=100)
         if checkpoint and checkpoint.exists():
-            saved = load_checkpoint(checkpoint)
-            if parse_config(saved["config"], str(checkpoint)) == config:
-                self.state.load_state_dict(saved)
-                self.seconds = float(checkpoint.with_suffix(".seconds").read_text())
+            self._resume(checkpoint)
         if choose_compile(config.training.compile, self.experiment.device):
             self.state.soda.compile()
+
+    def _resume(self, checkpoint: Path) -> None:
+        try:
+            saved = load_checkpoint(checkpoint)
+            changed = differences(parse_config(saved["config"], str(checkpoint)), self.config, run=False)
+        except (CheckpointError, ConfigError) as error:
+            logger.info("%s; starting anew", error)
+            return
+        if changed or saved["data"] != self.experiment.data_digest:
+            logger.info("%s is of %s; starting anew", checkpoint, ", ".join(changed) or "other images")
+            return
+        self.state.load_state_dict(saved)
+        self.seconds = float(saved.get("seconds", 0))
+        logger.info("%s: at step %d of %d", checkpoint, self.state.step, self.experiment.total_steps)
 
     @property
     def complete(self) -> bool:
         return self.state.step == self.experiment.total_steps
 
     def train(self, stop: Callable[[], bool]) -> None:
-        """To the last step, or until `stop` says so; what is not done is saved, if there is a checkpoint to write."""
+        """To the last step, or until `stop` says so; the state is then saved, if there is a checkpoint to write."""
         state, batch_size = self.state, self.config.training.batch_size
         first, begun, before = state.step, time.monotonic(), self.seconds
-        warm, saved = begun, begun
+        looked, warm, saved = begun, begun, begun
         with closing(training_pixels(self.experiment, first)) as pixels:
             while not self.complete:
                 loss, _ = train_step(self.experiment, state, pixels, PhaseTimer())
                 self._recent.append(loss)
                 done = state.step - first
-                if done % LOOK_EVERY and not self.complete:
+                if done > 1 and done % LOOK_EVERY and not self.complete:
                     continue
                 loss.item()  # the clock then tells of steps that are done
                 now = time.monotonic()
                 self.seconds = before + now - begun
+                looked = now if done == 1 else looked
+                self.looked_s = now - looked
                 if done <= WARMUP_STEPS:
                     warm = now
                 else:
@@ -82,16 +104,13 @@ class Trial:
                 if now - saved > SAVE_EVERY_S:
                     self.save()
                     saved = now
-        if not self.complete:
+        if state.step > first:
             self.save()
 
     def save(self) -> None:
-        if self.checkpoint is None:
-            return
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        self.checkpoint.with_suffix(".seconds").write_text(str(self.seconds))
-        text, digest = self.config.to_yaml(), self.experiment.data_digest
-        save_checkpoint(self.checkpoint, self.state.state_dict(), text, digest)
+        if self.checkpoint is not None:
+            state = {**self.state.state_dict(), "seconds": self.seconds}
+            save_checkpoint(self.checkpoint, state, self.config.to_yaml(), self.experiment.data_digest)
 
     def judged(self) -> dict[str, Any]:
         """What there is to say of it, with its accuracies under every protocol of test.py."""
@@ -99,9 +118,7 @@ class Trial:
         encoders = {"trained": encode_with(experiment, self.state.ema.ema_model)}
         table = judge(experiment, encoders, all_protocols(experiment))
         return {
-            "config_digest": result_digest(self.config),
             "data_digest": experiment.data_digest,
-            "data": self.config.data.name,
             "complete": self.complete,
             "images": step * self.config.training.batch_size,
             "epochs": step / experiment.loader.steps_per_epoch,
@@ -110,22 +127,22 @@ class Trial:
             "loss": torch.stack(list(self._recent)).mean().item() if self._recent else None,
             "table": table,
             "evaluation_s": time.monotonic() - begun,
-            "peak_memory_mb": peak_memory_mb(experiment.device),
+            "peak_memory_mb": peak_memory_mb(experiment.device) if experiment.device.type == "cuda" else None,
             "machine": machine(experiment.device),
             "versions": {"python": platform.python_version(), "torchvision": torchvision.__version__},
             "amp": str(experiment.amp_dtype),
+            "config": self.config.to_yaml(),
         }
 
 
-def write_parts(module: nn.Module, path: Path) -> None:
-    """The module's weights in bf16, in files of less than 16 MB, and their checksum.
-
-    `cat encoder.pt.part* > encoder.pt; sha256sum -c encoder.pt.sha256` puts them together again.
-    """
+def write_parts(module: nn.Module, path: Path, config_yaml: str) -> None:
+    """The module's weights in bf16, `path`.pt, in parts of less than 16 MB; `path`.yaml says how to join them."""
     whole = io.BytesIO()
     halved = {name: t.bfloat16() if t.is_floating_point() else t for name, t in module.state_dict().items()}
     torch.save({name: t.cpu().contiguous() for name, t in halved.items()}, whole)
     content = whole.getvalue()
     for part, start in enumerate(range(0, len(content), PART_BYTES)):
-        path.with_name(f"{path.name}.part{part}").write_bytes(content[start : start + PART_BYTES])
-    path.with_name(f"{path.name}.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+        path.with_name(f"{path.name}.pt.part{part}").write_bytes(content[start : start + PART_BYTES])
+    join = f"cat {path.name}.pt.part* > {path.name}.pt; sha256sum {path.name}.pt"
+    head = f"# {join}\n# {hashlib.sha256(content).hexdigest()}\n"
+    path.with_name(f"{path.name}.yaml").write_text(head + config_yaml)

@@ -22,6 +22,9 @@ OPERATIONS = (*RANDAUGMENT, "Hue")
 JITTER = tuple(OPERATIONS.index(name) for name in ("Brightness", "Contrast", "Color", "Hue"))  # as ColorJitter's keys
 NUM_BINS = 31
 CROP_ATTEMPTS = 10
+# (Number of columns, which of several draws) -> uniform numbers in [0, 1), (N, columns), of N samples.
+Draw = Callable[..., Tensor]
+
 IDENTITY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
@@ -86,18 +89,18 @@ class Augmentation:
         self._view, self._size = view, image_size
         self._magnitudes = magnitudes(view.randaugment_magnitude, image_size)
 
-    def parameters(self, draw: Callable[[int], Tensor]) -> Parameters:
-        """Of N samples; `draw` gives as many columns of N uniform numbers in [0, 1) as it is asked for."""
+    def parameters(self, draw: Draw) -> Parameters:
+        """Of N samples."""
         view, num_ops = self._view, self._view.randaugment_num_ops
         jitters = view.color_jitter_probability > 0 or view.grayscale_probability > 0
-        widths = [2 * CROP_ATTEMPTS + 4, 1 + 2 * num_ops, 6, 2 + 2 * len(JITTER) if jitters else 0]
-        crop, ops, moves, colors = draw(sum(widths)).split(widths, dim=1)
+        widths = [2 * CROP_ATTEMPTS + 4, 1 + 2 * num_ops, 6]
+        crop, ops, moves = draw(sum(widths)).split(widths, dim=1)
         apply = ops[:, :1] < view.randaugment_probability
         operations = (ops[:, 1 : 1 + num_ops] * len(RANDAUGMENT)).long() * apply
         signs = torch.where((ops[:, 1 + num_ops :] < 0.5) & (operations <= len(GEOMETRIC + BLENDS)), -1.0, 1.0)
         strengths = self._magnitudes[operations] * signs
         if jitters:
-            more = self._colors(colors)
+            more = self._colors(draw(2 + 2 * len(JITTER), " colours"))  # of their own, so that no crop changes
             operations, strengths = torch.cat([operations, more[0]], dim=1), torch.cat([strengths, more[1]], dim=1)
         matrices = operation_matrices(operations.flatten(), strengths.flatten(), self._size)
         matrices = matrices.view(*operations.shape, 2, 3)

@@ -1,16 +1,13 @@
 """The views of an image: source and target for training, the probe's augmentation, and the plain test view."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.augmentation import Augmentation, Parameters
+from datasets.augmentation import Augmentation, Draw, Parameters
 from datasets.operations import augment
-
-# Number of columns -> uniform numbers (N, columns), which decide how each of N samples is augmented.
-Draw = Callable[[int], Tensor]
 
 CPU_CHUNK = 512  # samples augmented at once, so that what is in work stays in the caches
 

@@ -1,6 +1,8 @@
 """The driver of ablations: plans, results that survive, ties, runs that stop and go on."""
 
 import json
+import os
+import signal
 import statistics
 import subprocess
 from pathlib import Path
@@ -11,14 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablate
-from benchmarks.plan import Plan, Results, Run, Stage, read_plan, runs_of
+from benchmarks import ablate, trial
+from benchmarks.plan import Ablation, Plan, Run, Stage, read_plan
 from benchmarks.tables import pooled_deviation, tables, verdict
 from benchmarks.trial import Trial, write_parts
 from tests.conftest import ROOT, TINY_RUN
 from utils.config import ConfigError
+from utils.files import lock_file
 
 PLANS = sorted((ROOT / "benchmarks" / "plans").glob("*.yaml"))
+X1, Y2, Z3 = "decoder.dropout=0.25", "encoder.latent_dim=32", "training.ema_decay=0.5"
 
 
 def row_of(knn: float, linear: float, complete: bool = True, **more: Any) -> dict[str, Any]:
@@ -28,34 +32,76 @@ def row_of(knn: float, linear: float, complete: bool = True, **more: Any) -> dic
         "k-NN k=200 T=0.1, unit z, bank: clean": {"trained": {"top1": 1.0, "top3": 2.0}},
     }
     fixed = {"images": 1000, "epochs": 2.0, "seconds": 60.0, "images_per_s": 5.0, "evaluation_s": 1.0}
-    return {"table": table, "complete": complete, "machine": "a machine", "amp": "None", **fixed, **more}
+    return {
+        "table": table,
+        "complete": complete,
+        "machine": "a machine",
+        "amp": "None",
+        "data": "data",
+        **fixed,
+        **more,
+    }
 
 
-def two_stages() -> Plan:
-    screen = Stage(name="screen", epochs=1, seeds=[0, 1], variants={"a": [], "b": ["x=1"], "c": ["x=1", "y=2"]})
-    then = Stage(name="then", images_of="screen/a", base="screen", variants={"d": ["z=3"]})
+def two_stages(**changes: Any) -> Plan:
+    screen = Stage(name="screen", epochs=1, seeds=[0, 1], variants={"a": [], "b": [X1], "c": [X1, Y2]})
+    then = Stage(name="then", images_of="screen/a", base="screen", variants={"d": [Z3]})
     last = Stage(name="last", epochs=2, base="then", variants={"e": []})
-    return Plan(config="config/digits.yaml", stages=[screen, then, last])
+    config = str(ROOT / "config" / "digits.yaml")
+    return Plan(config=config, stages=[screen.model_copy(update=changes), then, last])
+
+
+@pytest.fixture
+def ablation(tmp_path: Path) -> Ablation:
+    """The screen done: a with 60 and 62, b with 50 and 90, c with 40 and 20."""
+    ablation = Ablation(two_stages(), tmp_path / "results.jsonl")
+    for run, knn in zip(ablation.runs(ablation.stage("screen")), (60, 50, 40, 62, 90, 20), strict=True):
+        ablation.add(run, row_of(knn, knn))
+    return ablation
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_the_plans_that_are_there_load(path: Path) -> None:
-    plan = read_plan(path, ["training.epochs=3"])
-    assert any(stage.variants for stage in plan.stages)
+def test_the_plans_that_are_there_load(path: Path, tmp_path: Path) -> None:
+    ablation = Ablation(read_plan(path, ["device=cpu"]), tmp_path / "results.jsonl")
+    made: set[str] = set()
+    for stage in ablation.plan.stages:
+        for run in ablation.runs(stage):
+            made.add(run.name)
+            ablation.add(run, row_of(1, 1))
+    assert len(made) == sum(len(stage.variants) * len(stage.seeds) for stage in ablation.plan.stages) > 4
+
+
+def test_the_screen_of_cifar10_is_balanced() -> None:
+    """Within each schedule, each of the other factors is as often there as not."""
+    screen = next(s for s in read_plan(ROOT / "benchmarks/plans/cifar10.yaml", []).stages if s.name == "screen")
+    keys = ("decoder.scale_offset", "views.source.crop_scale", "views.target.crop_scale", "views.target.randaugment")
+    by_schedule: dict[str, list[list[bool]]] = {}
+    for overrides in screen.variants.values():
+        schedule = next((o for o in overrides if o.startswith("diffusion.schedule")), "linear")
+        row = [any(override.startswith(key) for override in overrides) for key in keys]
+        assert row[1] == row[2]
+        by_schedule.setdefault(schedule, []).append(row)
+    assert sorted(map(len, by_schedule.values())) == [2, 2, 4]
+    for rows in by_schedule.values():
+        assert (np.mean(rows, axis=0) == 0.5).all()
 
 
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
         ("{name: a, epochs: 1, variants: {x: [training.epoch=2]}}", "did you mean training.epochs"),
+        ("{name: a, epochs: 1, variants: {x: [training.epochs=2]}}", "decides on seeds and epochs"),
         ("{name: a, epochs: 1, minutes: 2.0, variants: {x: []}}", "one of epochs, minutes and images_of"),
         ("{name: a, variants: {x: []}}", "one of epochs, minutes and images_of"),
         ("{name: a, epochs: 1, command: x}", "or a command"),
+        ("{name: a, epochs: 1, seeds: [1, 1], variants: {x: []}}", "each once"),
+        ("{name: a, epochs: 1, variants: {x/y: []}}", "pattern"),
+        ("{name: a, epochs: 1, variants: {x: []}, epochs: 2}", "given twice"),
         ("{name: a, epochs: 1, base: b, variants: {x: []}}", "builds on b"),
         ("{name: a, images_of: b/c, variants: {x: []}}", "trains as long as b/c"),
         ("{name: a, epochs: 1, varants: {x: []}}", "varants"),
         ("{name: a, epochs: 1, variants: {x: []}}\n  - {name: a, epochs: 1, variants: {x: []}}", "two stages"),
-        ("{name: a", "is no plan"),
+        ("{name: a", "not valid YAML"),
     ],
 )
 def test_mistakes_in_a_plan_are_explained(tmp_path: Path, stage: str, expected: str) -> None:
@@ -66,139 +112,240 @@ def test_mistakes_in_a_plan_are_explained(tmp_path: Path, stage: str, expected: 
     assert "\n" not in str(caught.value)
 
 
-def test_a_stage_builds_on_the_best_of_another(tmp_path: Path) -> None:
-    plan, results = two_stages(), Results(tmp_path / "results.jsonl")
-    screen, then, last = plan.stages
-    runs = list(runs_of(screen, plan, results))
-    assert [run.name for run in runs] == [f"screen-{v}-{seed}" for seed in (0, 1) for v in "abc"]
-    assert list(runs_of(then, plan, results)) == [], "nothing is known yet"
-    for run, knn in zip(runs, (60, 50, 40, 60, 90, 20), strict=True):
-        results.add(run, row_of(knn, 50))
-    assert results.best(screen) == "b", "60 is less than the mean of 50 and 90"
-    (run,) = runs_of(then, plan, results)
-    assert run.overrides == ["x=1", "z=3"]
-    results.add(run, row_of(1, 1, complete=False))
-    assert not results.finished(run) and list(runs_of(last, plan, results)) == []
-    results.add(run, row_of(1, 1))
-    assert results.finished(run) and not results.finished(Run(then, "d", 0, ["x=2", "z=3"]))
-    assert next(runs_of(last, plan, results)).overrides == ["x=1", "z=3"]
+def test_a_stage_builds_on_the_best_of_another(ablation: Ablation) -> None:
+    screen, then, last = ablation.plan.stages
+    assert [run.name for run in ablation.runs(screen)] == [f"screen-{v}-{seed}" for seed in (0, 1) for v in "abc"]
+    assert ablation.best(screen) == "b", "61 is less than the mean of 50 and 90"
+    (run,) = ablation.runs(then)
+    assert run.overrides == [X1, Z3] and run.config.decoder.dropout == 0.25 and run.config.training.ema_decay == 0.5
+    ablation.add(run, row_of(1, 1, complete=False))
+    assert ablation.runs(last) == []
+    ablation.add(run, row_of(1, 1))
+    assert ablation.runs(last)[0].overrides == [X1, Z3]
 
 
-def test_results_survive_a_line_that_was_cut_short(tmp_path: Path) -> None:
-    plan, results = two_stages(), Results(tmp_path / "results.jsonl")
-    first, second, third, *_ = runs_of(plan.stages[0], plan, results)
-    results.add(first, row_of(1, 2))
-    results.add(second, row_of(3, 4))
-    content = results.path.read_bytes()
-    results.path.write_bytes(content[:-30])
-    again = Results(results.path)
-    assert list(again.rows) == [first.name]
-    again.add(third, row_of(5, 6))
-    assert list(Results(results.path).rows) == [first.name, third.name]
-    assert len(results.path.read_text().splitlines()) == 3
+@pytest.mark.parametrize("changes", [{"epochs": 2}, {"variants": {"a": [Z3]}}, {"seeds": [7]}])
+def test_results_of_another_experiment_are_passed_over(ablation: Ablation, changes: dict[str, Any]) -> None:
+    changed = Ablation(two_stages(**changes), ablation.path)
+    assert changed.rows(changed.stage("screen")) == {} and "screen" not in tables(changed)
+    same = Ablation(two_stages(), ablation.path)
+    assert len(same.rows(same.stage("screen"))["a"]) == 2
+    more = same.plan.model_copy(update={"overrides": ["optimizer.encoder_lr=0.5"]})
+    assert Ablation(more, ablation.path).rows(same.stage("screen")) == {}
+    moved = same.plan.model_copy(update={"overrides": ["data.root=/elsewhere", "data.num_workers=3"]})
+    assert len(Ablation(moved, ablation.path).rows(same.stage("screen"))["a"]) == 2
 
 
-def test_ties_are_less_than_two_deviations_apart(tmp_path: Path) -> None:
+def test_results_survive_damage(ablation: Ablation) -> None:
+    content = ablation.path.read_bytes()
+    ablation.path.write_bytes(content[:-30])
+    again = Ablation(two_stages(), ablation.path)
+    runs = again.runs(again.stage("screen"))
+    assert [run.name for run in runs if again.row(run)] == [run.name for run in runs[:5]]
+    again.add(runs[5], row_of(5, 6))
+    with open(ablation.path, "ab") as file:
+        file.write(b'{"run": "screen-a-0"}\n\xff\xfe\n[]\n3\n')
+    last = Ablation(two_stages(), ablation.path)
+    assert all(last.row(run) for run in runs) and len(ablation.path.read_bytes().split(b"\n")) == 12
+
+
+def test_ties_are_at_most_two_deviations_apart() -> None:
     groups = [[1.0, 3.0], [10.0], [5.0, 5.0, 8.0]]
     expected = np.sqrt((np.var([1, 3], ddof=1) + 2 * np.var([5, 5, 8], ddof=1)) / 3)
     assert pooled_deviation(groups) == pytest.approx(expected) and pooled_deviation([[1.0], [2.0]]) is None
-    assert (
-        verdict(-1.9, 1.0) == "-1.9 (tie)" and verdict(2.1, 1.0) == "+2.1" and verdict(2.1, None) == "+2.1 (one seed)"
-    )
+    assert verdict(-1.9, 1.0) == "-1.9 (tie)" and verdict(2.1, 1.0) == "+2.1" and verdict(0.0, 0.0) == "+0.0 (tie)"
+    assert verdict(2.1, None) == "+2.1 (one seed)"
 
-    plan, results = two_stages(), Results(tmp_path / "results.jsonl")
-    for run, knn in zip(runs_of(plan.stages[0], plan, results), (60, 61, 80, 62, 63, 84), strict=True):
-        results.add(run, row_of(knn, knn))
-    lines = tables(plan, results).splitlines()
-    assert lines[0] == "**screen** (a machine, None)"
+
+def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
+    ablation = Ablation(two_stages(), tmp_path / "results.jsonl")
+    for run, knn in zip(ablation.runs(ablation.stage("screen")), (60, 61, 80, 62, 63, 84), strict=True):
+        ablation.add(run, row_of(knn, knn - 1))
+    (then,) = ablation.runs(ablation.stage("then"))
+    ablation.add(then, row_of(30, 20, complete=False))
+    (last,) = [Run(ablation.stage("last"), "e", 0, [], then.config)]
+    lines = tables(ablation).splitlines()
+    assert lines[0] == "**screen** (data; a machine, None)"
     cells = {line.split(" |")[0].strip("| "): line for line in lines[2:] if line.startswith("|")}
     deviation = statistics.stdev([60, 62])
-    assert f"| 61.0 ± {deviation:.1f} |" in cells["a"] and "| 0, 1 | 1,000 | 1.0 | 5 ± 0 |" in cells["a"]
-    assert "| +1.0 (tie) |" in cells["b: x=1"] and "| +21.0 |" in cells["c: x=1 y=2"]
-    assert "- `x=1`" not in "".join(lines), "one variant without it is no average"
+    assert f"| 61.0 ± {deviation:.1f} | 60.0 ± {deviation:.1f} | 60.5 ± {deviation:.1f} |" in cells["a"]
+    assert "| 0, 1 | 1,000 | 1.0 | 5 ± 0 |" in cells["a"]
+    assert "| +1.0 (tie) |" in cells[f"b: {X1}"] and "| +21.0 |" in cells[f"c: {X1} {Y2}"]
+    assert not any(line.startswith("- `") for line in lines), "one variant with it or without is no average"
+    assert "- then-d-0 was stopped after 1,000 images: 30.0 / 20.0" in lines
+    ablation.add(then, {"complete": False, "failed": "out of memory"})
+    assert "- then-d-0 failed: out of memory" in tables(ablation)
+    # One seed in that stage: how much runs vary is what the screen says.
+    ablation.add(then, row_of(30, 20))
+    two = ablation.stage("then").model_copy(update={"variants": {"d": [Z3], "f": []}})
+    plan = ablation.plan.model_copy(update={"stages": [ablation.stage("screen"), two]})
+    ablation = Ablation(plan, ablation.path)
+    ablation.add(ablation.runs(two)[1], row_of(31, 21))
+    assert "| +1.0 (tie) |" in tables(ablation) and last.name not in tables(ablation)
+
+
+def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
+    """Three schedules at 50, 60 and 70, a factor of two keys worth 4; two variants each way, as in a fraction."""
+    both = ["views.source.crop_scale=[0.2, 1.0]", "views.target.crop_scale=[0.2, 1.0]"]
+    schedules = {"linear": 50, "linear_alphas_cumprod": 60, "inverted_cosine": 70}
+    variants, truth = {}, {}
+    for schedule, level in schedules.items():
+        for crop in (False, True):
+            name = f"{schedule}_{crop}"
+            variants[name] = [f"diffusion.schedule={schedule}"] * (schedule != "linear") + both * crop
+            truth[name] = level + 4 * crop
+    stage = Stage(name="screen", epochs=1, seeds=[0, 1], variants=variants)
+    ablation = Ablation(Plan(config="config/cifar10.yaml", stages=[stage]), tmp_path / "results.jsonl")
+    for run in ablation.runs(stage):
+        noise = 3 * run.seed - 1.5
+        ablation.add(run, row_of(truth[run.variant] + noise, truth[run.variant] + noise))
+    effects = [line for line in tables(ablation).splitlines() if line.startswith("- ")]
+    assert effects == [
+        f"- `{' '.join(both)}`: +4.0, 3 variants against 3 without",
+        "- `diffusion.schedule=linear_alphas_cumprod`: +10.0, 2 variants against 2 without",
+        "- `diffusion.schedule=inverted_cosine`: +20.0, 2 variants against 2 without",
+    ], "deviations of 2.1 are 1.2 between means of six runs, 1.5 between means of four"
 
 
 def test_parts_of_an_encoder_go_together_again(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(2500, 2600), nn.BatchNorm1d(2600))
-    write_parts(module, tmp_path / "encoder.pt")
+    write_parts(module, tmp_path / "run", "seed: 3\n")
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert set(sizes) == {"encoder.pt.part0", "encoder.pt.part1", "encoder.pt.sha256"} and max(sizes.values()) < 16e6
-    command = "cat encoder.pt.part* > encoder.pt && sha256sum -c encoder.pt.sha256"
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, capture_output=True)
-    weights = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    assert set(sizes) == {"run.pt.part0", "run.pt.part1", "run.yaml"} and max(sizes.values()) < 16e6
+    join, checksum, config = (tmp_path / "run.yaml").read_text().splitlines()
+    joined = subprocess.run(["sh", "-c", join[2:]], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert joined.stdout == f"{checksum[2:]}  run.pt\n" and config == "seed: 3"
+    weights = torch.load(tmp_path / "run.pt", weights_only=True)
     for name, value in module.state_dict().items():
         expected = value.bfloat16() if value.is_floating_point() else value
         assert torch.equal(weights[name], expected), name
 
 
-def test_a_plan_stops_and_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The clock runs out within the second run and during the stage of minutes; nothing is done twice."""
-    overrides = [*TINY_RUN, "training.batch_size=64", "evaluation.knn.k=5"]
-    plan: dict[str, Any] = {
-        "config": str(ROOT / "config" / "digits.yaml"),
-        "overrides": overrides,
-        "stages": [
-            {"name": "hello", "command": "-c 'print(6 * 7)'"},
-            {"name": "bad", "command": "-c 'exit(3)'", "minutes": 0.5},
-            {"name": "endless", "command": "-c 'print(1); import time; time.sleep(99)'", "minutes": 0.005},
-            {"name": "screen", "epochs": 1, "variants": {"a": [], "b": ["diffusion.schedule=linear"]}},
-            {"name": "long", "minutes": 0.02, "base": "screen", "keep": True, "variants": {"best": []}},
-            {"name": "control", "images_of": "long/best", "variants": {"a": []}},
-        ],
-    }
-    path = tmp_path / "plan.yaml"
-    path.write_text(json.dumps(plan))  # JSON is YAML
+class Clock:
+    """Time that goes on by a second with each look, and by what judging takes."""
 
-    def make(out: str, looks: int = 10**9) -> str:
-        """Until the driver has looked at the clock so many times."""
-        left = iter(range(looks))
-        with monkeypatch.context() as patch:
-            patch.setattr(ablate.Driver, "out_of_time", lambda driver: next(left, None) is None)
-            assert ablate.main([str(path), "--out", str(tmp_path / out)]) == 0
-        return capsys.readouterr().out
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    assert "the time is over" in make("broken", 5)
-    rows = Results(tmp_path / "broken" / "results.jsonl").rows
-    assert [(name, row["complete"]) for name, row in rows.items()] == [("screen-a-0", True), ("screen-b-0", False)]
-    assert 0 < rows["screen-b-0"]["images"] < 22 * 64
-    assert "all is done" in make("broken")
-    assert (tmp_path / "broken" / "hello.txt").read_text() == "42\n"
-    rows = Results(tmp_path / "broken" / "results.jsonl").rows
-    assert [(name, row["complete"]) for name, row in rows.items()] == [
-        (name, True) for name in ("screen-a-0", "screen-b-0", "long-best-0", "control-a-0")
-    ]
-    assert len((tmp_path / "broken" / "results.jsonl").read_text().splitlines()) == 5
-    assert rows["long-best-0"]["images"] == rows["control-a-0"]["images"]
-    assert not list(tmp_path.rglob("last.pt")) and len(list((tmp_path / "broken").glob("long-best-0.pt.*"))) == 2
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+class Bench:
+    """A plan of two short runs, one of minutes and one as long as that, made with a clock of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
+        self.plan: dict[str, Any] = {
+            "config": str(ROOT / "config" / "digits.yaml"),
+            "overrides": [*(o for o in TINY_RUN if not o.startswith("training.epochs")), "evaluation.knn.k=5"],
+            "stages": [
+                {"name": "hello", "command": "-c 'print(6 * 7)'"},
+                {"name": "screen", "epochs": 1, "variants": {"a": [], "b": ["diffusion.schedule=linear"]}},
+                {"name": "long", "minutes": 0.2, "base": "screen", "keep": True, "variants": {"best": []}},
+                {"name": "control", "images_of": "long/best", "variants": {"a": []}},
+            ],
+        }
+
+    def make(self, out: str, minutes: float | None = None, *more: str, status: int = 0) -> str:
+        path, clock = self.folder / "plan.yaml", Clock()
+        path.write_text(json.dumps(self.plan))  # JSON is YAML
+        with self.patch.context() as patch:
+            patch.setattr(ablate.time, "monotonic", clock.monotonic)  # the module, which both use
+            limit = [] if minutes is None else ["--minutes", str(minutes)]
+            assert ablate.main([str(path), "--out", str(self.folder / out), *limit, *more]) == status
+        return self.capsys.readouterr().out
+
+    def rows(self, out: str) -> dict[str, dict[str, Any]]:
+        lines = (self.folder / out / "results.jsonl").read_text().splitlines()
+        return {row["run"]: row for row in map(json.loads, lines)}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    return Bench(tmp_path, monkeypatch, capsys)
+
+
+def test_a_plan_stops_and_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
+    """The clock runs out time and again, within a run too; another data.root changes nothing."""
+    bench.patch.setattr(ablate, "FIRST_JUDGING_S", 4.0)
+    bench.patch.setattr(ablate, "FIRST_START_S", 2.0)
+    bench.patch.setattr(trial, "SAVE_EVERY_S", 3)
+    starts = 0
+    while "not all is done" in bench.make("broken", 22 / 60, f"data.root=place_{starts}", "--data", "what it is"):
+        starts += 1
+        assert starts < 20
+    history = [json.loads(line) for line in (tmp_path / "broken" / "results.jsonl").read_text().splitlines()]
+    stopped = [row for row in history if not row["complete"]]
+    assert starts >= 2 and stopped and all(row["images"] % 64 == 0 < row["images"] for row in stopped)
+    rows = bench.rows("broken")
+    assert [row["complete"] for row in rows.values()] == [True] * 4 and len(rows) == 4
+    commands = (tmp_path / "broken" / "commands.txt").read_text().splitlines()
+    assert commands == ["== hello: -c 'print(6 * 7)'", "42", "== hello: status 0"]
+    # 0.2 minutes are 12 seconds, in which the clock is looked at about five times, every ten steps of 64 images.
+    assert 1 <= rows["long-best-0"]["epochs"] == rows["control-a-0"]["epochs"] <= 10
+    assert not list(tmp_path.rglob("last.pt")) and (tmp_path / "broken" / "long-best-0.yaml").exists()
     table = (tmp_path / "broken" / "table.md").read_text()
-    assert table.count("**") == 6 and table in make("broken"), "nothing is left to do"
+    assert table.count("**") == 6 and "what it is" in table and table.strip() in bench.make("broken")
 
-    assert (tmp_path / "broken" / "bad.partial").exists() and not (tmp_path / "broken" / "bad.txt").exists()
-    assert (tmp_path / "broken" / "endless.partial").exists()
+    bench.plan["stages"] = bench.plan["stages"][1:2]
+    bench.make("whole")
+    for name in ("screen-a-0", "screen-b-0"):
+        assert bench.rows("whole")[name]["table"] == rows[name]["table"], "as if it had not been stopped"
+        assert len(rows[name]["table"]) >= 8
 
-    # One that fails does not keep the others from being made.
-    plan["stages"] = [stage for stage in plan["stages"] if stage["name"] == "screen"]
-    del plan["stages"][0]["variants"]["a"]
-    path.write_text(json.dumps({**plan, "stages": [{**plan["stages"][0], "variants": {"large": [], "b": []}}]}))
+
+def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_path: Path) -> None:
+    bench.plan["stages"] = [
+        {"name": "bad", "command": "-c 'print(1); exit(3)'", "minutes": 0.5},
+        {"name": "screen", "epochs": 1, "variants": {"large": [], "empty": []}},
+        {"name": "after", "epochs": 1, "base": "screen", "variants": {"x": []}},
+        {"name": "control", "images_of": "screen/large", "variants": {"y": []}},
+        {"name": "last", "epochs": 1, "variants": {"z": []}},
+    ]
     train = Trial.train
 
-    def failing(trial: Trial, stop: Any) -> None:
-        if "large" in str(trial.checkpoint):
-            raise RuntimeError("out of memory\nand more")
-        train(trial, stop)
+    def failing(self: Trial, stop: Any) -> None:
+        if "screen" in str(self.checkpoint):
+            raise RuntimeError("out of memory\nand more" if "large" in str(self.checkpoint) else "")
+        train(self, stop)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trial, "train", failing)
-        assert "all is done" in make("failing")
-    rows = Results(tmp_path / "failing" / "results.jsonl").rows
-    assert rows["screen-large-0"]["failed"] == "out of memory" and rows["screen-b-0"]["complete"]
-    plan["stages"][0]["variants"] = {"a": [], "b": ["diffusion.schedule=linear"]}
-    rows = Results(tmp_path / "broken" / "results.jsonl").rows
-    path.write_text(json.dumps(plan))
-    make("whole")
-    whole = Results(tmp_path / "whole" / "results.jsonl").rows
-    for name in ("screen-a-0", "screen-b-0"):
-        assert whole[name]["table"] == rows[name]["table"], "as if it had not been stopped"
-        assert len(whole[name]["table"]) >= 8 and whole[name]["config_digest"] == rows[name]["config_digest"]
+    bench.patch.setattr(Trial, "train", failing)
+    printed = bench.make("out", status=1)
+    assert "failed: screen-large-0, screen-empty-0, after, control-y-0" in printed and "\nall is done" in printed
+    rows = bench.rows("out")
+    assert rows["screen-large-0"]["failed"] == "out of memory" and rows["screen-empty-0"]["failed"] == "RuntimeError"
+    assert rows["last-z-0"]["complete"] and "- screen-large-0 failed: out of memory" in printed
+    assert (tmp_path / "out" / "commands.txt").read_text().endswith("1\n== bad: status 3\n")
+
+
+def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
+    bench.plan["stages"] = bench.plan["stages"][1:2]
+    step, steps = trial.train_step, iter(range(10**6))
+
+    def signalled(*args: Any) -> Any:
+        if next(steps) == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with bench.patch.context() as patch:
+            patch.setattr(trial, "train_step", signalled)
+            assert "not all is done" in bench.make("out")
+        checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
+        saved = torch.load(checkpoint, weights_only=True)
+        assert saved["step"] == 20, "the next look"
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+        assert "\nall is done" in bench.make("out"), "a checkpoint that is damaged costs what was in it, no more"
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_folder_is_for_one_driver(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with lock_file(tmp_path / "out" / ".lock"), pytest.raises(SystemExit, match="2"):
+        bench.make("out")
+    assert "is in use by process" in bench.capsys.readouterr().err

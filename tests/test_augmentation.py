@@ -110,7 +110,7 @@ def test_colours_are_changed_as_torchvision_would() -> None:
         color_jitter=[0.4, 0.3, 0.2, 0.1],
         grayscale_probability=0.2,
     )
-    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(60, width))
+    drawn = Augmentation(view, 16).parameters(lambda width, part="": torch.rand(60, width))
     ours = augment(images, drawn)
     for sample in range(60):
         expected = images[sample]
@@ -129,7 +129,7 @@ def test_colours_follow_torchvisions_distribution() -> None:
         color_jitter=[0.4, 1.5, 0.2, 0.1],
         grayscale_probability=0.2,
     )
-    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(24_000, width))
+    drawn = Augmentation(view, 16).parameters(lambda width, part="": torch.rand(24_000, width))
     rounds, strengths = drawn.operations[:, 2:6], drawn.strengths[:, 2:6]
     jittered = rounds.any(dim=1)
     assert abs(jittered.float().mean() - 0.8) < 0.02
@@ -147,7 +147,7 @@ def test_colours_follow_torchvisions_distribution() -> None:
         assert abs(found.mean() - (low + high) / 2) < 0.01 * (high - low) * 2, name
     assert abs((drawn.operations[:, 6] == OPERATIONS.index("Color")).float().mean() - 0.2) < 0.02
     assert drawn.strengths[:, 6].unique().tolist() == [-1, 0]
-    plain = Augmentation(View(randaugment_probability=0.0), 16).parameters(lambda width: torch.rand(9, width))
+    plain = Augmentation(View(randaugment_probability=0.0), 16).parameters(lambda width, part="": torch.rand(9, width))
     assert plain.operations.shape == (9, 2), "no rounds that change nothing"
 
 
@@ -295,7 +295,7 @@ def test_images_too_small_to_blur_are_left() -> None:
 def test_nothing_is_read_from_the_pixels() -> None:
     """On the meta device there are none to read: a number asked for, or a shape that depends on them, raises."""
     view = View(randaugment_probability=1.0, affine_probability=1.0, color_jitter_probability=0.5)
-    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(200, width))
+    drawn = Augmentation(view, 16).parameters(lambda width, part="": torch.rand(200, width))
     assert drawn.operations.unique().numel() == len(OPERATIONS)
     pixels = torch.empty(200, 3, 16, 16, dtype=torch.uint8, device="meta")
     views = augment(pixels, drawn)

@@ -57,7 +57,7 @@ def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: ra
 
 def draws(experiment: Experiment, positions: range, purpose: str, *counters: int) -> Draw:
     """What decides how the samples at `positions` are augmented."""
-    return lambda width: uniforms(positions, width, experiment.config.seed, purpose, *counters)
+    return lambda width, part="": uniforms(positions, width, experiment.config.seed, purpose + part, *counters)
 
 
 def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Batch:

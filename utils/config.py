@@ -178,7 +178,7 @@ class Optimizer(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's betas", min_length=2, max_length=2)
     weight_decay: float = key(0.05, "AdamW's weight decay", ge=0)
     warmup_epochs: float = key(20.0, "linear warm-up, a step at a time, over this many epochs", ge=0, le=1e6)
-    schedule: Literal["constant", "cosine"] = key("constant", "after the warm-up; cosine: to zero at the last step")
+    schedule: Literal["constant", "cosine"] = key("constant", "after the warm-up; cosine: to zero, after the last step")
     max_grad_norm: Positive = key(1.0, "gradients are clipped to this norm")
 
 
@@ -230,15 +230,21 @@ class Probe(Section):
 class Evaluation(Section):
     every: int = key(100, "epochs between evaluations of the EMA encoder; always at the end", run=True, ge=1)
     batch_size: int = key(512, "images a forward pass", run=True, ge=1)
-    features: Annotated[str, Field(pattern=r"^(z|pooled|decoder\.(down|middle|up)\.\d+@\d+)$")] = key(
+    features: str = key(
         "z",
-        "the latent z; pooled, before the encoder's last layer; decoder.<block>@<timestep>, as decoder.up.5@20, of the "
-        "decoder without a latent",
+        "z; pooled, before the encoder's last layer; decoder.<block>@<timestep>, of the decoder without a latent",
         run=True,
     )
     normalize: bool = key(True, "scale features to length 1", run=True)
     knn: KNN = KNN()
     probe: Probe = Probe()
+
+    @field_validator("features")
+    @classmethod
+    def _features(cls, name: str) -> str:
+        if not re.fullmatch(r"z|pooled|decoder\.(down|middle|up)\.\d+@\d+", name):
+            raise ValueError(f"write z, pooled or decoder.<block>@<timestep>, as decoder.up.5@20, not {name}")
+        return name
 
 
 class Sampling(Section):

@@ -29,7 +29,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values, as YAML 1.2 reads numbers; raises ConfigError, also where a key is given twice."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two from scalars like 0x_, and nesting
@@ -110,7 +111,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The config in a YAML file, with `key=value` overrides applied; raises ConfigError on any mistake."""
     path = Path(path)
     try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.yaml")))
         raise ConfigError(f"no config file {path}" + (f"; there are {there}" if there else "")) from None
@@ -135,7 +136,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown key {name}: {section} is not a section")
-        target[last] = _parse_yaml(value, f"the value of {name}")
+        target[last] = parse_yaml(value, f"the value of {name}")
     config = _validate(raw, str(path))
     if not config.output_dir:
         config = config.model_copy(update={"output_dir": str(Path("runs") / path.stem)})
@@ -144,7 +145,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def parse_config(text: str, where: str) -> Config:
     """A config from the YAML text that `Config.to_yaml` wrote, as in a checkpoint."""
-    return _validate(_parse_yaml(text, where), where)
+    return _validate(parse_yaml(text, where), where)
 
 
 def _value(config: Config, name: str) -> Any:
@@ -154,11 +155,12 @@ def _value(config: Config, name: str) -> Any:
     return value
 
 
-def result_digest(config: Config) -> str:
+def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "") -> str:
     """Of every key that the closing table depends on, and of where the images are."""
     judged_by = ("data.root", "views.probe.", "evaluation.", "training.micro_batch_size")
-    values = {name: _value(config, name) for name, _, run in all_keys() if not run or name.startswith(judged_by)}
-    return hashlib.blake2b(yaml.safe_dump(values).encode(), digest_size=16).hexdigest()
+    kept = {name for name, _, run in all_keys() if not run or name.startswith(judged_by)}.difference(without)
+    values = {name: _value(config, name) for name, _, _ in all_keys() if name in kept}
+    return hashlib.blake2b((yaml.safe_dump(values) + also).encode(), digest_size=16).hexdigest()
 
 
 def differences(
