@@ -51,8 +51,14 @@ class Driver:
 
     def go(self) -> bool:
         """Whether nothing is left that more time would do."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.interrupt)
+        before = {number: signal.signal(number, self.interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._go()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _go(self) -> bool:
         for stage in self.ablation.plan.stages:
             if stage.command:
                 self.command(stage)

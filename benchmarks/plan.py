@@ -174,11 +174,17 @@ class Ablation:
     def rows(self, stage: Stage) -> dict[str, list[dict[str, Any]]]:
         """Of each variant, over seeds, what came to its end."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for run in self.runs(stage):
-            row = self.row(run)
-            if row and row["complete"]:
-                found.setdefault(run.variant, []).append(row)
+        for _, row in self.made(stage):
+            if row["complete"]:
+                found.setdefault(row["variant"], []).append(row)
         return found
+
+    def made(self, stage: Stage) -> list[tuple[Run, dict[str, Any]]]:
+        """The runs of which there is anything to say; none of a stage that cannot be made."""
+        try:
+            return [(run, row) for run in self.runs(stage) if (row := self.row(run))]
+        except ConfigError:
+            return []
 
     def best(self, stage: Stage) -> str | None:
         """The variant with the highest score, over those that have any."""

@@ -65,11 +65,10 @@ def _stage(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: float
 
 def _unfinished(stage: Stage, ablation: Ablation) -> str:
     lines = []
-    for run in ablation.runs(stage):
-        row = ablation.row(run)
-        if row and "failed" in row:
+    for run, row in ablation.made(stage):
+        if "failed" in row:
             lines.append(f"- {run.name} failed: {row['failed']}")
-        elif row and not row["complete"]:
+        elif not row["complete"]:
             knn, linear = accuracies(row)
             lines.append(f"- {run.name} was stopped after {row['images']:,} images: {knn:.1f} / {linear:.1f}")
     return "\n".join(lines)

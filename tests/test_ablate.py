@@ -136,6 +136,19 @@ def test_results_of_another_experiment_are_passed_over(ablation: Ablation, chang
     assert len(Ablation(moved, ablation.path).rows(same.stage("screen"))["a"]) == 2
 
 
+def test_a_variant_that_does_not_go_with_the_best_is_a_stage_that_fails(tmp_path: Path) -> None:
+    deep = Stage(name="deep", epochs=1, variants={"a": ["decoder.channel_mult=[1,2,2]"]})
+    odd = Stage(name="odd", epochs=1, base="deep", variants={"b": ["data.image_size=10"]})
+    plan = Plan(config=str(ROOT / "config" / "digits.yaml"), stages=[deep, odd])
+    ablation = Ablation(plan, tmp_path / "results.jsonl")
+    ablation.add(ablation.runs(deep)[0], row_of(1, 1))
+    with pytest.raises(ConfigError, match="cannot be halved 2 times"):
+        ablation.runs(odd)
+    assert "**deep**" in tables(ablation) and "odd" not in tables(ablation)
+    driver = ablate.Driver(plan, tmp_path, float("inf"), None)
+    assert driver.go() and driver.failed == ["odd"]
+
+
 def test_results_survive_damage(ablation: Ablation) -> None:
     content = ablation.path.read_bytes()
     ablation.path.write_bytes(content[:-30])
@@ -329,19 +342,16 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        with bench.patch.context() as patch:
-            patch.setattr(trial, "train_step", signalled)
-            assert "not all is done" in bench.make("out")
-        checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
-        saved = torch.load(checkpoint, weights_only=True)
-        assert saved["step"] == 20, "the next look"
-        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-        assert "\nall is done" in bench.make("out"), "a checkpoint that is damaged costs what was in it, no more"
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
-            signal.signal(number, handler)
+    handler = signal.getsignal(signal.SIGTERM)
+    with bench.patch.context() as patch:
+        patch.setattr(trial, "train_step", signalled)
+        assert "not all is done" in bench.make("out")
+    assert signal.getsignal(signal.SIGTERM) == handler
+    checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["step"] == 20, "the next look"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "\nall is done" in bench.make("out"), "a checkpoint that is damaged costs what was in it, no more"
 
 
 def test_a_folder_is_for_one_driver(bench: Bench, tmp_path: Path) -> None:
