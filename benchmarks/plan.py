@@ -147,7 +147,7 @@ class Ablation:
     def runs(self, stage: Stage) -> list[Run]:
         """In the order in which they are made: all variants with the first seed, then with the next.
 
-        None where nothing has come of a stage that they build on. Raises ConfigError where a variant does not go with
+        Empty where nothing has come of a stage that they build on. Raises ConfigError where a variant does not go with
         the best of that stage.
         """
         inherited: list[str] = []

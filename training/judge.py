@@ -47,9 +47,9 @@ def encode_with(experiment: Experiment, soda: SODA) -> Encode:
 def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor, indices: range, name: str) -> Tensor:
     """Activations of the decoder without a latent, averaged over the pixels: views (N, 3, H, W) -> (N, C) float32.
 
-    The probe of Denoising Diffusion Autoencoders (Xiang et al. 2023), on a decoder that is unconditional a tenth of the
-    time. `name` is decoder.<block>@<timestep>: of which block, for images with how much noise. The noise belongs to a
-    sample's index, in either split, and is the same each time.
+    The probe of Denoising Diffusion Autoencoders (Xiang et al. 2023), on a decoder that trains without a latent with
+    probability `training.latent_drop_probability`. `name` is decoder.<block>@<timestep>: of which block, for images
+    with how much noise. The noise belongs to a sample's index, in either split, and is the same each time.
     """
     block, timestep = name.removeprefix("decoder.").split("@")
     x_start = experiment.views.denormalize(views) * 2 - 1

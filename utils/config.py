@@ -62,7 +62,7 @@ class Data(Section):
     )
     num_workers: int | None = key(
         None,
-        "threads of each process that decode ahead, where images stream; null: share the cores",
+        "threads that decode images; null: one a core, of which processes have a share each while images stream",
         run=True,
         ge=1,
         le=1024,
