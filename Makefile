@@ -29,7 +29,7 @@ test: .venv/requirements-dev.done
 test-long: .venv/requirements-dev.done
 	.venv/bin/python -m pytest -m long
 
-# Of what is committed. ema-pytorch's own needs, torch and more, are there.
+# Of what is committed; torch and the rest of requirements.txt are there.
 bundle: .venv/requirements.done
 	@test -d "$(DATA)/train" || { echo "error: DATA is no folder of train/ and test/: make bundle DATA=photos" >&2; exit 2; }
 	rm -rf bundle
@@ -39,7 +39,6 @@ bundle: .venv/requirements.done
 	echo "$(NAME)" > bundle/name.txt
 	.venv/bin/python -m pip download --quiet --only-binary=:all: --python-version $(BUNDLE_PYTHON) \
 	  --platform manylinux2014_x86_64 --dest bundle/wheels pydantic
-	.venv/bin/python -m pip download --quiet --no-deps --dest bundle/wheels ema-pytorch
 	cp benchmarks/run_bundle.sh bundle/run.sh
 	@du -sm bundle | awk '{print "bundle/: " $$1 " MB"; if ($$1 >= $(BUNDLE_MB)) {print "error: $(BUNDLE_MB) MB or more" > "/dev/stderr"; exit 2}}'
 

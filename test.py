@@ -30,12 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     from datasets import DatasetError
     from training.experiment import build_on_meta, initial_state, open_experiment
     from training.judge import all_protocols, baselines, encode_with, judge, settled
-    from utils.checkpoint import CheckpointError, first_difference, load_checkpoint
+    from training.state import first_difference
+    from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
     from utils.logging import format_table
 
     with user_errors(ConfigError, DatasetError, CheckpointError):
-        checkpoint = args.checkpoint or Path(config.output_dir) / "checkpoints" / "last.pt"
-        saved = load_checkpoint(checkpoint)
+        folder = Path(config.output_dir) / "checkpoints"
+        checkpoint = args.checkpoint or folder / "last.pt"
+        newest = None if args.checkpoint else newest_checkpoint(folder)
+        checkpoint, saved = newest or (checkpoint, load_checkpoint(checkpoint))
         trained_with = parse_config(saved["config"], str(checkpoint))
         changed = differences(trained_with, config, run=False, prefixes=MUST_AGREE)
         if changed:
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         epoch = state.step / experiment.loader.steps_per_epoch
         logger.info("judging the EMA encoder of %s, epoch %g, step %d", checkpoint, epoch, state.step)
 
-    soda = state.ema.ema_model
+    soda = state.ema.module
     # "settled": with BatchNorm statistics made as those of the untrained encoder are.
     with errors_under_way(DatasetError):
         encoders = {

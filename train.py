@@ -6,11 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
 
-from utils.cli import errors_under_way, make_parser, read_config, run, user_errors
+from utils.cli import errors_under_way, log_to, make_parser, read_config, run, user_errors
 from utils.config import Config, ConfigError
 from utils.config_file import differences, parse_config, result_digest
 from utils.distributed import exchange, from_rank_0, rank, same_everywhere
-from utils.files import InUseError, lock_file, write_text
+from utils.files import FolderError, InUseError, lock_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +35,22 @@ def main(argv: list[str] | None = None) -> int:
     from datasets import DatasetError
     from training.experiment import check_shares, describe_model, initial_state, open_experiment
     from training.loop import read_results, train
-    from utils.checkpoint import CheckpointError, load_checkpoint
+    from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+    from utils.device import OutOfMemoryError
 
     if args.dry_run:
         if rank() == 0:
             print(config.to_yaml(), describe_model(config), sep="\n")
         return 0
     folder = Path(config.output_dir)
-    checkpoint = folder / "checkpoints" / "last.pt"
     with ExitStack() as held:
         with user_errors(ConfigError, DatasetError, CheckpointError):
             check_shares(config)
             lock = held.enter_context(hold(folder)) if rank() == 0 and (folder / LOCK).exists() else None
             exchange()  # nobody reads what another run may still write
-            saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+            newest = newest_checkpoint(folder / "checkpoints") if rank() == 0 else None
+            checkpoint = from_rank_0(newest and newest[0])
+            saved = newest[1] if newest else load_checkpoint(checkpoint) if checkpoint and checkpoint.exists() else None
             if not same_everywhere(saved and saved["step"]):
                 raise ConfigError(
                     f"the machines see different files in {folder}: output_dir must be storage they share"
@@ -78,9 +80,12 @@ def main(argv: list[str] | None = None) -> int:
                 if lock is None:
                     held.enter_context(hold(folder))
                 prepare_folder(folder, config, resumes=saved is not None)
-            del saved
-        with errors_under_way(DatasetError):  # a file that could be read when they were opened
-            train(experiment, state, folder)
+            exchange()
+            held.enter_context(log_to(folder / "logs"))
+            del saved, newest
+        # What was well at the start may not stay so.
+        with errors_under_way(DatasetError, FolderError, OutOfMemoryError):
+            train(experiment, state, folder, checkpoint)
         if rank() == 0:
             print(summary(config, read_results(folder)["table"]))
     return 0
@@ -130,10 +135,10 @@ def hold(folder: Path) -> TextIO:
 
 def prepare_folder(folder: Path, config: Config, resumes: bool) -> None:
     """Make what a run writes into, and write its resolved config; raises ConfigError."""
-    if not resumes and (folder / "checkpoints" / "last.pt").exists():
+    if not resumes and any((folder / "checkpoints").glob("*.pt")):
         raise ConfigError(f"another run has just used {folder}: start again to go on with it")
     try:
-        for name in ("checkpoints", "samples", "tensorboard"):
+        for name in ("checkpoints", "logs", "samples", "tensorboard"):
             (folder / name).mkdir(exist_ok=True)
             TemporaryFile(dir=folder / name).close()  # it can be written to, too
         for name in ("metrics.jsonl", "results.json"):

@@ -140,7 +140,7 @@ class Driver:
         row = trial.judged()
         self.judging_s.append(row["evaluation_s"])
         if run.stage.keep:
-            write_parts(trial.state.ema.ema_model.encoder, self.out / run.name, trial.config.to_yaml())
+            write_parts(trial.state.ema.module.encoder, self.out / run.name, trial.config.to_yaml())
         self.ablation.add(run, {**row, "data": self.data or run.config.data.name})
         write_text(self.out / "table.md", tables(self.ablation))
         if trial.complete:

@@ -19,8 +19,10 @@ from benchmarks.measure import machine
 from datasets import DatasetError
 from training.experiment import Experiment, initial_state, open_experiment
 from training.judge import all_protocols, encode_with, judge
+from training.state import TrainState
 from training.step import train_step, training_pixels
-from utils.checkpoint import CheckpointError, TrainState, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint_writer import save_checkpoint
 from utils.config import Config, ConfigError
 from utils.config_file import differences, parse_config
 from utils.device import choose_compile, peak_memory_mb
@@ -109,13 +111,13 @@ class Trial:
 
     def save(self) -> None:
         if self.checkpoint is not None:
-            state = {**self.state.state_dict(), "seconds": self.seconds}
-            save_checkpoint(self.checkpoint, state, self.config.to_yaml(), self.experiment.data_digest)
+            described = {"config": self.config.to_yaml(), "data": self.experiment.data_digest, "seconds": self.seconds}
+            save_checkpoint(self.checkpoint, self.state.state_dict() | described)
 
     def judged(self) -> dict[str, Any]:
         """What there is to say of it, with its accuracies under every protocol of test.py."""
         experiment, step, begun = self.experiment, self.state.step, time.monotonic()
-        encoders = {"trained": encode_with(experiment, self.state.ema.ema_model)}
+        encoders = {"trained": encode_with(experiment, self.state.ema.module)}
         table = judge(experiment, encoders, all_protocols(experiment))
         return {
             "data_digest": experiment.data_digest,

@@ -19,9 +19,9 @@ import train as train_program
 from tests.conftest import digits_args
 from training.experiment import Experiment, initial_state, open_experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid
+from training.state import TrainState
 from training.step import train_step, training_pixels
 from utils import parallel
-from utils.checkpoint import TrainState
 from utils.cli import user_errors
 from utils.config import ConfigError
 from utils.config_file import load_config
@@ -88,7 +88,7 @@ def training(
         ddp = state.wrapped
         sends_buffers = getattr(ddp, "forward_sync_buffers", None) or ddp.broadcast_buffers
         found["DDP"] = (ddp.static_graph, ddp.gradient_as_bucket_view, sends_buffers)
-    found["EMA is the same everywhere"] = same_everywhere(digest(state.ema.state_dict()))
+    found["EMA is the same everywhere"] = same_everywhere(digest(state.ema.module.state_dict()))
     return found
 
 

@@ -1,37 +1,197 @@
+import hashlib
 import os
 import pickle
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from utils import checkpoint as module
-from utils.checkpoint import CheckpointError, CheckpointInterval, load_checkpoint, save_checkpoint
+from tests.conftest import assert_equal_states
+from utils import checkpoint_writer
+from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from utils.checkpoint_writer import CheckpointInterval, CheckpointWriter, save_checkpoint, to_host
+from utils.files import FolderError
 
-STATE = {"model": {"w": torch.arange(3.0)}, "ema": {}, "optimizer": {}, "scaler": {}, "step": 7}
-
-
-def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoints" / "last.pt"
-    save_checkpoint(path, STATE, "seed: 0\n", "abc")
-    loaded = load_checkpoint(path)
-    assert loaded["step"] == 7 and loaded["config"] == "seed: 0\n" and loaded["data"] == "abc"
-    assert torch.equal(loaded["model"]["w"], torch.arange(3.0))
-    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+CONTENTS: dict[str, Any] = {
+    "model": {"w": torch.arange(30_000.0)},
+    **{name: {} for name in ("ema", "optimizer", "scaler")},
+    **{"tally": torch.zeros(5), "step": 7, "config": "seed: 0\n", "data": "abc"},
+}
 
 
-def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, STATE, "", "abc")
+def contents(step: int) -> dict[str, Any]:
+    return CONTENTS | {"step": step, "model": {"w": torch.full((30_000,), float(step))}}
 
-    def fail_midway(state: object, file) -> None:  # type: ignore[no-untyped-def]
-        file.write(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr(module.torch, "save", fail_midway)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, {**STATE, "step": 8}, "", "abc")
-    assert load_checkpoint(path)["step"] == 7
+def write(folder: Path, *steps: int, keep_as: str | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    resumed_from = folder / "last.pt" if (folder / "last.pt").exists() else None
+    with CheckpointWriter(folder, resumed_from, folder / "metrics.jsonl") as writer:
+        for step in steps:
+            writer.save(contents(step), keep_as)
+
+
+def newest_step(folder: Path) -> int | None:
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return None
+    assert torch.equal(newest[1]["model"]["w"], contents(newest[1]["step"])["model"]["w"])
+    return newest[1]["step"]
+
+
+def test_the_last_two_checkpoints_come_back_and_sha256sum_agrees(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    write(folder, 1, 2, keep_as="epoch_0001.pt")
+    write(folder, 3)
+    names = ["SHA256SUMS", "epoch_0001.pt", "last.pt", "previous.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert [load_checkpoint(folder / name)["step"] for name in names[1:]] == [2, 3, 2]
+    assert newest_step(folder) == 3
+    checked = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert checked.returncode == 0 and checked.stdout.count(": OK\n") == 3, checked
+
+
+def test_what_is_saved_is_what_it_was_then(tmp_path: Path) -> None:
+    weights = torch.zeros(10**6)
+    with CheckpointWriter(tmp_path, None, tmp_path / "none") as writer:
+        writer.save(CONTENTS | {"model": {"w": weights}, "optimizer": {"groups": [{"betas": (0.9, 0.95)}]}})
+        weights += 1
+    saved = load_checkpoint(tmp_path / "last.pt")
+    assert not saved["model"]["w"].any() and saved["optimizer"] == {"groups": [{"betas": (0.9, 0.95)}]}
+    assert_equal_states(to_host(CONTENTS), CONTENTS)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a byte flipped", "missing", "empty"])
+def test_of_a_damaged_checkpoint_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    write(tmp_path, 1, 2)
+    last = tmp_path / "last.pt"
+    content = bytearray(last.read_bytes())
+    if damage == "missing":
+        last.unlink()
+    elif damage == "a byte flipped":
+        for place in range(0, len(content), len(content) // 200):
+            flipped = content.copy()
+            flipped[place] ^= 1
+            last.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=r"last.pt is damaged.*SHA256SUMS"):
+                load_checkpoint(last)
+    else:
+        os.truncate(last, 0 if damage == "empty" else len(content) // 2)
+    assert newest_step(tmp_path) == 1
+    assert "going back to" in caplog.text and "previous.pt, of step 1" in caplog.text
+    assert f"last.pt{'; going' if damage == 'missing' else ' is damaged'}" in caplog.text
+
+    # The damaged one does not take the place of the good one, whatever happens while the next is saved.
+    with CheckpointWriter(tmp_path, tmp_path / "previous.pt", tmp_path / "none") as writer:
+        writer.save(contents(3))
+    assert [load_checkpoint(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 1]
+    write(tmp_path, 4)
+    assert [load_checkpoint(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [4, 3]
+
+
+def test_where_both_are_damaged_the_newest_kept_one_is_used_else_nothing(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) is None
+    write(tmp_path, 900, keep_as="epoch_0900.pt")
+    write(tmp_path, 1000, keep_as="epoch_1000.pt")
+    write(tmp_path, 10_000, keep_as="epoch_10000.pt")
+    write(tmp_path, 10_001, 10_002)
+    for name in ("last.pt", "previous.pt", "epoch_10000.pt"):
+        os.truncate(tmp_path / name, 1000)
+    assert newest_step(tmp_path) == 1000
+    shutil.copy(tmp_path / "epoch_0900.pt", tmp_path / "last.pt")  # a user's way of going back
+    assert newest_step(tmp_path) == 900
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last.pt is damaged"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_process_killed_between_any_two_changes_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All calls that change what is on the disk are counted; the process ends before each of them in turn."""
+
+    class Killed(BaseException):
+        pass
+
+    left = 0
+
+    def count_down() -> None:
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count_down()
+            return function(*args, **kwargs)
+
+        return call
+
+    reached, found = 0, [0]
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        write(folder, 1, 2, keep_as="epoch_0001.pt")
+        left = moment
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink", "hardlink_to"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            for name in ("fsync", "open"):
+                patch.setattr(checkpoint_writer.os, name, counted(getattr(os, name)))
+            try:
+                write(folder, 3, keep_as="epoch_0002.pt")
+            except Killed:
+                reached = moment
+        found.append(newest_step(folder) or 0)
+        assert found[-1] in (2, 3)
+        for path in folder.glob("*.pt"):
+            load_checkpoint(path)
+        write(folder, 4)
+        assert [load_checkpoint(folder / name)["step"] for name in ("last.pt", "previous.pt")] == [4, found[-1]]
+        if reached < moment:
+            break
+    assert reached > 8 and found == sorted(found), "it goes over at one moment"
+
+
+def test_a_save_that_fails_leaves_the_last_ones_and_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    full = OSError(28, "No space left on device")
+
+    class Full(checkpoint_writer._HashedFile):
+        def write(self, data: Any) -> int:
+            self.error = full
+            raise full
+
+    def fail(*args: Any) -> None:
+        raise full
+
+    for target, name, value in ((checkpoint_writer, "_HashedFile", Full), (checkpoint_writer.os, "fsync", fail)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            with pytest.raises(FolderError, match=r"No space left on device.*start again"):
+                write(tmp_path, 3)
+            with CheckpointWriter(tmp_path, tmp_path / "last.pt", tmp_path / "none") as writer:
+                writer.save(contents(3))
+                while writer._writing is not None and not writer._writing.done():
+                    pass
+                with pytest.raises(FolderError):
+                    writer.check()
+                writer.check()  # told once
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    shutil.rmtree(tmp_path)
+    with (
+        pytest.raises(FolderError, match="No such file"),
+        CheckpointWriter(tmp_path, tmp_path / "last.pt", tmp_path / "none") as writer,
+    ):
+        writer.save(contents(3))
+    assert not tmp_path.exists(), "a folder that is gone may be a disk that is, and comes back"
 
 
 class Malicious:
@@ -44,14 +204,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     if kind == "truncated":
-        save_checkpoint(path, STATE, "", "abc")
+        save_checkpoint(path, CONTENTS)
         os.truncate(path, path.stat().st_size // 2)
     elif kind == "text":
         path.write_text("hello")
     elif kind == "another":
         torch.save({"weights": torch.zeros(2)}, path)
     elif kind == "malicious":
-        torch.save({**STATE, "config": Malicious()}, path)
+        torch.save({**CONTENTS, "config": Malicious()}, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        (tmp_path / "SHA256SUMS").write_text(f"{digest}  last.pt\n")  # who can write one can write the other
     elif kind == "malicious pickle":
         path.write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(CheckpointError) as caught:
@@ -60,15 +222,21 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_checkpoint_without_a_checksum_is_read(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "sub" / "mine.pt", CONTENTS)
+    assert_equal_states(load_checkpoint(tmp_path / "sub" / "mine.pt"), CONTENTS)
+
+
 def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, epochs = CheckpointInterval("3 steps", 10), CheckpointInterval("2 epochs", 10)
     assert [s for s in range(1, 10) if steps.due(s)] == [3, 6, 9]
     assert [s for s in range(1, 50) if epochs.due(s)] == [20, 40]
     now = 100.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint_writer.time, "monotonic", lambda: now)
     minutes = CheckpointInterval("2 minutes", 10)
-    assert not minutes.due(1)
+    assert not steps.overdue() and not any(minutes.due(s) for s in range(10))
+    assert not minutes.overdue()
     now = 219.0
-    assert not minutes.due(2)
+    assert not minutes.overdue()
     now = 220.0
-    assert minutes.due(3) and not minutes.due(4)
+    assert minutes.overdue() and not minutes.overdue()

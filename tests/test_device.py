@@ -82,7 +82,7 @@ def test_the_backend_is_what_the_gpus_allow(
     monkeypatch.setattr(distributed, "exchange", lambda value: [value] * processes)
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: opened.append(backend))
     monkeypatch.setattr(distributed, "_group", None)
-    distributed.start(asked, 30.0, torch.device(kind))
+    distributed.start(asked, torch.device(kind))
     assert opened == [taken] and said in caplog.text and (said or not caplog.text)
 
 

@@ -1,5 +1,6 @@
 """Two processes compute what one computes. What they run is in tests/processes.py."""
 
+import time
 from typing import Any
 
 import pytest
@@ -130,9 +131,23 @@ def test_one_process_of_each_machine_goes_before_the_others(
     """Two machines of two processes: what the first leaves is there for the second, too, if they share storage."""
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
-    meetings: list[None] = []
-    monkeypatch.setattr(distributed, "exchange", lambda: meetings.append(None))
-    assert distributed.first_on_each_node(lambda: len(meetings)) == turn and len(meetings) == 3
+    meetings: list[bool] = []
+
+    def exchange(busy: bool) -> list[bool]:
+        """Any other process that is at work is done at the second meeting."""
+        meetings.append(busy)
+        return [busy, len(meetings) % 2 == 1]
+
+    def work() -> int:
+        began_at = len(meetings)
+        while len(meetings) < began_at + 3:  # the others are met while this goes on
+            time.sleep(0.001)
+        return began_at
+
+    monkeypatch.setattr(distributed, "exchange", exchange)
+    monkeypatch.setattr(distributed, "SIGN_OF_LIFE_S", 0.001)
+    assert distributed.first_on_each_node(work) == 2 * turn
+    assert sum(meetings) >= 3 and not meetings[-1]
 
 
 @pytest.mark.parametrize(("total", "multiple"), [(16, 4), (6, 4), (1, 4), (0, 1), (7, 1), (64, 8)])

@@ -59,7 +59,7 @@ MISTAKES = [
     Mistake("cannot write to output_dir", ["output_dir={place}/file/run"]),
     Mistake("busy is in use by process", ["output_dir={place}/busy"]),
     Mistake("encoder.latent_dim was 8 and is 16", ["output_dir={place}/run", "encoder.latent_dim=16"]),
-    Mistake("last.pt cannot be read", ["output_dir={place}/run_truncated"]),
+    Mistake("last.pt is damaged", ["output_dir={place}/run_truncated"]),
     Mistake("last.pt cannot be read", ["output_dir={place}/run_malicious"]),
     Mistake("encoder.fc.weight is (8, 31) there and (8, 32)", ["output_dir={place}/run_reshaped", "training.epochs=2"]),
     Mistake("File name too long", ["output_dir=" + "/x" * 3000]),
@@ -146,6 +146,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("truncated", "malicious", "reshaped"):
         folder = shutil.copytree(run, place / f"run_{name}")
         shutil.copy(checkpoints / f"{name}.pt", folder / "checkpoints" / "last.pt")
+        if name != "truncated":
+            (folder / "checkpoints" / "SHA256SUMS").unlink()
     return place
 
 

@@ -59,7 +59,10 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         "config.yaml",
         "metrics.jsonl",
         "results.json",
+        "logs/rank_0.log",
+        "checkpoints/SHA256SUMS",
         "checkpoints/last.pt",
+        "checkpoints/previous.pt",
         "checkpoints/epoch_0001.pt",
         "checkpoints/epoch_0002.pt",
         "samples/epoch_0001.png",
@@ -312,6 +315,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     (folder / "results.json").unlink()
     state = last(folder)
     del state["model"]["encoder.fc.weight"]
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
     torch.save(state, folder / "checkpoints" / "last.pt")
     for program in (train_program, judge_program):
         with pytest.raises(SystemExit, match="2"):
@@ -321,9 +326,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 
 def test_reports_are_json_whatever_the_loss(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 0)
-    log.report("train", 1, {"loss": float("nan"), "lr": 0.5})
-    log.close()
+    with RunLog(tmp_path, 0) as log:
+        log.report("train", 1, {"loss": float("nan"), "lr": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
         "kind": "train",
         "step": 1,

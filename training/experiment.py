@@ -1,13 +1,12 @@
-"""From a config to objects: what stays as it is (`Experiment`) and what training changes (`TrainState`)."""
+"""From a config to objects: what stays as it is (`Experiment`), and the first state of what training changes."""
 
 from dataclasses import dataclass
 
 import torch
-from ema_pytorch import EMA
 
 from datasets import DatasetError, DatasetInfo, Images, Loader, StoredImages, Views, build_dataset
 from model import SODA, GaussianDiffusion, build_soda, forward_flops
-from utils.checkpoint import TrainState
+from training.state import EMA, FUSED, Tally, TrainState
 from utils.config import Config, ConfigError
 from utils.device import choose_amp_dtype, choose_device
 from utils.distributed import exchange, first_on_each_node, local_world_size, same_everywhere, start, world_size
@@ -41,7 +40,7 @@ def open_experiment(config: Config) -> Experiment:
     arithmetic = [f"{kind} in {dtype or 'float32'}" for kind, dtype in exchange((device.type, amp_dtype))]
     if len(set(arithmetic)) > 1:
         raise ConfigError(f"the processes compute differently ({', '.join(arithmetic)}): set device, training.use_amp")
-    start(config.distributed.backend, config.distributed.timeout_minutes, device)
+    start(config.distributed.backend, device)
     data = {**config.data.model_dump(), "processes": local_world_size()}
     train, test, info = first_on_each_node(lambda: build_dataset(**data))
     data_digest = train.digest()
@@ -130,20 +129,12 @@ def initial_state(experiment: Experiment) -> TrainState:
         ],
         betas=(config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
+        fused=device.type in FUSED,
     )
     return TrainState(
         soda=soda,
-        # Built once the model is on its device and never moved: its counters stay on the CPU, and no step waits.
-        ema=EMA(
-            soda,
-            beta=experiment.config.training.ema_decay,
-            power=experiment.config.training.ema_power,
-            update_after_step=0,
-            update_every=1,
-            include_online_model=False,
-            use_foreach=True,
-        ),
+        ema=EMA(soda, experiment.config.training.ema_decay, experiment.config.training.ema_power),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
+        tally=Tally(device),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasets import Draw
 from training.experiment import Experiment
-from utils.checkpoint import TrainState
+from training.state import FUSED, Snapshot, TrainState
 from utils.device import autocast
 from utils.distributed import share, world_size
 from utils.logging import PhaseTimer
@@ -99,8 +99,9 @@ def train_step(
     """One optimiser step over one global batch. Returns (loss, gradient norm before clipping), on the device.
 
     `pixels` is what `training_pixels` gives from `state.step` on. The loss is the mean over this process's share of
-    the batch, the gradient's norm that of the whole batch. Raises DatasetError, the state being what it was, where an
-    image cannot be read.
+    the batch, the gradient's norm that of the whole batch. Where that is not finite, the step is skipped, by all
+    processes alike: but for the step's number, the tally and the loss scale, the state stays what it was. Raises
+    DatasetError, the state being what it was, where an image cannot be read.
     """
     config, device = experiment.config, experiment.device
     mine = share(config.training.batch_size, CHUNK)
@@ -109,6 +110,7 @@ def train_step(
         # All before anything changes: an image that cannot be read leaves the state whole.
         parts = list(zip(range(mine.start, mine.stop, size), next(pixels).split(size), strict=True))
     state.soda.train()
+    statistics = Snapshot(state.soda.buffers())
     for group, lr in zip(state.optimizer.param_groups, learning_rates(experiment, state.step), strict=True):
         group["lr"] = lr
 
@@ -134,10 +136,18 @@ def train_step(
     with timer.phase("update"):
         state.scaler.unscale_(state.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), config.optimizer.max_grad_norm)
-        state.scaler.step(state.optimizer)
+        skipped = grad_norm.isfinite().logical_not().float()
+        state.tally.add(total_loss, skipped)
+        statistics.restore(skipped.bool())
+        known_to_host = device.type not in FUSED and bool(skipped.item())
+        if not known_to_host:
+            # Not by the scaler, whose own step would skip for the scaled gradients' sake alone.
+            state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            state.optimizer.step()
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
     with timer.phase("EMA"):
-        state.ema.update()
+        if not known_to_host:
+            state.ema.update(skipped)
     state.step += 1
     return total_loss, grad_norm

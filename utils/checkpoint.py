@@ -1,129 +1,89 @@
-"""The state of a training run: written whole or not at all, read without executing anything."""
+"""Checkpoints read: without executing anything, their bytes checked, the one before where the last is damaged.
 
-import os
-import time
+A folder of them holds last.pt, previous.pt, those kept for good (epoch_0100.pt), and SHA256SUMS.
+"""
+
+import hashlib
+import logging
 import warnings
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+LAST, PREVIOUS, SUMS = "last.pt", "previous.pt", "SHA256SUMS"
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(Exception):
     """A checkpoint that is missing or cannot be used; the message says what to do."""
 
 
-@dataclass
-class TrainState:
-    """Everything that training changes; `step` counts the optimiser steps done."""
+def read_sums(folder: Path) -> dict[str, list[str]]:
+    """Of SHA256SUMS: the digests that each file may have, two while it is being replaced."""
+    sums: dict[str, list[str]] = {}
+    with suppress(OSError, UnicodeDecodeError):
+        for line in (folder / SUMS).read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            sums.setdefault(name, []).append(digest)
+    return sums
 
-    soda: Any  # model.SODA, unwrapped
-    ema: Any  # ema_pytorch.EMA, which is untyped
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    wrapped: Any = None  # what a training step calls: `soda`, or DDP around it
 
-    def __post_init__(self) -> None:
-        self.wrapped = self.wrapped or self.soda
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """last.pt and what it holds; where it is damaged or missing, with a line, the one before, or the newest kept.
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.soda.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; raises CheckpointError where it does not fit this model."""
-        difference = first_difference(state["model"], self.soda)
-        if difference:
-            raise CheckpointError(f"the checkpoint does not fit the model: {difference}; name another")
+    None where there is no checkpoint at all; raises CheckpointError where there is none that is whole.
+    """
+    kept = sorted(folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
+    failures = []
+    for path in (folder / LAST, folder / PREVIOUS, *kept):
+        if not path.exists():
+            continue
         try:
-            self._load(state)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"the checkpoint does not fit the model ({reason}): name another") from None
-
-    def _load(self, state: dict[str, Any]) -> None:
-        # What the config says of lr, fused and foreach holds, not what the checkpoint says.
-        settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
-        self.soda.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        # Moments saved on a device with another memory layout keep it, and fused kernels read them as if they
-        # had the parameter's.
-        for parameter, moments in self.optimizer.state.items():
-            for name, value in moments.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter).copy_(value)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-
-
-def first_difference(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> str | None:
-    """What tells a checkpoint's weights from those of `model`, which may lie on the meta device; None if nothing."""
-    here = model.state_dict()
-    for name in (*here, *weights):
-        if name not in here:
-            return f"its {name} is not in the model"
-        if not isinstance(weights.get(name), torch.Tensor):
-            return f"it has no {name}"
-        if weights[name].shape != here[name].shape:
-            return f"{name} is {tuple(weights[name].shape)} there and {tuple(here[name].shape)} here"
+            found = path, load_checkpoint(path)
+        except CheckpointError as failure:
+            failures.append(failure)
+            continue
+        if path.name != LAST:
+            why = failures[0] if failures else f"there is no {folder / LAST}"
+            logger.warning("%s; going back to %s, of step %d", why, path, found[1]["step"])
+        return found
+    if failures:
+        raise failures[0]
     return None
 
 
-def save_checkpoint(path: Path, state: dict[str, Any], config_yaml: str, data_digest: str) -> None:
-    """Write to a temporary name, flush to the disk, rename: `path` is at no time half a checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        torch.save({**state, "config": config_yaml, "data": data_digest}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Model, EMA, optimiser, scaler, step, config and digest of the data, on the host; raises CheckpointError."""
+    """Model, EMA, optimiser, scaler, tally, step, config and digest of the data, on the host; raises CheckpointError.
+
+    Where the folder's SHA256SUMS lists the file, its bytes are to be those of a file that it lists.
+    """
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path}: train first, or name one that exists")
     try:
+        sums = read_sums(path.parent)
+        if path.name in sums:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not any(digest in digests for digests in sums.values()):
+                raise CheckpointError(f"{path} is damaged: its bytes are not those that {SUMS} lists")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols, which tell a user nothing
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way at all
         reason = f"{type(error).__name__}: it is damaged, or holds more than tensors and plain values"
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): remove it or name another") from None
-    expected = {"model": dict, "ema": dict, "optimizer": dict, "scaler": dict, "step": int, "config": str, "data": str}
+    expected = {
+        **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
+        **{"tally": torch.Tensor, "step": int, "config": str, "data": str},
+    }
     fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
     if not fits or state["step"] < 0:
         raise CheckpointError(f"{path} is not a checkpoint of this program: name another")
     return state
-
-
-class CheckpointInterval:
-    """When a checkpoint is due, from `N steps`, `N epochs` or `N minutes`."""
-
-    def __init__(self, text: str, steps_per_epoch: int) -> None:
-        number, unit = text.split()
-        self._seconds = 60 * int(number) if unit == "minutes" else None
-        self._steps = int(number) * (steps_per_epoch if unit == "epochs" else 1)
-        self._last = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        if self._seconds is None:
-            return step % self._steps == 0
-        if time.monotonic() - self._last < self._seconds:
-            return False
-        self._last = time.monotonic()
-        return True

@@ -4,14 +4,28 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
 from typing import Any, NoReturn
 
+from utils import signals
 from utils.config import Config, ConfigError
 from utils.config_file import describe_keys, load_config
-from utils.distributed import SharedError, check_launcher, exchange, rank, same_everywhere, stop, world_size
+from utils.distributed import (
+    SharedError,
+    check_launcher,
+    exchange,
+    lost,
+    rank,
+    same_everywhere,
+    set_timeout,
+    stop,
+    world_size,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,10 +65,44 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
 def read_config(args: argparse.Namespace) -> Config:
     """The config of the command line, the same in all processes but for where the images are; raises ConfigError."""
     config = load_config(args.config, args.overrides + (["training.use_amp=true"] if args.use_amp else []))
+    set_timeout(config.distributed.timeout_minutes)
     data = config.data.model_copy(update={"root": "", "cache_dir": ""})
     if not same_everywhere(config.model_copy(update={"data": data})):
         raise ConfigError(f"the processes read different configs from {args.config}: give them all the same")
     return config
+
+
+_early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+def start_logging() -> None:
+    """The console shows what rank 0 says and all warnings; `log_to` keeps what each process says."""
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, _early])
+
+
+@contextmanager
+def log_to(folder: Path) -> Iterator[None]:
+    """Inside, and from the start, what this process says goes to `folder`/rank_<rank>.log, with the time.
+
+    Its last line tells what the process was doing when it hung or died.
+    """
+    folder.mkdir(exist_ok=True)
+    file = logging.FileHandler(folder / f"rank_{rank()}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    setattr(file, "handleError", lambda record: None)  # noqa: B010 (mypy) a full disk is told of elsewhere
+    root = logging.getLogger()
+    file.handle(logging.makeLogRecord({"msg": f"process {os.getpid()} on {socket.gethostname()}"}))
+    _early.setTarget(file)
+    _early.flush()
+    root.removeHandler(_early)
+    root.addHandler(file)
+    try:
+        yield
+    finally:
+        root.removeHandler(file)
+        file.close()
 
 
 @contextmanager
@@ -66,7 +114,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     Inside, processes meet by `exchange` and what is made of it, so that wherever one of them fails, the others learn of
     it where they meet next. Tensors do not travel inside; `start` may be called, which meets by `exchange` first.
     """
-    logging.basicConfig(level=logging.INFO if rank() == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    start_logging()
     mistakes: tuple[type[Exception], ...] = (*kinds, OSError)
     try:
         try:
@@ -97,17 +145,40 @@ def errors_under_way(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if world_size() > 1:
-            os._exit(2)
-        sys.exit(2)
+        _leave(2, f"error: {error}")
+    except SharedError as error:  # raised by all at the same step
+        _leave(2, f"error: {error}" if rank() == 0 else "")
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    """End this process, which may be in the middle of a meeting with others."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has seen another one end
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if world_size() > 1:
+        logging.shutdown()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program and leave, together with the other processes."""
+    """Run a program and leave, together with the other processes.
+
+    The exit status: 0, finished; 2, a mistake of the user's; 75, stopped by a signal or left alone by the other
+    processes, where the same command goes on; anything else is a bug.
+    """
+    signals.watch()
+    status: Any
     try:
-        status: Any = main()
+        status = main()
+    except signals.Stopped as stopped:
+        _leave(signals.STATUS, stopped.message if rank() == 0 else "")
     except SystemExit as ended:
         status = ended.code
+    except RuntimeError as error:
+        reason = lost(error)
+        if reason is None:
+            raise
+        _leave(signals.STATUS, f"error: rank {rank()} has lost the others ({reason}): the same command goes on")
     stop()
     sys.exit(status)

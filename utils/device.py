@@ -4,11 +4,13 @@ import ctypes
 import importlib.util
 import logging
 import os
+import re
 import resource
 import shutil
 import sys
 import sysconfig
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,25 @@ def choose_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class OutOfMemoryError(Exception):
+    """The message says how much was asked for and which key to change."""
+
+
+@contextmanager
+def memory_for(advice: Callable[[], str]) -> Iterator[None]:
+    """Inside, memory that is not there becomes an OutOfMemoryError; `advice` says what takes less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # Of CUDA's allocator; the CPU's, whose error is a plain RuntimeError; numpy's.
+        asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d[\d.]* \w+)", str(error))
+        if not asked and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise
+        amount, unit = asked[1].split() if asked else ("an unknown amount", "")
+        text = f"{int(amount) / 2**30:.2f} GiB" if unit == "bytes" else f"{amount} {unit}".strip()
+        raise OutOfMemoryError(f"out of memory: {text} more were asked for; {advice()}") from None
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+SIGN_OF_LIFE_S = 5.0
+
 _group: ProcessGroup | None = None
+_timeout = timedelta(minutes=30)
 
 
 def _from_launcher(name: str, default: int) -> int:
@@ -74,8 +78,7 @@ def exchange(value: Any = None, error: str | None = None) -> list[Any]:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            # One process may decode a large folder while the others wait here, and one that dies is noticed anyway.
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
+            dist.init_process_group("gloo", timeout=_timeout)
         answers *= world_size()
         dist.all_gather_object(answers, (value, error))
     for _, failure in answers:
@@ -99,23 +102,71 @@ def first_on_each_node(work: Callable[[], T]) -> T:
     """`work()` in all processes, but in turns: what it downloads or caches is there for those that come later.
 
     Rank 0 goes first, then one process on each other machine, which may share rank 0's storage, then the others. If it
-    can fail, this is to be called inside `user_errors`, which tells the others.
+    can fail, this is to be called inside `user_errors`, which tells the others. It may take longer than the time-out:
+    who works gives signs of life.
     """
+    if world_size() == 1:
+        return work()
     mine = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     result: Any = None
-    for turn in range(3):
-        if turn == mine:
-            result = work()
-        exchange()
+    thread = ThreadPoolExecutor(1)
+    try:
+        for turn in range(3):
+            working = thread.submit(work) if turn == mine else None
+            anybody = True
+            while anybody:
+                busy = working is not None and bool(wait([working], SIGN_OF_LIFE_S).not_done)
+                if working is not None and not busy:
+                    result = working.result()
+                anybody = any(exchange(busy))
+    finally:
+        thread.shutdown(wait=False)
     return result
 
 
-def start(backend: str, timeout_minutes: float, device: torch.device) -> None:
+class Agreement:
+    """What processes wish for, known to all of them at the same step, without waiting for any device.
+
+    In a single process, at once; else one call later: each call starts a small sum over gloo, which goes on in the
+    background, and waits for the one before.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self, *wishes: int) -> tuple[int, ...]:
+        """The greatest of all processes' wishes, 0 for none, of which there are as many in each call."""
+        if world_size() == 1:
+            return wishes
+        import torch
+        import torch.distributed as dist
+
+        answer = self.wait() or (0,) * len(wishes)
+        values = torch.tensor(wishes)
+        self._asked = values, dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def wait(self) -> tuple[int, ...]:
+        """The answer to the last call; nothing if there was none."""
+        if self._asked is None:
+            return ()
+        values, work = self._asked
+        self._asked = None
+        work.wait()
+        return tuple(values.tolist())
+
+
+def set_timeout(minutes: float) -> None:
+    """A process that waits for the others for longer fails; to be called before processes first meet."""
+    global _timeout
+    _timeout = timedelta(minutes=minutes)
+
+
+def start(backend: str, device: torch.device) -> None:
     """Open the group that tensors on `device` travel through; all processes call it together.
 
     Args:
         backend: `nccl`, `gloo` or `auto`. NCCL needs a GPU for each process; without, it is gloo on all ranks.
-        timeout_minutes: a collective of tensors that takes longer fails.
     """
     if world_size() == 1:
         return
@@ -128,7 +179,7 @@ def start(backend: str, timeout_minutes: float, device: torch.device) -> None:
     chosen = "gloo" if backend == "gloo" or not all_can else "nccl"
     if backend == "nccl" and not all_can:
         logger.info("distributed.backend is nccl, which needs a GPU for each process: taking gloo")
-    _group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=timedelta(minutes=timeout_minutes)))
+    _group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=_timeout))
 
 
 def group() -> ProcessGroup | None:
@@ -152,6 +203,23 @@ def stop() -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         _group = None
+
+
+def lost(error: RuntimeError) -> str | None:
+    """Why the other processes cannot be reached, where that is what an error of a collective says; else None.
+
+    gloo has no exception of its own.
+    """
+    if world_size() == 1:
+        return None
+    import torch.distributed as dist
+
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting")
+    found = [sign for sign in signs if sign in text]
+    if not found and not isinstance(error, dist.DistError):
+        return None
+    return found[0] if found else " ".join(text.split())[:200]
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:

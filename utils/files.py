@@ -1,10 +1,12 @@
-"""Small files, written whole or not at all, and locks."""
+"""Small files, written whole or not at all; locks; what is said of a folder that cannot be written to."""
 
 import errno
 import fcntl
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -12,10 +14,29 @@ logger = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename."""
+    """Write to a temporary name, wait until it is on the disk, rename."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+
+
+class FolderError(Exception):
+    """A run's folder that cannot be written to any more; the message says what to do."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """OSErrors inside become FolderErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"cannot write to {folder} ({error.strerror}); the last checkpoint there is whole: "
+            "mend the storage and start again"
+        ) from None
 
 
 class InUseError(Exception):

@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard, one JSON line a report, the time each phase took, the table at the end."""
 
 import json
+import logging
 import math
 import time
 from collections import defaultdict
@@ -11,35 +12,52 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.files import write_text
+from utils.files import write_text, writing_to
+
+METRICS = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Reports of one run, to `folder`/metrics.jsonl and `folder`/tensorboard.
+    """Reports of one run, to `folder`/metrics.jsonl and `folder`/tensorboard; a context that closes them.
 
-    A run that resumes at `step` drops what was reported after it, so that no step is there twice.
+    A run that resumes at `step` drops what was reported after it, so that no step is there twice. Raises FolderError
+    where the former cannot be written; the latter is then given up, with a line.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._jsonl = folder / "metrics.jsonl"
+        self._jsonl = folder / METRICS
         kept = [entry for entry in self._read() if entry["step"] <= step]
-        write_text(self._jsonl, "".join(json.dumps(entry) + "\n" for entry in kept))
+        with writing_to(folder):
+            write_text(self._jsonl, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._reported = {(entry["kind"], entry["step"]) for entry in kept}
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
+        self._writer: SummaryWriter | None = None
+        with self._tensorboard():
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        """What fails inside ends TensorBoard, not the run."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._writer = None
+            logger.warning("TensorBoard is given up (%s): training goes on, and %s has all numbers", error, METRICS)
 
     def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str) -> None:
         """Scalars by name, as in report("train", 100, {"loss": 0.1}), and notes to stand beside them in the JSON."""
-        with open(self._jsonl, "a") as file:
-            finite = {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }  # JSON has no NaN
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        with writing_to(self._jsonl.parent), open(self._jsonl, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **finite, **notes}) + "\n")
         self._reported.add((kind, step))
-        for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
-        self._writer.flush()
+        with self._tensorboard():
+            if self._writer:
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+                self._writer.flush()
 
     def has(self, kind: str, step: int) -> bool:
         """Whether this run, or the one that it resumes, has reported `kind` at `step`."""
@@ -59,13 +77,22 @@ class RunLog:
 
     def image(self, name: str, step: int, image: Tensor) -> None:
         """(3, H, W) uint8."""
-        self._writer.add_image(name, image, step)
+        with self._tensorboard():
+            if self._writer:
+                self._writer.add_image(name, image, step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._writer.add_text(name, text, step)
+        with self._tensorboard():
+            if self._writer:
+                self._writer.add_text(name, text, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._tensorboard():
+            if self._writer:
+                self._writer.close()
 
 
 class PhaseTimer:

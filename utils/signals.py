@@ -1,0 +1,57 @@
+"""SIGTERM, SIGINT and SIGUSR1 (a scheduler's notice): noted while the state changes, obeyed at once elsewhere."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: what is saved goes on with the same command
+
+_received = 0
+_deferring = False
+
+
+class Stopped(SystemExit):
+    """Ends the program with status 75; the message says what became of the run."""
+
+    def __init__(self, number: int, what: str = "") -> None:
+        super().__init__(STATUS)
+        self.message = f"stopped by {signal.Signals(number).name}{what}: the same command goes on"
+
+
+def watch() -> None:
+    """Obey signals from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _note)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _received
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    if not _received:  # launchers may pass on what was sent to all
+        _received = number
+        if not _deferring:
+            raise Stopped(number)
+
+
+def received() -> int:
+    """The signal that was sent to this process; 0: none."""
+    return _received
+
+
+def obey() -> None:
+    """Raise Stopped if a signal was sent."""
+    if _received:
+        raise Stopped(_received)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a signal is noted only; whoever is inside asks for it by `received`."""
+    global _deferring
+    _deferring = True
+    try:
+        yield
+    finally:
+        _deferring = False
