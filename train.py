@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.loop import read_results, train
     from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
     from utils.device import OutOfMemoryError
+    from utils.logging import phases
 
     if args.dry_run:
         if rank() == 0:
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(summary(config, results["table"]))
                 return 0
 
+            phases.info("opening %s", config.data.name)
             experiment = open_experiment(config)
             if saved and saved["data"] != experiment.data_digest:
                 raise DatasetError(

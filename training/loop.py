@@ -21,7 +21,7 @@ from utils.config_file import result_digest
 from utils.device import choose_compile, memory_for, peak_memory_mb
 from utils.distributed import Agreement, SharedError, backend, exchange, from_rank_0, rank, world_size
 from utils.files import write_text, writing_to
-from utils.logging import METRICS, PhaseTimer, RunLog
+from utils.logging import METRICS, PhaseTimer, RunLog, phases
 from utils.parallel import data_parallel
 from utils.randomness import CHUNK
 
@@ -89,6 +89,7 @@ def train(experiment: Experiment, state: TrainState, folder: Path, resumed_from:
     with writer or nullcontext(), log or nullcontext(), closing(training_pixels(experiment, state.step)) as pixels, bar:
         # An evaluation that a killed run did not finish is made up for before the next step.
         evaluate()
+        phases.info("training from step %d to %d", state.step, total_steps)
         while state.step < total_steps:
             with signals.deferred():
                 try:
@@ -119,10 +120,13 @@ def train(experiment: Experiment, state: TrainState, folder: Path, resumed_from:
                     if writer:
                         writer.wait()
                     exchange()  # a launcher that sees one process end gives the others little time
+                    phases.info("stopped at step %d, saved", state.step)
                     raise signals.Stopped(signal_number, f" at step {state.step}, which is saved")
             if evaluation:
                 evaluate()
+                phases.info("evaluated")
         agree.wait()
+        phases.info("finished")
 
 
 def batch_norm_batch_size(experiment: Experiment) -> int:
@@ -201,7 +205,7 @@ def evaluate_if_due(
     reported = from_rank_0(log is not None and log.has("evaluation", state.step))
     if reported and not at_end:
         return
-    logger.info("evaluation at step %d", state.step)
+    phases.info("evaluation at step %d", state.step)
     with timer.phase("evaluation"):
         soda, table, grid = state.ema.module, {}, None
         protocols = [] if experiment.test is None else config_protocols(experiment)

@@ -76,8 +76,9 @@ _early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=Fal
 
 
 def start_logging() -> None:
-    """The console shows what rank 0 says and all warnings; `log_to` keeps what each process says."""
+    """The console shows what rank 0 says and all warnings; `log_to` keeps what each process says, phases too."""
     console = logging.StreamHandler(sys.stderr)
+    console.addFilter(lambda record: record.name != "phases")
     console.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, _early])
 

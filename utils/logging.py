@@ -17,6 +17,7 @@ from utils.files import write_text, writing_to
 METRICS = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
+phases = logging.getLogger("phases")  # what a process is about to do: in its own log, and not on the console
 
 
 class RunLog:

@@ -1,0 +1,314 @@
+"""What may befall a run, done to it; docs/reliability.md lists what is promised. test_endurance.py takes minutes."""
+
+import errno
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import train as train_program
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
+from training import loop
+from utils import signals
+from utils.device import OutOfMemoryError, memory_for
+from utils.logging import RunLog
+
+SETTINGS = (  # 22 steps
+    "training.checkpoint_every=6 steps",
+    "sampling.num_images=0",
+    "evaluation.probe.epochs=1",
+    "evaluation.probe.batch_size=512",
+)
+
+
+def args_for(folder: Path, *overrides: str) -> list[str]:
+    return digits_args(folder, *SETTINGS, *overrides)
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train_program.main(args_for(folder)) == 0
+    return folder
+
+
+def assert_ends_like(folder: Path, other: Path) -> None:
+    """Bit for bit, and no report is twice there, missing or another."""
+    for part in ("model", "ema", "optimizer", "tally", "step"):
+        assert_equal_states(last(folder)[part], last(other)[part], part)
+    assert losses(folder) == losses(other)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process obeys signals as a program does."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(signals, "_received", 0)
+    signals.watch()
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Do something just before a step."""
+    train_step = loop.train_step
+
+    def hooked(experiment: Any, state: Any, *rest: Any) -> Any:
+        if state.step == step:
+            act()
+        return train_step(experiment, state, *rest)
+
+    monkeypatch.setattr(loop, "train_step", hooked)
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 10), (signal.SIGINT, 11), (signal.SIGUSR1, 21)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None, number: int, step: int
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(signals.Stopped) as stopped:
+            train_program.main(args_for(tmp_path))
+    assert stopped.value.code == 75 and f"at step {step + 1}, which is saved" in stopped.value.message
+    assert last(tmp_path)["step"] == step + 1
+    if number == signal.SIGINT:
+        assert signal.getsignal(number) == signal.SIG_DFL, "a second one ends the process at once"
+    monkeypatch.setattr(signals, "_received", 0)
+    assert train_program.main(args_for(tmp_path)) == 0
+    assert_ends_like(tmp_path, undisturbed)
+
+
+def test_a_signal_during_an_evaluation_ends_it_at_once(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "judge", lambda *args: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(signals.Stopped):
+            train_program.main(args_for(tmp_path, "training.checkpoint_every=60 minutes"))
+    assert last(tmp_path)["step"] == 22, "it was saved before"
+    monkeypatch.setattr(signals, "_received", 0)
+    assert train_program.main(args_for(tmp_path)) == 0
+    assert_ends_like(tmp_path, undisturbed)
+    assert '"evaluation"' in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1], "it was made up for"
+
+
+def test_a_signal_while_the_images_are_opened_ends_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None
+) -> None:
+    from training import experiment
+
+    monkeypatch.setattr(experiment, "build_dataset", lambda **keys: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(signals.Stopped):
+        train_program.main(args_for(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_smaller_micro_batch_goes_on_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, watched: None
+) -> None:
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        at_step(patch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(signals.Stopped):
+            train_program.main(args_for(tmp_path))
+    monkeypatch.setattr(signals, "_received", 0)
+    assert train_program.main(args_for(tmp_path, "training.micro_batch_size=16")) == 0
+    assert "training.micro_batch_size was None and is now 16" in caplog.text
+    assert "BatchNorm normalises over 16 images at a time" in caplog.text
+    assert [step for step, _ in losses(tmp_path)] == [5, 10, 15, 20, 22]
+    assert all(loss < 1 for _, loss in losses(tmp_path))
+
+
+@pytest.mark.parametrize("when", ["while a checkpoint is written", "while a report is written"])
+def test_a_full_disk_ends_the_run_with_a_line(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+) -> None:
+    """The kernel refuses to write more to a file than it may hold."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = 100_000 if "checkpoint" in when else 10
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 14, fill)
+            with pytest.raises(SystemExit, match="2"):
+                train_program.main(args_for(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: cannot write to") and "File too large" in error and error.endswith("start again")
+    assert last(tmp_path)["step"] == 12 and not list((tmp_path / "checkpoints").glob("*.partial"))
+    assert train_program.main(args_for(tmp_path)) == 0
+    assert_ends_like(tmp_path, undisturbed)
+
+
+def test_a_folder_that_is_lost_ends_the_run_and_is_not_made_anew(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, away = tmp_path / "run", tmp_path / "away"
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, lambda: run.rename(away))
+        with pytest.raises(SystemExit, match="2"):
+            train_program.main(args_for(run))
+    assert f"cannot write to {run}" in capsys.readouterr().err.splitlines()[-1] and not run.exists()
+    away.rename(run)
+    assert train_program.main(args_for(run)) == 0
+    assert_ends_like(run, undisturbed)
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_run_leaves_no_lock(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from utils.files import *; lock = lock_file(Path(sys.argv[1])); print(1, flush=True); "
+        "time.sleep(60)"
+    )
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", script, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(SystemExit, match="2"):
+            train_program.main(args_for(tmp_path / "run"))
+        other.kill()
+        other.wait()
+    with train_program.hold(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("failing", ["add_scalar", "flush", "add_text", "add_image", "__init__", "close"])
+def test_tensorboard_that_fails_never_stops_training(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    def fail(*args: Any, **keys: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, failing, fail)
+    with RunLog(tmp_path, 0) as log:
+        log.text("config", "text", 0)
+        log.image("grid", 1, torch.zeros(3, 4, 4, dtype=torch.uint8))
+        for step in (1, 2):
+            log.report("train", step, {"loss": 0.5})
+    assert losses(tmp_path) == [(1, 0.5), (2, 0.5)]
+    assert caplog.text.count("TensorBoard is given up") == 1
+
+
+def test_tensorboard_whose_files_go_bad_never_stops_training(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread of its own that writes them dies."""
+    at_step(monkeypatch, 12, lambda: shutil.rmtree(tmp_path / "tensorboard"))
+    assert train_program.main(args_for(tmp_path)) == 0
+    assert "TensorBoard is given up" in caplog.text
+    assert_ends_like(tmp_path, undisturbed)
+
+
+def with_nan_from(monkeypatch: pytest.MonkeyPatch, step: int, count: int) -> None:
+    """One pixel is no number at these steps."""
+    train_step = loop.train_step
+
+    def hooked(experiment: Any, state: Any, pixels: Any, timer: Any) -> Any:
+        if not step <= state.step < step + count:
+            return train_step(experiment, state, pixels, timer)
+        pair = type(experiment.views).pair
+
+        def bad(*args: Any) -> Any:
+            x_source, x_start = pair(*args)
+            x_source[0, 0, 0, 0] = math.nan
+            return x_source, x_start
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(experiment.views), "pair", bad)
+            return train_step(experiment, state, pixels, timer)
+
+    monkeypatch.setattr(loop, "train_step", hooked)
+
+
+def test_a_few_bad_steps_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_nan_from(monkeypatch, 3, 8)
+    assert train_program.main(args_for(tmp_path)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [2, 5, 1, 0, 0]
+    assert [line["loss"] is None for line in lines if line["kind"] == "train"] == [False, True, False, False, False]
+
+
+def test_twenty_bad_steps_in_a_row_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_nan_from(monkeypatch, 8, 20)
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(args_for(tmp_path, "training.epochs=2"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "20 steps in a row, before step 30, had gradients that are not finite" in error
+    assert "0.002 (encoder)" in error and f"step 24, in {tmp_path / 'checkpoints'}" in error
+    saved = last(tmp_path)
+    assert saved["step"] == 24 and all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, patched in (("training.micro_batch_size=32", "train_step"), ("evaluation.batch_size=256", "judge")):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, patched, lambda *args: torch.empty(2**50))
+            with pytest.raises(SystemExit, match="2"):
+                train_program.main(args_for(tmp_path))
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: out of memory: 4194304.00 GiB more were asked for") and key in error
+    assert train_program.main(args_for(tmp_path)) == 0
+    assert_ends_like(tmp_path, undisturbed)
+
+
+def test_what_cuda_says_of_its_memory_is_understood() -> None:
+    with pytest.raises(OutOfMemoryError, match=r"2\.50 GiB more were asked for; buy"), memory_for(lambda: "buy"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of")
+    with pytest.raises(RuntimeError, match="another"), memory_for(lambda: ""):
+        raise RuntimeError("another")
+
+
+def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None:
+    """And end as torchrun's children do."""
+    run = tmp_path / "run"
+    args = digits_args(run, "training.epochs=10000", "training.log_every=1", "distributed.timeout_minutes=2")
+    command = [sys.executable, *TWO_PROCESSES, "train.py", *args]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 5)
+            os.kill(int((run / "logs" / "rank_1.log").read_text().split(" process ")[-1].split()[0]), signal.SIGUSR1)
+            _, said = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 1, "torchrun's own"
+    assert said.count("stopped by SIGUSR1 at step ") == 1 and said.count("exitcode  : 75 ") == 2, said
+    for rank in (0, 1):
+        assert f"stopped at step {last(run)['step']}" in (run / f"logs/rank_{rank}.log").read_text()
+    assert losses(run)[-1][0] == last(run)["step"]
+
+
+def wait_for(done: Callable[[], Any], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, "it took too long"
+        time.sleep(0.05)
