@@ -1,17 +1,21 @@
 """Two processes compute what one computes. What they run is in tests/processes.py."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import HashStore
 
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
 from utils import distributed
 from utils.distributed import share
 from utils.parallel import GlobalBatchNorm2d, convert_batch_norm
+from utils.rendezvous import _call_the_roll
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,26 @@ def test_one_process_of_each_machine_goes_before_the_others(
     monkeypatch.setattr(distributed, "SIGN_OF_LIFE_S", 0.001)
     assert distributed.first_on_each_node(work) == 2 * turn
     assert sum(meetings) >= 3 and not meetings[-1]
+
+
+@pytest.mark.parametrize("slow", [None, 0, 2])
+def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int | None) -> None:
+    """Three starts, one after the other, in a store that keeps everything; one process may come late."""
+    store, timeout = HashStore(), timedelta(seconds=20)
+    rolls: list[str] = []
+
+    def start(rank: int) -> str:
+        time.sleep(0.2 if rank == slow else 0)
+        return _call_the_roll(store, rank, 3, timeout)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as processes:
+            found = set(processes.map(start, range(3)))
+        assert len(found) == 1
+        rolls += found
+    assert len(set(rolls)) == 3
+    with pytest.raises(RuntimeError, match="Timed out waiting"):
+        _call_the_roll(store, 0, 3, timedelta(seconds=0.1))  # the others' tokens are of the dead
 
 
 @pytest.mark.parametrize(("total", "multiple"), [(16, 4), (6, 4), (1, 4), (0, 1), (7, 1), (64, 8)])

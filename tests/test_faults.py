@@ -68,6 +68,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(signals, "_received", 0)
     signals.watch()
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
@@ -94,11 +95,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             train_program.main(args_for(tmp_path))
     assert stopped.value.code == 75 and f"at step {step + 1}, which is saved" in stopped.value.message
     assert last(tmp_path)["step"] == step + 1
-    if number == signal.SIGINT:
-        assert signal.getsignal(number) == signal.SIG_DFL, "a second one ends the process at once"
     monkeypatch.setattr(signals, "_received", 0)
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
+
+
+def test_a_second_interrupt_ends_a_process_that_hangs() -> None:
+    script = (
+        "import hashlib; from utils import signals; signals.watch(); print(1, flush=True); "
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes without a look at signals
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=10) == 130
 
 
 def test_a_signal_during_an_evaluation_ends_it_at_once(

@@ -78,7 +78,10 @@ def exchange(value: Any = None, error: str | None = None) -> list[Any]:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=_timeout)
+            from utils.rendezvous import open_store
+
+            store = open_store(rank(), world_size(), _timeout)
+            dist.init_process_group("gloo", store=store, rank=rank(), world_size=world_size(), timeout=_timeout)
         answers *= world_size()
         dist.all_gather_object(answers, (value, error))
     for _, failure in answers:

@@ -1,8 +1,10 @@
 """SIGTERM, SIGINT and SIGUSR1 (a scheduler's notice): noted while the state changes, obeyed at once elsewhere."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: what is saved goes on with the same command
@@ -21,14 +23,24 @@ class Stopped(SystemExit):
 
 def watch() -> None:
     """Obey signals from now on."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    Thread(target=_count_interrupts, args=(read_end,), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _note)
 
 
+def _count_interrupts(read_end: int) -> None:
+    """End the process at the second SIGINT, even where its main thread hangs in a library and handles no signal."""
+    count = 0
+    while count < 2:
+        count += os.read(read_end, 1)[0] == signal.SIGINT
+    os._exit(128 + signal.SIGINT)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     global _received
-    if number == signal.SIGINT:
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
     if not _received:  # launchers may pass on what was sent to all
         _received = number
         if not _deferring:

@@ -1,0 +1,310 @@
+"""What takes minutes: kills, hangs, a soak, full disks and two machines, with the scripts that users start."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train as train_program
+from tests.conftest import ROOT, assert_equal_states, digits_args, launch
+from tests.test_faults import last, losses, wait_for
+from tests.test_mistakes import write_images
+
+pytestmark = pytest.mark.long
+
+# A state of 10 MB, so that a save takes a while.
+LARGER = ("encoder.width=16", "sampling.num_images=0", "evaluation.every=1000", "evaluation.probe.epochs=1")
+
+
+@contextmanager
+def started(*command: str, log: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own group, ended at the end; what it prints goes to a file."""
+    with open(log, "a") as said:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=said, stderr=said, text=True, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def training_since(run: Path, rank: int = 0) -> int | None:
+    """The process that trains as `rank`, None where it does not yet; its log begins with its number."""
+    log = run / "logs" / f"rank_{rank}.log"
+    text = log.read_text().rpartition(" process ")[2] if log.exists() else ""
+    return int(text.split()[0]) if " training from step " in text else None
+
+
+def reported(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+    """At random moments of starting, training and, at least ten times, writing a checkpoint."""
+    chance = random.Random(0)
+
+    def args(name: str) -> list[str]:
+        settings = ("training.epochs=40", "training.checkpoint_every=2 steps", "training.log_every=7")
+        return ["train.py", *digits_args(tmp_path / name, *LARGER, *settings)]
+
+    run, inside = tmp_path / "run", 0
+    for kill in range(50):
+        with started(sys.executable, *args("run"), log=tmp_path / "said") as process:
+            if kill % 10 == 9:  # while it starts
+                time.sleep(chance.uniform(0, 5))
+            else:
+                wait_for(lambda: training_since(run) == process.pid)
+                time.sleep(chance.uniform(0.05, 0.6))
+                if kill % 2:
+                    wait_for((run / "checkpoints" / "last.pt.partial").exists)
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            process.kill()
+            process.wait()
+            inside += (run / "checkpoints" / "last.pt.partial").exists()
+    stopped_at = last(run)["step"]
+    done = launch(*args("run"))
+    assert done.returncode == 0, done.stderr
+    assert 22 < stopped_at < 22 * 40 and inside >= 10, (stopped_at, inside)
+
+    assert launch(*args("undisturbed")).returncode == 0
+    for part in ("model", "ema", "optimizer", "scaler", "tally", "step", "data"):
+        assert_equal_states(last(run)[part], last(tmp_path / "undisturbed")[part], part)
+    assert losses(run) == losses(tmp_path / "undisturbed")
+    tables = [json.loads((tmp_path / name / "results.json").read_text())["table"] for name in ("run", "undisturbed")]
+    assert tables[0] == tables[1]
+    print(f"50 kills, {inside} of them inside a save, over {stopped_at} steps")
+
+
+def status_of(process: int) -> tuple[int, int]:
+    """(resident memory in MB, open files)."""
+    memory = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    assert memory
+    return int(memory[1]) // 1000, len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+
+def test_a_soak_of_ten_minutes(tmp_path: Path) -> None:
+    """A restart every 20 seconds or so, by one signal or another."""
+    chance, run = random.Random(0), tmp_path / "run"
+    settings = ("training.epochs=100000", "training.checkpoint_every=5 steps", "training.log_every=2")
+    args = [sys.executable, "train.py", *digits_args(run, *LARGER, *settings)]
+    growth, sizes, restarts_at = [], [], []
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        with started(*args, log=tmp_path / "said") as process:
+            wait_for(lambda: training_since(run) == process.pid)
+            time.sleep(4)
+            early = status_of(process.pid)
+            time.sleep(chance.uniform(2, 18))
+            late = status_of(process.pid)
+            growth.append((late[0] - early[0], late[1] - early[1]))
+            sizes.append(late)
+            number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+            process.send_signal(number)
+            status = process.wait(timeout=30)
+            assert status == (-signal.SIGKILL if number == signal.SIGKILL else 75), (tmp_path / "said").read_text()
+            restarts_at.append(last(run)["step"])
+
+    assert len(restarts_at) > 20 and restarts_at == sorted(restarts_at)
+    # A save under way takes a file, and one copy of the state.
+    assert all(memory < 60 and files <= 3 for memory, files in growth), growth
+    first, later = sizes[: len(sizes) // 3], sizes[-len(sizes) // 3 :]
+    for unit, slack in ((0, 1.1), (1, 1.2)):
+        sums = [statistics.median(size[unit] for size in part) for part in (first, later)]
+        assert sums[1] <= slack * sums[0], sizes
+    steps = [line["step"] for line in reported(run)]
+    assert steps == list(range(2, steps[-1] + 1, 2)), "no step twice, none missing"
+    by_step = dict(losses(run))
+    seams = [abs(by_step[b] - by_step[a]) for a, b in pairwise(by_step) if any(a <= s < b for s in restarts_at)]
+    others = [abs(by_step[b] - by_step[a]) for a, b in pairwise(by_step)]
+    assert statistics.mean(seams) < 1.5 * statistics.mean(others[len(others) // 10 :]), "no seam"
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == steps[: len(events.Scalars("train/loss"))]
+    assert {path.parent for path in run.rglob("*tfevents*")} == {run / "tensorboard"}, "one run"
+    print(f"{len(restarts_at)} restarts, {steps[-1]} steps, growth (MB, files) at most {max(growth)}")
+
+
+def torchrun(*options: str) -> tuple[str, ...]:
+    return sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *options, "train.py"
+
+
+def test_torchrun_brings_back_a_killed_rank(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", tmp_path / "said"
+    args = digits_args(run, *LARGER, "training.epochs=6", "training.checkpoint_every=4 steps")
+    with started(*torchrun("--standalone", "--max-restarts=3"), *args, log=said) as process:
+        for rank in (1, 0):
+            begun = newest(run)
+            wait_for(partial(has_passed, run, begun + 8))
+            os.kill(training_since(run, rank) or 0, signal.SIGKILL)
+        assert process.wait(timeout=180) == 0, said.read_text()
+    assert len(re.findall(r"rank \d has lost the others \(Connection", said.read_text())) == 2
+    steps = [line["step"] for line in reported(run) if line["kind"] == "train"]
+    assert steps == [*range(5, 132, 5), 132], "no step twice, none missing"
+
+
+def test_a_rank_that_hangs_does_not_keep_the_others(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", tmp_path / "said"
+    args = digits_args(run, "training.epochs=100000", "distributed.timeout_minutes=0.25", "training.log_every=1")
+    with started(*torchrun("--standalone"), *args, log=said) as process:
+        wait_for(lambda: all(training_since(run, rank) for rank in (0, 1)) and len(reported(run)) > 3)
+        os.kill(training_since(run, 1) or 0, signal.SIGSTOP)
+        stopped = time.monotonic()
+        wait_for(lambda: "error: rank 0 has lost the others (Timed out waiting)" in said.read_text())
+        assert time.monotonic() - stopped < 30
+        assert process.wait(timeout=60) == 1, "torchrun's own, who kills the other after 30 s"
+    for rank in (0, 1):
+        assert " training from step 0 to " in (run / f"logs/rank_{rank}.log").read_text().splitlines()[-1]
+
+
+def mount(*args: str | Path) -> None:
+    done = subprocess.run(["mount", *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount("-t", "tmpfs", "-o", "size=100m", "tmpfs", folder)
+    yield folder
+    subprocess.run(["umount", "--recursive", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("fault", ["No space left on device", "Read-only file system"])
+def test_a_disk_that_goes_bad_ends_the_run_with_a_line(tmp_path: Path, disk: Path, fault: str) -> None:
+    run, said = disk / "run", tmp_path / "said"
+    settings = ("training.epochs=100000", "training.checkpoint_every=5 steps", "training.log_every=1")
+    args = [sys.executable, "train.py", *digits_args(run, *LARGER, *settings)]
+    with started(*args, log=said) as process:
+        wait_for(lambda: training_since(run) and (run / "checkpoints" / "previous.pt").exists())
+        if fault == "Read-only file system":
+            mount("--bind", run, run)
+            mount("-o", "remount,bind,ro", run)
+        else:
+            (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 2**20))
+        assert process.wait(timeout=60) == 2
+    errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"cannot write to {run}" in errors[0] and fault in errors[0], said.read_text()
+    reached = last(run)["step"]
+    if fault == "Read-only file system":
+        subprocess.run(["umount", run], check=True)
+    (disk / "ballast").unlink(missing_ok=True)
+    with started(*args, log=said) as process:
+        wait_for(lambda: newest(run) > reached + 10)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 75
+    assert f"at step {reached} of" in said.read_text()
+    steps = [line["step"] for line in reported(run)]
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+@contextmanager
+def two_machines(folder: Path) -> Iterator[list[list[str]]]:
+    """What to put before a command for it to run on one machine or the other: namespaces, joined by a cable."""
+    (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 soda-a\n10.77.0.2 soda-b\n")
+    names = ("soda-a", "soda-b")
+
+    def ip(*args: str) -> None:
+        subprocess.run(["ip", *args], check=True, capture_output=True)
+
+    with ExitStack() as made:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                made.callback(ip, "netns", "del", name)
+            ip("link", "add", "eth0", "netns", "soda-a", "type", "veth", "peer", "name", "eth0", "netns", "soda-b")
+            for number, name in enumerate(names, start=1):
+                ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
+                for link in ("lo", "eth0"):
+                    ip("-n", name, "link", "set", link, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', error)}")
+        dress = f'hostname $0; mount --bind {folder / "hosts"} /etc/hosts; exec "$@"'
+        yield [["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", dress, name] for name in names]
+
+
+def processes_on(machine: list[str]) -> list[int]:
+    found = subprocess.run(["ip", "netns", "pids", machine[3]], capture_output=True, text=True, check=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def test_two_machines(tmp_path: Path) -> None:
+    """Two processes on each: the losses of one process, one cache a machine, one writer; one dies, both go on."""
+    write_images(tmp_path / "photos", seed=0, flat=128)
+    settings = (
+        *("data.name=folder", f"data.root={tmp_path / 'photos'}", "sampling.num_images=0", "decoder.dropout=0"),
+        *("optimizer.encoder_lr=1e-4", "optimizer.decoder_lr=1e-4", "training.epochs=40", "training.log_every=1"),
+        *("training.checkpoint_every=2 steps", "distributed.timeout_minutes=2"),
+    )
+    rendezvous = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=soda-a:29400", "--rdzv-id=soda")
+    run, said = tmp_path / "run", [tmp_path / "said_a", tmp_path / "said_b"]
+
+    def start(stack: ExitStack, machines: list[list[str]]) -> list[subprocess.Popen[str]]:
+        processes = []
+        for machine, log in zip(machines, said, strict=True):
+            args = digits_args(run, *settings, f"data.cache_dir={tmp_path / machine[3]}")  # a disk of its own
+            processes.append(stack.enter_context(started(*machine, *torchrun(*rendezvous), *args, log=log)))
+        return processes
+
+    with two_machines(tmp_path) as machines:
+        with ExitStack() as stack:
+            first, _ = start(stack, machines)
+            wait_for(lambda: all(training_since(run, rank) for rank in range(4)) and newest(run) >= 4)
+            for number in processes_on(machines[1]):
+                os.kill(number, signal.SIGKILL)
+            assert first.wait(timeout=100) == 1, "torchrun's own"
+        assert re.search(r"error: rank \d has lost the others .*: the same command goes on", said[0].read_text())
+        reached = newest(run)
+        assert 4 <= reached < 80
+        with ExitStack() as stack:
+            for process in start(stack, machines):
+                assert process.wait(timeout=200) == 0, said[0].read_text() + said[1].read_text()
+    assert f"at step {reached} of 80" in said[0].read_text() + said[1].read_text()
+
+    cached: dict[str, int] = {}
+    for rank in range(4):
+        log = (run / "logs" / f"rank_{rank}.log").read_text()
+        machine = re.findall(r" process \d+ on (soda-.)", log)
+        cached[machine[0]] = cached.get(machine[0], 0) + log.count(" cached the images of ")
+    assert cached == {"soda-a": 1, "soda-b": 1}
+    assert [step for step, _ in losses(run)] == list(range(1, 81)), "one writer"
+    assert len(list((run / "tensorboard").iterdir())) == 2, "one for each start"
+
+    alone = tmp_path / "alone"
+    assert train_program.main(digits_args(alone, *settings, f"data.cache_dir={tmp_path / 'soda-a'}")) == 0
+    assert dict(losses(run)) == pytest.approx(dict(losses(alone)), rel=1e-4)
+
+
+def has_passed(run: Path, step: int) -> bool:
+    return newest(run) > step
+
+
+def newest(run: Path) -> int:
+    """The step of the last checkpoint, or of the one before while that is being replaced; 0: there is none."""
+    for name in ("last.pt", "previous.pt"):
+        with suppress(FileNotFoundError):
+            return torch.load(run / "checkpoints" / name)["step"]
+    return 0

@@ -1,0 +1,46 @@
+"""How the processes of one start find each other, in a store where those of an earlier one may have left their keys."""
+
+import hashlib
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+POLL_S = 0.02
+
+
+def open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The launcher's store, seen through a prefix that the processes of this start alone know.
+
+    torchrun keeps one store over its restarts (pytorch/pytorch#135712), and what gloo and NCCL find there may be the
+    address of a process that was killed. No number of the restart that all machines agree on is given to the
+    processes: each puts down a token of its own, and rank 0 calls the roll until all have answered to the same one.
+    Raises RuntimeError where that takes longer than `timeout`.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(_call_the_roll(dist.PrefixStore("roll", store), rank, world_size, timeout), store)
+
+
+def _call_the_roll(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A digest of all processes' tokens, the same in all of them."""
+    until, token = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
+    store.set(f"token {rank}", token)
+    while time.monotonic() < until:
+        if rank == 0:
+            store.set("tokens", " ".join(store.get(f"token {other}").decode() for other in range(world_size)))
+        tokens = store.get("tokens").decode()
+        roll = hashlib.sha256(tokens.encode()).hexdigest()
+        if tokens.split()[rank] == token:  # else it is an earlier start's
+            store.set(f"answer {rank}", roll)
+            if rank == 0 and all(_says(store, f"answer {other}", roll) for other in range(world_size)):
+                store.set("complete", roll)
+            if _says(store, "complete", roll):
+                return roll
+        time.sleep(POLL_S)
+    raise RuntimeError(f"Timed out waiting {timeout} for all processes to start")
+
+
+def _says(store: dist.Store, key: str, value: str) -> bool:
+    return store.check([key]) and store.get(key).decode() == value
