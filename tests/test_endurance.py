@@ -149,6 +149,41 @@ def torchrun(*options: str) -> tuple[str, ...]:
     return sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *options, "train.py"
 
 
+def test_the_slurm_script_saves_and_queues_again_when_its_time_is_up(tmp_path: Path) -> None:
+    """Slurm's own commands are stood in for: one node, and a note of what is asked."""
+    run, said, tools = tmp_path / "run", tmp_path / "said", tmp_path / "tools"
+    tools.mkdir()
+    stand_ins = {
+        "srun": 'exec "$@"',
+        "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {tmp_path / "asked"}; fi',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, script in stand_ins.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    allotted = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "PROCESSES_PER_NODE": "2"}
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", **allotted}
+
+    def submitted(epochs: int) -> tuple[str, ...]:
+        assignments = [f"{name}={value}" for name, value in environment.items()]
+        return "env", *assignments, "bash", "docs/slurm.sh", *digits_args(run, f"training.epochs={epochs}")
+
+    with started(*submitted(1000), log=said) as job:
+        wait_for(lambda: training_since(run) and newest(run) == 0 and (run / "metrics.jsonl").stat().st_size)
+        shell = job.pid  # env has become it
+        os.kill(shell, signal.SIGUSR1)
+        assert job.wait(timeout=60) != 0
+    assert "stopped by SIGUSR1 at step" in said.read_text() and (tmp_path / "asked").read_text() == "requeue 17\n"
+    reached = newest(run)
+    with started(*submitted(1000), log=said) as job:  # what the queue starts next
+        wait_for(lambda: f"at step {reached} of" in said.read_text())
+        os.killpg(job.pid, signal.SIGTERM)
+        job.wait(timeout=60)
+    with started(*submitted(1000), "training.epoch=3", log=said) as job:
+        assert job.wait(timeout=60) != 0
+    assert (tmp_path / "asked").read_text() == "requeue 17\n", "a mistake does not come back for ever"
+
+
 def test_torchrun_brings_back_a_killed_rank(tmp_path: Path) -> None:
     run, said = tmp_path / "run", tmp_path / "said"
     args = digits_args(run, *LARGER, "training.epochs=6", "training.checkpoint_every=4 steps")

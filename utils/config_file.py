@@ -139,7 +139,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         target[last] = parse_yaml(value, f"the value of {name}")
     config = _validate(raw, str(path))
     if not config.output_dir:
-        config = config.model_copy(update={"output_dir": str(Path("runs") / path.stem)})
+        config = config.model_copy(update={"output_dir": str(Path("runs") / (path.stem.strip(".") or "run"))})
     return config
 
 

@@ -1,0 +1,80 @@
+"""What comes from others, a checkpoint, a config, an archive, is read and nothing more."""
+
+import pickle
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.datasets import CIFAR10
+
+import test as judge_program
+import train as train_program
+from datasets import DatasetError
+from datasets.builtin import load_cifar
+from tests.conftest import ROOT, digits_args
+from tests.test_checkpoint import Malicious
+from utils.config_file import load_config
+
+
+def source_files() -> list[Path]:
+    folders = ("model", "datasets", "evaluation", "training", "utils", "benchmarks")
+    return [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).glob("*.py"))]
+
+
+def test_nothing_is_loaded_that_could_execute_something() -> None:
+    forbidden = r"pickle\.loads?\(|allow_pickle|yaml\.(unsafe_|full_)?load\((?!text, Loader=_Loader\))"
+    forbidden += r"|weights_only=False|(?<![\w.])(eval|exec)\(|shell=True|os\.system|extractall|trust_remote_code"
+    for path in source_files():
+        text = path.read_text()
+        assert not re.search(forbidden, text), path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
+
+
+def test_a_cifar_that_is_not_cifar_is_neither_unpickled_nor_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision reads pickles: they are those of the digests that it knows, or they are not opened."""
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "data" / CIFAR10.base_folder
+    base.mkdir(parents=True)
+    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], "")):
+        (base / name).write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "evil").write_text("evil")
+
+    def download(url: str, path: Any, *rest: Any) -> None:
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(tmp_path / "evil", arcname="../escaped")
+
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **keys: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", download)
+    with pytest.raises(DatasetError, match=r"CIFAR-10 is not in .* could not be downloaded .*orrupt"):
+        load_cifar(tmp_path / "data", 32, 10)
+    assert not list(tmp_path.rglob("owned")) and not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize(
+    "config", ["seed: !!python/object/apply:os.mkdir [owned]", "output_dir: ../elsewhere\nseed: -1", "\0"]
+)
+def test_the_config_in_a_checkpoint_is_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train_program.main(digits_args(tmp_path / "run", "sampling.num_images=0")) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    saved = torch.load(checkpoints / "last.pt")
+    (checkpoints / "SHA256SUMS").unlink()
+    torch.save(saved | {"config": config}, checkpoints / "last.pt")
+    for program in (train_program, judge_program):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(digits_args(tmp_path / "run", "training.epochs=2"))
+        assert "error: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["..evil.yaml", "...yaml", "a b.yaml"])
+def test_what_a_run_is_called_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text((ROOT / "config" / "digits.yaml").read_text())
+    assert Path(load_config(tmp_path / name).output_dir).resolve().parent == Path("runs").resolve()
