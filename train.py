@@ -6,11 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
 
-from utils.cli import errors_under_way, log_to, make_parser, read_config, run, user_errors
+from utils.cli import errors_under_way, make_parser, read_config, run, user_errors
 from utils.config import Config, ConfigError
 from utils.config_file import differences, parse_config, result_digest
 from utils.distributed import exchange, from_rank_0, rank, same_everywhere
 from utils.files import FolderError, InUseError, lock_file, write_text
+from utils.logging import format_table, log_to, phases
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     # The heavy imports come after the config is known to be good: a mistake in it is answered at once.
     from datasets import DatasetError
     from training.experiment import check_shares, describe_model, initial_state, open_experiment
-    from training.loop import read_results, train
-    from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+    from training.loop import train
+    from training.reports import read_results
+    from utils.checkpoint import CheckpointError
     from utils.device import OutOfMemoryError
-    from utils.logging import phases
 
     if args.dry_run:
         if rank() == 0:
@@ -49,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             check_shares(config)
             lock = held.enter_context(hold(folder)) if rank() == 0 and (folder / LOCK).exists() else None
             exchange()  # nobody reads what another run may still write
-            newest = newest_checkpoint(folder / "checkpoints") if rank() == 0 else None
-            checkpoint = from_rank_0(newest and newest[0])
-            saved = newest[1] if newest else load_checkpoint(checkpoint) if checkpoint and checkpoint.exists() else None
+            checkpoint, saved = load_newest(folder / "checkpoints")
             if not same_everywhere(saved and saved["step"]):
                 raise ConfigError(
                     f"the machines see different files in {folder}: output_dir must be storage they share"
@@ -84,13 +83,24 @@ def main(argv: list[str] | None = None) -> int:
                 prepare_folder(folder, config, resumes=saved is not None)
             exchange()
             held.enter_context(log_to(folder / "logs"))
-            del saved, newest
+            del saved
         # What was well at the start may not stay so.
         with errors_under_way(DatasetError, FolderError, OutOfMemoryError):
             train(experiment, state, folder, checkpoint)
         if rank() == 0:
             print(summary(config, read_results(folder)["table"]))
     return 0
+
+
+def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint that all processes go on from, as rank 0 chooses, and what it holds; None where there is none."""
+    from utils.checkpoint import load_checkpoint, newest_checkpoint
+
+    newest = newest_checkpoint(folder) if rank() == 0 else None
+    path = from_rank_0(newest and newest[0])
+    if newest or path is None or not path.exists():
+        return newest or (None, None)
+    return path, load_checkpoint(path)
 
 
 def check_folder(folder: Path, config: Config, saved: dict[str, Any] | None) -> None:
@@ -153,8 +163,6 @@ def prepare_folder(folder: Path, config: Config, resumes: bool) -> None:
 
 def summary(config: Config, table: dict[str, dict[str, dict[str, float]]]) -> str:
     """The closing table and where everything is."""
-    from utils.logging import format_table
-
     folder = Path(config.output_dir)
     lines = ["", format_table(table)] if table else []
     if config.data.name == "digits" and table:

@@ -22,10 +22,11 @@ from training.judge import baselines, config_protocols, encode_with, judge, samp
 from training.state import TrainState
 from training.step import train_step, training_pixels
 from utils import parallel
+from utils.agreement import first_on_each_node
 from utils.cli import user_errors
 from utils.config import ConfigError
 from utils.config_file import load_config
-from utils.distributed import all_reduce, first_on_each_node, rank, same_everywhere, share, stop, world_size
+from utils.distributed import all_reduce, rank, same_everywhere, share, stop, world_size
 from utils.logging import PhaseTimer
 
 # Steps are small because AdamW and ReLU magnify rounding: of a gradient near zero, AdamW keeps only the sign. Nothing

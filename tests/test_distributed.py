@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
-from utils import distributed
+from utils import agreement
 from utils.distributed import share
 from utils.parallel import GlobalBatchNorm2d, convert_batch_norm
 from utils.rendezvous import _call_the_roll
@@ -148,9 +148,9 @@ def test_one_process_of_each_machine_goes_before_the_others(
             time.sleep(0.001)
         return began_at
 
-    monkeypatch.setattr(distributed, "exchange", exchange)
-    monkeypatch.setattr(distributed, "SIGN_OF_LIFE_S", 0.001)
-    assert distributed.first_on_each_node(work) == 2 * turn
+    monkeypatch.setattr(agreement, "exchange", exchange)
+    monkeypatch.setattr(agreement, "SIGN_OF_LIFE_S", 0.001)
+    assert agreement.first_on_each_node(work) == 2 * turn
     assert sum(meetings) >= 3 and not meetings[-1]
 
 

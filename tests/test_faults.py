@@ -62,11 +62,13 @@ def assert_ends_like(folder: Path, other: Path) -> None:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process obeys signals as a program does."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    """This process obeys signals as a program does, one that was started with nohup."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     monkeypatch.setattr(signals, "_received", 0)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals.watch()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in zip(numbers, before, strict=True):
@@ -107,9 +109,10 @@ def test_a_second_interrupt_ends_a_process_that_hangs() -> None:
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stdout.readline()
-        running.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        assert running.poll() is None
+        for number in (signal.SIGINT, signal.SIGHUP):
+            running.send_signal(number)
+            time.sleep(0.3)
+            assert running.poll() is None
         running.send_signal(signal.SIGINT)
         assert running.wait(timeout=10) == 130
 
@@ -118,7 +121,7 @@ def test_a_signal_during_an_evaluation_ends_it_at_once(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "judge", lambda *args: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("training.reports.judge", lambda *args: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(signals.Stopped):
             train_program.main(args_for(tmp_path, "training.checkpoint_every=60 minutes"))
     assert last(tmp_path)["step"] == 22, "it was saved before"
@@ -228,6 +231,7 @@ def test_tensorboard_that_fails_never_stops_training(
     assert caplog.text.count("TensorBoard is given up") == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_whose_files_go_bad_never_stops_training(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -283,9 +287,12 @@ def test_twenty_bad_steps_in_a_row_end_the_run(
 def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for key, patched in (("training.micro_batch_size=32", "train_step"), ("evaluation.batch_size=256", "judge")):
+    for key, short in (
+        ("training.micro_batch_size=32", "training.loop.train_step"),
+        ("evaluation.batch_size=256", "training.reports.judge"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(loop, patched, lambda *args: torch.empty(2**50))
+            patch.setattr(short, lambda *args: torch.empty(2**50))
             with pytest.raises(SystemExit, match="2"):
                 train_program.main(args_for(tmp_path))
         error = capsys.readouterr().err.splitlines()[-1]

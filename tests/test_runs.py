@@ -187,7 +187,7 @@ def test_more_epochs_go_on_and_a_killed_evaluation_is_made_up_for(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "judge", killed)
+        patch.setattr("training.reports.judge", killed)
         with pytest.raises(KeyboardInterrupt):
             train_program.main(digits_args(tmp_path))
     assert last(tmp_path)["step"] == STEPS_PER_EPOCH and not (tmp_path / "results.json").exists()
@@ -340,7 +340,7 @@ def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "judge", killed)
+    monkeypatch.setattr("training.reports.judge", killed)
     with pytest.raises(KeyboardInterrupt):
         train_program.main(digits_args(tmp_path, *TWO_EPOCHS))
     assert last(tmp_path)["step"] == STEPS_PER_EPOCH

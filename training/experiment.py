@@ -7,9 +7,10 @@ import torch
 from datasets import DatasetError, DatasetInfo, Images, Loader, StoredImages, Views, build_dataset
 from model import SODA, GaussianDiffusion, build_soda, forward_flops
 from training.state import EMA, FUSED, Tally, TrainState
+from utils.agreement import first_on_each_node
 from utils.config import Config, ConfigError
 from utils.device import choose_amp_dtype, choose_device
-from utils.distributed import exchange, first_on_each_node, local_world_size, same_everywhere, start, world_size
+from utils.distributed import exchange, local_world_size, same_everywhere, start, world_size
 from utils.randomness import CHUNK, derive_seed, generator
 
 
@@ -89,6 +90,22 @@ def check_shares(config: Config) -> None:
         raise ConfigError(
             f"training.micro_batch_size {micro_batch_size} does not divide the {share} images of each process"
         )
+
+
+def batch_norm_batch_size(experiment: Experiment) -> int:
+    """How many images BatchNorm normalises over: what all processes see in one forward pass."""
+    config = experiment.config.training
+    return min((config.micro_batch_size or config.batch_size) * world_size(), config.batch_size)
+
+
+def less_memory(experiment: Experiment) -> str:
+    """Which micro-batch takes at most half of the memory that a step takes now."""
+    mine = experiment.config.training.batch_size // world_size()
+    now = min(experiment.config.training.micro_batch_size or mine, mine)
+    smaller = [size for size in range(CHUNK, now // 2 + 1, CHUNK) if mine % size == 0]
+    if not smaller:
+        return f"a micro-batch of {now} images is the least there is: take a smaller model"
+    return f"training.micro_batch_size={smaller[-1]} halves what a step takes (it is {now}), and goes on with this run"
 
 
 def build_on_meta(config: Config) -> SODA:

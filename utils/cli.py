@@ -4,12 +4,9 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging.handlers import MemoryHandler
-from pathlib import Path
 from typing import Any, NoReturn
 
 from utils import signals
@@ -26,6 +23,7 @@ from utils.distributed import (
     stop,
     world_size,
 )
+from utils.logging import start_logging
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,40 +68,6 @@ def read_config(args: argparse.Namespace) -> Config:
     if not same_everywhere(config.model_copy(update={"data": data})):
         raise ConfigError(f"the processes read different configs from {args.config}: give them all the same")
     return config
-
-
-_early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-
-
-def start_logging() -> None:
-    """The console shows what rank 0 says and all warnings; `log_to` keeps what each process says, phases too."""
-    console = logging.StreamHandler(sys.stderr)
-    console.addFilter(lambda record: record.name != "phases")
-    console.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, _early])
-
-
-@contextmanager
-def log_to(folder: Path) -> Iterator[None]:
-    """Inside, and from the start, what this process says goes to `folder`/rank_<rank>.log, with the time.
-
-    Its last line tells what the process was doing when it hung or died.
-    """
-    folder.mkdir(exist_ok=True)
-    file = logging.FileHandler(folder / f"rank_{rank()}.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    setattr(file, "handleError", lambda record: None)  # noqa: B010 (mypy) a full disk is told of elsewhere
-    root = logging.getLogger()
-    file.handle(logging.makeLogRecord({"msg": f"process {os.getpid()} on {socket.gethostname()}"}))
-    _early.setTarget(file)
-    _early.flush()
-    root.removeHandler(_early)
-    root.addHandler(file)
-    try:
-        yield
-    finally:
-        root.removeHandler(file)
-        file.close()
 
 
 @contextmanager

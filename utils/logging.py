@@ -1,23 +1,65 @@
-"""What a run tells: TensorBoard, one JSON line a report, the time each phase took, the table at the end."""
+"""What a run tells: each process's log, TensorBoard, one JSON line a report, the time of phases, the closing table."""
+
+from __future__ import annotations
 
 import json
 import logging
 import math
+import os
+import socket
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from utils.distributed import rank
 from utils.files import write_text, writing_to
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRICS = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
 phases = logging.getLogger("phases")  # what a process is about to do: in its own log, and not on the console
+
+
+_early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+def start_logging() -> None:
+    """The console shows what rank 0 says and all warnings; `log_to` keeps what each process says, phases too."""
+    console = logging.StreamHandler(sys.stderr)
+    console.addFilter(lambda record: record.name != "phases")
+    console.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, _early])
+
+
+@contextmanager
+def log_to(folder: Path) -> Iterator[None]:
+    """Inside, and from the start, what this process says goes to `folder`/rank_<rank>.log, with the time.
+
+    Its last line tells what the process was doing when it hung or died.
+    """
+    folder.mkdir(exist_ok=True)
+    file = logging.FileHandler(folder / f"rank_{rank()}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    setattr(file, "handleError", lambda record: None)  # noqa: B010 (mypy) a full disk is told of elsewhere
+    root = logging.getLogger()
+    file.handle(logging.makeLogRecord({"msg": f"process {os.getpid()} on {socket.gethostname()}"}))
+    _early.setTarget(file)
+    _early.flush()
+    root.removeHandler(_early)
+    root.addHandler(file)
+    try:
+        yield
+    finally:
+        root.removeHandler(file)
+        file.close()
 
 
 class RunLog:
@@ -87,7 +129,7 @@ class RunLog:
             if self._writer:
                 self._writer.add_text(name, text, step)
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 (a scheduler's notice): noted while the state changes, obeyed at once elsewhere."""
+"""SIGTERM, SIGINT, SIGUSR1 (a scheduler's notice) and SIGHUP: noted while the state changes, else obeyed at once."""
 
 import os
 import signal
@@ -27,8 +27,9 @@ def watch() -> None:
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     Thread(target=_count_interrupts, args=(read_end,), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _note)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _note)
 
 
 def _count_interrupts(read_end: int) -> None:
