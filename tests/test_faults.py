@@ -25,7 +25,8 @@ from utils import signals
 from utils.device import OutOfMemoryError, memory_for
 from utils.logging import RunLog
 
-SETTINGS = (  # 22 steps
+SETTINGS = (  # 22 steps, all of them in the warm-up
+    "optimizer.warmup_epochs=1",
     "training.checkpoint_every=6 steps",
     "sampling.num_images=0",
     "evaluation.probe.epochs=1",
@@ -143,7 +144,7 @@ def test_a_signal_while_the_images_are_opened_ends_it_at_once(
 
 
 def test_a_smaller_micro_batch_goes_on_with_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, watched: None
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, watched: None
 ) -> None:
     caplog.set_level("INFO")
     with monkeypatch.context() as patch:
@@ -154,8 +155,8 @@ def test_a_smaller_micro_batch_goes_on_with_the_run(
     assert train_program.main(args_for(tmp_path, "training.micro_batch_size=16")) == 0
     assert "training.micro_batch_size was None and is now 16" in caplog.text
     assert "BatchNorm normalises over 16 images at a time" in caplog.text
-    assert [step for step, _ in losses(tmp_path)] == [5, 10, 15, 20, 22]
-    assert all(loss < 1 for _, loss in losses(tmp_path))
+    assert losses(tmp_path)[:2] == losses(undisturbed)[:2]
+    assert dict(losses(tmp_path)) == pytest.approx(dict(losses(undisturbed)), rel=0.05), "BatchNorm alone differs"
 
 
 @pytest.mark.parametrize("when", ["while a checkpoint is written", "while a report is written"])

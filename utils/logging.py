@@ -45,7 +45,7 @@ def log_to(folder: Path) -> Iterator[None]:
 
     Its last line tells what the process was doing when it hung or died.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / f"rank_{rank()}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     setattr(file, "handleError", lambda record: None)  # noqa: B010 (mypy) a full disk is told of elsewhere
