@@ -21,7 +21,6 @@ EXAMPLES = """\
   python train.py --config config/folder.yaml data.root=photos --dry-run
   torchrun --nproc_per_node=4 train.py --config config/cifar10.yaml --use_amp"""
 
-
 LOCK = ".lock"  # in the run's folder, held by a run while it lives
 
 
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.loop import train
     from training.reports import read_results
     from utils.checkpoint import CheckpointError
-    from utils.device import OutOfMemoryError
+    from utils.device import OutOfMemoryError, memory_for
 
     if args.dry_run:
         if rank() == 0:
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     folder = Path(config.output_dir)
     with ExitStack() as held:
-        with user_errors(ConfigError, DatasetError, CheckpointError):
+        with user_errors(ConfigError, DatasetError, CheckpointError, OutOfMemoryError):
             check_shares(config)
             lock = held.enter_context(hold(folder)) if rank() == 0 and (folder / LOCK).exists() else None
             exchange()  # nobody reads what another run may still write
@@ -71,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
                     f"{config.data.root} holds other images than {checkpoint} was trained on: "
                     "put those back, or choose another output_dir"
                 )
-            state = initial_state(experiment)
+            with memory_for(lambda: "take a smaller model, or another device"):
+                state = initial_state(experiment)
             if saved:
                 state.load_state_dict(saved)
                 logger.info("%s: at step %d of %d", checkpoint, state.step, experiment.total_steps)
@@ -110,6 +110,8 @@ def check_folder(folder: Path, config: Config, saved: dict[str, Any] | None) -> 
         before = parse_config(saved["config"], f"the config in {folder}")
     elif written.exists():
         try:
+            if not written.read_text().strip():
+                raise ConfigError("it is empty")
             before = parse_config(written.read_text(), str(written))
         except (ConfigError, UnicodeDecodeError, IsADirectoryError):
             raise ConfigError(f"{written} is not of a run of this program: choose another output_dir") from None
@@ -140,7 +142,7 @@ def hold(folder: Path) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         return lock_file(folder / LOCK)
     except InUseError as holder:
-        raise ConfigError(f"{folder} is in use by {holder}: wait for it to end, or choose another output_dir") from None
+        raise ConfigError(f"{folder} is in use by {holder}: end it or wait, or choose another output_dir") from None
     except OSError as error:
         raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from None
 

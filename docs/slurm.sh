@@ -14,8 +14,6 @@
 #SBATCH --signal=B:USR1@120
 
 # 120 s before the end, Slurm tells this shell, which tells torchrun, which tells its processes: they save and end.
-# Where torchrun knows no --signals-to-handle, leave that out and tell the processes themselves, in stop:
-#   srun --overlap --ntasks-per-node=1 pkill -USR1 -f "train.py --config"
 stopped=
 stop() {
   stopped=yes
@@ -26,7 +24,7 @@ trap stop USR1
 head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${PROCESSES_PER_NODE:-gpu}" --max-restarts=3 \
   --rdzv-backend=c10d --rdzv-endpoint="$head_node:29400" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 train.py "$@" &
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train.py "$@" &
 job=$!
 
 wait "$job"

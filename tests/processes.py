@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import test as judge_program
 import train as train_program
+from datasets import Views
 from tests.conftest import digits_args
 from training.experiment import Experiment, initial_state, open_experiment
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid
@@ -23,7 +26,8 @@ from training.state import TrainState
 from training.step import train_step, training_pixels
 from utils import parallel
 from utils.agreement import first_on_each_node
-from utils.cli import user_errors
+from utils.checkpoint_writer import CheckpointWriter
+from utils.cli import run, user_errors
 from utils.config import ConfigError
 from utils.config_file import load_config
 from utils.distributed import all_reduce, rank, same_everywhere, share, stop, world_size
@@ -224,6 +228,25 @@ def on_cuda(folder: Path) -> dict[str, Any]:
     }
 
 
+def bad_numbers(arguments: list[str]) -> None:
+    """train.py with a disk that takes seconds for a checkpoint, and a NaN in one image of rank 1 from step 8 on."""
+    write, pair, calls = CheckpointWriter._write, Views.pair, itertools.count()
+
+    def slowly(*args: Any) -> None:
+        time.sleep(3)
+        write(*args)
+
+    def with_nan(*args: Any) -> Any:
+        x_source, x_start = pair(*args)
+        if next(calls) >= 8 and rank() == 1:
+            x_start[0, 0, 0, 0] = float("nan")
+        return x_source, x_start
+
+    setattr(CheckpointWriter, "_write", slowly)  # noqa: B010 (mypy)
+    setattr(Views, "pair", with_nan)  # noqa: B010
+    run(lambda: train_program.main(arguments))
+
+
 def mistakes(cases: list[tuple[str, list[str]]]) -> list[tuple[Any, str]]:
     """(exit status, what was printed) of each (program, arguments), where `{rank}` stands for this process's."""
     found = []
@@ -252,6 +275,8 @@ if __name__ == "__main__":
         patch = partial(parallel._DataParallel, bucket_cap_mb=1)
         parallel._DataParallel = patch  # type: ignore[misc,assignment]
         results = training(place, 20, compiled=True)
+    elif what == "bad numbers":
+        bad_numbers(sys.argv[2:])
     elif what == "mistakes":
         os.chdir(place / f"disk{rank()}")
         results = mistakes(torch.load(place / "cases.pt"))

@@ -170,6 +170,8 @@ def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int |
         assert len(found) == 1
         rolls += found
     assert len(set(rolls)) == 3
+    with ThreadPoolExecutor(2) as processes:  # one fewer
+        assert len(set(processes.map(lambda rank: _call_the_roll(store, rank, 2, timeout), range(2)))) == 1
     with pytest.raises(RuntimeError, match="Timed out waiting"):
         _call_the_roll(store, 0, 3, timedelta(seconds=0.1))  # the others' tokens are of the dead
 

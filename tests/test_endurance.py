@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_program
-from tests.conftest import ROOT, assert_equal_states, digits_args, launch
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, launch
 from tests.test_faults import last, losses, wait_for
 from tests.test_mistakes import write_images
 
@@ -198,6 +197,17 @@ def test_torchrun_brings_back_a_killed_rank(tmp_path: Path) -> None:
     assert steps == [*range(5, 132, 5), 132], "no step twice, none missing"
 
 
+def test_two_processes_end_with_a_line_and_a_whole_checkpoint_when_numbers_go_bad(tmp_path: Path) -> None:
+    """Of one image of rank 1, while rank 0 is still writing."""
+    settings = ("training.epochs=3", "training.checkpoint_every=26 steps", "training.log_every=30")
+    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "bad numbers", *digits_args(tmp_path, *settings))
+    assert done.returncode == 1 and done.stderr.count("exitcode  : 2 ") == 2, done.stderr
+    assert "22 steps in a row, before step 30, had gradients that are not finite" in done.stderr
+    assert "The last checkpoint is of step 26" in done.stderr and done.stderr.count("\nerror: ") == 1
+    saved = last(tmp_path)
+    assert saved["step"] == 26 and all(value.isfinite().all() for value in saved["model"].values())
+
+
 def test_a_rank_that_hangs_does_not_keep_the_others(tmp_path: Path) -> None:
     run, said = tmp_path / "run", tmp_path / "said"
     args = digits_args(run, "training.epochs=100000", "distributed.timeout_minutes=0.25", "training.log_every=1")
@@ -239,7 +249,9 @@ def test_a_disk_that_goes_bad_ends_the_run_with_a_line(tmp_path: Path, disk: Pat
             mount("--bind", run, run)
             mount("-o", "remount,bind,ro", run)
         else:
-            (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 2**20))
+            with open(disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+                while ballast.write(bytes(2**12)):  # to the last byte
+                    pass
         assert process.wait(timeout=60) == 2
     errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"cannot write to {run}" in errors[0] and fault in errors[0], said.read_text()
@@ -311,7 +323,7 @@ def test_two_machines(tmp_path: Path) -> None:
             for number in processes_on(machines[1]):
                 os.kill(number, signal.SIGKILL)
             assert first.wait(timeout=100) == 1, "torchrun's own"
-        assert re.search(r"error: rank \d has lost the others .*: the same command goes on", said[0].read_text())
+        assert re.search(r"error: rank \d has lost the others .* the same command goes on", said[0].read_text())
         reached = newest(run)
         assert 4 <= reached < 80
         with ExitStack() as stack:

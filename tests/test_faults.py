@@ -23,7 +23,7 @@ from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from training import loop
 from utils import signals
 from utils.device import OutOfMemoryError, memory_for
-from utils.logging import RunLog
+from utils.run_log import RunLog
 
 SETTINGS = (  # 22 steps, all of them in the warm-up
     "optimizer.warmup_epochs=1",
@@ -66,7 +66,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process obeys signals as a program does, one that was started with nohup."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
-    monkeypatch.setattr(signals, "_received", 0)
+    forget_signals(monkeypatch)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals.watch()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -74,6 +74,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.set_wakeup_fd(-1)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+def forget_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process has."""
+    monkeypatch.setattr(signals, "_received", 0)
+    monkeypatch.setattr(signals, "_deferring", False)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
@@ -98,7 +104,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             train_program.main(args_for(tmp_path))
     assert stopped.value.code == 75 and f"at step {step + 1}, which is saved" in stopped.value.message
     assert last(tmp_path)["step"] == step + 1
-    monkeypatch.setattr(signals, "_received", 0)
+    forget_signals(monkeypatch)
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
 
@@ -126,7 +132,7 @@ def test_a_signal_during_an_evaluation_ends_it_at_once(
         with pytest.raises(signals.Stopped):
             train_program.main(args_for(tmp_path, "training.checkpoint_every=60 minutes"))
     assert last(tmp_path)["step"] == 22, "it was saved before"
-    monkeypatch.setattr(signals, "_received", 0)
+    forget_signals(monkeypatch)
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
     assert '"evaluation"' in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1], "it was made up for"
@@ -151,7 +157,7 @@ def test_a_smaller_micro_batch_goes_on_with_the_run(
         at_step(patch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(signals.Stopped):
             train_program.main(args_for(tmp_path))
-    monkeypatch.setattr(signals, "_received", 0)
+    forget_signals(monkeypatch)
     assert train_program.main(args_for(tmp_path, "training.micro_batch_size=16")) == 0
     assert "training.micro_batch_size was None and is now 16" in caplog.text
     assert "BatchNorm normalises over 16 images at a time" in caplog.text
@@ -216,8 +222,8 @@ def test_a_folder_in_use_is_refused_and_a_dead_run_leaves_no_lock(tmp_path: Path
 
 
 @pytest.mark.parametrize("failing", ["add_scalar", "flush", "add_text", "add_image", "__init__", "close"])
-def test_tensorboard_that_fails_never_stops_training(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+def test_reports_go_on_without_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
     def fail(*args: Any, **keys: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -232,7 +238,6 @@ def test_tensorboard_that_fails_never_stops_training(
     assert caplog.text.count("TensorBoard is given up") == 1
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_whose_files_go_bad_never_stops_training(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -272,6 +277,15 @@ def test_a_few_bad_steps_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [line["loss"] is None for line in lines if line["kind"] == "train"] == [False, True, False, False, False]
 
 
+def test_bad_steps_before_anything_is_saved_name_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_nan_from(monkeypatch, 0, 22)
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main(args_for(tmp_path, "training.checkpoint_every=10 minutes", "training.log_every=20"))
+    assert "Nothing is saved yet" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_twenty_bad_steps_in_a_row_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,16 +311,37 @@ def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
             with pytest.raises(SystemExit, match="2"):
                 train_program.main(args_for(tmp_path))
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: out of memory: 4194304.00 GiB more were asked for") and key in error
+        assert error.startswith("error: out of memory: 4194304.00 GiB was asked for") and key in error
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
 
 
 def test_what_cuda_says_of_its_memory_is_understood() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"2\.50 GiB more were asked for; buy"), memory_for(lambda: "buy"):
+    with pytest.raises(OutOfMemoryError, match=r"2\.50 GiB was asked for; buy"), memory_for(lambda: "buy"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of")
+    with pytest.raises(OutOfMemoryError, match="buy"), memory_for(lambda: "buy"):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     with pytest.raises(RuntimeError, match="another"), memory_for(lambda: ""):
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("console", ["a full disk", "a pipe that nobody reads"])
+def test_a_console_that_cannot_be_written_to_changes_nothing(tmp_path: Path, console: str) -> None:
+    script = (
+        "import sys, time; from tqdm import tqdm; from utils.cli import run; import logging\n"
+        "def main():\n"
+        "    logging.warning('a line')\n"
+        "    for _ in tqdm(range(3), mininterval=0): print('on stdout', flush=True)\n"
+        "    print('a table')\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+        "    return 0\n"
+        "run(main)"
+    )
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open("/dev/full" if "disk" in console else write_end, "w") as said:
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=said, stderr=said, check=False)
+    assert done.returncode == 0 and (tmp_path / "done").exists()
 
 
 def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None:

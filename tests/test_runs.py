@@ -27,7 +27,7 @@ from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from training import loop
 from utils.cli import read_config
 from utils.config_file import load_config
-from utils.logging import RunLog
+from utils.run_log import RunLog
 
 STEPS_PER_EPOCH = 1437 // 64
 

@@ -56,22 +56,34 @@ def test_a_cifar_that_is_not_cifar_is_neither_unpickled_nor_unpacked(
 
 
 @pytest.mark.parametrize(
-    "config", ["seed: !!python/object/apply:os.mkdir [owned]", "output_dir: ../elsewhere\nseed: -1", "\0"]
+    ("config", "said"),
+    [
+        ("seed: !!python/object/apply:os.mkdir [owned]", "is not valid YAML"),
+        ("\0", "is not valid YAML"),
+        ("output_dir: ../elsewhere", ""),
+    ],
 )
 def test_the_config_in_a_checkpoint_is_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert train_program.main(digits_args(tmp_path / "run", "sampling.num_images=0")) == 0
-    checkpoints = tmp_path / "run" / "checkpoints"
-    saved = torch.load(checkpoints / "last.pt")
-    (checkpoints / "SHA256SUMS").unlink()
-    torch.save(saved | {"config": config}, checkpoints / "last.pt")
+    run = tmp_path / "work" / "run"
+    args = digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")
+    assert train_program.main(args) == 0
+    saved = torch.load(run / "checkpoints" / "last.pt")
+    if not said:
+        config = saved["config"].replace(f"output_dir: {run}", config)
+        assert config != saved["config"]
+    (run / "checkpoints" / "SHA256SUMS").unlink()
+    torch.save(saved | {"config": config}, run / "checkpoints" / "last.pt")
     for program in (train_program, judge_program):
-        with pytest.raises(SystemExit, match="2"):
-            program.main(digits_args(tmp_path / "run", "training.epochs=2"))
-        assert "error: " in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        if said:
+            with pytest.raises(SystemExit, match="2"):
+                program.main([*args, "training.epochs=2"])
+            assert said in capsys.readouterr().err
+        else:
+            assert program.main([*args, "training.epochs=2"]) == 0
+    assert not list(tmp_path.rglob("owned")) and not list(tmp_path.rglob("elsewhere"))
 
 
 @pytest.mark.parametrize("name", ["..evil.yaml", "...yaml", "a b.yaml"])

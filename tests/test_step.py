@@ -296,7 +296,7 @@ def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps:
         assert_equal_states(state.state_dict()[part], undisturbed.state_dict()[part], part)
 
 
-def test_the_tally_is_of_the_steps_that_were_not_skipped(tmp_path: Path) -> None:
+def test_the_tally_is_of_the_steps_that_were_not_skipped() -> None:
     tally = Tally(torch.device("cpu"))
     rows = [[0, 0, 1, 0], [1, 1, 0, 1, 1], [1, 1, 1, 0], [1, 1]]
     expected = [(2.0, 1, 1), (3.0, 4, 2), (4.0, 3, 5), (math.nan, 2, 2)]

@@ -6,10 +6,11 @@ import torch
 
 from datasets import DatasetError, DatasetInfo, Images, Loader, StoredImages, Views, build_dataset
 from model import SODA, GaussianDiffusion, build_soda, forward_flops
-from training.state import EMA, FUSED, Tally, TrainState
+from training.ema import EMA
+from training.state import Tally, TrainState
 from utils.agreement import first_on_each_node
 from utils.config import Config, ConfigError
-from utils.device import choose_amp_dtype, choose_device
+from utils.device import FUSED, choose_amp_dtype, choose_device
 from utils.distributed import exchange, local_world_size, same_everywhere, start, world_size
 from utils.randomness import CHUNK, derive_seed, generator
 

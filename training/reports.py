@@ -11,12 +11,12 @@ from training.experiment import Experiment, batch_norm_batch_size
 from training.judge import baselines, config_protocols, encode_with, judge, sample_grid, save_png
 from training.state import Summary, TrainState
 from training.step import learning_rates
-from utils import signals
 from utils.config_file import result_digest
-from utils.device import peak_memory_mb
+from utils.device import memory_for, peak_memory_mb
 from utils.distributed import from_rank_0
 from utils.files import write_text, writing_to
-from utils.logging import PhaseTimer, RunLog, phases
+from utils.logging import PhaseTimer, phases
+from utils.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +27,22 @@ RESULTS = "results.json"  # the closing table, with the config and the step that
 def read_results(folder: Path) -> dict[str, Any]:
     """What the last evaluation of the run in `folder` left; empty where there is nothing that can be read."""
     try:
-        return dict(json.loads((folder / RESULTS).read_text()))
+        results = dict(json.loads((folder / RESULTS).read_text()))
+        return results if isinstance(results.get("table"), dict) else {}
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def not_finite(experiment: Experiment, step: int, summary: Summary, saved_step: int) -> str:
+def not_finite(experiment: Experiment, step: int, summary: Summary, saved_step: int | None) -> str:
     """Why the run ends."""
     encoder_lr, decoder_lr = learning_rates(experiment, step - 1)
+    folder = Path(experiment.config.output_dir) / "checkpoints"
+    last = f"The last checkpoint is of step {saved_step}, in {folder}"
+    saved = "Nothing is saved yet" if saved_step is None else last
     return (
         f"{summary.most_in_a_row} steps in a row, before step {step}, had gradients that are not finite, at learning "
-        f"rates {encoder_lr:g} (encoder) and {decoder_lr:g} (decoder), and changed nothing. The last checkpoint is of "
-        f"step {saved_step}, in {Path(experiment.config.output_dir) / 'checkpoints'}: look at the images, or take "
-        "lower learning rates in another output_dir"
+        f"rates {encoder_lr:g} (encoder) and {decoder_lr:g} (decoder), and changed nothing. {saved}: look at the "
+        "images, or take lower learning rates in another output_dir"
     )
 
 
@@ -88,7 +91,6 @@ def evaluate_if_due(
     epoch, at_end = state.step // experiment.loader.steps_per_epoch, state.step == experiment.total_steps
     if not evaluation_due(experiment, state.step):
         return
-    signals.obey()  # the state is saved
     reported = from_rank_0(log is not None and log.has("evaluation", state.step))
     if reported and not at_end:
         return
@@ -98,9 +100,12 @@ def evaluate_if_due(
         protocols = [] if experiment.test is None else config_protocols(experiment)
         if protocols:
             encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
-            table = judge(experiment, encoders, protocols)
+            smaller = max(1, experiment.config.evaluation.batch_size // 2)
+            with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
+                table = judge(experiment, encoders, protocols)
         if experiment.config.sampling.num_images:
-            grid = sample_grid(experiment, soda)
+            with memory_for(lambda: f"set sampling.num_images={experiment.config.sampling.num_images // 2}"):
+                grid = sample_grid(experiment, soda)
         if log is None:
             return
         values: dict[str, float] = {"epoch": epoch}

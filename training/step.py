@@ -10,8 +10,8 @@ from torch import Tensor
 
 from datasets import Draw
 from training.experiment import Experiment
-from training.state import FUSED, Snapshot, TrainState
-from utils.device import autocast
+from training.state import Snapshot, TrainState
+from utils.device import FUSED, autocast
 from utils.distributed import share, world_size
 from utils.logging import PhaseTimer
 from utils.randomness import CHUNK, derive_seed, generator, image_noise, uniforms
@@ -141,9 +141,8 @@ def train_step(
         statistics.restore(skipped.bool())
         known_to_host = device.type not in FUSED and bool(skipped.item())
         if not known_to_host:
-            # Not by the scaler, whose own step would skip for the scaled gradients' sake alone.
             state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            state.optimizer.step()
+            state.optimizer.step()  # not the scaler's, which looks at the scaled gradients alone
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
     with timer.phase("EMA"):

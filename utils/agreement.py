@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.distributed import exchange, local_rank, rank, world_size
@@ -26,19 +27,29 @@ def first_on_each_node(work: Callable[[], T]) -> T:
         return work()
     mine = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     result: Any = None
-    thread = ThreadPoolExecutor(1)
-    try:
-        for turn in range(3):
-            working = thread.submit(work) if turn == mine else None
-            anybody = True
-            while anybody:
-                busy = working is not None and bool(wait([working], SIGN_OF_LIFE_S).not_done)
-                if working is not None and not busy:
-                    result = working.result()
-                anybody = any(exchange(busy))
-    finally:
-        thread.shutdown(wait=False)
+    for turn in range(3):
+        working = _begin(work) if turn == mine else None
+        anybody = True
+        while anybody:
+            busy = working is not None and bool(wait([working], SIGN_OF_LIFE_S).not_done)
+            if working is not None and not busy:
+                result = working.result()
+            anybody = any(exchange(busy))
     return result
+
+
+def _begin(work: Callable[[], T]) -> Future[T]:
+    """Work in a thread that a process, once it learns that another has failed, can leave behind."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 class Agreement:

@@ -69,6 +69,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if not any(digest in digests for digests in sums.values()):
                 raise CheckpointError(f"{path} is damaged: its bytes are not those that {SUMS} lists")
+        elif (path.parent / SUMS).exists():
+            logger.warning("%s does not list %s, whose bytes are not checked", path.parent / SUMS, path.name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols, which tell a user nothing
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,9 +1,9 @@
 """Checkpoints written: whole or not at all, by a thread, with the one before kept until the new one is on the disk."""
 
 import hashlib
+import logging
 import os
 import shutil
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import IO, Any, cast
 
 import torch
 
-from utils.checkpoint import LAST, PREVIOUS, SUMS, logger, read_sums
+from utils.checkpoint import LAST, PREVIOUS, SUMS, read_sums
 from utils.files import FolderError, write_text, writing_to
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -85,17 +87,19 @@ class CheckpointWriter:
         sums = {name: digests for name, digests in read_sums(self._folder).items() if (self._folder / name).exists()}
         of_last, of_previous = sums.pop(LAST, []), sums.pop(PREVIOUS, [])
         becomes_previous = of_last if self._last_is_good else of_previous
+        meanwhile = {LAST: [digest, *of_last], PREVIOUS: [*becomes_previous, *of_previous]}
+        afterwards = {LAST: [digest], PREVIOUS: becomes_previous}
         if keep_as:
-            sums[keep_as] = [digest]
-        _write_sums(self._folder, {**sums, LAST: [digest, *of_last], PREVIOUS: [*becomes_previous, *of_previous]})
+            meanwhile[keep_as], afterwards[keep_as] = [digest, *sums.get(keep_as, [])], [digest]
+        _write_sums(self._folder, sums | meanwhile)
+        if keep_as:
+            _give_another_name(partial, self._folder / keep_as)  # before a run can go on from after this step
         if self._last_is_good:
             last.replace(previous)
         partial.replace(last)
         self._last_is_good = True
-        if keep_as:
-            _give_another_name(last, self._folder / keep_as)
         sync(self._folder)
-        _write_sums(self._folder, {**sums, LAST: [digest], PREVIOUS: becomes_previous})
+        _write_sums(self._folder, sums | afterwards)
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
@@ -130,7 +134,7 @@ class _HashedFile:
     """A file being written, its digest, and the error that torch.save would hide behind one of its own."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by whoever made this)
+        self._file = open(path, "wb")  # noqa: SIM115 (see close)
         self.digest = hashlib.sha256()
         self.error: OSError | None = None
 
@@ -145,10 +149,13 @@ class _HashedFile:
     def flush(self) -> None:
         self._file.flush()
 
-    def close(self) -> None:
+    def sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what could not be written
+            self._file.close()
 
 
 def _write_file(path: Path, contents: dict[str, Any]) -> str:
@@ -156,11 +163,13 @@ def _write_file(path: Path, contents: dict[str, Any]) -> str:
     file = _HashedFile(path)
     try:
         torch.save(contents, cast("IO[bytes]", file))
-        file.close()
+        file.sync()
     except RuntimeError:
         if file.error is not None:
             raise file.error from None
         raise
+    finally:
+        file.close()
     return file.digest.hexdigest()
 
 
@@ -189,23 +198,3 @@ def sync(path: Path) -> None:
 def _write_sums(folder: Path, sums: dict[str, list[str]]) -> None:
     """In the format of sha256sum, which can check it."""
     write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name in sums for digest in dict.fromkeys(sums[name])))
-
-
-class CheckpointInterval:
-    """When a checkpoint is due, from `N steps`, `N epochs` or `N minutes`: at a step, or by this process's clock."""
-
-    def __init__(self, text: str, steps_per_epoch: int) -> None:
-        number, unit = text.split()
-        self._seconds = 60 * int(number) if unit == "minutes" else None
-        self._steps = int(number) * (steps_per_epoch if unit == "epochs" else 1)
-        self._last = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        return self._seconds is None and step % self._steps == 0
-
-    def overdue(self) -> bool:
-        """Once after so many minutes."""
-        if self._seconds is None or time.monotonic() - self._last < self._seconds:
-            return False
-        self._last = time.monotonic()
-        return True

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from utils import signals
 from utils.config import Config, ConfigError
@@ -126,6 +126,29 @@ def _leave(status: int, message: str) -> NoReturn:
     sys.exit(status)
 
 
+class _Console:
+    """A stream that leads nowhere once it cannot be written to, as on a full disk or where a terminal or `tee` died."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (the process ends with it)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[..., Any], *args: str) -> None:
+        try:
+            call(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a program and leave, together with the other processes.
 
@@ -133,6 +156,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     processes, where the same command goes on; anything else is a bug.
     """
     signals.watch()
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _Console(getattr(sys, name)))
     status: Any
     try:
         status = main()
@@ -144,6 +169,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         reason = lost(error)
         if reason is None:
             raise
-        _leave(signals.STATUS, f"error: rank {rank()} has lost the others ({reason}): the same command goes on")
+        advice = "if none of them says why, the same command goes on"
+        _leave(signals.STATUS, f"error: rank {rank()} has lost the others ({reason}): {advice}")
     stop()
     sys.exit(status)

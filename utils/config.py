@@ -259,7 +259,7 @@ class Distributed(Section):
 
     all_run: ClassVar[bool] = True
     backend: Literal["auto", "nccl", "gloo"] = key("auto", "auto: nccl where each process has a GPU, else gloo")
-    timeout_minutes: Positive = key(30.0, "a process that waits longer for the others' tensors fails", le=1e5)
+    timeout_minutes: float = key(30.0, "a process that waits longer for the others ends", ge=0.2, le=1e5)
 
 
 class Config(Section):

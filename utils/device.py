@@ -18,6 +18,8 @@ import torch
 
 from utils.distributed import local_rank, local_world_size, world_size
 
+FUSED = ("cpu", "cuda")  # devices whose fused optimisers are known to take a step or not by a number on the device
+
 logger = logging.getLogger(__name__)
 
 
@@ -111,13 +113,15 @@ def memory_for(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # Of CUDA's allocator; the CPU's, whose error is a plain RuntimeError; numpy's.
-        asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d[\d.]* \w+)", str(error))
-        if not asked and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        # Of CUDA's allocator; of its libraries and the CPU's, whose errors are plain RuntimeErrors; numpy's.
+        asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d[\d.]*) (\w+)", str(error))
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not (asked or known or re.search(r"out of memory|ALLOC_FAILED", str(error))):
             raise
-        amount, unit = asked[1].split() if asked else ("an unknown amount", "")
-        text = f"{int(amount) / 2**30:.2f} GiB" if unit == "bytes" else f"{amount} {unit}".strip()
-        raise OutOfMemoryError(f"out of memory: {text} more were asked for; {advice()}") from None
+        amount = "an amount that is not told" if not asked else f"{asked[1]} {asked[2]}"
+        if asked and asked[2] == "bytes":
+            amount = f"{int(asked[1]) / 2**30:.2f} GiB"
+        raise OutOfMemoryError(f"out of memory: {amount} was asked for; {advice()}") from None
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -120,7 +120,9 @@ def start(backend: str, device: torch.device) -> None:
     chosen = "gloo" if backend == "gloo" or not all_can else "nccl"
     if backend == "nccl" and not all_can:
         logger.info("distributed.backend is nccl, which needs a GPU for each process: taking gloo")
-    _group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=_timeout))
+    # NCCL's own watchdog would end the process without a word before gloo, which decisions travel by, speaks up.
+    timeout = 2 * _timeout if chosen == "nccl" else _timeout
+    _group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=timeout))
 
 
 def group() -> ProcessGroup | None:

@@ -34,7 +34,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FolderError(
-            f"cannot write to {folder} ({error.strerror}); the last checkpoint there is whole: "
+            f"cannot write to {folder} ({error.strerror}); what was saved there before is whole: "
             "mend the storage and start again"
         ) from None
 

@@ -1,28 +1,23 @@
-"""What a run tells: each process's log, TensorBoard, one JSON line a report, the time of phases, the closing table."""
+"""What a process tells: its log, the time of its phases, the closing table."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import socket
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.distributed import rank
-from utils.files import write_text, writing_to
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-METRICS = "metrics.jsonl"
+    pass
 
 logger = logging.getLogger(__name__)
 phases = logging.getLogger("phases")  # what a process is about to do: in its own log, and not on the console
@@ -59,83 +54,8 @@ def log_to(folder: Path) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(file)
-        file.close()
-
-
-class RunLog:
-    """Reports of one run, to `folder`/metrics.jsonl and `folder`/tensorboard; a context that closes them.
-
-    A run that resumes at `step` drops what was reported after it, so that no step is there twice. Raises FolderError
-    where the former cannot be written; the latter is then given up, with a line.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._jsonl = folder / METRICS
-        kept = [entry for entry in self._read() if entry["step"] <= step]
-        with writing_to(folder):
-            write_text(self._jsonl, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._reported = {(entry["kind"], entry["step"]) for entry in kept}
-        self._writer: SummaryWriter | None = None
-        with self._tensorboard():
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
-
-    @contextmanager
-    def _tensorboard(self) -> Iterator[None]:
-        """What fails inside ends TensorBoard, not the run."""
-        try:
-            yield
-        except Exception as error:  # whatever it is, it is not worth a run
-            self._writer = None
-            logger.warning("TensorBoard is given up (%s): training goes on, and %s has all numbers", error, METRICS)
-
-    def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str) -> None:
-        """Scalars by name, as in report("train", 100, {"loss": 0.1}), and notes to stand beside them in the JSON."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        with writing_to(self._jsonl.parent), open(self._jsonl, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **finite, **notes}) + "\n")
-        self._reported.add((kind, step))
-        with self._tensorboard():
-            if self._writer:
-                for name, value in values.items():
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
-                self._writer.flush()
-
-    def has(self, kind: str, step: int) -> bool:
-        """Whether this run, or the one that it resumes, has reported `kind` at `step`."""
-        return (kind, step) in self._reported
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The reports so far; a line that a crash cut short is passed over."""
-        entries = []
-        for line in self._jsonl.read_text(errors="replace").splitlines() if self._jsonl.exists() else []:
-            try:
-                entry = json.loads(line)
-                if isinstance(entry["step"], int) and isinstance(entry["kind"], str):
-                    entries.append(entry)
-            except (ValueError, TypeError, KeyError):
-                pass
-        return entries
-
-    def image(self, name: str, step: int, image: Tensor) -> None:
-        """(3, H, W) uint8."""
-        with self._tensorboard():
-            if self._writer:
-                self._writer.add_image(name, image, step)
-
-    def text(self, name: str, text: str, step: int) -> None:
-        with self._tensorboard():
-            if self._writer:
-                self._writer.add_text(name, text, step)
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._tensorboard():
-            if self._writer:
-                self._writer.close()
+        with suppress(OSError):
+            file.close()
 
 
 class PhaseTimer:

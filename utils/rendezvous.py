@@ -30,9 +30,9 @@ def _call_the_roll(store: dist.Store, rank: int, world_size: int, timeout: timed
     while time.monotonic() < until:
         if rank == 0:
             store.set("tokens", " ".join(store.get(f"token {other}").decode() for other in range(world_size)))
-        tokens = store.get("tokens").decode()
-        roll = hashlib.sha256(tokens.encode()).hexdigest()
-        if tokens.split()[rank] == token:  # else it is an earlier start's
+        called = store.get("tokens").decode()
+        roll, tokens = hashlib.sha256(called.encode()).hexdigest(), called.split()
+        if len(tokens) == world_size and tokens[rank] == token:  # else it is an earlier start's
             store.set(f"answer {rank}", roll)
             if rank == 0 and all(_says(store, f"answer {other}", roll) for other in range(world_size)):
                 store.set("complete", roll)

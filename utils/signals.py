@@ -53,18 +53,23 @@ def received() -> int:
     return _received
 
 
-def obey() -> None:
-    """Raise Stopped if a signal was sent."""
-    if _received:
-        raise Stopped(_received)
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a signal is only noted, and asked for by `received`; after an error, too, so that nothing replaces it."""
+    global _deferring
+    _deferring = True
+    yield
+    _deferring = False
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Inside, a signal is noted only; whoever is inside asks for it by `received`."""
+def obeyed() -> Iterator[None]:
+    """Inside, which is inside `deferred`, a signal raises Stopped at once; so does one that came before."""
     global _deferring
-    _deferring = True
+    if _received:
+        raise Stopped(_received)
+    _deferring = False
     try:
         yield
     finally:
-        _deferring = False
+        _deferring = True

@@ -1,0 +1,104 @@
+"""Reports of a run: one JSON line each, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.files import write_text, writing_to
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METRICS = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+def _say_nothing_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Its thread's errors are met again by whoever uses it next."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
+
+
+class RunLog:
+    """Reports of one run, to `folder`/metrics.jsonl and `folder`/tensorboard; a context that closes them.
+
+    A run that resumes at `step` drops what was reported after it, so that no step is there twice. Raises FolderError
+    where the former cannot be written; the latter is then given up, with a line.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._jsonl = folder / METRICS
+        with writing_to(folder):
+            kept = [entry for entry in self._read() if entry["step"] <= step]
+            write_text(self._jsonl, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._reported = {(entry["kind"], entry["step"]) for entry in kept}
+        self._writer: Any = None
+        with self._tensorboard():
+            from torch.utils.tensorboard import SummaryWriter
+
+            threading.excepthook = _say_nothing_of_tensorboard
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        """What fails inside ends TensorBoard, not the run."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._writer = None
+            logger.warning("TensorBoard is given up (%s): training goes on, and %s has all numbers", error, METRICS)
+
+    def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str) -> None:
+        """Scalars by name, as in report("train", 100, {"loss": 0.1}), and notes to stand beside them in the JSON."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        with writing_to(self._jsonl.parent), open(self._jsonl, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **finite, **notes}) + "\n")
+        self._reported.add((kind, step))
+        with self._tensorboard():
+            if self._writer:
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+                self._writer.flush()
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether this run, or the one that it resumes, has reported `kind` at `step`."""
+        return (kind, step) in self._reported
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The reports so far; a line that a crash cut short is passed over."""
+        entries = []
+        for line in self._jsonl.read_text(errors="replace").splitlines() if self._jsonl.exists() else []:
+            try:
+                entry = json.loads(line)
+                if type(entry["step"]) is int and isinstance(entry["kind"], str):
+                    entries.append(entry)
+            except (ValueError, TypeError, KeyError):
+                pass
+        return entries
+
+    def image(self, name: str, step: int, image: Tensor) -> None:
+        """(3, H, W) uint8."""
+        with self._tensorboard():
+            if self._writer:
+                self._writer.add_image(name, image, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        with self._tensorboard():
+            if self._writer:
+                self._writer.add_text(name, text, step)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._tensorboard():
+            if self._writer:
+                self._writer.close()
