@@ -1,5 +1,6 @@
 """What only a CUDA GPU can show."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from PIL import Image
 from datasets.decoding import decode_batches
 from datasets.listing import Listing
 from tests import processes
-from tests.conftest import TWO_PROCESSES, launch
+from tests.conftest import TWO_PROCESSES, assert_equal_states, launch
 from tests.test_distributed import assert_like_torch, relative_error
+from tests.test_step import with_nan_at
 from training.step import train_step, training_pixels
+from utils.checkpoint import load_checkpoint
+from utils.checkpoint_writer import CheckpointWriter, to_host
 from utils.device import choose_compile
 from utils.logging import PhaseTimer
 
@@ -53,6 +57,45 @@ def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path, compi
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_on_the_gpu_and_waits_for_nothing(tmp_path: Path) -> None:
+    experiment, state = processes.prepare(tmp_path, "device=cuda")
+    experiment = with_nan_at(experiment, 4)
+    pixels, timer = training_pixels(experiment, 0), PhaseTimer()
+    for step in range(7):
+        before = to_host(state.state_dict())
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        try:
+            _, grad_norm = train_step(experiment, state, pixels, timer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        after = state.state_dict()
+        assert grad_norm.isfinite() == (step != 4)
+        changed = not torch.equal(
+            before["ema"]["model"]["encoder.fc.weight"], after["ema"]["model"]["encoder.fc.weight"].cpu()
+        )
+        assert changed == (step != 4)
+        if step == 4:
+            for part in ("model", "ema", "optimizer"):
+                assert_equal_states(to_host(after[part]), before[part], part)
+    assert state.tally.take().skipped == 1
+
+
+def test_a_checkpoint_comes_from_the_gpu_whole(tmp_path: Path) -> None:
+    """Through pinned memory, while the next steps change the weights."""
+    experiment, state = processes.prepare(tmp_path, "device=cuda")
+    pixels = training_pixels(experiment, 0)
+    with CheckpointWriter(tmp_path, None, tmp_path / "none") as writer:
+        for _ in range(3):
+            train_step(experiment, state, pixels, PhaseTimer())
+            expected = copy.deepcopy(state.state_dict())
+            writer.save(state.state_dict() | {"config": "", "data": ""})
+            train_step(experiment, state, pixels, PhaseTimer())
+    saved = load_checkpoint(tmp_path / "last.pt")
+    for part in ("model", "ema", "optimizer", "tally", "step"):
+        assert_equal_states(saved[part], to_host(expected[part]), part)
 
 
 def test_streamed_images_are_pinned(tmp_path: Path) -> None:

@@ -66,10 +66,10 @@ def deferred() -> Iterator[None]:
 def obeyed() -> Iterator[None]:
     """Inside, which is inside `deferred`, a signal raises Stopped at once; so does one that came before."""
     global _deferring
-    if _received:
-        raise Stopped(_received)
     _deferring = False
     try:
+        if _received:
+            raise Stopped(_received)
         yield
     finally:
         _deferring = True
