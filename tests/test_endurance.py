@@ -58,7 +58,7 @@ def reported(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+def test_fifty_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At random moments of starting, training and, at least ten times, writing a checkpoint."""
     chance = random.Random(0)
 
@@ -91,7 +91,8 @@ def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     assert losses(run) == losses(tmp_path / "undisturbed")
     tables = [json.loads((tmp_path / name / "results.json").read_text())["table"] for name in ("run", "undisturbed")]
     assert tables[0] == tables[1]
-    print(f"50 kills, {inside} of them inside a save, over {stopped_at} steps")
+    with capsys.disabled():
+        print(f"\n50 kills, {inside} of them inside a save, over {stopped_at} steps")
 
 
 def status_of(process: int) -> tuple[int, int]:
@@ -101,7 +102,7 @@ def status_of(process: int) -> tuple[int, int]:
     return int(memory[1]) // 1000, len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
-def test_a_soak_of_ten_minutes(tmp_path: Path) -> None:
+def test_a_soak_of_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A restart every 20 seconds or so, by one signal or another."""
     chance, run = random.Random(0), tmp_path / "run"
     settings = ("training.epochs=100000", "training.checkpoint_every=5 steps", "training.log_every=2")
@@ -141,7 +142,8 @@ def test_a_soak_of_ten_minutes(tmp_path: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == steps[: len(events.Scalars("train/loss"))]
     assert {path.parent for path in run.rglob("*tfevents*")} == {run / "tensorboard"}, "one run"
-    print(f"{len(restarts_at)} restarts, {steps[-1]} steps, growth (MB, files) at most {max(growth)}")
+    with capsys.disabled():
+        print(f"\n{len(restarts_at)} restarts, {steps[-1]} steps, growth (MB, files) at most {max(growth)}")
 
 
 def torchrun(*options: str) -> tuple[str, ...]:

@@ -111,8 +111,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 def test_a_second_interrupt_ends_a_process_that_hangs() -> None:
     script = (
-        "import hashlib; from utils import signals; signals.watch(); print(1, flush=True); "
-        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes without a look at signals
+        "import hashlib; from utils import signals; signals.watch()\n"
+        "with signals.deferred():\n"
+        "    print(1, flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes without a look at signals
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stdout.readline()
