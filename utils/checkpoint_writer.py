@@ -94,7 +94,7 @@ class CheckpointWriter:
         _write_sums(self._folder, sums | meanwhile)
         if keep_as:
             _give_another_name(partial, self._folder / keep_as)  # before a run can go on from after this step
-        if self._last_is_good:
+        if self._last_is_good and last.exists():
             last.replace(previous)
         partial.replace(last)
         self._last_is_good = True
