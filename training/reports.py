@@ -54,8 +54,8 @@ def report(
         summary, last_grad_norm = state.tally.take(), grad_norm.item()
     if not log:
         return summary
-    total, phases = timer.take()
-    training_s = total - phases.get("evaluation", 0) - phases.get("checkpoint", 0)
+    total, by_phase = timer.take()
+    training_s = total - by_phase.get("evaluation", 0) - by_phase.get("checkpoint", 0)
     encoder_lr, decoder_lr = learning_rates(experiment, state.step - 1)
     values = {
         "epoch": state.step / experiment.loader.steps_per_epoch,
@@ -67,7 +67,7 @@ def report(
         "ema_decay": state.ema.decay(),
         "images_per_s": steps * experiment.config.training.batch_size / training_s,
         "peak_memory_mb": peak_memory_mb(experiment.device),
-        **{f"seconds/{name}": seconds for name, seconds in phases.items()},
+        **{f"seconds/{name}": seconds for name, seconds in by_phase.items()},
     }
     log.report("train", state.step, values)
     return summary

@@ -12,14 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from utils.distributed import rank
 
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 phases = logging.getLogger("phases")  # what a process is about to do: in its own log, and not on the console
 
 
