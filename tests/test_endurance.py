@@ -140,10 +140,12 @@ def test_a_soak_of_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == steps[: len(events.Scalars("train/loss"))]
+    shown = [event.step for event in events.Scalars("train/loss")]
+    assert shown in (steps, steps[:-1]), "a kill may come between the line and TensorBoard's event"
     assert {path.parent for path in run.rglob("*tfevents*")} == {run / "tensorboard"}, "one run"
     with capsys.disabled():
-        print(f"\n{len(restarts_at)} restarts, {steps[-1]} steps, growth (MB, files) at most {max(growth)}")
+        most = [max(sizes) for sizes in zip(*growth, strict=True)]
+        print(f"\n{len(restarts_at)} restarts, {steps[-1]} steps, growth at most {most[0]} MB and {most[1]} files")
 
 
 def torchrun(*options: str) -> tuple[str, ...]:

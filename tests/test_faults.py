@@ -206,7 +206,9 @@ def test_a_folder_that_is_lost_ends_the_run_and_is_not_made_anew(
     assert_ends_like(run, undisturbed)
 
 
-def test_a_folder_in_use_is_refused_and_a_dead_run_leaves_no_lock(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_and_a_dead_run_leaves_no_lock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = (
         "import sys, time; from utils.files import *; lock = lock_file(Path(sys.argv[1])); print(1, flush=True); "
         "time.sleep(60)"
@@ -217,6 +219,7 @@ def test_a_folder_in_use_is_refused_and_a_dead_run_leaves_no_lock(tmp_path: Path
         assert other.stdout is not None and other.stdout.readline()
         with pytest.raises(SystemExit, match="2"):
             train_program.main(args_for(tmp_path / "run"))
+        assert f"is in use by process {other.pid} on" in capsys.readouterr().err
         other.kill()
         other.wait()
     with train_program.hold(tmp_path / "run"):

@@ -112,7 +112,7 @@ def train(experiment: Experiment, state: TrainState, folder: Path, resumed_from:
                 raise signals.Stopped(stop, f" at step {state.step}, which is saved")
             if evaluation:
                 evaluate()
-                phases.info("evaluated")
+                phases.info("evaluated; training from step %d to %d", state.step, total_steps)
         agree.wait()
         phases.info("finished")
 

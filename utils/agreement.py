@@ -55,8 +55,8 @@ def _begin(work: Callable[[], T]) -> Future[T]:
 class Agreement:
     """What processes wish for, known to all of them at the same step, without waiting for any device.
 
-    In a single process, at once; else one call later: each call starts a small sum over gloo, which goes on in the
-    background, and waits for the one before.
+    In a single process, at once; else one call later: each call starts a small reduction over gloo, which goes
+    on in the background, and waits for the one before.
     """
 
     def __init__(self) -> None:
