@@ -17,7 +17,7 @@ EXAMPLES = """\
   python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt"""
 
 # What the weights mean. Seed, views, diffusion and batch size are the checkpoint's; the rest is no matter to a judge.
-MUST_AGREE = ("data.", "encoder.", "decoder.")
+MUST_AGREE = ("data.", "encoder.", "decoder.", "initialization")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,18 +7,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.diffusion import GaussianDiffusion
 from model.encoder import ResNetEncoder
+from model.initialization import Initialization, initialize_as_paper
 from model.soda import SODA
 from model.unet import UNetDecoder
 
 __all__ = ["SODA", "GaussianDiffusion", "ResNetEncoder", "UNetDecoder", "build_soda", "forward_flops"]
 
 
-def build_soda(image_size: int, encoder: dict[str, Any], decoder: dict[str, Any]) -> SODA:
-    """SODA from the config's `encoder` and `decoder` sections."""
-    return SODA(
+def build_soda(
+    image_size: int, encoder: dict[str, Any], decoder: dict[str, Any], initialization: Initialization = "default"
+) -> SODA:
+    """SODA from the config's `encoder` and `decoder` sections and `initialization` key."""
+    as_paper = initialization == "paper"
+    latent_dim = encoder["latent_dim"]
+    soda = SODA(
         ResNetEncoder(**encoder),
-        UNetDecoder(image_size=image_size, latent_dim=encoder["latent_dim"], **decoder),
+        UNetDecoder(image_size=image_size, latent_dim=latent_dim, rescale_residual=as_paper, **decoder),
     )
+    if as_paper:
+        initialize_as_paper(soda)
+    return soda
 
 
 def forward_flops(soda: SODA, image_size: int) -> tuple[int, int]:

@@ -24,6 +24,12 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
+def residual(x: Tensor, branch: Tensor, rescale: bool) -> Tensor:
+    """x + branch; over sqrt 2 if `rescale`, so that two summands of variance 1 make one (NCSN++'s skip_rescale)."""
+    h = x + branch
+    return h / math.sqrt(2) if rescale else h
+
+
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
     """Start `layer` at zero, so that the branch it ends adds nothing at first (ADM's habit)."""
     nn.init.zeros_(layer.weight)
@@ -35,9 +41,9 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
 class AdaGN(nn.Module):
     """AdaGN(h, t, z) = z_s * (t_s * GroupNorm(h) + t_b) + z_b, time inside, latent outside (SODA, section 3).
 
-    (t_s, t_b) and (z_s, z_b) are linear in the activated time embedding and latent. The scales are
-    `scale_offset + linear(...)`: with 1, an untrained layer passes features on at their own size; the reference
-    implementation has 0.
+    (t_s, t_b) and (z_s, z_b) are linear in the activated time embedding and latent, or section of the latent. The
+    scales are `scale_offset + linear(...)`: with 1, an untrained layer passes features on at their own size; the
+    reference implementation has 0.
     """
 
     def __init__(self, channels: int, time_dim: int, latent_dim: int, scale_offset: float) -> None:
@@ -59,9 +65,17 @@ class ResBlock(nn.Module):
     """x + conv(dropout(silu(AdaGN(conv(silu(norm(x))), t, z)))), with a 1x1 convolution on a skip that widens."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, time_dim: int, latent_dim: int, dropout: float, scale_offset: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int,
+        latent_dim: int,
+        dropout: float,
+        scale_offset: float,
+        rescale: bool,
     ) -> None:
         super().__init__()
+        self.rescale = rescale
         self.norm = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.adagn = AdaGN(out_channels, time_dim, latent_dim, scale_offset)
@@ -73,14 +87,15 @@ class ResBlock(nn.Module):
         """x (N, C_in, H, W), time (N, time_dim), latent (N, latent_dim) -> (N, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm(x)))
         h = F.silu(self.adagn(h, time, latent))
-        return self.skip(x) + self.conv2(self.dropout(h))
+        return residual(self.skip(x), self.conv2(self.dropout(h)), self.rescale)
 
 
 class SelfAttention(nn.Module):
     """Self-attention over the pixels of a feature map, added to it. One head unless `num_head_channels` is set."""
 
-    def __init__(self, channels: int, num_head_channels: int | None) -> None:
+    def __init__(self, channels: int, num_head_channels: int | None, rescale: bool) -> None:
         super().__init__()
+        self.rescale = rescale
         self.num_heads = channels // (num_head_channels or channels)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
@@ -92,7 +107,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(n, 3, self.num_heads, c // self.num_heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(dim=1)  # (N, heads, H * W, C / heads) each
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(h.transpose(-1, -2).reshape(n, c, height, width))
+        return residual(x, self.proj(h.transpose(-1, -2).reshape(n, c, height, width)), self.rescale)
 
 
 class Downsample(nn.Conv2d):

@@ -6,18 +6,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+# Kind of block, blocks in each group, and how wide a bottleneck is, ResNets having 64.
+ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int], int]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2], 64),
+    "resnet34": (BasicBlock, [3, 4, 6, 3], 64),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], 64),
+    "resnet101": (Bottleneck, [3, 4, 23, 3], 64),
+    "resnet152": (Bottleneck, [3, 8, 36, 3], 64),
+    "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], 128),
+    "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3], 128),
 }
 
 
 class ResNetEncoder(nn.Module):
-    """x_source -> z (He et al. 2016; state_dict keys and initialisation are those of torchvision's ResNets).
+    """x_source -> z (He et al. 2016, Zagoruyko & Komodakis 2016; state_dict keys and initialisation are torchvision's).
 
     Args:
-        architecture: `resnet18`, `resnet34` or `resnet50`.
+        architecture: a key of ARCHITECTURES, torchvision's names.
         stem: `small` is a 3x3 convolution of stride 1 and no max-pooling, for images of about 32 px;
             `imagenet` is the 7x7 convolution of stride 2 with max-pooling.
         width: channels of the first group of blocks; each group doubles them. ResNets have 64.
@@ -26,7 +31,7 @@ class ResNetEncoder(nn.Module):
 
     def __init__(self, *, architecture: str, stem: Literal["small", "imagenet"], width: int, latent_dim: int) -> None:
         super().__init__()
-        block, depths = ARCHITECTURES[architecture]
+        block, depths, bottleneck = ARCHITECTURES[architecture]
         if stem == "small":
             self.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
             self.maxpool: nn.Module = nn.Identity()
@@ -47,7 +52,7 @@ class ResNetEncoder(nn.Module):
                         nn.Conv2d(channels, planes * block.expansion, 1, stride=stride, bias=False),
                         nn.BatchNorm2d(planes * block.expansion),
                     )
-                blocks.append(block(channels, planes, stride, downsample))
+                blocks.append(block(channels, planes, stride, downsample, base_width=bottleneck))
                 channels = planes * block.expansion
             groups.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups

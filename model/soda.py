@@ -1,7 +1,8 @@
 """SODA: the encoder, the decoder and the latent between them, as the one module that everything else wraps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,27 +29,53 @@ class SODA(nn.Module):
             x_source: (N, 3, H, W) source view, normalised.
             x_t: (N, 3, H, W) noised target view.
             timesteps: (N,) int64.
-            drop_mask: (N,) bool; True replaces the sample's latent by the null latent, zeros.
+            drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros (layer masking,
+                SODA, section 3); a row of True is the null latent, of which classifier-free guidance makes use.
 
         Returns:
             eps (N, 3, H, W).
         """
         z = self.encoder(x_source)  # (N, latent_dim)
-        z = z.masked_fill(drop_mask[:, None], 0)
-        return self.decoder(x_t, timesteps, z)
+        return self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask))
 
-    def denoiser(self, z: Tensor, guidance_scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    def denoiser(
+        self, z: Tensor, guidance_scale: float | Sequence[float] = 1.0, sections: Collection[int] | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """A function (x_t, timesteps) -> eps for the sampler, conditioned on z (N, latent_dim).
 
-        Classifier-free guidance (Ho & Salimans 2022): eps_uncond + s (eps_cond - eps_uncond) with
-        s = `guidance_scale`; 1 is the conditional model alone and costs one pass instead of two.
+        With one scale s and all sections this is classifier-free guidance (Ho & Salimans 2022), eps_uncond +
+        s (eps_cond - eps_uncond), where 1 is the conditional model alone and costs one pass instead of two. With a
+        scale s_i for each section it is, eps(S) being conditioned on the sections in S and all others dropped,
+
+            eps({}) + integral over s > 0 of eps({i: s_i >= s}) - eps({}).
+
+        That is the former where all scales agree, and eps(S) itself where they are 1 in S and 0 elsewhere; no order of
+        the sections matters. It costs a pass for each different scale above 0, and the unconditional one.
+
+        Args:
+            guidance_scale: one for all sections, or one for each; 0 leaves a section out.
+            sections: those to condition on; None: all.
         """
-        if guidance_scale == 1.0:
+        count = len(self.decoder.section_dims)
+        scales = [guidance_scale] if isinstance(guidance_scale, int | float) else list(guidance_scale)
+        scales = scales * count if len(scales) == 1 else scales
+        chosen = set(range(count)) if sections is None else set(sections)
+        if len(scales) != count or min(scales) < 0 or not chosen <= set(range(count)):
+            raise ValueError(f"the latent has {count} sections, from 0 on: give one scale, or {count}, none below 0")
+        scales = [scale if i in chosen else 0.0 for i, scale in enumerate(scales)]
+
+        # One pass for each of the nested sets, as (which sections are dropped, its weight); the weights sum to 1.
+        levels = sorted({*scales, 0.0}, reverse=True)
+        passes = [([s < level for s in scales], level - below) for level, below in pairwise(levels)]
+        passes = [each for each in [*passes, ([True] * count, 1 - levels[0])] if each[1]]
+        if passes == [([False] * count, 1.0)]:
             return partial(self.decoder, z=z)
+        dropped, weights = zip(*passes, strict=True)
+        drop_mask = torch.tensor(dropped, device=z.device).repeat_interleave(len(z), dim=0)  # (passes * N, sections)
+        z = self.decoder.mask(z.repeat(len(passes), 1), drop_mask)
 
         def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            both = torch.cat([z, torch.zeros_like(z)])
-            eps_cond, eps_uncond = self.decoder(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
-            return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+            eps = self.decoder(x_t.repeat(len(passes), 1, 1, 1), timesteps.repeat(len(passes)), z)
+            return sum(weight * each for weight, each in zip(weights, eps.float().chunk(len(passes)), strict=True))
 
         return guided

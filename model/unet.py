@@ -1,5 +1,8 @@
 """The denoising decoder: a DDPM UNet whose every residual block is modulated by the timestep and the latent."""
 
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,17 +17,33 @@ from model.blocks import (
     zero_init,
 )
 
+Modulation = Literal["shared", "sectioned"]
+
+
+class Layer(NamedTuple):
+    """A residual block of the decoder: its name, its feature map (pixels, channels), its section's number and place."""
+
+    name: str
+    resolution: int
+    channels: int
+    section: int
+    dims: slice
+
 
 class Stage(nn.Module):
-    """A residual block, and self-attention where the resolution asks for it."""
+    """A residual block modulated by one section of the latent, and self-attention where the resolution asks for it."""
 
-    def __init__(self, block: ResBlock, attention: SelfAttention | None) -> None:
+    def __init__(
+        self, block: ResBlock, attention: SelfAttention | None, resolution: int, section: int, dims: slice
+    ) -> None:
         super().__init__()
         self.block = block
         self.attention = attention
+        self.resolution, self.section, self.dims = resolution, section, dims
 
     def forward(self, x: Tensor, time: Tensor, latent: Tensor) -> Tensor:
-        h = self.block(x, time, latent)
+        """x (N, C_in, H, W), time (N, time_dim), latent (N, latent_dim), used at `dims` -> (N, C_out, H, W)."""
+        h = self.block(x, time, latent[:, self.dims])
         return h if self.attention is None else self.attention(h)
 
 
@@ -34,14 +53,25 @@ class UNetDecoder(nn.Module):
     Each level has `num_res_blocks` blocks going down and one more going up, where every block consumes one
     skip: those of the blocks, of the downsamplings, and of the input projection.
 
+    Layer modulation (SODA, section 3): a UNet of 2m + 1 layers h_0 .. h_2m has m + 1 sections of z, section i for the
+    pair h_i and h_(2m - i). The paper leaves open how layers pair up where there are more going up than down. Here
+    *the section follows the skip connection*: each block going down has a section of its own; a block going up has that
+    of the block whose skip it consumes, a downsampling counting as its level's last block and the input projection
+    as the first block; the blocks in the middle share the last section.
+
     Args:
         image_size: height and width of the images; divisible by 2 ** (levels - 1).
-        latent_dim: width of z.
+        latent_dim: width of z; at least the number of sections.
         model_channels: channels of the first level, a multiple of 4; `channel_mult` times as many at each level.
         attn_resolutions: feature-map sizes, in pixels, that get self-attention; the middle always does.
         num_head_channels: channels of an attention head; None means one head.
         dropout: probability, inside the residual blocks.
         scale_offset: what AdaGN adds to its linear scales.
+        modulation: `sectioned`, as above; `shared`: z is one section, which modulates every block.
+        rescale_residual: divide the sum of each residual connection by sqrt 2.
+
+    Attributes:
+        section_dims: width of each section of z, first to last; they differ by at most 1.
     """
 
     def __init__(
@@ -56,15 +86,28 @@ class UNetDecoder(nn.Module):
         num_head_channels: int | None,
         dropout: float,
         scale_offset: float = 1.0,
+        modulation: Modulation = "shared",
+        rescale_residual: bool = False,
         image_channels: int = 3,
     ) -> None:
         super().__init__()
         self.model_channels = model_channels
         time_dim = 4 * model_channels
+        num_sections = 1 if modulation == "shared" else len(channel_mult) * num_res_blocks + 1
+        if latent_dim < num_sections:
+            raise ValueError(f"{num_sections} sections need a latent of at least as many dimensions, not {latent_dim}")
+        self.section_dims = [latent_dim // num_sections + (i < latent_dim % num_sections) for i in range(num_sections)]
 
-        def stage(in_channels: int, out_channels: int, attend: bool) -> Stage:
-            block = ResBlock(in_channels, out_channels, time_dim, latent_dim, dropout, scale_offset)
-            return Stage(block, SelfAttention(out_channels, num_head_channels) if attend else None)
+        def stage(in_channels: int, out_channels: int, section: int, attend: bool) -> Stage:
+            section = 0 if modulation == "shared" else section
+            start, width = sum(self.section_dims[:section]), self.section_dims[section]
+            return Stage(
+                ResBlock(in_channels, out_channels, time_dim, width, dropout, scale_offset, rescale_residual),
+                SelfAttention(out_channels, num_head_channels, rescale_residual) if attend else None,
+                resolution,
+                section,
+                slice(start, start + width),
+            )
 
         self.time_mlp = nn.Sequential(
             nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
@@ -72,24 +115,27 @@ class UNetDecoder(nn.Module):
         self.conv_in = nn.Conv2d(image_channels, model_channels, 3, padding=1)
 
         widths = [model_channels * multiple for multiple in channel_mult]
-        channels, skip_channels, resolution = model_channels, [model_channels], image_size
+        channels, resolution, section = model_channels, image_size, 0
+        skips = [(channels, section)]  # the channels and the section that go with each skip
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.down.append(stage(channels, width, resolution in attn_resolutions))
+                self.down.append(stage(channels, width, section, resolution in attn_resolutions))
                 channels = width
-                skip_channels.append(channels)
+                skips.append((channels, section))
+                section += 1
             if level < len(widths) - 1:
                 self.down.append(Downsample(channels))
-                skip_channels.append(channels)
+                skips.append((channels, section - 1))
                 resolution //= 2
 
-        self.middle = nn.ModuleList([stage(channels, channels, True), stage(channels, channels, False)])
+        self.middle = nn.ModuleList([stage(channels, channels, section, attend) for attend in (True, False)])
 
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(stage(channels + skip_channels.pop(), width, resolution in attn_resolutions))
+                skip_channels, section = skips.pop()
+                self.up.append(stage(channels + skip_channels, width, section, resolution in attn_resolutions))
                 channels = width
             if level > 0:
                 self.up.append(Upsample(channels))
@@ -101,10 +147,11 @@ class UNetDecoder(nn.Module):
     def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
         """x_t (N, 3, H, W), timesteps (N,) int64, z (N, latent_dim) -> eps (N, 3, H, W).
 
-        A row of zeros in `z` is the null latent: its sample is denoised unconditionally.
+        A row of zeros in `z` is the null latent: its sample is denoised unconditionally. So it is with sections: what
+        a section of zeros modulates gets what the null latent gives it.
         """
         time = self.time_mlp(timestep_embedding(timesteps, self.model_channels))  # (N, time_dim)
-        latent = F.silu(z)  # (N, latent_dim)
+        latent = F.silu(z)  # (N, latent_dim), 0 where z is
 
         h = self.conv_in(x_t)
         skips = [h]
@@ -116,6 +163,19 @@ class UNetDecoder(nn.Module):
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), time, latent) if isinstance(layer, Stage) else layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    def mask(self, z: Tensor, drop_mask: Tensor) -> Tensor:
+        """z (N, latent_dim) with zeros for the sections that drop_mask (N, sections) bool marks."""
+        drops = drop_mask.split(1, dim=1)
+        wide = [drop.expand(-1, width) for drop, width in zip(drops, self.section_dims, strict=True)]
+        return z.masked_fill(torch.cat(wide, dim=1), 0)
+
+    def layers(self) -> Iterator[Layer]:
+        """The residual blocks in the order in which they run, each with what modulates it."""
+        for name, module in self.named_modules():
+            if isinstance(module, Stage):
+                channels = module.block.conv1.out_channels
+                yield Layer(name, module.resolution, channels, module.section, module.dims)
 
     def features(self, x_t: Tensor, timesteps: Tensor, z: Tensor, block: str) -> Tensor:
         """What `block`, such as `up.3` or `middle.0`, makes of the same inputs: (N, C, h, w)."""

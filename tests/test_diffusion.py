@@ -1,4 +1,6 @@
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -114,6 +116,35 @@ def test_a_perfect_denoiser_gives_x_start_back(
 
     sampled = ours.ddim_sample(denoise, torch.randn(2, 3, 4, 4), num_sampling_steps, clip_denoised=clip_denoised)
     torch.testing.assert_close(sampled, x_start, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_timesteps", [1, 2, 1000, 4000])
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_sampling_stays_finite_at_both_ends(
+    schedule: Schedule, num_timesteps: int, clip_denoised: bool, eta: float
+) -> None:
+    """Whatever the network says: nothing, something as large as it should be, or the opposite of what is there."""
+    torch.manual_seed(0)
+    beta_start = 1e-9 if schedule == "linear" else 1e-4  # 1 - 1e-9 is 1 in float32
+    ours = GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=beta_start, beta_end=0.02)
+    x_T = torch.randn(2, 3, 4, 4)
+    answers: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, torch.randn_like, torch.neg]
+    for answer in answers:
+        for num_sampling_steps in {1, min(2, num_timesteps), min(50, num_timesteps)}:
+            denoise = functools.partial(lambda answer, x_t, _: answer(x_t), answer)
+            sampled = ours.ddim_sample(
+                denoise, x_T, num_sampling_steps, eta, clip_denoised, lambda _: torch.randn(2, 3, 4, 4)
+            )
+            assert sampled.isfinite().all()
+            assert not clip_denoised or sampled.abs().max() <= 1
+    # The first and the last step of 1,000, each alone.
+    timesteps = torch.tensor([0, num_timesteps - 1])
+    x_t = ours.q_sample(x_T, timesteps, torch.randn(2, 3, 4, 4))
+    assert x_t.isfinite().all() and all(
+        ours.predict_start_from_eps(x_t, int(t), x_t).isfinite().all() for t in timesteps
+    )
 
 
 def test_loss_is_the_mean_squared_error_of_the_noise() -> None:

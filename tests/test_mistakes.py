@@ -40,7 +40,15 @@ def checkpoint(name: str) -> list[str]:
 MISTAKES = [
     Mistake("unknown key training.epoch: did you mean training.epochs?", ["training.epoch=3"]),
     Mistake("seed: input should be a valid integer", ["seed=many"]),
-    Mistake("training.latent_drop_probability: input should be less", ["training.latent_drop_probability=2"]),
+    Mistake("training.mask.latent_probability: input should be less", ["training.mask.latent_probability=2"]),
+    Mistake("training.mask.section_probability needs decoder", ["training.mask.section_probability=0.1"]),
+    Mistake(
+        "encoder.latent_dim 2 is too few for the 3 sections of decoder.modulation sectioned: take at least 3",
+        ["decoder.modulation=sectioned", "encoder.latent_dim=2"],
+    ),
+    Mistake("one for each of the latent's 1 sections", ["sampling.guidance_scale=[1, 2]"]),
+    Mistake("the latent's sections are 0 to 2", ["decoder.modulation=sectioned", "sampling.sections=[0, 3]"]),
+    Mistake("set beta_end lower", ["diffusion.schedule=linear", "diffusion.beta_end=0.5"]),
     Mistake("is not valid YAML", ["--config", "{place}/broken.yaml"]),
     Mistake("is not valid YAML", ["--config", "{place}/object.yaml"]),
     Mistake("no config file", ["--config", "{place}/none.yaml"]),

@@ -1,15 +1,22 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from diffusers.models.embeddings import get_timestep_embedding
+from scipy.stats import truncnorm
 
 from model import SODA, ResNetEncoder, UNetDecoder, build_soda, forward_flops
-from model.blocks import AdaGN, SelfAttention, timestep_embedding
+from model.blocks import AdaGN, ResBlock, SelfAttention, timestep_embedding
+from model.encoder import ARCHITECTURES
 from tests.conftest import ROOT
+from tests.test_step import experiment_of
+from training.experiment import initial_state
+from training.step import train_step, training_pixels
 from utils.config_file import load_config
+from utils.logging import PhaseTimer
 
 
 def test_cifar10_model_has_the_published_size_and_work() -> None:
@@ -21,7 +28,7 @@ def test_cifar10_model_has_the_published_size_and_work() -> None:
     assert [round(flops / 1e9, 3) for flops in forward_flops(soda, 32)] == [1.111, 12.451]
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_encoder_is_torchvisions_resnet(architecture: str) -> None:
     theirs = torchvision.models.get_model(architecture, weights=None, num_classes=16).eval()
     ours = ResNetEncoder(architecture=architecture, stem="imagenet", width=64, latent_dim=16).eval()
@@ -32,10 +39,66 @@ def test_encoder_is_torchvisions_resnet(architecture: str) -> None:
         torch.testing.assert_close(ours.fc(ours.features(images)["pooled"]), ours.features(images)["z"])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "latent_dim"), list(zip(ARCHITECTURES, [1, 7, 16, 100, 33, 128, 515], strict=True))
+)
+def test_every_encoder_trains_with_a_latent_of_any_width(architecture: str, latent_dim: int, tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, f"encoder.architecture={architecture}", f"encoder.latent_dim={latent_dim}")
+    state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    before = [parameter.clone() for parameter in state.soda.encoder.parameters()]
+    losses = [train_step(experiment, state, pixels, PhaseTimer())[0] for _ in range(4)]
+    assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+    # The decoder starts at zero, so that the encoder's gradient does in the first two steps.
+    assert not any(map(torch.equal, state.soda.encoder.parameters(), before))
+    features = state.soda.encoder.features(torch.zeros(2, 3, 8, 8))
+    assert features["z"].shape == (2, latent_dim) and features["pooled"].shape[1] in (32, 128)
+
+
 def test_small_stem_keeps_the_resolution() -> None:
     encoder = ResNetEncoder(architecture="resnet18", stem="small", width=8, latent_dim=4)
     assert encoder.maxpool(encoder.conv1(torch.zeros(1, 3, 32, 32))).shape == (1, 8, 32, 32)
     assert encoder.features(torch.zeros(2, 3, 32, 32))["pooled"].shape == (2, 64)
+
+
+def test_the_papers_initial_weights() -> None:
+    """Their distributions, and that signals keep their size, for which residual sums are divided by sqrt 2."""
+    torch.manual_seed(0)
+    encoder = {"architecture": "resnet18", "stem": "small", "width": 16, "latent_dim": 32}
+    decoder = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 2, "attn_resolutions": [8]}
+    soda = build_soda(16, encoder, {**decoder, "num_head_channels": None, "dropout": 0.0}, "paper")
+    layers = {name: m for name, m in soda.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        fan_in, fan_out = weight[0].numel(), len(weight) * weight[0, 0].numel()
+        if name.startswith("encoder."):
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            std = bound / 3**0.5
+        else:
+            std = fan_in**-0.5
+            bound = 2 * std / truncnorm(-2, 2).std()
+        assert weight.abs().max() <= bound
+        assert layer.bias is None or layer.bias.eq(0).all()
+        if weight.numel() > 10_000:
+            assert weight.std().item() == pytest.approx(std, rel=0.02), name
+            assert weight.abs().max().item() == pytest.approx(bound, rel=0.02), name
+    sizes: list[float] = []
+    for module in soda.decoder.modules():
+        if isinstance(module, ResBlock):
+            module.register_forward_hook(lambda _, args, out: sizes.append(out.std().item()))
+    with torch.no_grad():
+        soda.decoder(torch.randn(8, 3, 16, 16), torch.full((8,), 500), torch.randn(8, 32))
+    assert len(sizes) == 12 and min(sizes) > 0.5 and max(sizes) < 2
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_residual_connections_are_rescaled_by_sqrt_2(rescale: bool) -> None:
+    torch.manual_seed(0)
+    block, attention = ResBlock(8, 8, 6, 5, 0.0, 1.0, rescale), SelfAttention(8, None, rescale)
+    x, time, latent = torch.randn(2, 8, 4, 4), torch.randn(2, 6), torch.randn(2, 5)
+    # Branches that end in zeros leave x.
+    expected = x / 2**0.5 if rescale else x
+    torch.testing.assert_close(block(x, time, latent), expected)
+    torch.testing.assert_close(attention(x), expected)
 
 
 def test_timestep_embedding_is_the_fields() -> None:
@@ -65,7 +128,7 @@ def test_adagn_is_the_papers_equation(offset: float) -> None:
 @pytest.mark.parametrize("num_head_channels", [None, 4])
 def test_self_attention_against_torchs(num_head_channels: int | None) -> None:
     torch.manual_seed(0)
-    ours, heads = SelfAttention(8, num_head_channels), 1 if num_head_channels is None else 2
+    ours, heads = SelfAttention(8, num_head_channels, rescale=False), 1 if num_head_channels is None else 2
     torch.nn.init.normal_(ours.proj.weight)
     theirs = torch.nn.MultiheadAttention(8, heads, batch_first=True)
     theirs.load_state_dict(
@@ -108,7 +171,7 @@ def test_decoder_takes_any_depth(channel_mult: list[int], num_res_blocks: int, a
 def test_dropped_latent_makes_the_output_independent_of_the_source(tiny_soda: SODA) -> None:
     x_t, timesteps = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     drop_mask = torch.tensor([True, False, True, False])
-    first, second = (tiny_soda(torch.randn(4, 3, 8, 8), x_t, timesteps, drop_mask) for _ in range(2))
+    first, second = (tiny_soda(torch.randn(4, 3, 8, 8), x_t, timesteps, drop_mask[:, None]) for _ in range(2))
     assert torch.equal(first[drop_mask], second[drop_mask])
     assert not torch.isclose(first[~drop_mask], second[~drop_mask]).all(dim=(1, 2, 3)).any()
     null = tiny_soda.decoder(x_t, timesteps, torch.zeros(4, 8))
@@ -134,7 +197,7 @@ def test_within_three_steps_every_parameter_has_had_a_gradient() -> None:
     waiting = {name for name, _ in soda.named_parameters()}
     for _ in range(3):
         x_source, x_t, noise = torch.randn(3, 8, 3, 8, 8).unbind()
-        eps = soda(x_source, x_t, torch.randint(1000, (8,)), torch.zeros(8, dtype=torch.bool))
+        eps = soda(x_source, x_t, torch.randint(1000, (8,)), torch.zeros(8, 1, dtype=torch.bool))
         (eps - noise).square().mean().backward()
         waiting -= {name for name, p in soda.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
@@ -147,5 +210,5 @@ def test_state_dict_loads_into_a_copy(tiny_soda: SODA) -> None:
     for parameter in other.parameters():
         torch.nn.init.zeros_(parameter)
     other.load_state_dict(tiny_soda.state_dict())
-    args = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([False, True])
+    args = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([[False], [True]])
     assert torch.equal(other(*args), tiny_soda(*args))

@@ -70,7 +70,7 @@ def test_a_batch_splits_into_its_parts(tmp_path: Path) -> None:
 
 
 def test_the_latent_is_dropped_at_its_rate(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "training.latent_drop_probability=0.25", "training.batch_size=1024")
+    experiment = experiment_of(tmp_path, "training.mask.latent_probability=0.25", "training.batch_size=1024")
     assert abs(batch_of(experiment, 0, range(1024)).drop_mask.float().mean().item() - 0.25) < 0.05
 
 

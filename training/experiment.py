@@ -109,14 +109,19 @@ def less_memory(experiment: Experiment) -> str:
     return f"training.micro_batch_size={smaller[-1]} halves what a step takes (it is {now}), and goes on with this run"
 
 
+def _build(config: Config) -> SODA:
+    encoder, decoder = config.encoder.model_dump(), config.decoder.model_dump()
+    return build_soda(config.data.image_size, encoder, decoder, config.initialization)
+
+
 def build_on_meta(config: Config) -> SODA:
     """The model without its numbers: names and shapes, which cost nothing."""
     with torch.device("meta"):
-        return build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+        return _build(config)
 
 
 def describe_model(config: Config) -> str:
-    """Parameters of encoder and decoder, and their work on one image."""
+    """Parameters of encoder and decoder, their work on one image, and which section of z modulates which layer."""
     soda = build_on_meta(config)
     flops = forward_flops(soda, config.data.image_size)
     lines = []
@@ -124,13 +129,20 @@ def describe_model(config: Config) -> str:
         parameters = sum(p.numel() for p in module.parameters())
         lines.append(f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP forward an image")
     lines.append(f"training: about {3 * sum(flops) / 1e9:.2f} GFLOP an image, forward and backward")
+    if config.decoder.modulation == "sectioned":
+        row = "{:<10}{:>5}{:>10}{:>9}  {}".format
+        lines += ["", row("layer", "px", "channels", "section", "dimensions of z (width)")]
+        for layer in soda.decoder.layers():
+            start, stop = layer.dims.start, layer.dims.stop
+            dims = f"{start} to {stop - 1} ({stop - start})"
+            lines.append(row(layer.name, layer.resolution, layer.channels, layer.section, dims))
     return "\n".join(lines)
 
 
 def initial_soda(config: Config, device: torch.device) -> SODA:
     """The model at its initial weights, which config and seed alone decide."""
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    soda = build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+    soda = _build(config)
     # Channels last is faster on CUDA and slower on CPUs.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return soda.to(device, memory_format=layout)  # type: ignore[call-overload]

@@ -48,7 +48,7 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
     """Activations of the decoder without a latent, averaged over the pixels: views (N, 3, H, W) -> (N, C) float32.
 
     The probe of Denoising Diffusion Autoencoders (Xiang et al. 2023), on a decoder that trains without a latent with
-    probability `training.latent_drop_probability`. `name` is decoder.<block>@<timestep>: of which block, for images
+    probability `training.mask.latent_probability`. `name` is decoder.<block>@<timestep>: of which block, for images
     with how much noise. The noise belongs to a sample's index, in either split, and is the same each time.
     """
     block, timestep = name.removeprefix("decoder.").split("@")
@@ -185,7 +185,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     if mine:
         with autocast(device, experiment.amp_dtype):
             samples[mine.start : mine.stop] = experiment.diffusion.ddim_sample(
-                soda.denoiser(soda.encoder(x_source[mine.start : mine.stop]), config.guidance_scale),
+                soda.denoiser(soda.encoder(x_source[mine.start : mine.stop]), config.guidance_scale, config.sections),
                 noise(mine, "grid noise"),
                 config.num_sampling_steps,
                 config.eta,

@@ -26,7 +26,7 @@ class Batch:
         x_start: (N, 3, H, W) target view in [-1, 1].
         timesteps: (N,) int64.
         noise: (N, 3, H, W) standard normal.
-        drop_mask: (N,) bool; True drops the sample's latent.
+        drop_mask: (N, sections) bool; True drops a section of the sample's latent.
     """
 
     x_source: Tensor
@@ -65,9 +65,13 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
     # Small draws are made for the whole batch, so that each sample gets the same however the batch is split.
     batch_size, here = config.training.batch_size, slice(positions.start, positions.stop)
-    draw_timesteps, draw_chances = (generator(seed, purpose, step) for purpose in ("timesteps", "drop mask"))
-    timesteps = torch.randint(config.diffusion.num_timesteps, (batch_size,), generator=draw_timesteps)[here]
-    drop_mask = torch.rand(batch_size, generator=draw_chances)[here] < config.training.latent_drop_probability
+    timesteps = torch.randint(
+        config.diffusion.num_timesteps, (batch_size,), generator=generator(seed, "timesteps", step)
+    )[here]
+    mask, sections = config.training.mask, (batch_size, config.decoder.num_sections)
+    whole = torch.rand(batch_size, generator=generator(seed, "drop mask", step)) < mask.latent_probability
+    each = torch.rand(sections, generator=generator(seed, "section mask", step)) < mask.section_probability
+    drop_mask = (whole[:, None] | each)[here]
     x_source, x_start = experiment.views.pair(
         pixels,
         draws(experiment, positions, "source view", step),

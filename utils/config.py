@@ -147,7 +147,9 @@ class Views(Section):
 
 
 class Encoder(Section):
-    architecture: Literal["resnet18", "resnet34", "resnet50"] = key("resnet18", "depth and kind of blocks")
+    architecture: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"
+    ] = key("resnet18", "depth and kind of blocks")
     stem: Literal["small", "imagenet"] = key("small", "`small`: 3x3, stride 1, no pooling; `imagenet`: 7x7 and pooling")
     width: Channels = key(64, "channels of the first group of blocks; each group doubles them")
     latent_dim: int = key(128, "width of the latent z", ge=1)
@@ -161,6 +163,14 @@ class Decoder(Section):
     num_head_channels: int | None = key(None, "channels of an attention head; null: one head", ge=1)
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "dropout in the residual blocks")
     scale_offset: float = key(1.0, "AdaGN's scales are this + linear(...); the reference implementation has 0", ge=0)
+    modulation: Literal["shared", "sectioned"] = key(
+        "shared", "the latent modulates every block as a whole, or a section of it each pair of blocks"
+    )
+
+    @property
+    def num_sections(self) -> int:
+        """A section for each block going down and one for the middle, or the latent as a whole."""
+        return 1 if self.modulation == "shared" else len(self.channel_mult) * self.num_res_blocks + 1
 
 
 class Diffusion(Section):
@@ -182,6 +192,13 @@ class Optimizer(Section):
     max_grad_norm: Positive = key(1.0, "gradients are clipped to this norm")
 
 
+class Mask(Section):
+    """Which samples' latents are dropped in training: as a whole, and section by section on top of that."""
+
+    latent_probability: Probability = key(0.1, "of replacing a sample's whole latent by the null latent")
+    section_probability: Probability = key(0.0, "of each section alike; with decoder.modulation sectioned")
+
+
 class Training(Section):
     epochs: int = key(800, "epochs of floor(images / batch_size) steps; may be raised on resume", ge=1)
     batch_size: int = key(512, "images a step, over all processes", ge=4, multiple_of=4)
@@ -194,7 +211,7 @@ class Training(Section):
     )
     use_amp: bool = key(False, "mixed precision: bf16 where the hardware computes it, else fp16 on CUDA")
     compile: bool | None = key(None, "torch.compile the model for training; null: on CUDA", run=True)
-    latent_drop_probability: Probability = key(0.1, "of replacing a sample's latent by the null latent")
+    mask: Mask = Mask()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(0.9999, "cap of the EMA's decay, which warms up")
     ema_power: Positive = key(2 / 3, "the EMA's decay at step n is 1 - (1 + n)^-ema_power, up to its cap")
     log_every: int = key(50, "steps between reports", run=True, ge=1)
@@ -250,8 +267,16 @@ class Evaluation(Section):
 class Sampling(Section):
     num_images: int = key(16, "test images in the grid of samples; 0: no grid", run=True, ge=0)
     num_sampling_steps: int = key(100, "DDIM steps", run=True, ge=1)
-    guidance_scale: float = key(1.3, "classifier-free guidance; 1: none", run=True, ge=0)
+    guidance_scale: list[Annotated[float, Field(ge=0)]] = key(
+        [1.3], "classifier-free guidance, one scale or one for each section; 1: none", run=True, min_length=1
+    )
+    sections: list[int] | None = key(None, "of the latent, that samples are conditioned on; null: all", run=True)
     eta: float = key(0.0, "0: deterministic DDIM; 1: as much noise as DDPM", run=True, ge=0, le=1)
+
+    @field_validator("guidance_scale", mode="before")
+    @classmethod
+    def _listed(cls, scale: Any) -> Any:
+        return scale if isinstance(scale, list) else [scale]
 
 
 class Distributed(Section):
@@ -270,6 +295,10 @@ class Config(Section):
     views: Views = Views()
     encoder: Encoder = Encoder()
     decoder: Decoder = Decoder()
+    initialization: Literal["default", "paper"] = key(
+        "default",
+        "default: torchvision's and torch's, branches start at zero; paper: Xavier, truncated normal, / sqrt 2",
+    )
     diffusion: Diffusion = Diffusion()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()

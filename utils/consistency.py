@@ -25,6 +25,18 @@ def check_consistency(config: Any) -> None:
     for channels in attended:
         if decoder.num_head_channels and channels % decoder.num_head_channels:
             raise ValueError(f"decoder.num_head_channels does not divide the {channels} channels that attend")
+    sections = decoder.num_sections
+    if config.encoder.latent_dim < sections:
+        raise ValueError(
+            f"encoder.latent_dim {config.encoder.latent_dim} is too few for the {sections} sections of "
+            f"decoder.modulation sectioned: take at least {sections}"
+        )
+    if config.training.mask.section_probability and decoder.modulation == "shared":
+        raise ValueError("training.mask.section_probability needs decoder.modulation sectioned")
+    if len(config.sampling.guidance_scale) not in (1, sections):
+        raise ValueError(f"sampling.guidance_scale is one number, or one for each of the latent's {sections} sections")
+    if not set(config.sampling.sections or []) <= set(range(sections)):
+        raise ValueError(f"sampling.sections {config.sampling.sections}: the latent's sections are 0 to {sections - 1}")
     if config.evaluation.features.startswith("decoder."):
         _, part, rest = config.evaluation.features.split(".")
         index, timestep = map(int, rest.split("@"))
@@ -51,5 +63,9 @@ def check_consistency(config: Any) -> None:
         raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps")
     if config.diffusion.beta_end < config.diffusion.beta_start:
         raise ValueError("diffusion.beta_end must be at least diffusion.beta_start")
+    diffusion, mean_beta = config.diffusion, (config.diffusion.beta_start + config.diffusion.beta_end) / 2
+    # log alphas_cumprod of the last timestep, at most; a float32 ends at -87, and the sampler divides by it.
+    if diffusion.schedule == "linear" and diffusion.num_timesteps * math.log1p(-mean_beta) < -80:
+        raise ValueError("diffusion: the linear schedule leaves nothing of an image: set beta_end lower")
     if config.evaluation.knn.weights == "temperature" and not config.evaluation.normalize:
         raise ValueError("evaluation.knn.weights temperature needs evaluation.normalize true")

@@ -1,0 +1,309 @@
+"""The paper's decoder: which section of the latent modulates which layer, sections dropped, guidance by sections."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import SODA, UNetDecoder, build_soda
+from model.blocks import Downsample
+from model.unet import Stage
+from tests.conftest import ROOT
+from tests.test_step import batch_of, experiment_of
+from training.experiment import build_on_meta, initial_state
+from training.step import train_step, training_pixels
+from utils.config_file import load_config
+from utils.logging import PhaseTimer
+
+SHAPES = [([1], 1), ([1], 3), ([1, 2], 1), ([1, 1, 2], 2), ([1, 2, 1, 1], 1)]
+# As the rule gives them by hand for cifar10_paper.yaml: blocks of the decoder, a row each section.
+PAIRS = [
+    ["down.0", "up.13", "up.14"],
+    ["down.1", "up.10", "up.12"],
+    ["down.3", "up.9"],
+    ["down.4", "up.6", "up.8"],
+    ["down.6", "up.5"],
+    ["down.7", "up.2", "up.4"],
+    ["down.9", "up.1"],
+    ["down.10", "up.0"],
+    ["middle.0", "middle.1"],
+]
+
+
+def decoder_of(channel_mult: list[int], num_res_blocks: int, latent_dim: int = 23, **more: Any) -> UNetDecoder:
+    torch.manual_seed(0)
+    decoder = UNetDecoder(
+        image_size=8,
+        latent_dim=latent_dim,
+        model_channels=4,
+        channel_mult=channel_mult,
+        num_res_blocks=num_res_blocks,
+        attn_resolutions=[],
+        num_head_channels=None,
+        dropout=0.0,
+        **{"modulation": "sectioned", **more},
+    )
+    with torch.no_grad():
+        for parameter in decoder.parameters():  # nothing is hidden by a zero
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return decoder
+
+
+def seen_by(decoder: UNetDecoder, of: Callable[[str, Any, tuple[Any, ...], Tensor], None]) -> None:
+    for name, module in decoder.named_modules():
+        if isinstance(module, Stage | Downsample) or name == "conv_in":
+            module.register_forward_hook(lambda m, args, out, name=name: of(name, m, args, out))
+
+
+def modulation(decoder: UNetDecoder, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each block's latent projection is given, and what it gives."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        stage.block.adagn.latent_proj.register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: (args[0], out)})
+        )
+        for name, stage in decoder.named_modules()
+        if isinstance(stage, Stage)
+    ]
+    with torch.no_grad():
+        decoder(torch.randn(len(z), 3, 8, 8), torch.zeros(len(z)), z)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_the_pairs_of_the_cifar10_config() -> None:
+    decoder = build_on_meta(load_config(ROOT / "config" / "cifar10_paper.yaml")).decoder
+    pairs: list[list[str]] = [[] for _ in PAIRS]
+    for layer in decoder.layers():
+        pairs[layer.section].append(layer.name)
+    assert pairs == PAIRS
+    assert decoder.section_dims == [15, 15, 14, 14, 14, 14, 14, 14, 14]
+    resolutions = {layer.name: (layer.resolution, layer.channels) for layer in decoder.layers()}
+    assert resolutions["down.1"] == (32, 128) and resolutions["down.3"] == (16, 256) == resolutions["up.10"]
+    assert resolutions["middle.0"] == (4, 256) == resolutions["up.2"] and resolutions["up.14"] == (32, 128)
+
+
+@pytest.mark.parametrize(("channel_mult", "num_res_blocks"), SHAPES)
+def test_the_section_follows_the_skip(channel_mult: list[int], num_res_blocks: int) -> None:
+    """Which skip a block consumes is seen in its numbers: the last channels of its input are another layer's output."""
+    decoder = decoder_of(channel_mult, num_res_blocks)
+    outputs: list[tuple[str, Tensor]] = []
+    consumed: dict[str, str] = {}
+
+    def look(name: str, module: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        if name.startswith("up."):
+            equal = [skip for skip, values in outputs if torch.equal(args[0][:, -values.shape[1] :], values)]
+            (consumed[name],) = equal
+        else:
+            outputs.append((name, out))
+
+    seen_by(decoder, look)
+    decoder(torch.randn(1, 3, 8, 8), torch.zeros(1), torch.randn(1, 23))
+
+    section = {layer.name: layer.section for layer in decoder.layers()}
+    going_down = [name for name, _ in outputs if name.startswith("down.")]
+    stages = [name for name in going_down if name in section]
+    assert [section[name] for name in stages] == list(range(len(channel_mult) * num_res_blocks))
+    assert section["middle.0"] == section["middle.1"] == len(stages) == len(decoder.section_dims) - 1
+    assert len(consumed) == len(channel_mult) * (num_res_blocks + 1)
+    for name, skip in consumed.items():
+        if skip == "conv_in":
+            block = stages[0]
+        elif skip in section:
+            block = skip
+        else:  # a downsampling: the block before it
+            block = going_down[going_down.index(skip) - 1]
+        assert section[name] == section[block], name
+
+
+@pytest.mark.parametrize(("channel_mult", "num_res_blocks"), SHAPES)
+def test_a_section_modulates_its_pair_of_layers_and_nothing_else(channel_mult: list[int], num_res_blocks: int) -> None:
+    decoder = decoder_of(channel_mult, num_res_blocks)
+    z = torch.randn(2, 23)
+    before = modulation(decoder, z)
+    start = 0
+    for section, width in enumerate(decoder.section_dims):
+        changed_z = z.clone()
+        changed_z[:, start : start + width] += 1
+        start += width
+        after = modulation(decoder, changed_z)
+        changed = {name for name, (_, out) in after.items() if not torch.equal(out, before[name][1])}
+        assert changed == {layer.name for layer in decoder.layers() if layer.section == section}
+    assert start == 23
+
+
+def test_sections_are_as_even_as_they_can_be() -> None:
+    for latent_dim in (5, 6, 23, 128):
+        widths = decoder_of([1, 2], 2, latent_dim).section_dims
+        assert len(widths) == 5 and sum(widths) == latent_dim and max(widths) - min(widths) <= 1
+    with pytest.raises(ValueError, match="5 sections need a latent of at least as many dimensions, not 4"):
+        decoder_of([1, 2], 2, 4)
+    assert decoder_of([1, 2], 2, 4, modulation="shared").section_dims == [4]
+
+
+@pytest.mark.parametrize(("channel_mult", "num_res_blocks"), SHAPES)
+@pytest.mark.parametrize("modulation", ["shared", "sectioned"])
+def test_the_config_knows_the_number_of_sections(channel_mult: list[int], num_res_blocks: int, modulation: str) -> None:
+    config = load_config(
+        ROOT / "config" / "digits.yaml",
+        [
+            f"decoder.channel_mult={channel_mult}",
+            f"decoder.num_res_blocks={num_res_blocks}",
+            f"decoder.modulation={modulation}",
+        ],
+    )
+    assert config.decoder.num_sections == len(build_on_meta(config).decoder.section_dims)
+
+
+def sectioned_soda(**more: Any) -> SODA:
+    torch.manual_seed(0)
+    encoder = {"architecture": "resnet18", "stem": "small", "width": 4, "latent_dim": 8}
+    decoder = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4]}
+    soda = build_soda(
+        8, encoder, {**decoder, "num_head_channels": None, "dropout": 0.0, "modulation": "sectioned"}, **more
+    )
+    with torch.no_grad():
+        for parameter in soda.decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return soda.eval()
+
+
+def test_what_a_dropped_section_modulates_sees_the_null_latent() -> None:
+    soda = sectioned_soda()
+    decoder = soda.decoder  # sections of 3, 3 and 2 dimensions
+    drop_mask = torch.tensor([[False, False, False], [True, False, False], [False, True, True], [True, True, True]])
+    z = torch.randn(4, 8)
+    kept, dropped, null = (modulation(decoder, v) for v in (z, decoder.mask(z, drop_mask), torch.zeros(4, 8)))
+    for layer in decoder.layers():
+        given, gives = dropped[layer.name]
+        for sample, drop in enumerate(drop_mask[:, layer.section]):
+            expected = null if drop else kept
+            assert torch.equal(given[sample], expected[layer.name][0][sample])
+            assert torch.equal(gives[sample], expected[layer.name][1][sample])
+            assert not drop or given[sample].eq(0).all()
+    # The whole model makes of a mask what the decoder does, and of a row of True what it makes of no latent.
+    x_source, x_t, timesteps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
+    eps = soda(x_source, x_t, timesteps, drop_mask)
+    masked = soda.encoder(x_source).clone()
+    masked[1, :3], masked[2, 3:], masked[3] = 0, 0, 0
+    torch.testing.assert_close(eps, decoder(x_t, timesteps, masked))
+    other = soda(torch.randn(4, 3, 8, 8), x_t, timesteps, drop_mask)
+    assert torch.equal(other[3], eps[3]) and not torch.isclose(other[:3], eps[:3]).all(dim=(1, 2, 3)).any()
+
+
+MASKED = ["decoder.modulation=sectioned", "training.batch_size=1024", "training.mask.latent_probability=0.25"]
+
+
+def test_latents_and_sections_are_dropped_at_their_rates_independently(tmp_path: Path) -> None:
+    plain, masked = (
+        experiment_of(tmp_path, *MASKED, f"training.mask.section_probability={rate}") for rate in (0.0, 0.3)
+    )
+    wholes, masks = [], []
+    for step in range(4):
+        before, after = batch_of(plain, step, range(1024)), batch_of(masked, step, range(1024))
+        for name in ("x_source", "x_start", "timesteps", "noise"):
+            assert torch.equal(getattr(before, name), getattr(after, name)), name
+        whole = before.drop_mask.all(dim=1)
+        assert torch.equal(before.drop_mask, whole[:, None].expand(-1, 3)), "as a whole, or not at all"
+        assert after.drop_mask[whole].all(), "the same samples are dropped as a whole"
+        wholes.append(whole)
+        masks.append(after.drop_mask[~whole].float())
+    whole, sections = torch.cat(wholes), torch.cat(masks)
+
+    def within(share: Tensor, expected: float, count: int) -> bool:
+        return abs(share.item() - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
+
+    assert within(whole.float().mean(), 0.25, len(whole))
+    assert 2900 < len(sections) < 3250
+    for i in range(3):
+        assert within(sections[:, i].mean(), 0.3, len(sections))
+        assert within((sections[:, i] * sections[:, i - 1]).mean(), 0.09, len(sections)), "independently"
+    assert within(sections.prod(dim=1).mean(), 0.027, len(sections))
+
+
+def test_a_part_of_the_batch_gets_its_own_sections_dropped(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, *MASKED, "training.mask.section_probability=0.3")
+    whole, part = batch_of(experiment, 1, range(1024)), batch_of(experiment, 1, range(256, 512))
+    assert torch.equal(part.drop_mask, whole.drop_mask[256:512])
+    assert not torch.equal(whole.drop_mask, batch_of(experiment, 2, range(1024)).drop_mask)
+
+
+@pytest.mark.parametrize("initialization", ["default", "paper"])
+def test_everything_that_the_paper_has_trains(tmp_path: Path, initialization: str) -> None:
+    experiment = experiment_of(
+        tmp_path,
+        "decoder.modulation=sectioned",
+        "training.mask.section_probability=0.1",
+        f"initialization={initialization}",
+    )
+    state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    before = {name: value.clone() for name, value in state.soda.named_parameters()}
+    losses = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(20)]
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+    moved = {name for name, value in state.soda.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == before.keys()
+
+
+def eps_of(soda: SODA, x_t: Tensor, timesteps: Tensor, z: Tensor, *sections: int) -> Tensor:
+    """Conditioned on some sections, the others' dimensions being zeros, spelt out for sections of 3, 3 and 2."""
+    kept = torch.zeros_like(z)
+    for start, stop in [((0, 3), (3, 6), (6, 8))[i] for i in sections]:
+        kept[:, start:stop] = z[:, start:stop]
+    return soda.decoder(x_t, timesteps, kept)
+
+
+@torch.no_grad()
+def test_guidance_by_sections() -> None:
+    soda = sectioned_soda()
+    x_t, timesteps, z = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 8)
+
+    def eps(*sections: int) -> Tensor:
+        return eps_of(soda, x_t, timesteps, z, *sections)
+
+    def guided(*args: Any) -> Tensor:
+        return soda.denoiser(z, *args)(x_t, timesteps)
+
+    close = torch.testing.assert_close
+    for scale in (0.0, 0.5, 1.0, 2.5):  # one scale: ordinary guidance
+        ordinary = eps() + scale * (eps(0, 1, 2) - eps())
+        close(guided(scale), ordinary)
+        close(guided([scale]), ordinary)
+        close(guided([scale] * 3), ordinary)
+        close(guided(scale, {0, 1, 2}), ordinary)
+        close(guided(scale, [1]), eps() + scale * (eps(1) - eps()))
+        close(guided([scale, 9.0, scale], [2, 0]), eps() + scale * (eps(0, 2) - eps()))
+    close(guided(1.0, []), eps())
+    # Scales of their own, by the definition: a sum over small steps of the scale.
+    scales = [0.7, 3.0, 1.5]
+    integral, step = eps().clone(), 0.1
+    for k in range(30):
+        kept = [i for i, scale in enumerate(scales) if scale > (k + 0.5) * step]
+        integral += step * (eps(*kept) - eps())
+    close(guided(scales), integral, atol=1e-5, rtol=1e-4)
+    close(guided([0.7, 0.7 + 1e-6, 0.7]), guided(0.7), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("args", "passes"),
+    [((1.0,), 1), ((1.3,), 2), ((1.0, [0, 2]), 1), (([1.0, 0.5, 0.0],), 2), (([2.0, 3.0, 0.5],), 4), ((0.0,), 1)],
+)
+def test_guidance_takes_no_pass_that_has_no_weight(args: tuple[Any, ...], passes: int) -> None:
+    soda = sectioned_soda()
+    batch_sizes: list[int] = []
+    soda.decoder.conv_in.register_forward_hook(lambda _, inputs, out: batch_sizes.append(len(out)))
+    eps = soda.denoiser(torch.randn(2, 8), *args)(torch.randn(2, 3, 8, 8), torch.tensor([3, 700]))
+    assert batch_sizes == [2 * passes] and eps.shape == (2, 3, 8, 8)
+
+
+def test_guidance_refuses_what_the_latent_does_not_have() -> None:
+    soda, z = sectioned_soda(), torch.randn(2, 8)
+    wrong: list[tuple[Any, ...]] = [([1.0, 2.0],), (1.0, [3]), (1.0, [-1]), (-0.5,), ([1.0, 1.0, -1.0],)]
+    for args in wrong:
+        with pytest.raises(ValueError, match="the latent has 3 sections, from 0 on"):
+            soda.denoiser(z, *args)
