@@ -22,14 +22,15 @@ needs_compiler = pytest.mark.skipif(
 def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attn_resolutions": []}
-    eager = UNetDecoder(image_size=8, latent_dim=8, num_head_channels=None, dropout=0.0, **sizes)
+    sizes |= {"modulation": "sectioned", "latent_dim": 9}
+    eager = UNetDecoder(image_size=8, num_head_channels=None, dropout=0.0, **sizes)
     with torch.no_grad():
         for parameter in eager.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     compiled = copy.deepcopy(eager)
     compiled.compile()
     counters.clear()
-    inputs = torch.randn(8, 3, 8, 8), torch.randint(0, 1000, (8,)), torch.randn(8, 8)
+    inputs = torch.randn(8, 3, 8, 8), torch.randint(0, 1000, (8,)), torch.randn(8, 9)
     target = torch.randn(8, 3, 8, 8)
     losses: list[list[float]] = []
     for decoder in (eager, compiled):

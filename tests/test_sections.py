@@ -14,7 +14,8 @@ from model.blocks import Downsample
 from model.unet import Stage
 from tests.conftest import ROOT
 from tests.test_step import batch_of, experiment_of
-from training.experiment import build_on_meta, initial_state
+from training.experiment import build_on_meta, describe_model, initial_state
+from training.judge import sample_grid
 from training.step import train_step, training_pixels
 from utils.config_file import load_config
 from utils.logging import PhaseTimer
@@ -299,6 +300,35 @@ def test_guidance_takes_no_pass_that_has_no_weight(args: tuple[Any, ...], passes
     soda.decoder.conv_in.register_forward_hook(lambda _, inputs, out: batch_sizes.append(len(out)))
     eps = soda.denoiser(torch.randn(2, 8), *args)(torch.randn(2, 3, 8, 8), torch.tensor([3, 700]))
     assert batch_sizes == [2 * passes] and eps.shape == (2, 3, 8, 8)
+
+
+def test_the_grid_takes_sections_and_their_scales(tmp_path: Path) -> None:
+    def samples(*overrides: str) -> Tensor:
+        experiment = experiment_of(tmp_path, "decoder.modulation=sectioned", "sampling.num_images=3", *overrides)
+        soda = initial_state(experiment).soda
+        with torch.no_grad():
+            for parameter in soda.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        return sample_grid(experiment, soda)[:, 68:134]
+
+    everything = samples("sampling.guidance_scale=1")
+    assert torch.equal(samples("sampling.guidance_scale=[1,1,1]"), everything)
+    assert not torch.equal(samples("sampling.guidance_scale=[1,3,1]"), everything)
+    nothing = samples("sampling.sections=[]")
+    assert torch.equal(samples("sampling.guidance_scale=0"), nothing)
+    assert not torch.equal(samples("sampling.guidance_scale=1", "sampling.sections=[0,2]"), everything)
+
+
+def test_the_dry_run_lists_what_modulates_which_layer() -> None:
+    """As the paper's config has it, a line each; there is nothing to list where all layers share the latent."""
+    lines = describe_model(load_config(ROOT / "config" / "cifar10_paper.yaml")).splitlines()
+    (head,) = [i for i, line in enumerate(lines) if line.startswith("layer")]
+    rows = [line.split() for line in lines[head + 1 :]]
+    assert rows[0] == ["down.0", "32", "128", "0", "0", "to", "14", "(15)"]
+    assert rows[-2] == ["up.13", "32", "128", "0", "0", "to", "14", "(15)"]
+    assert ["up.10", "16", "256", "1", "15", "to", "29", "(15)"] in rows
+    assert [row[0] for row in rows if row[3] == "8"] == ["middle.0", "middle.1"] and len(rows) == 22
+    assert "down.0" not in describe_model(load_config(ROOT / "config" / "cifar10.yaml"))
 
 
 def test_guidance_refuses_what_the_latent_does_not_have() -> None:

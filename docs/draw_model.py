@@ -1,0 +1,156 @@
+"""Draw the model of a config, docs/model.svg: shapes, the two views, where z enters, what is masked.
+
+Blocks and sections are those of the decoder that the config builds.
+
+  python -m docs.draw_model
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from model.unet import Layer, UNetDecoder
+from training.experiment import build_on_meta
+from utils.config import Config
+from utils.config_file import load_config
+
+DOWN, UP, WIDTH, HEIGHT = 6.2, 9.6, 1.7, 0.62  # where the columns of the UNet are, and the size of a block
+
+
+class Picture:
+    """Boxes and arrows on axes of one unit a row, the y axis pointing down."""
+
+    def __init__(self, rows: int, sections: int) -> None:
+        self.figure = Figure(figsize=(12.5, 0.47 * (rows + 3)), layout="constrained")
+        self.axes = self.figure.subplots()
+        self.axes.set(xlim=(-0.1, 12.2), ylim=(rows + 0.9, -1.5))
+        self.axes.axis("off")
+        self.dropped = min(3, sections - 1)  # the section that the picture shows as masked
+
+    def box(self, x: float, y: float, text: str, color: Any = "white", hatch: str | None = None, **size: float) -> None:
+        width, height = size.get("width", WIDTH), size.get("height", HEIGHT)
+        corner = x - width / 2, y - height / 2
+        self.axes.add_patch(
+            Rectangle(corner, width, height, facecolor=color, edgecolor="0.35", lw=0.8, hatch=hatch, zorder=2)
+        )
+        if hatch:  # else the text is lost in it
+            self.axes.add_patch(Rectangle((x - width * 0.46, y - 0.2), width * 0.92, 0.4, facecolor=color, zorder=3))
+        self.text(x, y, text)
+
+    def text(self, x: float, y: float, text: str, **more: Any) -> None:
+        self.axes.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 9, "zorder": 4, **more})
+
+    def arrow(self, start: tuple[float, float], end: tuple[float, float], **more: Any) -> None:
+        style = {"arrowstyle": "-|>", "color": "0.25", "lw": 1.1, "shrinkA": 0, "shrinkB": 0, **more}
+        self.axes.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
+
+    def color(self, section: int) -> Any:
+        return matplotlib.colormaps["tab20"]((2 * section + 1 - section // 10) % 20)
+
+    def block(self, x: float, y: float, layer: Layer, attends: bool) -> None:
+        hatch = "////" if layer.section == self.dropped else None
+        text = f"{layer.name}{'  + attention' if attends else ''}   $z_{{{layer.section}}}$"
+        self.box(x, y, text, self.color(layer.section), hatch)
+
+
+def draw(config: Config) -> Figure:
+    soda, size = build_on_meta(config), config.data.image_size
+    decoder: UNetDecoder = soda.decoder
+    layers = {layer.name: layer for layer in decoder.layers()}
+    going_up = [layer for name, layer in layers.items() if name.startswith("up.")]
+    rows = len(going_up)  # as many as there are skips
+    attends = {name: decoder.get_submodule(name).attention is not None for name in layers}
+    picture = Picture(rows, len(decoder.section_dims))
+    bottom = float(rows)
+
+    # The UNet. Row i has the i-th skip: what makes it on the left, the block that consumes it on the right.
+    resolution, above = size, going_up[-1]
+    makers = [("conv_in", None), *((f"down.{i}", layers.get(f"down.{i}")) for i in range(len(decoder.down)))]
+    for row, ((name, layer), consumer) in enumerate(zip(makers, reversed(going_up), strict=True)):
+        if layer is not None:
+            picture.block(DOWN, row, layer, attends[name])
+        else:
+            resolution = resolution if name == "conv_in" else resolution // 2
+            picture.box(DOWN, row, f"{name}   {'3x3' if name == 'conv_in' else 'halves'}")
+            picture.text(DOWN - WIDTH / 2 - 0.1, row, f"{resolution} px", ha="right", color="0.3")
+        picture.block(UP, row, consumer, attends[consumer.name])
+        picture.arrow((DOWN + WIDTH / 2, row), (UP - WIDTH / 2, row), linestyle=":", lw=0.9)
+        if row:
+            picture.arrow((DOWN, row - 1 + HEIGHT / 2), (DOWN, row - HEIGHT / 2))
+            picture.arrow((UP, row - HEIGHT / 2), (UP, row - 1 + HEIGHT / 2))
+            if consumer.resolution < above.resolution:
+                picture.text(UP + 0.08, row - 0.5, f"doubles to {above.resolution} px", ha="left", fontsize=7.5)
+        picture.text(UP + WIDTH / 2 + 0.08, row, f"{consumer.channels}", ha="left", fontsize=7.5, color="0.3")
+        above = consumer
+    middle = [layer for name, layer in layers.items() if name.startswith("middle.")]
+    places = [DOWN + (UP - DOWN) * share for share in (0.2, 0.8)]
+    for x, layer in zip(places, middle, strict=True):
+        picture.block(x, bottom, layer, attends[layer.name])
+    for start, end in (
+        ((DOWN, bottom - 1 + HEIGHT / 2), (places[0], bottom - HEIGHT / 2)),
+        ((places[0] + WIDTH / 2, bottom), (places[1] - WIDTH / 2, bottom)),
+        ((places[1], bottom - HEIGHT / 2), (UP, bottom - 1 + HEIGHT / 2)),
+    ):
+        picture.arrow(start, end)
+    picture.text((DOWN + UP) / 2, -0.32, "skips, concatenated", fontsize=8, color="0.3")
+    picture.text(UP + WIDTH / 2 + 0.08, -0.55, "channels", ha="left", fontsize=7.5, color="0.3")
+
+    # What goes in and comes out.
+    image = f"(N, 3, {size}, {size})"
+    picture.box(DOWN, -1.1, f"$x_t$ {image}", "white", width=2.3)
+    picture.arrow((DOWN, -1.1 + HEIGHT / 2), (DOWN, -HEIGHT / 2))
+    picture.box(UP, -1.1, f"eps {image}", "white", width=2.3)
+    picture.arrow((UP, -HEIGHT / 2), (UP, -1.1 + HEIGHT / 2))
+    picture.text(UP + 1.2, -1.1, "loss =\nmean (eps - noise)²", ha="left")
+
+    # The two views, and the latent.
+    x_z, top, height = 3.9, 1.6, (bottom - 2.6) / len(decoder.section_dims)
+    picture.box(0.95, -1.1, f"target view {image}", "white", width=2.1)
+    picture.arrow((2.0, -1.1), (DOWN - 1.15, -1.1))
+    picture.text(3.55, -1.36, "+ noise of timestep t", fontsize=8)
+    picture.box(0.95, top + 0.3, f"source view {image}", "white", width=2.1)
+    encoder = f"{config.encoder.architecture}\nto (N, {soda.encoder.pooled_dim}),\nlinear to z"
+    picture.box(0.95, top + 2.6, encoder, height=1.7)
+    picture.arrow((0.95, top + 0.3 + HEIGHT / 2), (0.95, top + 2.6 - 0.85))
+    picture.arrow((0.95 + WIDTH / 2, top + 2.6), (x_z - 0.75, top + 2.6))
+    picture.text(0.45, top - 1.2, "two views of one image", ha="left", fontsize=8, color="0.3")
+    picture.arrow((0.35, top - HEIGHT / 2 + 0.3), (0.35, -1.1 + HEIGHT / 2), linestyle=":", arrowstyle="-")
+    picture.text(x_z, top - 0.3, f"z (N, {config.encoder.latent_dim})")
+    for section, dims in enumerate(decoder.section_dims):
+        y = top + height * (section + 0.5)
+        text = f"$z_{{{section}}}$ ({dims})" + ("  zeros" if section == picture.dropped else "")
+        hatch = "////" if section == picture.dropped else None
+        picture.box(x_z, y, text, picture.color(section), hatch, width=1.5, height=height)
+    y = top + height * (picture.dropped + 0.5)
+    picture.text(x_z - 0.85, y + 0.3, "masked: zeros for\nthe hatched blocks", ha="right", fontsize=8)
+    picture.text(
+        -0.1,
+        bottom - 0.3,
+        "A block is skip(x) + conv(dropout(silu(AdaGN(conv(silu(norm(x))))))).\n"
+        r"AdaGN(h) = $z_s$ ($t_s$ GroupNorm(h) + $t_b$) + $z_b$, with $t_s, t_b$ from the timestep and" + "\n"
+        r"$z_s, z_b$ from the section of z that has the block's colour.",
+        ha="left",
+        va="top",
+        fontsize=8.5,
+        linespacing=1.5,
+    )
+    return picture.figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="config/cifar10_paper.yaml")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("model.svg"))
+    args = parser.parse_args(argv)
+    matplotlib.rcParams["svg.hashsalt"] = "SODA"  # the same picture is the same file
+    matplotlib.rcParams["hatch.linewidth"] = 0.5
+    figure = draw(load_config(args.config))
+    figure.savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    main()

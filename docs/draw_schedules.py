@@ -1,0 +1,77 @@
+"""Draw the noise schedules, docs/schedules.svg, and print the figures of docs/schedules.md.
+
+python -m docs.draw_schedules
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import get_args
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from model.diffusion import Schedule, alphas_cumprod
+from utils.config import Diffusion
+
+SHARES = [0.05, 0.1, 0.25, 0.5, 0.75, 0.9]
+LABELS: dict[Schedule, str] = {
+    "linear": "linear (DDPM)",
+    "cosine": "cosine (Nichol & Dhariwal)",
+    "inverted_cosine": "inverted cosine (SODA)",
+    "linear_alphas_cumprod": "linear in alphas_cumprod (l-DAE)",
+}
+
+
+def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
+    """alphas_cumprod and log-SNR of each schedule, (T,) float64, over time."""
+    steps = len(curves["linear"])
+    time = (torch.arange(steps) + 0.5) / steps
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, curve in curves.items():
+        left.plot(time, curve, label=LABELS[name])
+        right.plot(time, (curve / (1 - curve)).log())
+    left.set(title="alphas_cumprod: share of the image's variance left")
+    right.set(title="log-SNR = log(alphas_cumprod / (1 - alphas_cumprod))", ylim=(-15, 12))
+    for axes in (left, right):
+        axes.set(xlabel="(t + 1/2) / T", xlim=(0, 1))
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4)
+    last = curves["inverted_cosine"][-1].item()
+    right.annotate(
+        f"inverted cosine at T-1:\namplitude {math.sqrt(last):.3f}, log-SNR {math.log(last / (1 - last)):.1f}",
+        xy=(1, math.log(last / (1 - last))),
+        xytext=(0.33, -12),
+        arrowprops={"arrowstyle": "->"},
+    )
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("schedules.svg"))
+    args = parser.parse_args(argv)
+    config = Diffusion()
+    curves: dict[Schedule, torch.Tensor] = {
+        name: alphas_cumprod(name, config.num_timesteps, config.beta_start, config.beta_end)
+        for name in get_args(Schedule)
+    }
+    matplotlib.rcParams["svg.hashsalt"] = "SODA"  # the same picture is the same file
+    draw(curves).savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)
+
+    print(f"| (t + 1/2) / T | {' | '.join(f'{u:g}' for u in SHARES)} | amplitude at T-1 | log-SNR there |")
+    print(f"| {' | '.join(['---'] * (len(SHARES) + 3))} |")
+    for name, curve in curves.items():
+        cells = [f"{curve[int(u * len(curve))].item():.3f}" for u in SHARES]
+        last = curve[-1].item()
+        print(f"| `{name}` | {' | '.join(cells)} | {math.sqrt(last):.4f} | {math.log(last / (1 - last)):.1f} |")
+    # An image of one brightness b is b sqrt(3 size^2) times a pattern of length 1, where the noise has deviation 1.
+    amplitude = math.sqrt(curves["inverted_cosine"][-1].item())
+    for size in (8, 32, 64):
+        print(f"inverted cosine, {size} px: at T-1 brightness 0.5 is {0.5 * amplitude * math.sqrt(3) * size:.1f} sigma")
+
+
+if __name__ == "__main__":
+    main()
