@@ -42,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         trained_with = parse_config(saved["config"], str(checkpoint))
         changed = differences(trained_with, config, run=False, prefixes=MUST_AGREE)
         if changed:
-            hint = " ".join(shlex.quote(f"{name}={json.dumps(old)}") for name, (old, _) in changed.items())
+            told = dict(changed)
+            if "decoder.modulation" in changed:  # without which these would be refused
+                told |= differences(trained_with, config, run=False, prefixes=("training.mask.",))
+                told |= differences(trained_with, config, run=True, prefixes=("sampling.sections", "sampling.guidance"))
+            hint = " ".join(shlex.quote(f"{name}={json.dumps(old)}") for name, (old, _) in told.items())
             shapes = first_difference(saved["model"], build_on_meta(config))
             reason = f" ({shapes})" if shapes else ""
             raise ConfigError(f"{checkpoint} was trained with another config{reason}: add {hint}")

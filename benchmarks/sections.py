@@ -1,15 +1,19 @@
-"""What the sections of a latent hold: the decoder's modulation shared, sectioned, and sectioned with sections dropped.
+"""What the sections of a latent hold: the decoder's modulation shared, sectioned, and sectioned with sections masked.
 
 Trains each variant for the same steps with each seed, then measures, on the EMA model:
-- loss: over the test images, with nothing dropped; knn, probe: of z;
-- without: by how much the loss rises when one section is dropped;
-- probe of: the accuracy on one section of z alone;
-- swapped: how much a decoded image changes when one section is that of another image, everything else being equal, x_T
-  included: root mean square over pixels, as a share of the change when the whole latent is the other's;
-- coarse: how much of the square of that change lies in the means over squares of 4 x 4 pixels.
-A shared latent has no sections; it is cut at the same places, as a control.
 
-The same command goes on where it stopped. Results are JSON lines in `<out>/results.jsonl`.
+- loss: over the test images, with nothing dropped;
+- k-NN, probe: of z, by the config's protocols;
+- probe of: the accuracy on one section alone, and on the whole latent likewise (not scaled to length 1);
+- swapped: how much a decoded image changes when one section is another image's, as a share of the change when the whole
+  latent is;
+- coarse: how much of that change (its square) lies in means over squares of 4 px; 0.06 would be white noise;
+- predictable: the share of a section's variance that a linear function of the other sections explains;
+- without: by how many per cent the loss rises when one section is dropped. Only masked training has seen that:
+  elsewhere the rise is that of an input which the decoder does not know.
+
+A shared latent has no sections; it is cut at the same places, as a control. The same command goes on where it stopped.
+Each run leaves a JSON line in `<out>/results.jsonl` and its state, so that it can be measured again without training.
 
   python -m benchmarks.sections --out runs/sections
 """
@@ -18,28 +22,20 @@ import argparse
 import json
 import logging
 import statistics
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from benchmarks import section_measures
 from benchmarks.measure import machine
 from benchmarks.trial import Trial
-from evaluation import CLEAN, Protocol
-from model import SODA
-from model.unet import Layer
-from training.experiment import Experiment, build_on_meta
-from training.judge import Encode, config_protocols, encode_with, judge
+from datasets import DatasetError
 from utils.cli import user_errors
 from utils.config import Config, ConfigError
 from utils.config_file import load_config, result_digest
-from utils.device import autocast
-from utils.randomness import generator, image_noise
+from utils.files import InUseError, lock_file
 
-# Networks for two CPU cores: seven sections of eight dimensions, two at each of 16, 8 and 4 px, one in the middle.
+# Networks for two CPU cores: seven sections of eight dimensions.
 SETTINGS = [
     "data.image_size=16",
     "encoder.width=16",
@@ -55,171 +51,106 @@ SETTINGS = [
 VARIANTS = {
     "shared": [],
     "sectioned": ["decoder.modulation=sectioned"],
-    "sectioned, masked": ["decoder.modulation=sectioned", "training.mask.section_probability=0.1"],
+    "masked": ["decoder.modulation=sectioned", "training.mask.section_probability=0.1"],
 }
-NUM_PAIRS = 256
-NUM_SAMPLING_STEPS = 20
+ROWS = {"loss": "{:.4f}", "k-NN": "{:.1f}", "probe": "{:.1f}", "decoder parameters": "{:,.0f}"}
+ROWS_BY_SECTION = {
+    "probe of": "{:.1f}",
+    "swapped": "{:.2f}",
+    "coarse": "{:.2f}",
+    "predictable": "{:.2f}",
+    "without": "{:.2f}",
+}
 
 logger = logging.getLogger(__name__)
 
 
-def cuts(config: Config) -> list[Layer]:
-    """The first layer of each section, as they are or would be where modulation is sectioned."""
-    decoder = config.decoder.model_copy(update={"modulation": "sectioned"})
-    layers = list(build_on_meta(config.model_copy(update={"decoder": decoder})).decoder.layers())
-    return [next(layer for layer in layers if layer.section == i) for i in range(decoder.num_sections)]
-
-
-def by_section(encode: Encode, sections: list[Layer]) -> Encode:
-    """`encode`, with each section of z as features of its own."""
-
-    def encode_sections(views: Tensor, indices: range) -> dict[str, Tensor]:
-        features = encode(views, indices)
-        return features | {f"section {layer.section}": features["z"][:, layer.dims] for layer in sections}
-
-    return encode_sections
-
-
-def batches(experiment: Experiment, indices: Tensor) -> Iterator[tuple[Tensor, range]]:
-    """Views (N, 3, H, W) of the test images `indices`, and their places among them."""
-    assert experiment.test is not None
-    parts = indices.split(experiment.config.evaluation.batch_size)
-    start = 0
-    for part, pixels in zip(parts, experiment.test.batches(parts, pin_memory=False), strict=True):
-        yield experiment.views.evaluation(pixels), range(start, start + len(part))
-        start += len(part)
-
-
-@torch.no_grad()
-def losses(experiment: Experiment, soda: SODA, sections: list[Layer]) -> list[float]:
-    """With nothing dropped, then without each section, last without the latent.
-
-    Over the clean test images, source and target alike; timesteps are spread evenly over them.
-    """
-    assert experiment.test is not None
-    device, seed = experiment.device, experiment.config.seed
-    dropped = [slice(0), *(layer.dims for layer in sections), slice(None)]
-    totals = [0.0] * len(dropped)
-    order = torch.randperm(len(experiment.test), generator=generator(seed, "test loss"))
-    for views, places in batches(experiment, order):
-        timesteps = torch.tensor(places, device=device) * experiment.diffusion.num_timesteps // len(order)
-        noise = image_noise(views.shape[1:], places, seed, "test loss", device=device)
-        x_start = experiment.views.denormalize(views) * 2 - 1
-        with autocast(device, experiment.amp_dtype):
-            z = soda.encoder(views).float()
-            for i, dims in enumerate(dropped):
-                z_kept = z.clone()
-                z_kept[:, dims] = 0
-                loss = experiment.diffusion.loss(soda.denoiser(z_kept), x_start, timesteps, noise)
-                totals[i] += loss.item() * len(views)
-    return [total / len(order) for total in totals]
-
-
-@torch.no_grad()
-def swaps(experiment: Experiment, soda: SODA, sections: list[Layer]) -> dict[str, list[float]]:
-    """Of each section, last of the whole latent: how an image changes with another's; the coarse share of that."""
-    assert experiment.test is not None
-    device, seed = experiment.device, experiment.config.seed
-    chosen = torch.randperm(len(experiment.test), generator=generator(seed, "pairs"))[: 2 * NUM_PAIRS]
-    squares: list[list[Tensor]] = [[] for _ in range(len(sections) + 1)]
-    coarse: list[list[Tensor]] = [[] for _ in range(len(sections) + 1)]
-    for views, places in batches(experiment, chosen):
-        with autocast(device, experiment.amp_dtype):
-            own, other = (z.float() for z in soda.encoder(views).chunk(2))
-            x_T = image_noise(views.shape[1:], range(len(own)), seed, "x_T", places.start, device=device)
-
-            def decode(z: Tensor, x_T: Tensor = x_T) -> Tensor:
-                return experiment.diffusion.ddim_sample(soda.denoiser(z), x_T, NUM_SAMPLING_STEPS)
-
-            before = decode(own)
-            for i, dims in enumerate([*(layer.dims for layer in sections), slice(None)]):
-                z = own.clone()
-                z[:, dims] = other[:, dims]
-                change = decode(z) - before
-                squares[i].append(change.square().mean(dim=(1, 2, 3)))
-                coarse[i].append(F.avg_pool2d(change, 4).square().mean(dim=(1, 2, 3)))
-    mean_squares = [torch.cat(each).mean().item() for each in squares]
-    return {
-        "swapped": [(each / mean_squares[-1]) ** 0.5 for each in mean_squares],
-        "coarse": [torch.cat(each).mean().item() / of for each, of in zip(coarse, mean_squares, strict=True)],
-    }
-
-
 def measure(trial: Trial) -> dict[str, Any]:
-    experiment, soda = trial.experiment, trial.state.ema.module
-    sections = cuts(trial.config)
-    protocols = config_protocols(experiment)
-    probe = trial.config.evaluation.probe
-    protocols += [Protocol("probe", probe, CLEAN, f"section {layer.section}", True) for layer in sections]
-    table = judge(experiment, {"trained": by_section(encode_with(experiment, soda), sections)}, protocols)
-    top1 = [table[str(protocol)]["trained"]["top1"] for protocol in protocols]
-    loss, *without = losses(experiment, soda, sections)
+    """Numbers under the names of ROWS, and lists of them, a section each, under those of ROWS_BY_SECTION."""
+    experiment, soda = trial.experiment, trial.state.ema.module.eval()
+    sections = section_measures.sections_of(trial.config)
+    (knn, probe), probes = section_measures.accuracies(experiment, soda, sections)
+    loss, *without = section_measures.losses(experiment, soda, sections)
+    swapped, coarse = section_measures.swaps(experiment, soda, sections)
     return {
-        "steps": trial.state.step,
         "loss": loss,
-        "without": [each - loss for each in without],
-        "knn": top1[0],
-        "probe": top1[1],
-        "probe of": top1[2:],
-        **swaps(experiment, soda, sections),
-        "machine": machine(experiment.device),
-        "amp": str(experiment.amp_dtype),
-        "config": trial.config.to_yaml(),
+        "k-NN": knn,
+        "probe": probe,
+        "decoder parameters": sum(parameter.numel() for parameter in soda.decoder.parameters()),
+        "probe of": probes,
+        "swapped": swapped,
+        "coarse": coarse,
+        "predictable": section_measures.predictable(experiment, soda, sections),
+        "without": [100 * (each / loss - 1) for each in without],
     }
 
 
-def table(rows: list[dict[str, Any]], sections: list[Layer]) -> str:
-    """Mean ± standard deviation over seeds."""
+def digest(config: Config) -> str:
+    measured_by = section_measures.SEED, section_measures.NUM_PAIRS, section_measures.NUM_SAMPLING_STEPS
+    return result_digest(config, also=str(measured_by))
 
-    def cell(values: list[float], form: str) -> str:
-        return form.format(statistics.mean(values)) + (
-            f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-        )
 
+def table(rows: list[dict[str, Any]], sections: list[str]) -> str:
+    """A column each variant: mean ± standard deviation over seeds."""
     found = {name: [row for row in rows if row["variant"] == name] for name in VARIANTS}
-    found = {name: of for name, of in found.items() if of}
-    names = list(found)
-    lines = [["", *names], ["---"] * (1 + len(names))]
-    places = [f"section {s.section}, {'middle' if s.name[0] == 'm' else f'{s.resolution} px'}" for s in sections]
-    per_section = (("without", "{:.4f}"), ("probe of", "{:.1f}"), ("swapped", "{:.2f}"), ("coarse", "{:.2f}"))
-    for name, form in (("loss", "{:.4f}"), ("knn", "{:.1f}"), ("probe", "{:.1f}")):
-        lines.append([name, *(cell([row[name] for row in found[v]], form) for v in names)])
-    for name, form in per_section:
-        for i, place in enumerate(places if name == "probe of" else [*places, "whole latent"]):
-            lines.append([f"{name} {place}", *(cell([row[name][i] for row in found[v]], form) for v in names)])
+    steps = sorted({row["steps"] for row in rows})
+    lines = [[f"{' or '.join(map(str, steps))} steps", *found], ["---"] * (1 + len(found))]
+
+    def add(title: str, form: str, values: dict[str, list[float]]) -> None:
+        spread = {name: form.format(statistics.stdev(of)) if len(set(of)) > 1 else "" for name, of in values.items()}
+        cells = [f"{form.format(statistics.mean(of))} ± {spread[name]}".rstrip(" ±") for name, of in values.items()]
+        lines.append([title, *cells])
+
+    for name, form in ROWS.items():
+        add(name, form, {variant: [row[name] for row in of] for variant, of in found.items()})
+    for name, form in ROWS_BY_SECTION.items():
+        for i, section in enumerate(sections):
+            add(f"{name} {section}", form, {variant: [row[name][i] for row in of] for variant, of in found.items()})
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a line that a crash cut short
+            rows.append(json.loads(line))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of results and of what resuming needs")
     parser.add_argument("--config", default="config/fashion_mnist.yaml")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 100), metavar="N", help="how many, from 0 on")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run's config")
-    args = parser.parse_intermixed_args()
-    with user_errors(ConfigError):
-        runs = [
-            (name, seed, load_config(args.config, [*SETTINGS, *args.overrides, *overrides, *budget]))
-            for seed in range(args.seeds)
-            for budget in [[f"seed={seed}", f"training.epochs={args.epochs}"]]
-            for name, overrides in VARIANTS.items()
-        ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = args.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    for name, seed, config in runs:
-        digest = result_digest(config, without=("data.root",))
-        if any(row["digest"] == digest for row in rows):
-            continue
-        logger.info("%s, seed %d", name, seed)
-        trial = Trial(config, args.out / f"{digest}.pt")
-        trial.train(lambda: False)
-        rows.append({"variant": name, "seed": seed, "digest": digest, **measure(trial), "seconds": trial.seconds})
-        with open(results, "a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-    wanted = {result_digest(config, without=("data.root",)) for _, _, config in runs}
-    print(table([row for row in rows if row["digest"] in wanted], cuts(runs[0][2])))
+    args = parser.parse_intermixed_args(argv)
+    with user_errors(ConfigError, DatasetError):
+        runs = []
+        for seed in range(args.seeds):
+            common = [*SETTINGS, f"training.epochs={args.epochs}", f"seed={seed}", *args.overrides]
+            runs += [(name, seed, load_config(args.config, [*common, *more])) for name, more in VARIANTS.items()]
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = lock_file(args.out / ".lock")
+        except InUseError as holder:
+            raise ConfigError(f"{args.out} is in use by {holder}: wait for it to end, or choose another") from None
+        with lock, open(args.out / "results.jsonl", "a") as results:
+            rows = read_rows(args.out / "results.jsonl")
+            print(file=results, flush=True)  # the last line may have been cut short
+            for name, seed, config in runs:
+                if any(row["digest"] == digest(config) for row in rows):
+                    continue
+                logger.info("%s, seed %d", name, seed)
+                trial = Trial(config, args.out / f"{name}-{seed}.pt")
+                trial.train(lambda: False)
+                what = {"variant": name, "seed": seed, "digest": digest(config), "steps": trial.state.step}
+                where = {"machine": machine(trial.experiment.device), "amp": str(trial.experiment.amp_dtype)}
+                rows.append({**what, **measure(trial), "seconds": trial.seconds, **where, "config": config.to_yaml()})
+                print(json.dumps(rows[-1]), file=results, flush=True)
+    wanted = {digest(config) for _, _, config in runs}
+    sections = list(section_measures.sections_of(runs[0][2]))
+    print(table([row for row in rows if row["digest"] in wanted], sections))
 
 
 if __name__ == "__main__":

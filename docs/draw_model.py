@@ -25,9 +25,9 @@ class Picture:
     """Boxes and arrows on axes of one unit a row, the y axis pointing down."""
 
     def __init__(self, rows: int, sections: int) -> None:
-        self.figure = Figure(figsize=(12.5, 0.47 * (rows + 3)), layout="constrained")
+        self.figure = Figure(figsize=(12.5, 0.47 * (max(rows, 10) + 3)), layout="constrained")
         self.axes = self.figure.subplots()
-        self.axes.set(xlim=(-0.1, 12.2), ylim=(rows + 0.9, -1.5))
+        self.axes.set(xlim=(-0.1, 12.2), ylim=(max(rows, 10) + 0.9, -1.5))
         self.axes.axis("off")
         self.dropped = min(3, sections - 1)  # the section that the picture shows as masked
 
@@ -65,7 +65,7 @@ def draw(config: Config) -> Figure:
     rows = len(going_up)  # as many as there are skips
     attends = {name: decoder.get_submodule(name).attention is not None for name in layers}
     picture = Picture(rows, len(decoder.section_dims))
-    bottom = float(rows)
+    bottom, left_bottom = float(rows), max(float(rows), 10.0)
 
     # The UNet. Row i has the i-th skip: what makes it on the left, the block that consumes it on the right.
     resolution, above = size, going_up[-1]
@@ -77,6 +77,8 @@ def draw(config: Config) -> Figure:
             resolution = resolution if name == "conv_in" else resolution // 2
             picture.box(DOWN, row, f"{name}   {'3x3' if name == 'conv_in' else 'halves'}")
             picture.text(DOWN - WIDTH / 2 - 0.1, row, f"{resolution} px", ha="right", color="0.3")
+        if layer is not None:
+            picture.text(DOWN - WIDTH / 2 - 0.1, row, f"{layer.channels}", ha="right", fontsize=7.5, color="0.3")
         picture.block(UP, row, consumer, attends[consumer.name])
         picture.arrow((DOWN + WIDTH / 2, row), (UP - WIDTH / 2, row), linestyle=":", lw=0.9)
         if row:
@@ -97,18 +99,20 @@ def draw(config: Config) -> Figure:
     ):
         picture.arrow(start, end)
     picture.text((DOWN + UP) / 2, -0.32, "skips, concatenated", fontsize=8, color="0.3")
-    picture.text(UP + WIDTH / 2 + 0.08, -0.55, "channels", ha="left", fontsize=7.5, color="0.3")
+    picture.text(UP + WIDTH / 2 + 0.36, 0, "channels", ha="left", fontsize=7.5, color="0.3")
 
     # What goes in and comes out.
     image = f"(N, 3, {size}, {size})"
     picture.box(DOWN, -1.1, f"$x_t$ {image}", "white", width=2.3)
     picture.arrow((DOWN, -1.1 + HEIGHT / 2), (DOWN, -HEIGHT / 2))
     picture.box(UP, -1.1, f"eps {image}", "white", width=2.3)
+    picture.text(UP + 0.08, -0.55, "conv(silu(norm(h)))", ha="left", fontsize=7.5)
+    picture.box((DOWN + UP) / 2, -1.1, "timestep t,\nto every block", "white", width=1.0, height=0.8)
     picture.arrow((UP, -HEIGHT / 2), (UP, -1.1 + HEIGHT / 2))
     picture.text(UP + 1.2, -1.1, "loss =\nmean (eps - noise)²", ha="left")
 
     # The two views, and the latent.
-    x_z, top, height = 3.9, 1.6, (bottom - 2.6) / len(decoder.section_dims)
+    x_z, top, height = 3.9, 1.6, (left_bottom - 2.6) / len(decoder.section_dims)
     picture.box(0.95, -1.1, f"target view {image}", "white", width=2.1)
     picture.arrow((2.0, -1.1), (DOWN - 1.15, -1.1))
     picture.text(3.55, -1.36, "+ noise of timestep t", fontsize=8)
@@ -125,12 +129,19 @@ def draw(config: Config) -> Figure:
         text = f"$z_{{{section}}}$ ({dims})" + ("  zeros" if section == picture.dropped else "")
         hatch = "////" if section == picture.dropped else None
         picture.box(x_z, y, text, picture.color(section), hatch, width=1.5, height=height)
+    row = next(row for row in range(rows // 2, rows) if makers[row][1] is not None)
+    picture.arrow((x_z + 0.75, row), (DOWN - WIDTH / 2 - 0.45, row))
+    picture.text(x_z + 0.8, row - 0.12, "a section\nfor each", ha="left", va="bottom", fontsize=7.5)
     y = top + height * (picture.dropped + 0.5)
     picture.text(x_z - 0.85, y + 0.3, "masked: zeros for\nthe hatched blocks", ha="right", fontsize=8)
     picture.text(
         -0.1,
-        bottom - 0.3,
-        "A block is skip(x) + conv(dropout(silu(AdaGN(conv(silu(norm(x))))))).\n"
+        left_bottom - 0.3,
+        "A block is "
+        + (r"$\frac{1}{\sqrt{2}}$ [ " if config.initialization == "paper" else "")
+        + "skip(x) + conv(dropout(silu(AdaGN(conv(silu(norm(x)))))))"
+        + (" ]" if config.initialization == "paper" else "")
+        + ".\n"
         r"AdaGN(h) = $z_s$ ($t_s$ GroupNorm(h) + $t_b$) + $z_b$, with $t_s, t_b$ from the timestep and" + "\n"
         r"$z_s, z_b$ from the section of z that has the block's colour.",
         ha="left",

@@ -64,13 +64,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"| (t + 1/2) / T | {' | '.join(f'{u:g}' for u in SHARES)} | amplitude at T-1 | log-SNR there |")
     print(f"| {' | '.join(['---'] * (len(SHARES) + 3))} |")
     for name, curve in curves.items():
-        cells = [f"{curve[int(u * len(curve))].item():.3f}" for u in SHARES]
+        # u T is halfway between two timesteps.
+        cells = [f"{curve[round(u * len(curve)) - 1 :][:2].mean().item():.3g}" for u in SHARES]
         last = curve[-1].item()
         print(f"| `{name}` | {' | '.join(cells)} | {math.sqrt(last):.4f} | {math.log(last / (1 - last)):.1f} |")
-    # An image of one brightness b is b sqrt(3 size^2) times a pattern of length 1, where the noise has deviation 1.
-    amplitude = math.sqrt(curves["inverted_cosine"][-1].item())
+    # An image of one brightness b is b sqrt(3 size^2) times a pattern of length 1, where noise has its own deviation.
+    last = curves["inverted_cosine"][-1].item()
     for size in (8, 32, 64):
-        print(f"inverted cosine, {size} px: at T-1 brightness 0.5 is {0.5 * amplitude * math.sqrt(3) * size:.1f} sigma")
+        shift = 0.5 * math.sqrt(3 * size**2) * math.sqrt(last / (1 - last))
+        print(f"inverted cosine, {size} px: at T-1 brightness 0.5 is {shift:.1f} deviations of the noise")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def residual(x: Tensor, branch: Tensor, rescale: bool) -> Tensor:
-    """x + branch; over sqrt 2 if `rescale`, so that two summands of variance 1 make one (NCSN++'s skip_rescale)."""
+    """x + branch; divided by sqrt 2 if `rescale`, so that summands of variance 1 make one of 1 (NCSN++)."""
     h = x + branch
     return h / math.sqrt(2) if rescale else h
 
@@ -70,12 +70,13 @@ class ResBlock(nn.Module):
         out_channels: int,
         time_dim: int,
         latent_dim: int,
+        *,
         dropout: float,
         scale_offset: float,
-        rescale: bool,
+        rescale_residual: bool,
     ) -> None:
         super().__init__()
-        self.rescale = rescale
+        self.rescale_residual = rescale_residual
         self.norm = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.adagn = AdaGN(out_channels, time_dim, latent_dim, scale_offset)
@@ -87,15 +88,15 @@ class ResBlock(nn.Module):
         """x (N, C_in, H, W), time (N, time_dim), latent (N, latent_dim) -> (N, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm(x)))
         h = F.silu(self.adagn(h, time, latent))
-        return residual(self.skip(x), self.conv2(self.dropout(h)), self.rescale)
+        return residual(self.skip(x), self.conv2(self.dropout(h)), self.rescale_residual)
 
 
 class SelfAttention(nn.Module):
     """Self-attention over the pixels of a feature map, added to it. One head unless `num_head_channels` is set."""
 
-    def __init__(self, channels: int, num_head_channels: int | None, rescale: bool) -> None:
+    def __init__(self, channels: int, num_head_channels: int | None, *, rescale_residual: bool) -> None:
         super().__init__()
-        self.rescale = rescale
+        self.rescale_residual = rescale_residual
         self.num_heads = channels // (num_head_channels or channels)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
@@ -107,7 +108,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(n, 3, self.num_heads, c // self.num_heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(dim=1)  # (N, heads, H * W, C / heads) each
         h = F.scaled_dot_product_attention(q, k, v)
-        return residual(x, self.proj(h.transpose(-1, -2).reshape(n, c, height, width)), self.rescale)
+        return residual(x, self.proj(h.transpose(-1, -2).reshape(n, c, height, width)), self.rescale_residual)
 
 
 class Downsample(nn.Conv2d):

@@ -34,7 +34,7 @@ def alphas_cumprod(schedule: Schedule, num_timesteps: int, beta_start: float, be
 
 
 class GaussianDiffusion:
-    """One schedule array for training and sampling, computed in float64; tensors are kept in float32 on `device`.
+    """One schedule array for training and sampling, in float64 on the host; its roots in float32 on `device`.
 
     It has no parameters and knows no network: wherever a network is needed, any callable
     (x_t, timesteps) -> eps will do. Its arithmetic is float32 whatever the callable's autocast.
@@ -52,8 +52,7 @@ class GaussianDiffusion:
         exact = alphas_cumprod(schedule, num_timesteps, beta_start, beta_end)
         assert exact.shape == (num_timesteps,)
         self.num_timesteps = num_timesteps
-        self._exact: list[float] = exact.tolist()
-        self.alphas_cumprod = exact.float().to(device)
+        self.alphas_cumprod = exact
         self.sqrt_alphas_cumprod = exact.sqrt().float().to(device)
         self.sqrt_one_minus_alphas_cumprod = (1 - exact).sqrt().float().to(device)
 
@@ -110,7 +109,8 @@ class GaussianDiffusion:
                 x_start = x_start.clamp(-1, 1)
                 eps = (x_t - self.sqrt_alphas_cumprod[t] * x_start) / self.sqrt_one_minus_alphas_cumprod[t]
             # In float64, as 1 - alphas_cumprod may be 0 in float32; after the last step comes the image itself.
-            now, after = self._exact[t], 1.0 if t_next is None else self._exact[t_next]
+            now = self.alphas_cumprod[t].item()
+            after = 1.0 if t_next is None else self.alphas_cumprod[t_next].item()
             variance = eta**2 * (1 - after) / (1 - now) * (1 - now / after)
             x_t = math.sqrt(after) * x_start + math.sqrt(max(0.0, 1 - after - variance)) * eps
             if draw_noise is not None and eta > 0:

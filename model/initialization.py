@@ -16,10 +16,10 @@ TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.e
 def initialize_as_paper(soda: SODA) -> None:
     """Xavier for the encoder, a truncated normal for the decoder; biases are zero.
 
-    The paper names these and a rescaling of residual connections by sqrt 2, which the decoder's `rescale_residual`
-    does; no more. Taken here: Xavier's uniform distribution (Glorot & Bengio 2010); a normal one cut off at two of its
-    deviations, of deviation 1 / sqrt(fan in) after the cut (JAX's lecun_normal). No convolution starts at zero: the
-    ends of the residual branches have the size that dividing by sqrt 2 presumes.
+    What is known of the paper's is these names, and that residual connections are rescaled by sqrt 2, which the
+    decoder's `rescale_residual` does. Taken here: Xavier's uniform distribution (Glorot & Bengio 2010); a normal one
+    cut off at two of its deviations, of deviation 1 / sqrt(fan in) after the cut (JAX's lecun_normal). No convolution
+    starts at zero: the ends of the residual branches have the size that dividing by sqrt 2 presumes.
     """
     for part, is_encoder in ((soda.encoder, True), (soda.decoder, False)):
         for module in part.modules():

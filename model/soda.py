@@ -30,7 +30,7 @@ class SODA(nn.Module):
             x_t: (N, 3, H, W) noised target view.
             timesteps: (N,) int64.
             drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros (layer masking,
-                SODA, section 3); a row of True is the null latent, of which classifier-free guidance makes use.
+                SODA, section 3). A row of True gives the null latent, which classifier-free guidance needs.
 
         Returns:
             eps (N, 3, H, W).
@@ -49,19 +49,24 @@ class SODA(nn.Module):
 
             eps({}) + integral over s > 0 of eps({i: s_i >= s}) - eps({}).
 
-        That is the former where all scales agree, and eps(S) itself where they are 1 in S and 0 elsewhere; no order of
-        the sections matters. It costs a pass for each different scale above 0, and the unconditional one.
+        That is the former where all scales agree, and eps(S) itself where they are 1 in S and 0 elsewhere. (It is our
+        choice: the paper gives no formula, and eps({}) + sum of s_i (eps({i}) - eps({})) has neither property.) It
+        costs a pass for each different scale above 0, and the unconditional one.
 
         Args:
             guidance_scale: one for all sections, or one for each; 0 leaves a section out.
             sections: those to condition on; None: all.
+
+        Raises ValueError where these do not fit the latent's sections.
         """
         count = len(self.decoder.section_dims)
         scales = [guidance_scale] if isinstance(guidance_scale, int | float) else list(guidance_scale)
         scales = scales * count if len(scales) == 1 else scales
         chosen = set(range(count)) if sections is None else set(sections)
-        if len(scales) != count or min(scales) < 0 or not chosen <= set(range(count)):
-            raise ValueError(f"the latent has {count} sections, from 0 on: give one scale, or {count}, none below 0")
+        if len(scales) != count or min(scales) < 0:
+            raise ValueError(f"guidance_scale {guidance_scale}: give one, or one for each of {count}, none below 0")
+        if not chosen <= set(range(count)):
+            raise ValueError(f"sections {sorted(chosen)}: the latent's go from 0 to {count - 1}")
         scales = [scale if i in chosen else 0.0 for i, scale in enumerate(scales)]
 
         # One pass for each of the nested sets, as (which sections are dropped, its weight); the weights sum to 1.

@@ -1,6 +1,7 @@
 """The denoising decoder: a DDPM UNet whose every residual block is modulated by the timestep and the latent."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -97,17 +98,24 @@ class UNetDecoder(nn.Module):
         if latent_dim < num_sections:
             raise ValueError(f"{num_sections} sections need a latent of at least as many dimensions, not {latent_dim}")
         self.section_dims = [latent_dim // num_sections + (i < latent_dim % num_sections) for i in range(num_sections)]
+        ends = list(accumulate(self.section_dims))
 
-        def stage(in_channels: int, out_channels: int, section: int, attend: bool) -> Stage:
-            section = 0 if modulation == "shared" else section
-            start, width = sum(self.section_dims[:section]), self.section_dims[section]
-            return Stage(
-                ResBlock(in_channels, out_channels, time_dim, width, dropout, scale_offset, rescale_residual),
-                SelfAttention(out_channels, num_head_channels, rescale_residual) if attend else None,
-                resolution,
-                section,
-                slice(start, start + width),
+        def stage(in_channels: int, out_channels: int, resolution: int, section: int, attend: bool) -> Stage:
+            section = min(section, num_sections - 1)  # 0, where all blocks share the latent
+            width = self.section_dims[section]
+            block = ResBlock(
+                in_channels,
+                out_channels,
+                time_dim,
+                width,
+                dropout=dropout,
+                scale_offset=scale_offset,
+                rescale_residual=rescale_residual,
             )
+            attention = None
+            if attend:
+                attention = SelfAttention(out_channels, num_head_channels, rescale_residual=rescale_residual)
+            return Stage(block, attention, resolution, section, slice(ends[section] - width, ends[section]))
 
         self.time_mlp = nn.Sequential(
             nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
@@ -116,11 +124,11 @@ class UNetDecoder(nn.Module):
 
         widths = [model_channels * multiple for multiple in channel_mult]
         channels, resolution, section = model_channels, image_size, 0
-        skips = [(channels, section)]  # the channels and the section that go with each skip
+        skips = [(channels, section)]  # of each skip, its channels and the section of the block that consumes it
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.down.append(stage(channels, width, section, resolution in attn_resolutions))
+                self.down.append(stage(channels, width, resolution, section, resolution in attn_resolutions))
                 channels = width
                 skips.append((channels, section))
                 section += 1
@@ -129,13 +137,16 @@ class UNetDecoder(nn.Module):
                 skips.append((channels, section - 1))
                 resolution //= 2
 
-        self.middle = nn.ModuleList([stage(channels, channels, section, attend) for attend in (True, False)])
+        self.middle = nn.ModuleList(
+            [stage(channels, channels, resolution, section, attend) for attend in (True, False)]
+        )
 
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
                 skip_channels, section = skips.pop()
-                self.up.append(stage(channels + skip_channels, width, section, resolution in attn_resolutions))
+                attend = resolution in attn_resolutions
+                self.up.append(stage(channels + skip_channels, width, resolution, section, attend))
                 channels = width
             if level > 0:
                 self.up.append(Upsample(channels))
@@ -147,8 +158,8 @@ class UNetDecoder(nn.Module):
     def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
         """x_t (N, 3, H, W), timesteps (N,) int64, z (N, latent_dim) -> eps (N, 3, H, W).
 
-        A row of zeros in `z` is the null latent: its sample is denoised unconditionally. So it is with sections: what
-        a section of zeros modulates gets what the null latent gives it.
+        A row of zeros in `z` is the null latent: its sample is denoised unconditionally. A section of zeros gives the
+        layers that it modulates what the null latent gives them.
         """
         time = self.time_mlp(timestep_embedding(timesteps, self.model_channels))  # (N, time_dim)
         latent = F.silu(z)  # (N, latent_dim), 0 where z is

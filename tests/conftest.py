@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from model import SODA, build_soda
+from training.experiment import open_experiment
+from training.step import Batch, draw_batch, read_pixels
+from utils.config_file import load_config
 
 # Networks this small are faster on one thread, and far faster where something else is using the cores.
 torch.set_num_threads(1)
@@ -63,24 +66,37 @@ def launch(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.fixture
-def tiny_soda() -> SODA:
+def experiment_of(tmp_path: Path, *overrides: str) -> Any:
+    _, path, *rest = digits_args(tmp_path, *overrides)
+    return open_experiment(load_config(path, rest))
+
+
+def batch_of(experiment: Any, step: int, positions: range) -> Batch:
+    (pixels,) = read_pixels(experiment, [(step, positions)])
+    return draw_batch(experiment, pixels, step, positions)
+
+
+def small_soda(**decoder: Any) -> SODA:
     """8 px images, a latent of 8, no dropout; every parameter random, so that nothing is hidden by a zero."""
     torch.manual_seed(0)
     encoder = {"architecture": "resnet18", "stem": "small", "width": 4, "latent_dim": 8}
-    decoder = {
-        "model_channels": 8,
-        "channel_mult": [1, 2],
-        "num_res_blocks": 1,
-        "attn_resolutions": [4],
-        "num_head_channels": None,
-        "dropout": 0.0,
-    }
-    soda = build_soda(8, encoder, decoder)
+    sizes = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4]}
+    soda = build_soda(8, encoder, {**sizes, "num_head_channels": None, "dropout": 0.0, **decoder})
     with torch.no_grad():
         for parameter in soda.decoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return soda.eval()
+
+
+@pytest.fixture
+def tiny_soda() -> SODA:
+    return small_soda()
+
+
+@pytest.fixture
+def sectioned_soda() -> SODA:
+    """Sections of 3, 3 and 2 dimensions."""
+    return small_soda(modulation="sectioned")
 
 
 def assert_equal_states(a: Any, b: Any, where: str = "") -> None:

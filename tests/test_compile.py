@@ -19,10 +19,11 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
+@pytest.mark.parametrize("modulation", ["shared", "sectioned"])
+def test_a_compiled_decoder_learns_what_the_eager_one_does(modulation: str) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attn_resolutions": []}
-    sizes |= {"modulation": "sectioned", "latent_dim": 9}
+    sizes |= {"modulation": modulation, "latent_dim": 9}
     eager = UNetDecoder(image_size=8, num_head_channels=None, dropout=0.0, **sizes)
     with torch.no_grad():
         for parameter in eager.parameters():
@@ -45,6 +46,14 @@ def test_a_compiled_decoder_learns_what_the_eager_one_does() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=3e-4) and losses[0][-1] < 0.95 * losses[0][0]
     assert counters["stats"]["unique_graphs"] > 0, "something was compiled"
     assert list(compiled.state_dict()) == list(eager.state_dict()), "no prefix"
+
+
+@needs_compiler
+@pytest.mark.long
+def test_a_compiled_model_whose_sections_are_masked_trains_as_the_eager_one_does(tmp_path: Path) -> None:
+    masked = ["decoder.modulation=sectioned", "training.mask.section_probability=0.3"]
+    eager, compiled = (processes.training(tmp_path, 20, *masked, compiled=compiled) for compiled in (False, True))
+    assert compiled["losses"] == pytest.approx(eager["losses"], rel=3e-4) and compiled["graphs"] == (1, {})
 
 
 @needs_compiler

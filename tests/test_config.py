@@ -27,6 +27,20 @@ def test_every_config_loads_and_survives_being_written(path: Path) -> None:
     assert parse_config(config.to_yaml(), "text") == config
 
 
+def test_a_config_that_an_earlier_version_saved_is_read() -> None:
+    config = load_config(ROOT / "config" / "digits.yaml", ["training.mask.latent_probability=0.2"])
+    saved = yaml.safe_load(config.to_yaml())
+    del (
+        saved["training"]["mask"],
+        saved["initialization"],
+        saved["decoder"]["modulation"],
+        saved["sampling"]["sections"],
+    )
+    saved["training"]["latent_drop_probability"] = 0.2
+    saved["sampling"]["guidance_scale"] = 1.3
+    assert parse_config(yaml.safe_dump(saved), "an old checkpoint") == config
+
+
 def test_every_config_says_only_what_differs_from_the_defaults() -> None:
     for path in CONFIGS:
         config, text = load_config(path), yaml.safe_load(path.read_text())

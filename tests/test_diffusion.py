@@ -125,7 +125,7 @@ def test_a_perfect_denoiser_gives_x_start_back(
 def test_sampling_stays_finite_at_both_ends(
     schedule: Schedule, num_timesteps: int, clip_denoised: bool, eta: float
 ) -> None:
-    """Whatever the network says: nothing, something as large as it should be, or the opposite of what is there."""
+    """Where the network says nothing, something of the right size at random, or the opposite of what is there."""
     torch.manual_seed(0)
     beta_start = 1e-9 if schedule == "linear" else 1e-4  # 1 - 1e-9 is 1 in float32
     ours = GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=beta_start, beta_end=0.02)
@@ -139,7 +139,6 @@ def test_sampling_stays_finite_at_both_ends(
             )
             assert sampled.isfinite().all()
             assert not clip_denoised or sampled.abs().max() <= 1
-    # The first and the last step of 1,000, each alone.
     timesteps = torch.tensor([0, num_timesteps - 1])
     x_t = ours.q_sample(x_T, timesteps, torch.randn(2, 3, 4, 4))
     assert x_t.isfinite().all() and all(

@@ -11,8 +11,7 @@ from scipy.stats import truncnorm
 from model import SODA, ResNetEncoder, UNetDecoder, build_soda, forward_flops
 from model.blocks import AdaGN, ResBlock, SelfAttention, timestep_embedding
 from model.encoder import ARCHITECTURES
-from tests.conftest import ROOT
-from tests.test_step import experiment_of
+from tests.conftest import ROOT, experiment_of
 from training.experiment import initial_state
 from training.step import train_step, training_pixels
 from utils.config_file import load_config
@@ -90,15 +89,20 @@ def test_the_papers_initial_weights() -> None:
     assert len(sizes) == 12 and min(sizes) > 0.5 and max(sizes) < 2
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-def test_residual_connections_are_rescaled_by_sqrt_2(rescale: bool) -> None:
-    torch.manual_seed(0)
-    block, attention = ResBlock(8, 8, 6, 5, 0.0, 1.0, rescale), SelfAttention(8, None, rescale)
+def test_residual_sums_are_divided_by_sqrt_2() -> None:
+    """The whole sum, branch and skip: of what the same weights give without."""
     x, time, latent = torch.randn(2, 8, 4, 4), torch.randn(2, 6), torch.randn(2, 5)
-    # Branches that end in zeros leave x.
-    expected = x / 2**0.5 if rescale else x
-    torch.testing.assert_close(block(x, time, latent), expected)
-    torch.testing.assert_close(attention(x), expected)
+    found: dict[bool, list[torch.Tensor]] = {}
+    for rescale in (False, True):
+        torch.manual_seed(0)
+        block = ResBlock(8, 12, 6, 5, dropout=0.0, scale_offset=1.0, rescale_residual=rescale)
+        attention = SelfAttention(8, None, rescale_residual=rescale)
+        for last in (block.conv2, attention.proj):  # they start at zero
+            torch.nn.init.normal_(last.weight)
+        found[rescale] = [block(x, time, latent), attention(x)]
+        assert not torch.allclose(found[rescale][1], x)
+    for plain, rescaled in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(rescaled, plain / 2**0.5)
 
 
 def test_timestep_embedding_is_the_fields() -> None:
@@ -128,7 +132,7 @@ def test_adagn_is_the_papers_equation(offset: float) -> None:
 @pytest.mark.parametrize("num_head_channels", [None, 4])
 def test_self_attention_against_torchs(num_head_channels: int | None) -> None:
     torch.manual_seed(0)
-    ours, heads = SelfAttention(8, num_head_channels, rescale=False), 1 if num_head_channels is None else 2
+    ours, heads = SelfAttention(8, num_head_channels, rescale_residual=False), 1 if num_head_channels is None else 2
     torch.nn.init.normal_(ours.proj.weight)
     theirs = torch.nn.MultiheadAttention(8, heads, batch_first=True)
     theirs.load_state_dict(

@@ -13,26 +13,15 @@ import torch.nn.functional as F
 from ema_pytorch import EMA
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import assert_equal_states, digits_args
-from training.experiment import initial_state, open_experiment
+from tests.conftest import assert_equal_states, batch_of, experiment_of
+from training.experiment import initial_state
 from training.judge import baselines, config_protocols, encode_with, judge, raw_pixels, sample_grid
 from training.state import Tally
-from training.step import Batch, draw_batch, learning_rates, read_pixels, train_step, training_pixels
-from utils.config_file import load_config
+from training.step import learning_rates, train_step, training_pixels
 from utils.logging import PhaseTimer
 from utils.randomness import image_noise
 
 STEPS_PER_EPOCH = 1437 // 64
-
-
-def experiment_of(tmp_path: Path, *overrides: str) -> Any:
-    _, path, *rest = digits_args(tmp_path, *overrides)
-    return open_experiment(load_config(path, rest))
-
-
-def batch_of(experiment: Any, step: int, positions: range) -> Batch:
-    (pixels,) = read_pixels(experiment, [(step, positions)])
-    return draw_batch(experiment, pixels, step, positions)
 
 
 def test_the_loss_falls_within_20_steps(tmp_path: Path) -> None:

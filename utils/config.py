@@ -176,7 +176,7 @@ class Decoder(Section):
 class Diffusion(Section):
     schedule: Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"] = key("linear", "noise schedule")
     num_timesteps: int = key(1000, "timesteps T", ge=1)
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = key(1e-4, "first beta of the linear schedule")
+    beta_start: Annotated[float, Field(ge=1e-12, lt=1)] = key(1e-4, "first beta of the linear schedule")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = key(0.02, "last beta of the linear schedule")
 
 
@@ -196,7 +196,9 @@ class Mask(Section):
     """Which samples' latents are dropped in training: as a whole, and section by section on top of that."""
 
     latent_probability: Probability = key(0.1, "of replacing a sample's whole latent by the null latent")
-    section_probability: Probability = key(0.0, "of each section alike; with decoder.modulation sectioned")
+    section_probability: Probability = key(
+        0.0, "of replacing each section of it, independently; needs decoder.modulation sectioned"
+    )
 
 
 class Training(Section):
@@ -270,7 +272,9 @@ class Sampling(Section):
     guidance_scale: list[Annotated[float, Field(ge=0)]] = key(
         [1.3], "classifier-free guidance, one scale or one for each section; 1: none", run=True, min_length=1
     )
-    sections: list[int] | None = key(None, "of the latent, that samples are conditioned on; null: all", run=True)
+    sections: list[int] | None = key(
+        None, "of the latent, that samples are conditioned on; null: all; for runs that mask sections", run=True
+    )
     eta: float = key(0.0, "0: deterministic DDIM; 1: as much noise as DDPM", run=True, ge=0, le=1)
 
     @field_validator("guidance_scale", mode="before")

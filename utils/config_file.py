@@ -144,8 +144,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def parse_config(text: str, where: str) -> Config:
-    """A config from the YAML text that `Config.to_yaml` wrote, as in a checkpoint."""
-    return _validate(parse_yaml(text, where), where)
+    """A config from the YAML text that `Config.to_yaml` wrote, as in a checkpoint, also of an earlier version."""
+    raw = parse_yaml(text, where)
+    training = raw.get("training") if isinstance(raw, dict) else None
+    if isinstance(training, dict) and "latent_drop_probability" in training:  # now training.mask.latent_probability
+        training["mask"] = {"latent_probability": training.pop("latent_drop_probability")}
+    return _validate(raw, where)
 
 
 def _value(config: Config, name: str) -> Any:

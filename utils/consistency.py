@@ -33,6 +33,9 @@ def check_consistency(config: Any) -> None:
         )
     if config.training.mask.section_probability and decoder.modulation == "shared":
         raise ValueError("training.mask.section_probability needs decoder.modulation sectioned")
+    by_section = len(config.sampling.guidance_scale) > 1 or config.sampling.sections is not None
+    if by_section and decoder.modulation == "shared":
+        raise ValueError("sampling by sections (guidance_scale, sections) needs decoder.modulation sectioned")
     if len(config.sampling.guidance_scale) not in (1, sections):
         raise ValueError(f"sampling.guidance_scale is one number, or one for each of the latent's {sections} sections")
     if not set(config.sampling.sections or []) <= set(range(sections)):
@@ -64,8 +67,8 @@ def check_consistency(config: Any) -> None:
     if config.diffusion.beta_end < config.diffusion.beta_start:
         raise ValueError("diffusion.beta_end must be at least diffusion.beta_start")
     diffusion, mean_beta = config.diffusion, (config.diffusion.beta_start + config.diffusion.beta_end) / 2
-    # log alphas_cumprod of the last timestep, at most; a float32 ends at -87, and the sampler divides by it.
-    if diffusion.schedule == "linear" and diffusion.num_timesteps * math.log1p(-mean_beta) < -80:
-        raise ValueError("diffusion: the linear schedule leaves nothing of an image: set beta_end lower")
+    # About log alphas_cumprod of the last timestep. The sampler divides by its root, and float32 ends at exp(-87).
+    if diffusion.schedule == "linear" and diffusion.num_timesteps * math.log1p(-mean_beta) < -150:
+        raise ValueError("diffusion: the linear schedule ends where float32 does: set beta_end lower")
     if config.evaluation.knn.weights == "temperature" and not config.evaluation.normalize:
         raise ValueError("evaluation.knn.weights temperature needs evaluation.normalize true")

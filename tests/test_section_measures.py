@@ -1,0 +1,101 @@
+"""What benchmarks/sections.py measures, on decoders whose answers are known, and the script as it is used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import section_measures, sections
+from benchmarks.sections import VARIANTS
+from model.unet import Stage
+from tests.conftest import ROOT, TINY_RUN, experiment_of
+from training.experiment import initial_state
+
+NAMES = ["0 (8 and 4 px)", "1 (4 px)", "2 (4 px, middle)", "whole latent"]
+
+
+def prepared(tmp_path: Path, *overrides: str) -> tuple[Any, Any]:
+    """A model with a decoder that listens to its latent, and reads nothing from section 1."""
+    experiment = experiment_of(tmp_path, "decoder.modulation=sectioned", "evaluation.batch_size=99", *overrides)
+    soda = initial_state(experiment).soda.eval()
+    with torch.no_grad():
+        for parameter in soda.decoder.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        for stage in soda.decoder.modules():
+            if isinstance(stage, Stage) and stage.section == 1:
+                stage.block.adagn.latent_proj.weight.zero_()
+        soda.encoder.fc.weight.mul_(5)
+    return experiment, soda
+
+
+def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path) -> None:
+    experiment, soda = prepared(tmp_path)
+    named = section_measures.sections_of(experiment.config)
+    assert list(named) == NAMES and [named[name] for name in NAMES[:3]] == [slice(0, 3), slice(3, 6), slice(6, 8)]
+    loss, *without = section_measures.losses(experiment, soda, named)
+    assert without[1] == loss
+    assert abs(without[0] - loss) > 1e-5 and abs(without[2] - loss) > 1e-5 and abs(without[3] - loss) > 1e-4
+    swapped, coarse = section_measures.swaps(experiment, soda, named)
+    assert swapped[1] == 0 and swapped[3] == 1 and 0.01 < swapped[0] < 1.5 and 0.001 < swapped[2] < 1.5
+    assert all(0 < share < 1 for share in (coarse[0], coarse[2], coarse[3]))
+    # A shared latent is cut at the same places.
+    assert section_measures.sections_of(experiment_of(tmp_path).config) == named
+
+
+def test_a_section_is_probed_alone(tmp_path: Path) -> None:
+    """All that is known of an image is put into section 2, noise into the others."""
+    experiment, soda = prepared(tmp_path, "evaluation.probe.transform=clean", "evaluation.probe.epochs=20")
+    encode = soda.encoder.features
+    brightness = torch.Generator().manual_seed(0)
+
+    def features(views: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = torch.randn(len(views), 8, generator=brightness)
+        z[:, 6] = views[:, 0, 2:6, 0:3].mean(dim=(1, 2))
+        z[:, 7] = views[:, 0, :, 5:].mean(dim=(1, 2))
+        return {**encode(views), "z": z}
+
+    soda.encoder.features = features
+    (_, whole), probes = section_measures.accuracies(experiment, soda, section_measures.sections_of(experiment.config))
+    assert max(probes[:2]) < 20 < 25 < min(probes[2], probes[3], whole)
+
+
+def test_how_far_a_section_is_predictable(tmp_path: Path) -> None:
+    experiment, soda = prepared(tmp_path)
+    source = torch.Generator().manual_seed(0)
+
+    def encode(views: torch.Tensor) -> torch.Tensor:
+        """Section 0 is noise, the others are noise and a function of each other."""
+        z = torch.randn(len(views), 8, generator=source)
+        z[:, 6:] = 2 * z[:, 3:5] - z[:, 4:6]
+        z[:, 3:6] += torch.randn(len(views), 3, generator=source)
+        return z
+
+    soda.encoder.forward = encode
+    named = section_measures.sections_of(experiment.config)
+    noise, cause, effect, whole = section_measures.predictable(experiment, soda, named)
+    # 180 images are fitted and 180 judged; the effect, of variance 5, keeps what 5 measured dimensions leave of it.
+    assert abs(noise) < 0.1 and 0.3 < effect < 0.6 and 0.2 < cause < 0.6 and whole == pytest.approx(0, abs=0.05)
+
+
+def test_the_script_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(section_measures, "NUM_PAIRS", 8)
+    monkeypatch.setattr(section_measures, "NUM_SAMPLING_STEPS", 2)
+    arguments = ["--config", str(ROOT / "config" / "digits.yaml"), "--seeds", "1", "--epochs", "1"]
+    arguments += ["--out", str(tmp_path), *TINY_RUN, "output_dir=none"]
+    sections.main(arguments)
+    table = capsys.readouterr().out.splitlines()
+    rows = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in table}
+    assert rows["22 steps"] == list(VARIANTS) and len(rows["k-NN"]) == 3
+    assert rows["swapped whole latent"] == ["1.00"] * 3
+    assert {f"{measure} {name}" for measure in sections.ROWS_BY_SECTION for name in NAMES} < rows.keys()
+    results = tmp_path / "results.jsonl"
+    lines = [line for line in results.read_text().splitlines() if line]
+    results.write_text("\n".join([*lines[:2], lines[2][:50]]))  # as a crash leaves it
+    sections.main(arguments)
+    assert capsys.readouterr().out.splitlines() == table, "measured again, from the state that was saved"
+    again = [json.loads(line) for line in results.read_text().splitlines() if line.endswith("}")]
+    assert len(again) == 3 and again[2]["seconds"] == json.loads(lines[2])["seconds"]
