@@ -64,8 +64,8 @@ def accuracies(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -
 
 
 @torch.no_grad()
-def predictable(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -> list[float]:
-    """The share of a section's variance that a linear function of all others explains; 0 for the whole latent.
+def own_variance(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -> list[float]:
+    """The share of a section's variance that no linear function of all others explains; 1 for the whole latent.
 
     Of the clean test images; the function is fitted to one half of them (least squares) and judged on the other.
     """
@@ -82,7 +82,7 @@ def predictable(experiment: Experiment, soda: SODA, sections: dict[str, slice]) 
         mean = fitted.mean(dim=0)
         weights = torch.linalg.lstsq((fitted - mean)[:, others], (fitted - mean)[:, dims]).solution
         left = (judged - mean)[:, dims] - (judged - mean)[:, others] @ weights
-        shares.append(1 - (left.square().sum() / (judged - mean)[:, dims].square().sum()).item())
+        shares.append((left.square().sum() / (judged - mean)[:, dims].square().sum()).item())
     return shares
 
 

@@ -8,7 +8,7 @@ Trains each variant for the same steps with each seed, then measures, on the EMA
 - swapped: how much a decoded image changes when one section is another image's, as a share of the change when the whole
   latent is;
 - coarse: how much of that change (its square) lies in means over squares of 4 px; 0.06 would be white noise;
-- predictable: the share of a section's variance that a linear function of the other sections explains;
+- own: how many per cent of a section's variance no linear function of the other sections explains;
 - without: by how many per cent the loss rises when one section is dropped. Only masked training has seen that:
   elsewhere the rise is that of an input which the decoder does not know.
 
@@ -58,7 +58,7 @@ ROWS_BY_SECTION = {
     "probe of": "{:.1f}",
     "swapped": "{:.2f}",
     "coarse": "{:.2f}",
-    "predictable": "{:.2f}",
+    "own": "{:.2f}",
     "without": "{:.2f}",
 }
 
@@ -80,7 +80,7 @@ def measure(trial: Trial) -> dict[str, Any]:
         "probe of": probes,
         "swapped": swapped,
         "coarse": coarse,
-        "predictable": section_measures.predictable(experiment, soda, sections),
+        "own": [100 * share for share in section_measures.own_variance(experiment, soda, sections)],
         "without": [100 * (each / loss - 1) for each in without],
     }
 

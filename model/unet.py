@@ -1,6 +1,6 @@
 """The denoising decoder: a DDPM UNet whose every residual block is modulated by the timestep and the latent."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
@@ -34,17 +34,15 @@ class Layer(NamedTuple):
 class Stage(nn.Module):
     """A residual block modulated by one section of the latent, and self-attention where the resolution asks for it."""
 
-    def __init__(
-        self, block: ResBlock, attention: SelfAttention | None, resolution: int, section: int, dims: slice
-    ) -> None:
+    def __init__(self, block: ResBlock, attention: SelfAttention | None, resolution: int, section: int) -> None:
         super().__init__()
         self.block = block
         self.attention = attention
-        self.resolution, self.section, self.dims = resolution, section, dims
+        self.resolution, self.section = resolution, section
 
-    def forward(self, x: Tensor, time: Tensor, latent: Tensor) -> Tensor:
-        """x (N, C_in, H, W), time (N, time_dim), latent (N, latent_dim), used at `dims` -> (N, C_out, H, W)."""
-        h = self.block(x, time, latent[:, self.dims])
+    def forward(self, x: Tensor, time: Tensor, latents: Sequence[Tensor]) -> Tensor:
+        """x (N, C_in, H, W), time (N, time_dim), a latent (N, width) for each section -> (N, C_out, H, W)."""
+        h = self.block(x, time, latents[self.section])
         return h if self.attention is None else self.attention(h)
 
 
@@ -98,16 +96,14 @@ class UNetDecoder(nn.Module):
         if latent_dim < num_sections:
             raise ValueError(f"{num_sections} sections need a latent of at least as many dimensions, not {latent_dim}")
         self.section_dims = [latent_dim // num_sections + (i < latent_dim % num_sections) for i in range(num_sections)]
-        ends = list(accumulate(self.section_dims))
 
         def stage(in_channels: int, out_channels: int, resolution: int, section: int, attend: bool) -> Stage:
             section = min(section, num_sections - 1)  # 0, where all blocks share the latent
-            width = self.section_dims[section]
             block = ResBlock(
                 in_channels,
                 out_channels,
                 time_dim,
-                width,
+                self.section_dims[section],
                 dropout=dropout,
                 scale_offset=scale_offset,
                 rescale_residual=rescale_residual,
@@ -115,7 +111,7 @@ class UNetDecoder(nn.Module):
             attention = None
             if attend:
                 attention = SelfAttention(out_channels, num_head_channels, rescale_residual=rescale_residual)
-            return Stage(block, attention, resolution, section, slice(ends[section] - width, ends[section]))
+            return Stage(block, attention, resolution, section)
 
         self.time_mlp = nn.Sequential(
             nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
@@ -162,17 +158,17 @@ class UNetDecoder(nn.Module):
         layers that it modulates what the null latent gives them.
         """
         time = self.time_mlp(timestep_embedding(timesteps, self.model_channels))  # (N, time_dim)
-        latent = F.silu(z)  # (N, latent_dim), 0 where z is
+        latents = F.silu(z).split(self.section_dims, dim=1)  # (N, width) each, 0 where z is
 
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
-            h = layer(h, time, latent) if isinstance(layer, Stage) else layer(h)
+            h = layer(h, time, latents) if isinstance(layer, Stage) else layer(h)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, time, latent)
+            h = layer(h, time, latents)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], dim=1), time, latent) if isinstance(layer, Stage) else layer(h)
+            h = layer(torch.cat([h, skips.pop()], dim=1), time, latents) if isinstance(layer, Stage) else layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def mask(self, z: Tensor, drop_mask: Tensor) -> Tensor:
@@ -183,10 +179,12 @@ class UNetDecoder(nn.Module):
 
     def layers(self) -> Iterator[Layer]:
         """The residual blocks in the order in which they run, each with what modulates it."""
+        ends = list(accumulate(self.section_dims))
         for name, module in self.named_modules():
             if isinstance(module, Stage):
-                channels = module.block.conv1.out_channels
-                yield Layer(name, module.resolution, channels, module.section, module.dims)
+                channels, section = module.block.conv1.out_channels, module.section
+                dims = slice(ends[section] - self.section_dims[section], ends[section])
+                yield Layer(name, module.resolution, channels, section, dims)
 
     def features(self, x_t: Tensor, timesteps: Tensor, z: Tensor, block: str) -> Tensor:
         """What `block`, such as `up.3` or `middle.0`, makes of the same inputs: (N, C, h, w)."""
