@@ -80,6 +80,16 @@ MISTAKES = [
     Mistake("malicious.pt cannot be read", checkpoint("malicious"), "test.py"),
     Mistake("other.pt is not a checkpoint of this program", checkpoint("other"), "test.py"),
     Mistake(
+        """add 'decoder.modulation="shared"' training.mask.section_probability=0.0 sampling.sections=null""",
+        [
+            *checkpoint("good"),
+            "decoder.modulation=sectioned",
+            "training.mask.section_probability=0.1",
+            "sampling.sections=[0]",
+        ],
+        "test.py",
+    ),
+    Mistake(
         "(encoder.fc.weight is (8, 32) there and (16, 32) here): add encoder.latent_dim=8",
         [*checkpoint("good"), "encoder.latent_dim=16"],
         "test.py",
