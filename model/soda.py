@@ -50,8 +50,8 @@ class SODA(nn.Module):
             eps({}) + integral over s > 0 of eps({i: s_i >= s}) - eps({}).
 
         That is the former where all scales agree, and eps(S) itself where they are 1 in S and 0 elsewhere. (It is our
-        choice: the paper gives no formula, and eps({}) + sum of s_i (eps({i}) - eps({})) has neither property.) It
-        costs a pass for each different scale above 0, and the unconditional one.
+        choice: the paper's is not known to us, and eps({}) + sum of s_i (eps({i}) - eps({})) in general does neither.)
+        It costs a pass for each different scale above 0, and the unconditional one.
 
         Args:
             guidance_scale: one for all sections, or one for each; 0 leaves a section out.
