@@ -100,6 +100,7 @@ class StreamedImages(Images):
     def __init__(self, listing: Listing, image_size: int, num_workers: int, summary: Summary) -> None:
         labels = None if listing.labels is None else torch.tensor(listing.labels)
         super().__init__((len(listing.files), 3, image_size, image_size), labels, listing.classes, summary)
+        self.names = listing.files
         self._listing, self._num_workers = listing, num_workers
 
     def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:

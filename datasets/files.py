@@ -99,7 +99,9 @@ def open_listing(
         return StreamedImages(listing, image_size, num_workers or max(1, num_cores() // processes), summary)
     assert pixels is not None, "the cache has just been read or written"
     labels = None if listing.labels is None else torch.tensor(listing.labels)
-    return StoredImages(torch.from_numpy(pixels), labels, listing.classes, summary)
+    images = StoredImages(torch.from_numpy(pixels), labels, listing.classes, summary)
+    images.names = listing.files
+    return images
 
 
 @contextmanager

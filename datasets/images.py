@@ -49,12 +49,14 @@ class Images(ABC):
     Attributes:
         shape: (N, 3, size, size).
         labels: (N,) int64 or None.
+        names: of the files, in order; None where there are none.
         summary: of all pixels.
     """
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor | None, classes: list[str], summary: Summary) -> None:
         assert shape[1] == 3 and (labels is None or len(labels) == shape[0])
         self.shape, self.labels, self.classes, self.summary = torch.Size(shape), labels, classes, summary
+        self.names: list[str] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -100,7 +102,9 @@ class StoredImages(Images):
 
     def to(self, device: torch.device) -> "StoredImages":
         """The same images in the memory of `device`."""
-        return StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
+        moved = StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
+        moved.names = self.names
+        return moved
 
 
 def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], image_size: int) -> StoredImages:

@@ -91,6 +91,20 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
     return _list_classes(train, classes), _list_classes(test, classes)
 
 
+def list_images(folder: Path) -> Listing:
+    """All images below `folder`; where none lies in it itself, its sub-folders are their classes."""
+    if not folder.is_dir():
+        raise DatasetError(f"no folder {folder}: name one of images")
+    files = _image_files(folder)
+    if not files:
+        raise DatasetError(f"no images in {folder} (known endings: {' '.join(IMG_EXTENSIONS)})")
+    inside = [Path(file).parts[0] for file in files if len(Path(file).parts) > 1]
+    if len(inside) < len(files):
+        return Listing(folder, files, None, [])
+    classes = sorted(set(inside))
+    return Listing(folder, files, [classes.index(name) for name in inside], classes)
+
+
 def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
     """Tiny-ImageNet's official layout; its validation split, labelled by val_annotations.txt, is the test split."""
     base = next((f for f in (root, root / "tiny-imagenet-200") if (f / "wnids.txt").is_file()), None)

@@ -18,6 +18,38 @@ def true_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+class _Bank:
+    """Features (N, D), laid out for true float32 distances to them, whatever autocast or the features' type."""
+
+    def __init__(self, features: Tensor) -> None:
+        # |q - b|^2 = |q|^2 - 2 (q b - |b|^2 / 2): the nearest have the largest q b - |b|^2 / 2. Distances do
+        # not change with the origin, and about the bank's mean less is lost in the difference.
+        self._origin = features.float().mean(dim=0)
+        self._centred = features.float() - self._origin
+        self._half_squares = torch.linalg.vector_norm(self._centred, dim=1).square() / 2  # (N,)
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Nearness, which grows as distance falls, and index of the k nearest to each of (Q, D): (Q, k) each."""
+        with torch.autocast(queries.device.type, enabled=False), true_float32():
+            products = (queries.float() - self._origin) @ self._centred.T
+            nearness, neighbours = products.sub_(self._half_squares).topk(k, dim=1)
+        return nearness, neighbours
+
+
+@torch.no_grad()
+def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and indices, (Q, k) each, of the k nearest of `bank` (N, D) to each of `queries` (Q, D), in order.
+
+    Of those at the same distance, as copies of an image are, the first comes first.
+    """
+    assert 1 <= k <= len(bank), "k is at most the size of the bank"
+    _, candidates = _Bank(bank).nearest(queries, min(2 * k + 8, len(bank)))
+    candidates = candidates.sort(dim=1).values
+    distances = torch.linalg.vector_norm(bank[candidates].double() - queries[:, None].double(), dim=2)
+    order = distances.sort(dim=1, stable=True).indices[:, :k]
+    return distances.gather(1, order).float(), candidates.gather(1, order)
+
+
 @torch.no_grad()
 def knn_votes(
     bank: Tensor,
@@ -42,16 +74,11 @@ def knn_votes(
     assert 1 <= k <= len(bank), "k is at most the size of the bank"
     votes = torch.zeros(len(queries), num_classes, device=bank.device)
     classes = torch.arange(num_classes, device=bank.device)
+    laid_out = _Bank(bank)
     with torch.autocast(bank.device.type, enabled=False), true_float32():
-        # |q - b|^2 = |q|^2 - 2 (q b - |b|^2 / 2): the nearest have the largest q b - |b|^2 / 2. Distances do
-        # not change with the origin, and about the bank's mean less is lost in the difference.
-        origin = bank.float().mean(dim=0)
-        centred = bank.float() - origin
         chunk_size = max(1, max_distances // max(len(bank), k * num_classes))
-        half_squares = torch.linalg.vector_norm(centred, dim=1).square() / 2  # (N,)
         for start in range(0, len(queries), chunk_size):
-            chunk = queries[start : start + chunk_size].float() - origin
-            nearness, neighbours = (chunk @ centred.T).sub_(half_squares).topk(k, dim=1)  # (q, k) each
+            nearness, neighbours = laid_out.nearest(queries[start : start + chunk_size], k)  # (q, k) each
             weights = torch.ones_like(nearness)
             if temperature is not None:
                 # At length 1, cosines differ as nearness does. Relative to the nearest, no weight overflows

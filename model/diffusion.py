@@ -116,3 +116,29 @@ class GaussianDiffusion:
             if draw_noise is not None and eta > 0:
                 x_t = x_t + math.sqrt(variance) * draw_noise(t)
         return x_t
+
+    @torch.no_grad()
+    def ddim_invert(
+        self, denoise: Denoiser, x_start: Tensor, num_sampling_steps: int, num_iterations: int = 2
+    ) -> Tensor:
+        """The x_T (N, C, H, W) that `ddim_sample`, unclipped and with eta 0, takes to x_start (N, C, H, W) in [-1, 1].
+
+        Each of its steps is undone: x_t is the fixed point of x_t = signal_t x_start + deviation_t eps(x_t, t), where
+        x_start is what the next, less noisy image is made of together with that same eps (Song et al. 2021, eq. 13).
+        With one iteration, from the next image, it is the inversion of Dhariwal & Nichol (2021, appendix F) and
+        diffusers' DDIMInverseScheduler; a second one costs as much again and brings the decode 5 to 20 dB nearer
+        (Pan et al. 2023).
+
+        Args:
+            num_iterations: evaluations of `denoise` for each step.
+        """
+        now, x_t = 1.0, x_start.float()
+        for t in reversed(self.sampling_timesteps(num_sampling_steps)):
+            timesteps, before = torch.full((len(x_t),), t, device=x_t.device), self.alphas_cumprod[t].item()
+            noisier = x_t
+            for _ in range(num_iterations):
+                eps = denoise(noisier, timesteps).float()
+                clean = (x_t - math.sqrt(1 - now) * eps) / math.sqrt(now)
+                noisier = math.sqrt(before) * clean + math.sqrt(1 - before) * eps
+            now, x_t = before, noisier
+        return x_t

@@ -142,8 +142,11 @@ def describe_model(config: Config) -> str:
 def initial_soda(config: Config, device: torch.device) -> SODA:
     """The model at its initial weights, which config and seed alone decide."""
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    soda = _build(config)
-    # Channels last is faster on CUDA and slower on CPUs.
+    return near(_build(config), device)
+
+
+def near(soda: SODA, device: torch.device) -> SODA:
+    """The model on `device`, laid out as is fastest there: channels last on CUDA, where on CPUs that is slower."""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return soda.to(device, memory_format=layout)  # type: ignore[call-overload]
 

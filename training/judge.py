@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from datasets import Images
 from evaluation import CLEAN, MakeView, Protocol, evaluate
+from evaluation.features import Features, extract_features
 from model import SODA, UNetDecoder
 from training.experiment import Experiment, initial_soda
 from training.step import draw_source, draws, read_pixels
@@ -42,6 +44,18 @@ def encode_with(experiment: Experiment, soda: SODA) -> Encode:
         return found
 
     return encode
+
+
+def latents(experiment: Experiment, soda: SODA, images: Images) -> Tensor:
+    """z (N, latent_dim) float32 of a whole split, as the images are; processes share the work."""
+    encode = encode_with(experiment, soda)
+
+    def run(pixels: Tensor, indices: range) -> Features:
+        return {"z": encode(experiment.views.evaluation(pixels), indices)["z"].float()}
+
+    return extract_features(run, images, experiment.config.evaluation.batch_size, experiment.device, share, all_reduce)[
+        "z"
+    ]
 
 
 def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor, indices: range, name: str) -> Tensor:

@@ -57,7 +57,9 @@ def train(experiment: Experiment, state: TrainState, folder: Path, resumed_from:
         with timer.phase("checkpoint"):
             contents = state.state_dict(alone)
             if writer:
+                statistics = [list(experiment.info.mean), list(experiment.info.std)]
                 contents |= {"config": experiment.config.to_yaml(), "data": experiment.data_digest}
+                contents["statistics"] = statistics  # without which nobody else can use the encoder
                 writer.save(contents, keep_as)
         phases.info("training from step %d to %d", state.step, total_steps)
 

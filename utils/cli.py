@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from utils import signals
@@ -35,18 +36,30 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
+) -> argparse.ArgumentParser:
+    """What all programs take; those `of_checkpoint` look at one, which holds its own config, and can do without it."""
     try:
         check_launcher()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     parser = _Parser(
+        prog=prog,
         description=description,
         epilog=f"examples:\n{examples}\n\n{describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file of the experiment, e.g. config/cifar10.yaml")
+    parser.add_argument(
+        "--config", required=not of_checkpoint, help="YAML file of the experiment, e.g. config/cifar10.yaml"
+    )
+    if of_checkpoint:
+        parser.add_argument(
+            "--checkpoint",
+            type=Path,
+            help="default: checkpoints/last.pt in the config's output_dir; without --config, its own config holds",
+        )
     parser.add_argument(
         "--use_amp",
         action="store_true",
@@ -62,12 +75,24 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 def read_config(args: argparse.Namespace) -> Config:
     """The config of the command line, the same in all processes but for where the images are; raises ConfigError."""
-    config = load_config(args.config, args.overrides + (["training.use_amp=true"] if args.use_amp else []))
+    config = load_config(args.config, overrides(args))
     set_timeout(config.distributed.timeout_minutes)
     data = config.data.model_copy(update={"root": "", "cache_dir": ""})
     if not same_everywhere(config.model_copy(update={"data": data})):
         raise ConfigError(f"the processes read different configs from {args.config}: give them all the same")
     return config
+
+
+def read_config_if_named(args: argparse.Namespace) -> Config | None:
+    """`read_config`, or None where only a checkpoint is named."""
+    if not (args.config or args.checkpoint):
+        raise ConfigError("name what to look at: --config config/digits.yaml, or --checkpoint PATH")
+    return read_config(args) if args.config else None
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """What the command line says of the config, as key=value."""
+    return [*args.overrides, *(["training.use_amp=true"] if args.use_amp else [])]
 
 
 @contextmanager

@@ -124,10 +124,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raw = _unshared(raw)
     except RecursionError:
         raise ConfigError(f"{path} holds an alias that refers to itself") from None
-    for override in overrides or []:
-        name, separator, value = override.partition("=")
+    config = _override(raw, overrides or [], str(path))
+    if not config.output_dir:
+        config = config.model_copy(update={"output_dir": str(Path("runs") / (path.stem.strip(".") or "run"))})
+    return config
+
+
+def override(config: Config, overrides: list[str], where: str) -> Config:
+    """`config`, read from `where`, with `key=value` overrides applied; raises ConfigError."""
+    return _override(parse_yaml(config.to_yaml(), where), overrides, where)
+
+
+def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
+    for change in overrides:
+        name, separator, value = change.partition("=")
         if not separator or not name:
-            raise ConfigError(f"cannot read {override!r}: overrides are written key=value, as in training.epochs=2")
+            raise ConfigError(f"cannot read {change!r}: overrides are written key=value, as in training.epochs=2")
         *sections, last = name.split(".")
         target = raw
         for section in sections:
@@ -137,10 +149,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown key {name}: {section} is not a section")
         target[last] = parse_yaml(value, f"the value of {name}")
-    config = _validate(raw, str(path))
-    if not config.output_dir:
-        config = config.model_copy(update={"output_dir": str(Path("runs") / (path.stem.strip(".") or "run"))})
-    return config
+    return _validate(raw, where)
 
 
 def parse_config(text: str, where: str) -> Config:
@@ -159,11 +168,16 @@ def _value(config: Config, name: str) -> Any:
     return value
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every key by its dotted name."""
+    return {name: _value(config, name) for name, _, _ in all_keys()}
+
+
 def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "") -> str:
     """Of every key that the closing table depends on, and of where the images are."""
     judged_by = ("data.root", "views.probe.", "evaluation.", "training.micro_batch_size")
     kept = {name for name, _, run in all_keys() if not run or name.startswith(judged_by)}.difference(without)
-    values = {name: _value(config, name) for name, _, _ in all_keys() if name in kept}
+    values = {name: value for name, value in flat(config).items() if name in kept}
     return hashlib.blake2b((yaml.safe_dump(values) + also).encode(), digest_size=16).hexdigest()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS = "metrics.jsonl"
+SPRITE_PIXELS = 8192  # that the projector shows, either way, of all thumbnails side by side
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,41 @@ class RunLog:
         with self._tensorboard():
             if self._writer:
                 self._writer.add_text(name, text, step)
+
+    def embedding(
+        self, name: str, step: int, vectors: Tensor, header: list[str], rows: list[list[str]], thumbnails: Tensor
+    ) -> None:
+        """Points for the projector, in place of those of an earlier step.
+
+        Args:
+            vectors: (N, D); rows: what each is called, by the columns of `header`, at least two.
+            thumbnails: (N, 3, size, size) on the scale of [0, 1]; all of them in a square have a side of at most
+                SPRITE_PIXELS.
+        """
+        with self._tensorboard():
+            if self._writer:
+                folder = Path(self._writer.log_dir)
+                for outdated in folder.glob(f"*/{name}"):
+                    shutil.rmtree(outdated.parent)
+                (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # which would list it once more
+                clean = [
+                    [" ".join(word.split()) or "-" for word in row] for row in rows
+                ]  # in a table of tabs and lines
+                self._writer.add_embedding(vectors, clean, thumbnails, step, name, header)
+
+    def hyperparameters(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
+        """What this run was, beside scalars that it reports. (SummaryWriter.add_hparams would make it a second run.)"""
+        with self._tensorboard():
+            if self._writer:
+                from torch.utils.tensorboard.summary import hparams
+
+                shown = {
+                    name: value if isinstance(value, bool | int | float) else str(value)
+                    for name, value in values.items()
+                }
+                for summary in hparams(shown, dict.fromkeys(metrics, 0)):
+                    self._writer._get_file_writer().add_summary(summary)
+                self._writer.flush()
 
     def __enter__(self) -> RunLog:
         return self
