@@ -1,4 +1,5 @@
 # make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate; NPROC GPUs
+#                                                     the digits run ends with a report, others with REPORT=1
 # make test                                                                           lint, types and tests
 # make test-long                                                                      the tests that take minutes
 # make bundle DATA=folder [NAME="what it is"] [BUNDLE_PYTHON=3.12]    code, images, and the packages that a bare machine
@@ -8,6 +9,7 @@
 CONFIG ?= config/digits.yaml
 NPROC ?= 1
 ARGS ?=
+REPORT ?= $(if $(filter --dry-run --help -h,$(ARGS)),,$(filter config/digits.yaml,$(CONFIG)))
 PYTHON ?= python3
 BUNDLE_PYTHON ?= 3.12
 BUNDLE_MB = 60
@@ -17,8 +19,9 @@ LAUNCH = .venv/bin/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --npro
 .PHONY: train test test-long bundle clean
 .DELETE_ON_ERROR:
 
-train: .venv/requirements.done
+train: .venv/requirements.done $(if $(REPORT),.venv/requirements-extra.done)
 	$(LAUNCH) train.py --config $(CONFIG) $(ARGS)
+	$(if $(REPORT),$(LAUNCH) test.py --config $(CONFIG) $(ARGS) --report)
 
 test: .venv/requirements-dev.done
 	.venv/bin/ruff check .
@@ -53,7 +56,11 @@ bundle: .venv/requirements.done
 	.venv/bin/python -m pip install --quiet -r $<
 	touch $@
 
-.venv/requirements-dev.done: requirements-dev.txt requirements.txt | .venv/requirements.done
+.venv/requirements-extra.done: requirements-extra.txt requirements.txt | .venv/requirements.done
+	.venv/bin/python -m pip install --quiet -r $<
+	touch $@
+
+.venv/requirements-dev.done: requirements-dev.txt requirements-extra.txt requirements.txt | .venv/requirements.done
 	.venv/bin/python -m pip install --quiet -r $<
 	touch $@
 

@@ -1,6 +1,7 @@
 """Judge a checkpoint of train.py: k-NN and linear probe under every protocol, beside untrained and raw pixels."""
 
 import logging
+from pathlib import Path
 
 from utils.cli import errors_under_way, make_parser, overrides, read_config_if_named, run, user_errors
 from utils.config import ConfigError
@@ -10,11 +11,14 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python test.py --config config/cifar10.yaml --use_amp
-  python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt"""
+  python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt
+  python test.py --config config/digits.yaml --report"""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
+    parser.add_argument("--report", action="store_true", help="write all that there is to see into one HTML file")
+    parser.add_argument("--out", type=Path, help="the report; default: report.html in the run's folder")
     with user_errors(ConfigError):
         args = parser.parse_intermixed_args(argv)
         config = read_config_if_named(args)
@@ -23,9 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     from training.judge import all_protocols, baselines, encode_with, judge, settled
     from training.trained import open_trained, read_trained
     from utils.checkpoint import CheckpointError
+    from utils.device import OutOfMemoryError
     from utils.logging import format_table
 
     with user_errors(ConfigError, DatasetError, CheckpointError):
+        if args.report:
+            from analysis import report, require
+            from analysis.codec import Codec
+
+            require(*report.NEEDS)
         trained = read_trained(config, args.checkpoint, overrides(args))
         experiment, soda = open_trained(trained)
         if experiment.test is None:
@@ -33,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("judging the EMA encoder of %s", trained.describe(experiment.loader.steps_per_epoch))
 
     # "settled": with BatchNorm statistics made as those of the untrained encoder are.
-    with errors_under_way(DatasetError):
+    with errors_under_way(DatasetError, OutOfMemoryError):
         encoders = {
             "trained": encode_with(experiment, soda),
             "settled": encode_with(experiment, settled(experiment, soda)),
@@ -42,6 +52,17 @@ def main(argv: list[str] | None = None) -> int:
         table = judge(experiment, encoders, all_protocols(experiment))
     if rank() == 0:
         print(format_table(table))
+    if not args.report:
+        return 0
+
+    with errors_under_way(DatasetError, OutOfMemoryError):
+        codec = Codec(experiment, soda, experiment.config.seed)
+        found, drawn = report.confusions(codec), report.draw_pictures(codec)
+    with user_errors():
+        if rank() == 0:
+            path = args.out or trained.folder / "report.html"
+            report.write_report(path, trained, codec, table, found, drawn)
+            print(f"\nreport       {path}")
     return 0
 
 

@@ -136,6 +136,7 @@ class Codec:
             unit_scale=True,
             leave=False,
             mininterval=0.5 if sys.stderr.isatty() else 30,
+            delay=1 if sys.stderr.isatty() else 30,  # what is soon done needs none
             disable=rank() > 0,
         )
         smaller = f"set evaluation.batch_size={max(1, self._batch // 2)}"

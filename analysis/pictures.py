@@ -85,15 +85,15 @@ def mix(codec: Codec, chosen: Chosen, sections: Sequence[int] | None) -> Picture
         "Sections of two images' latents",
         "Each column decodes the first image's z with the sections named above it taken from the second's; "
         f"{INVERTED} of the first. {section_legend(codec)}",
-        ["first", *map(_section_names, sets), "second"],
+        ["first", *(_section_names(taken, count) for taken in sets), "second"],
         [],
         [list(row) for row in zip(*columns, strict=True)],
     )
 
 
-def _section_names(sections: list[int]) -> str:
-    if not sections:
-        return "none"
+def _section_names(sections: list[int], count: int) -> str:
+    if len(sections) in (0, count):
+        return "all" if sections else "none"
     in_a_row = sections == list(range(sections[0], sections[-1] + 1)) and len(sections) > 2
     listed = f"{sections[0]} to {sections[-1]}" if in_a_row else " and ".join(map(str, sections))
     return f"section {listed}" if len(sections) == 1 else f"sections {listed}"

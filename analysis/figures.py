@@ -1,0 +1,75 @@
+"""Figures of the report as inline SVG, whose lines and letters take the colour of the text around them."""
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+
+INK = "#010203"  # of axes and letters: stands for currentColor, which matplotlib does not know
+MAX_LEGEND = 20  # classes; colours of more cannot be told apart
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK
+    )
+    with matplotlib.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": "soda"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any, name: str, title: str) -> str:
+    """As an element for HTML, with ids of its own."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def curves(
+    name: str, ylabel: str, lines: dict[str, tuple[list[float], list[float]]], log: bool = False, from_0: bool = False
+) -> str:
+    """Lines {label: (epochs, values)} over epochs; values that are None, not having been finite, are gaps."""
+    figure, axes = _figure(5.2, 2.8)
+    for label, (epochs, values) in lines.items():
+        y = np.array([np.nan if value is None else value for value in values])
+        axes.plot(epochs, y, marker="o" if len(y) < 30 else None, markersize=3, linewidth=1.2, label=label)
+    if log:
+        axes.set_yscale("log")
+    elif from_0:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(ylabel)
+    axes.grid(color=INK, alpha=0.15, linewidth=0.5)
+    if len(lines) > 1:
+        axes.legend(frameon=False, labelcolor=INK)
+    return _svg(figure, name, f"{ylabel} over epochs")
+
+
+def scatter(name: str, points: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
+    """Points (N, 2), coloured by class; with a legend where colours can be told apart."""
+    import matplotlib
+
+    figure, axes = _figure(5.2, 4.6)
+    few = len(classes) <= MAX_LEGEND
+    palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "hsv"]
+    for label, class_name in enumerate(classes):
+        mine = points[labels == label]
+        color = palette(label if few else label / len(classes))
+        axes.plot(*mine.T, "o", markersize=3, color=color, markeredgewidth=0, label=class_name)
+    axes.set_axis_off()
+    if few:
+        axes.legend(frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    return _svg(figure, name, "t-SNE of test latents, coloured by class")
