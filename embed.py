@@ -6,6 +6,7 @@ from pathlib import Path
 from utils.cli import errors_under_way, make_parser, overrides, read_config_if_named, run, user_errors
 from utils.config import ConfigError
 from utils.distributed import rank, start
+from utils.files import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             source = of_folder(args.folder, config) if args.folder else of_files(args.files, config)
         name = args.split or (args.folder.resolve().name if args.folder else "files")
         path = args.out or trained.folder / "features" / f"{name}.npz"
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     with errors_under_way(DatasetError, OutOfMemoryError):
         features = encode(encoder.to(device), source, config, amp_dtype)
     with user_errors():

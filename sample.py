@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import errors_under_way, make_parser, overrides, read_config_if_named, run, user_errors
 from utils.config import ConfigError
 from utils.distributed import rank
+from utils.files import check_writable
 
 if TYPE_CHECKING:
     from analysis.codec import Codec
@@ -42,14 +43,13 @@ EXAMPLES = """\
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with user_errors(ConfigError):
-        # `python -m torch.distributed.launch` puts --local-rank first.
-        name = next((word for word in argv if not word.startswith("-")), None)
+        name = next((word for word in argv if word in PICTURES), None)
         if name is None and {"-h", "--help"} & {*argv}:
             if rank() == 0:
                 print(USAGE)
             return 0
-        if name not in PICTURES:
-            raise ConfigError(f"no picture {name}: there are {', '.join(PICTURES)} (see sample.py --help)")
+        if name is None:
+            raise ConfigError(f"which picture? There are {', '.join(PICTURES)} (see sample.py --help)")
         words = list(argv)
         words.remove(name)
         args = parse(name, words)
@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         experiment, soda = open_trained(trained)
         draw = prepare(name, args, experiment)
         path = args.out or trained.folder / "pictures" / f"{name}.png"
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     seed = experiment.config.seed if args.seed is None else args.seed
     with errors_under_way(DatasetError, OutOfMemoryError):
         picture = draw(Codec(experiment, soda, seed))

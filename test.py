@@ -6,6 +6,7 @@ from pathlib import Path
 from utils.cli import errors_under_way, make_parser, overrides, read_config_if_named, run, user_errors
 from utils.config import ConfigError
 from utils.distributed import rank
+from utils.files import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         experiment, soda = open_trained(trained)
         if experiment.test is None:
             raise DatasetError(f"{trained.config.data.root} has no labels, without which nothing can be judged")
+        path = args.out or trained.folder / "report.html"
+        if args.report:
+            check_writable(path)
         logger.info("judging the EMA encoder of %s", trained.describe(experiment.loader.steps_per_epoch))
 
     # "settled": with BatchNorm statistics made as those of the untrained encoder are.
@@ -60,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         found, drawn = report.confusions(codec), report.draw_pictures(codec)
     with user_errors():
         if rank() == 0:
-            path = args.out or trained.folder / "report.html"
             report.write_report(path, trained, codec, table, found, drawn)
             print(f"\nreport       {path}")
     return 0

@@ -24,8 +24,8 @@ def reconstruct(codec: Codec, chosen: Chosen, num_samples: int) -> Picture:
     """What z and x_T hold of each image: samples from z and random x_T, and the decode from z and its own x_T."""
     z = codec.encode(chosen.pixels)
     x_T = codec.invert(chosen.pixels, z)
-    noise = torch.cat([codec.noise(len(chosen), f"sample {i}") for i in range(num_samples)] or [x_T[:0]])
-    sampled = codec.sample(z.repeat(num_samples, 1), noise).split(len(chosen))
+    noises = [codec.noise(len(chosen), f"sample {i}") for i in range(num_samples)]
+    sampled = codec.sample(z.repeat(num_samples, 1), torch.cat(noises)).split(len(chosen)) if noises else ()
     decoded = codec.decode(z, x_T)
 
     sources = scaled(chosen.pixels).to(z.device)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
+import embed as embed_program
+import sample as sample_program
 import test as judge_program
 import train as train_program
 from datasets import Views
@@ -32,6 +34,13 @@ from utils.config import ConfigError
 from utils.config_file import load_config
 from utils.distributed import all_reduce, rank, same_everywhere, share, stop, world_size
 from utils.logging import PhaseTimer
+
+PROGRAMS = {
+    "train.py": train_program,
+    "test.py": judge_program,
+    "sample.py": sample_program,
+    "embed.py": embed_program,
+}
 
 # Steps are small because AdamW and ReLU magnify rounding: of a gradient near zero, AdamW keeps only the sign. Nothing
 # is clipped, so that gradients are compared as they are.
@@ -256,8 +265,7 @@ def mistakes(cases: list[tuple[str, list[str]]]) -> list[tuple[Any, str]]:
         logging.root.handlers.clear()  # else they print to where the first one did
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             try:
-                main = train_program.main if program == "train.py" else judge_program.main
-                status = main([argument.replace("{rank}", str(rank())) for argument in arguments])
+                status = PROGRAMS[program].main([argument.replace("{rank}", str(rank())) for argument in arguments])
             except SystemExit as ended:
                 status = ended.code
         found.append((status, printed.getvalue()))
@@ -280,6 +288,10 @@ if __name__ == "__main__":
     elif what == "mistakes":
         os.chdir(place / f"disk{rank()}")
         results = mistakes(torch.load(place / "cases.pt"))
+    elif what == "pictures":
+        for index, arguments in enumerate(torch.load(place / "cases.pt")):
+            assert sample_program.main([*arguments, "--out", str(place / "together" / f"{index}.png")]) == 0
+        results = None
     else:
         results = numbers(place) | {
             "unsynchronised": unsynchronised(place),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from model import GaussianDiffusion
@@ -49,6 +49,10 @@ def test_q_sample_against_diffusers() -> None:
     torch.testing.assert_close(ours, theirs.add_noise(x_start, noise, timesteps), atol=2e-5, rtol=1e-5)
 
 
+def denoise_somehow(x_t: Tensor, timesteps: Tensor) -> Tensor:
+    return (0.7 * x_t + timesteps[:, None, None, None] / 1000).sin()
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clip_denoised", [True, False])
 @pytest.mark.parametrize("num_sampling_steps", [10, 100])
@@ -65,9 +69,6 @@ def test_ddim_against_diffusers(num_sampling_steps: int, clip_denoised: bool, et
     theirs.set_timesteps(num_sampling_steps)
     assert theirs.timesteps.tolist() == diffusion().sampling_timesteps(num_sampling_steps)
 
-    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        return (0.7 * x_t + timesteps[:, None, None, None] / 1000).sin()
-
     torch.manual_seed(0)
     x_T = torch.randn(2, 3, 4, 4)
     source, generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
@@ -77,15 +78,55 @@ def test_ddim_against_diffusers(num_sampling_steps: int, clip_denoised: bool, et
         asked.append(t)
         return torch.randn(2, 3, 4, 4, generator=source)
 
-    ours = diffusion().ddim_sample(denoise, x_T, num_sampling_steps, eta, clip_denoised, draw_noise)
+    ours = diffusion().ddim_sample(denoise_somehow, x_T, num_sampling_steps, eta, clip_denoised, draw_noise)
     assert asked == (theirs.timesteps.tolist() if eta else [])
     sample = x_T
     for t in theirs.timesteps:
-        eps = denoise(sample, t.expand(2))
+        eps = denoise_somehow(sample, t.expand(2))
         sample = theirs.step(
             eps, int(t), sample, eta, use_clipped_model_output=clip_denoised, generator=generator
         ).prev_sample
     torch.testing.assert_close(ours, sample, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_sampling_steps", [10, 100])
+def test_inversion_by_one_iteration_against_diffusers(num_sampling_steps: int) -> None:
+    theirs = DDIMInverseScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+    theirs.set_timesteps(num_sampling_steps)
+    assert theirs.timesteps.tolist() == diffusion().sampling_timesteps(num_sampling_steps)[::-1]
+    torch.manual_seed(0)
+    x_start = torch.rand(2, 3, 4, 4) * 2 - 1
+    noisier = x_start
+    for t in theirs.timesteps:
+        # Theirs takes a timestep for the one that it comes from.
+        step = theirs.step(denoise_somehow(noisier, t.expand(2)), int(t), noisier)
+        noisier = step.prev_sample
+    ours = diffusion().ddim_invert(denoise_somehow, x_start, num_sampling_steps, num_iterations=1)
+    torch.testing.assert_close(ours, noisier, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_more_iterations_invert_the_sampler(schedule: Schedule) -> None:
+    ours = diffusion(schedule)
+    torch.manual_seed(0)
+    x_start = torch.rand(2, 3, 4, 4) * 2 - 1
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        return 0.5 * x_t * ours.sqrt_one_minus_alphas_cumprod[timesteps][:, None, None, None]
+
+    errors = []
+    for num_iterations in (1, 2, 3, 20):
+        x_T = ours.ddim_invert(denoise, x_start, 25, num_iterations)
+        errors.append((ours.ddim_sample(denoise, x_T, 25, clip_denoised=False) - x_start).abs().max().item())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4 and errors[1] < 0.5 * errors[0]
 
 
 @pytest.mark.parametrize("num_sampling_steps", [1, 3, 20, 300, 1000])

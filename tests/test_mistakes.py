@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import test as judge_program
 import train as train_program
 from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch
+from tests.processes import PROGRAMS
 from tests.test_checkpoint import Malicious
 from utils.files import lock_file
 
@@ -97,6 +97,41 @@ MISTAKES = [
     Mistake(
         "does not fit the model: encoder.fc.weight is (8, 31) there and (8, 32)", checkpoint("reshaped"), "test.py"
     ),
+    Mistake("which picture? There are reconstruct, interpolate", checkpoint("good"), "sample.py"),
+    Mistake("name what to look at: --config", ["nearest"], "sample.py"),
+    Mistake("train first", ["nearest"], "sample.py"),
+    Mistake(
+        "(encoder.fc.weight is (8, 32) there and (16, 32) here): add encoder.latent_dim=8",
+        ["nearest", *checkpoint("good"), "encoder.latent_dim=16"],
+        "sample.py",
+    ),
+    Mistake(
+        "those of the test split go from 0 to 359", ["reconstruct", *checkpoint("good"), "--images", "360"], "sample.py"
+    ),
+    Mistake("write 12 (of the test images)", ["nearest", *checkpoint("good"), "--images", "cat.png"], "sample.py"),
+    Mistake("key=value comes before it", ["nearest", *checkpoint("good"), "--images", "0", "seed=1"], "sample.py"),
+    Mistake(
+        "unreadable/train/b/7.png (cannot identify image file",
+        ["reconstruct", *checkpoint("good"), "--images", "{place}/images/unreadable/train/b/7.png"],
+        "sample.py",
+    ),
+    Mistake("3 images are no pairs", ["interpolate", *checkpoint("good"), "--num_images", "3"], "sample.py"),
+    Mistake("no class ten: there are 0, 1, 2", ["directions", *checkpoint("good"), "--class", "ten"], "sample.py"),
+    Mistake("no class 11", ["arithmetic", *checkpoint("good"), "--terms", "class:1", "class:11", "0"], "sample.py"),
+    Mistake("have 8 components", ["directions", *checkpoint("good"), "--num_components", "9"], "sample.py"),
+    Mistake("mix needs a model of decoder.modulation sectioned", ["mix", *checkpoint("good")], "sample.py"),
+    Mistake("this model's go from 0 to 2", ["mix", *checkpoint("sectioned"), "--sections", "3"], "sample.py"),
+    Mistake("goes up to 1437", ["generate", *checkpoint("good"), "--num_components", "1438"], "sample.py"),
+    Mistake("--num_steps 1: take at least 2", ["interpolate", *checkpoint("good"), "--num_steps", "1"], "sample.py"),
+    Mistake(
+        "there are 1437 training images", ["nearest", *checkpoint("good"), "--num_neighbours", "1438"], "sample.py"
+    ),
+    Mistake("one of the arguments --split --folder --files --export is required", checkpoint("good"), "embed.py"),
+    Mistake("ends in neither .npz nor", [*checkpoint("good"), "--split", "test", "--out", "z.csv"], "embed.py"),
+    Mistake("no folder none", [*checkpoint("good"), "--folder", "none"], "embed.py"),
+    Mistake("no images in", [*checkpoint("good"), "--folder", "{place}/images/empty"], "embed.py"),
+    Mistake("no image none.png", [*checkpoint("good"), "--files", "none.png"], "embed.py"),
+    Mistake("text.pt cannot be read", [*checkpoint("text"), "--export", "out"], "embed.py"),
     Mistake("no config file", ["--config", "{place}/only_0.yaml", "--config", "{place}/only_{rank}.yaml"], processes=2),
     Mistake("the processes read different configs", ["seed={rank}"], processes=2),
     Mistake("batch_size 60 does not divide into shares", ["training.batch_size=60"], processes=2),
@@ -111,8 +146,12 @@ MISTAKES = [
 
 
 def complete(mistake: Mistake, place: Path) -> list[str]:
-    base = [] if mistake.expected.startswith("the following") else digits_args(place / "nothing")
-    return [argument.replace("{place}", str(place)) for argument in [*base, *mistake.arguments]]
+    config = digits_args(place / "nothing")
+    if mistake.expected.startswith(("the following", "name what")):
+        config = []
+    elif checkpoint("sectioned")[1] in mistake.arguments:  # its own config holds
+        config = ["device=cpu"]
+    return [argument.replace("{place}", str(place)) for argument in [*config, *mistake.arguments]]
 
 
 def contents(place: Path) -> dict[str, bytes | None]:
@@ -154,6 +193,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert train_program.main(digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")) == 0
     checkpoints = place / "checkpoints"
     checkpoints.mkdir()
+    parted = digits_args(place / "parted", "sampling.num_images=0", "decoder.modulation=sectioned")
+    assert train_program.main(parted) == 0
+    (place / "parted" / "checkpoints" / "last.pt").rename(checkpoints / "sectioned.pt")
+    shutil.rmtree(place / "parted")
     good = (run / "checkpoints" / "last.pt").read_bytes()
     (checkpoints / "good.pt").write_bytes(good)
     (checkpoints / "truncated.pt").write_bytes(good[: len(good) // 2])
@@ -183,11 +226,10 @@ def test_a_mistake_ends_with_one_line_and_nothing_written(
     place: Path, capsys: pytest.CaptureFixture[str], mistake: Mistake
 ) -> None:
     before = contents(place)
-    program = train_program if mistake.program == "train.py" else judge_program
     with lock_file(place / "busy" / ".lock"):
         (place / "busy" / ".lock")
         with pytest.raises(SystemExit, match="2"):
-            program.main(complete(mistake, place))
+            PROGRAMS[mistake.program].main(complete(mistake, place))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert_refused(captured.err, mistake.expected)

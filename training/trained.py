@@ -50,9 +50,9 @@ class Trained:
     def soda(self) -> SODA:
         """The EMA model on the host, in evaluation mode; raises CheckpointError."""
         soda, weights = build_on_meta(self.config).to_empty(device="cpu"), self.contents["ema"].get("model", {})
-        difference = first_difference(weights, soda)
+        difference = first_difference(weights, soda) or first_difference(self.contents["model"], soda)
         if difference:
-            raise CheckpointError(f"{self.path} does not fit the model: {difference}; name another")
+            raise CheckpointError(f"the checkpoint does not fit the model: {difference}; name another")
         soda.load_state_dict(weights)
         return soda.eval().requires_grad_(False)
 

@@ -23,6 +23,17 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError where a file cannot be written to `path`, whose folders need not be there yet; makes nothing."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
 class FolderError(Exception):
     """A run's folder that cannot be written to any more; the message says what to do."""
 

@@ -1,0 +1,339 @@
+"""What the pictures show is so: on a model that was trained to a point where it can be seen."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+import sample as sample_program
+import train as train_program
+from analysis import latent_space, pictures
+from analysis.codec import Codec, slerp
+from analysis.picture import Cell, Picture, save_picture, to_pixels
+from analysis.quality import psnr, ssim
+from analysis.references import choose_images
+from tests.conftest import ROOT, TWO_PROCESSES, launch
+from training.trained import Trained, open_trained, read_trained
+
+SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on squares of scikit-learn's two photographs, which have colours and textures as real images do."""
+    place = tmp_path_factory.mktemp("photographs")
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        half = Image.fromarray(photograph).reduce(2)
+        corners = [
+            (x, y) for y in range(0, half.height - SIZE + 1, SIZE) for x in range(0, half.width - SIZE + 1, SIZE)
+        ]
+        for index, (x, y) in enumerate(corners):
+            folder = place / "images" / ("test" if index % 22 == 0 else "train") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            half.crop((x, y, x + SIZE, y + SIZE)).save(folder / f"{index}.png")
+    settings = [
+        *("data.name=folder", f"data.root={place / 'images'}", f"data.cache_dir={place / 'cache'}"),
+        *("diffusion.schedule=linear", "decoder.modulation=sectioned", "training.epochs=20", "sampling.num_images=0"),
+        *("device=cpu", "evaluation.knn.k=5", "evaluation.probe.epochs=1", f"output_dir={place / 'run'}"),
+    ]
+    assert train_program.main(["--config", str(ROOT / "config" / "digits.yaml"), *settings]) == 0
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> Trained:
+    return read_trained(None, run / "checkpoints" / "last.pt", [])
+
+
+def codec_of(trained: Trained, num_sampling_steps: int) -> Codec:
+    experiment, soda = open_trained(trained)
+    sampling = trained.config.sampling.model_copy(update={"num_sampling_steps": num_sampling_steps})
+    object.__setattr__(experiment, "config", experiment.config.model_copy(update={"sampling": sampling}))
+    return Codec(experiment, soda, seed=0)
+
+
+@pytest.fixture(scope="module")
+def codec(trained: Trained) -> Codec:
+    return codec_of(trained, 100)
+
+
+@pytest.fixture(scope="module")
+def quick(trained: Trained) -> Codec:
+    return codec_of(trained, 10)
+
+
+def all_test_pixels(codec: Codec) -> Tensor:
+    assert codec.experiment.test is not None
+    (pixels,) = codec.experiment.test.batches([range(len(codec.experiment.test))])
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def inverted(codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all test images: as they are in [-1, 1], z, x_T."""
+    pixels = all_test_pixels(codec)
+    z = codec.encode(pixels)
+    return pixels.float() / 127.5 - 1, z, codec.invert(pixels, z)
+
+
+def test_inverted_noise_decodes_to_the_image(
+    trained: Trained, codec: Codec, inverted: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    sources, z, x_T = inverted
+    half = codec_of(trained, 50)
+    fine = psnr(codec.decode(z, x_T), sources)
+    coarse = psnr(half.decode(z, half.invert(all_test_pixels(codec), z)), sources)
+    assert len(sources) > 90 and fine.min() >= 30
+    assert fine.min() >= coarse.min() + 5 and fine.mean() >= coarse.mean() + 5
+    assert 0.9 <= x_T.std() <= 1.1
+
+
+def test_an_images_own_z_decodes_nearer_to_it_than_anothers(
+    codec: Codec, quick: Codec, inverted: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Nearly always from the image's own x_T; from random noise, which places things otherwise, more often than not."""
+    sources, z, x_T = inverted
+
+    def share_nearer(decode: Callable[[Tensor, Tensor], Tensor], x_T: Tensor) -> float:
+        own, others = ((decode(latents, x_T) - sources).square().mean(dim=(1, 2, 3)) for latents in (z, z.roll(1, 0)))
+        return (own < others).float().mean().item()
+
+    assert share_nearer(codec.decode, x_T) >= 0.9
+    assert share_nearer(quick.sample, quick.noise(len(z), "anything")) >= 0.6
+
+
+def column(picture: Picture, index: int) -> Tensor:
+    """Images (rows, 3, H, W) uint8."""
+    found = [row[index].image for row in picture.cells]
+    return torch.stack([image for image in found if image is not None])
+
+
+def test_reconstruct_shows_source_samples_and_decode_with_their_figures(codec: Codec) -> None:
+    chosen = choose_images(codec.experiment, ["0", "train:3"], 2)
+    picture = pictures.reconstruct(codec, chosen, num_samples=2)
+    assert torch.equal(column(picture, 0), chosen.pixels)
+    sources = chosen.pixels.float() / 127.5 - 1
+    for index in (1, 2, 4):
+        shown = column(picture, index).float() / 127.5 - 1
+        for row, noise, similarity in zip(picture.cells, psnr(shown, sources), ssim(shown, sources), strict=True):
+            decibels, index_of_ssim = row[index].caption.removeprefix("PSNR ").split(" dB\nSSIM ")
+            assert float(decibels) == pytest.approx(noise.item(), abs=3 if noise > 40 else 0.2)  # rounded to bytes
+            assert float(index_of_ssim) == pytest.approx(similarity.item(), abs=0.02)
+    assert not torch.equal(column(picture, 1), column(picture, 2))
+    assert (psnr(column(picture, 4).float() / 127.5 - 1, sources) > 30).all()
+
+
+def test_psnr_and_ssim_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 3, 3, 8, 8, generator=generator).mul(2).sub(1).unbind()
+    squares = (a - b).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(psnr(a, b), 10 * torch.log10(4 / squares))
+    for size in (4, 8, 13, 32):
+        images = torch.rand(2, 3, size, size, generator=generator)
+        torch.testing.assert_close(ssim(images, images), torch.ones(2))
+    flat = torch.full((1, 3, 8, 8), 0.5)  # no variance: means alone (Wang et al. 2004, eq. 6), with C1 = (0.01 * 2)^2
+    expected = (2 * 0.5 * 0.25 + 0.02**2) / (0.5**2 + 0.25**2 + 0.02**2)
+    torch.testing.assert_close(ssim(flat, flat / 2), torch.tensor([expected]), atol=1e-4, rtol=0)
+
+
+def test_an_interpolations_ends_are_its_reconstructions(codec: Codec) -> None:
+    chosen = choose_images(codec.experiment, None, 4)
+    first, second = chosen.pairs()
+    picture = pictures.interpolate(codec, chosen, num_steps=5)
+    rebuilt = pictures.reconstruct(codec, chosen, num_samples=0)
+    ends = torch.stack([column(picture, 1), column(picture, 5)], dim=1).flatten(0, 1)
+    assert (ends.int() - column(rebuilt, 2).int()).abs().max() <= 1
+    assert torch.equal(column(picture, 0), first.pixels) and torch.equal(column(picture, 6), second.pixels)
+
+    # In between, x_T keeps its size, and z is nearer to that of the nearer end.
+    a, b = codec.noise(2, "a"), codec.noise(2, "b")
+    middle = slerp(a, b, 0.5)
+    assert middle.std().item() == pytest.approx(a.std().item(), rel=0.1) and (a.lerp(b, 0.5).std() < 0.8 * a.std())
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
+    angle = torch.acos(F.cosine_similarity(a.flatten(1), b.flatten(1)))
+    b *= (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1))[:, None, None, None]  # on one sphere
+    turned = torch.acos(F.cosine_similarity(a.flatten(1), slerp(a, b, 0.25).flatten(1)))
+    torch.testing.assert_close(turned, angle / 4, atol=1e-3, rtol=0)
+    z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
+    for index, nearer, farther in ((2, z_a, z_b), (4, z_b, z_a)):
+        z = codec.encode(column(picture, index))
+        assert ((z - nearer).norm(dim=1) < (z - farther).norm(dim=1)).float().mean() >= 0.5
+
+
+def test_components_are_those_of_the_covariance_and_move_the_latent_along_them(codec: Codec) -> None:
+    units, deviations, shares = latent_space.principal_components(codec.train_z, 4)
+    values, vectors = np.linalg.eigh(np.cov(codec.train_z.double().numpy().T))
+    np.testing.assert_allclose(deviations**2, values[::-1][:4], rtol=1e-6)
+    np.testing.assert_allclose(shares, values[::-1][:4] / values.sum(), rtol=1e-6)
+    np.testing.assert_allclose(np.abs(np.sum(units * vectors[:, ::-1][:, :4].T, axis=1)), 1, rtol=1e-6)
+    assert (np.diff(deviations) < 0).all()
+
+    chosen = choose_images(codec.experiment, None, 2)
+    picture = latent_space.directions(codec, chosen, 2, num_steps=3, reach=1.5, label=None)
+    assert picture.columns == ["image", "-1.5", "0", "+1.5"] and len(picture.cells) == 4
+    assert f"{100 * shares[1]:.1f} %" in picture.rows[1] == picture.rows[3]
+    z = codec.encode(chosen.pixels)
+    x_T = codec.invert(chosen.pixels, z)
+    for component in (0, 1):
+        vector = vectors[:, -1 - component] * np.sign(units[component] @ vectors[:, -1 - component])
+        step = torch.tensor(1.5 * np.sqrt(values[-1 - component]) * vector, dtype=torch.float32)
+        for index, moved in ((1, z - step), (2, z), (3, z + step)):
+            shown = column(picture, index)[component::2]
+            assert (shown.int() - to_pixels(codec.decode(moved, x_T)).int()).abs().max() <= 1
+        assert not torch.equal(column(picture, 1)[component::2], column(picture, 3)[component::2])
+
+
+def test_towards_a_class_a_classifier_of_its_own_sees_more_of_it(codec: Codec) -> None:
+    labels = codec.experiment.train.labels
+    assert labels is not None
+    judge = LogisticRegression(max_iter=1000).fit(codec.train_z.numpy(), labels.numpy())
+    chosen = choose_images(codec.experiment, None, 8)
+    for label, sign in ((0, -1), (1, 1)):
+        picture = latent_space.directions(codec, chosen, 1, num_steps=3, reach=1.5, label=label)
+        assert codec.experiment.info.classes[label] in picture.title
+        before, after = (judge.decision_function(codec.encode(column(picture, i)).numpy()) for i in (1, 3))
+        assert (sign * (after - before) > 0).mean() >= 0.75
+
+
+def test_arithmetic_of_means_and_images(codec: Codec) -> None:
+    image = choose_images(codec.experiment, ["2"], 1)
+    same = latent_space.arithmetic(codec, [0, 0, image], num_samples=1)
+    assert same.rows == ["image", "decoded, x_T of c", "sampled, random x_T 1"]
+    for row in same.cells[1:]:  # a - a + c is c
+        assert row[2].image is not None and row[3].image is not None
+        assert (row[2].image.int() - row[3].image.int()).abs().max() <= 1
+    back = same.cells[1][2].image
+    assert back is not None and psnr(back[None].float() / 127.5 - 1, image.pixels.float() / 127.5 - 1) > 30
+
+    # Of means alone, from noise: the last column is that of the latent worked out by hand.
+    picture = latent_space.arithmetic(codec, [0, 1, 0], num_samples=2)
+    labels = codec.experiment.train.labels
+    assert labels is not None and len(picture.cells) == 2
+    means = [codec.train_z[labels == label].mean(dim=0) for label in (0, 1)]
+    z = (2 * means[0] - means[1]).expand(2, -1)
+    assert (column(picture, 3).int() - to_pixels(codec.sample(z, codec.noise(2, "sample 0"))).int()).abs().max() <= 1
+
+
+def test_mixing_switches_sections_one_after_the_other(codec: Codec) -> None:
+    chosen = choose_images(codec.experiment, None, 4)
+    first, second = chosen.pairs()
+    picture = pictures.mix(codec, chosen, None)
+    assert picture.columns == ["first", "none", "section 2", "sections 1 and 2", "all", "second"]
+    z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
+    x_T = codec.invert(first.pixels, z_a)
+    widths = codec.soda.decoder.section_dims
+    for index, kept in enumerate((sum(widths), sum(widths[:2]), widths[0], 0), start=1):
+        z = torch.cat([z_a[:, :kept], z_b[:, kept:]], dim=1)
+        assert (column(picture, index).int() - to_pixels(codec.decode(z, x_T)).int()).abs().max() <= 1
+    assert not torch.equal(column(picture, 1), column(picture, 4))
+    one = pictures.mix(codec, chosen, [1])
+    z = torch.cat([z_a[:, : widths[0]], z_b[:, widths[0] : -widths[2]], z_a[:, -widths[2] :]], dim=1)
+    assert one.columns == ["first", "section 1", "second"]
+    assert (column(one, 1).int() - to_pixels(codec.decode(z, x_T)).int()).abs().max() <= 1
+
+
+def test_new_images_are_drawn_from_the_mixture_and_show_their_latents(
+    codec: Codec, quick: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Tensor] = {}
+    sample = quick.sample
+
+    def remember(z: Tensor, x_T: Tensor) -> Tensor:
+        drawn["z"] = z
+        return sample(z, x_T)
+
+    monkeypatch.setattr(quick, "sample", remember)
+    picture = latent_space.generate(quick, num_components=3, num_samples=20)
+    z = drawn["z"]
+    assert len(picture.cells) == 3 and len(picture.cells[0]) == 20 and z.shape == (60, codec.train_z.shape[1])
+    # As likely under another mixture, fitted to the same latents, as these are; noise of their deviation is not.
+    latents = codec.train_z.double().numpy()
+    other = GaussianMixture(3, reg_covar=1e-3 * latents.var(axis=0).mean(), random_state=7).fit(latents)
+    strangers = latents.mean(axis=0) + latents.std(axis=0) * np.random.default_rng(0).standard_normal(
+        (60, len(latents[0]))
+    )
+    real, new, strange = (np.median(other.score_samples(some)) for some in (latents, z.double().numpy(), strangers))
+    assert abs(new - real) < 0.2 * abs(real - strange)
+    weights = [float(row.split(": ")[1].split(" %")[0]) for row in picture.rows]
+    assert weights == sorted(weights, reverse=True) and 98 <= sum(weights) <= 102
+    # What is seen in an image is its own z rather than another's.
+    seen = quick.encode(torch.stack([cell.image for row in picture.cells for cell in row if cell.image is not None]))
+    own, others = ((seen - some).norm(dim=1) for some in (z, z.roll(7, dims=0)))
+    assert (own < others).float().mean() >= 0.7
+
+
+def test_a_query_in_the_bank_finds_itself_first(codec: Codec) -> None:
+    chosen = choose_images(codec.experiment, [f"train:{i}" for i in range(0, 1900, 190)], 0)
+    picture = pictures.nearest(codec, chosen, num_neighbours=3)
+    for name, row in zip(chosen.names, picture.cells, strict=True):
+        assert row[0].caption == name and row[1].caption == f"{name}\n1.000"
+        assert row[1].image is not None and torch.equal(row[0].image, row[1].image)  # type: ignore[arg-type]
+        cosines = [float(cell.caption.split("\n")[-1]) for cell in row[1:]]
+        assert cosines == sorted(cosines, reverse=True)
+
+
+def test_a_picture_file_holds_each_image_in_its_place(tmp_path: Path) -> None:
+    colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]]
+    rows = [
+        [Cell(torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 8, 8), "below") for colour in row]
+        for row in colours
+    ]
+    rows[1].append(Cell())
+    rows[0].append(Cell(torch.zeros(3, 8, 8, dtype=torch.uint8)))
+    save_picture(
+        Picture("x", "A title", "An explanation.", ["a", "b", "c"], ["one", "two"], rows), tmp_path / "a.png", "made so"
+    )
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    boxes = {}
+    for row in colours:
+        for colour in row:
+            y, x = np.nonzero((pixels == colour).all(axis=2))
+            assert len(y) == 72 * 72 and np.ptp(y) == np.ptp(x) == 71
+            boxes[colour] = int(y[0]), int(x[0])
+    (top, left), (same_top, right), (bottom, same_left), (_, same_right) = boxes.values()
+    assert top == same_top < bottom and left == same_left < right == same_right
+
+
+PICTURES: list[list[str]] = [
+    ["reconstruct", "--num_images", "5", "--num_samples", "4"],
+    ["interpolate", "--images", "0", "train:1", "2", "3", "--num_steps", "5"],
+    ["directions", "--num_components", "3", "--num_images", "2"],
+    ["directions", "--class", "flower"],
+    ["arithmetic", "--terms", "class:china", "class:flower", "{photograph}"],
+    ["mix", "--num_images", "4", "--sections", "0", "2"],
+    ["generate", "--num_components", "3"],
+    ["nearest", "--num_neighbours", "4"],
+]
+
+
+def test_two_processes_draw_the_same_file_as_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another seed draws another."""
+    photograph = next((run.parent / "images" / "test" / "flower").iterdir())
+    quick = ["sampling.num_sampling_steps=3", "sampling.eta=0.5", "--checkpoint", str(run / "checkpoints" / "last.pt")]
+    cases = [[word.replace("{photograph}", str(photograph)) for word in words] for words in PICTURES]
+    drawn: dict[str, list[bytes]] = {"alone": [], "seed": []}
+    for index, (name, *options) in enumerate(cases):
+        for folder, more in (("alone", []), ("seed", ["--seed", "5"])):
+            if folder == "seed" and name not in ("reconstruct", "generate"):
+                continue
+            out = tmp_path / folder / f"{index}.png"
+            assert sample_program.main([*quick, name, *options, *more, "--out", str(out)]) == 0
+            assert capsys.readouterr().out.endswith(f"{out}\n")
+            drawn[folder].append(out.read_bytes())
+    assert len({*drawn["alone"], *drawn["seed"]}) == len(cases) + 2
+
+    torch.save([[*quick, name, *options] for name, *options in cases], tmp_path / "cases.pt")
+    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "pictures", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for index, expected in enumerate(drawn["alone"]):
+        assert (tmp_path / "together" / f"{index}.png").read_bytes() == expected, cases[index]

@@ -1,0 +1,183 @@
+"""Features taken away: by script, in Python, and by what knows nothing of this repository."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from sklearn.neighbors import NearestNeighbors
+
+import embed as embed_program
+import train as train_program
+from analysis.encoder import load_encoder
+from evaluation.knn import nearest_neighbours
+from tests.conftest import ROOT, digits_args, experiment_of
+from training.trained import open_trained, read_trained
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("embed") / "runs" / "digits"
+    assert train_program.main(digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / "last.pt"
+
+
+def as_evaluated(checkpoint: Path, pixels: torch.Tensor) -> dict[str, np.ndarray]:
+    """What the evaluation makes of images, by its own code."""
+    experiment, soda = open_trained(read_trained(None, checkpoint, ["device=cpu"]))
+    with torch.no_grad():
+        found = soda.encoder.features(experiment.views.evaluation(pixels))
+    return {name: values.numpy() for name, values in found.items()}
+
+
+def test_features_of_a_split_are_those_of_the_evaluation(
+    run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = experiment_of(tmp_path)
+    assert experiment.test is not None
+    for out in (None, tmp_path / "test.safetensors"):
+        options = [] if out is None else ["--out", str(out)]
+        assert embed_program.main(["--checkpoint", str(checkpoint), "--split", "test", "device=cpu", *options]) == 0
+        assert capsys.readouterr().out == f"{out or run / 'features' / 'test.npz'}\n"
+    expected = as_evaluated(checkpoint, experiment.test.pixels)
+    with np.load(run / "features" / "test.npz") as stored, safe_open(tmp_path / "test.safetensors", "np") as tensors:
+        notes = tensors.metadata()
+        for name in ("z", "pooled"):
+            np.testing.assert_allclose(stored[name], expected[name], atol=1e-5)
+            np.testing.assert_array_equal(tensors.get_tensor(name), stored[name])
+        labels = experiment.test.labels.numpy()
+        np.testing.assert_array_equal(stored["labels"], labels)
+        np.testing.assert_array_equal(tensors.get_tensor("labels"), labels)
+        names = [f"test:{i}" for i in range(360)]
+        assert stored["names"].tolist() == json.loads(notes["names"]) == names
+        assert stored["classes"].tolist() == json.loads(notes["classes"]) == list("0123456789")
+        digest = sha256(checkpoint.read_bytes()).hexdigest()
+        assert str(stored["checkpoint"]) == notes["checkpoint"] == digest
+
+
+def test_features_of_a_folder_and_of_files(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Decoded as the data sets decode; sub-folders are classes where no image lies beside them."""
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / "photos" / name for name in ("b/2.png", "b/deep/1.png", "a/9.png")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    pixels = torch.stack([torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1) for path in paths])
+    expected = as_evaluated(checkpoint, pixels)["z"]
+
+    def embedded(*options: str) -> dict[str, Any]:
+        out = tmp_path / "out.npz"
+        arguments = ["--checkpoint", str(checkpoint), "device=cpu", "--out", str(out), *options]
+        assert embed_program.main(arguments) == 0
+        return dict(np.load(out))
+
+    found = embedded("--folder", str(tmp_path / "photos"))
+    assert found["names"].tolist() == ["a/9.png", "b/2.png", "b/deep/1.png"]
+    assert found["labels"].tolist() == [0, 1, 1] and found["classes"].tolist() == ["a", "b"]
+    np.testing.assert_allclose(found["z"], expected[[2, 0, 1]], atol=1e-5)
+
+    shutil.copy(paths[0], tmp_path / "photos")
+    found = embedded("--folder", str(tmp_path / "photos"))
+    assert found["names"].tolist() == ["2.png", "a/9.png", "b/2.png", "b/deep/1.png"] and "labels" not in found
+
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(map(str, paths)))
+    found = embedded("--files", f"@{listed}")
+    assert found["names"].tolist() == [str(path) for path in paths] and "labels" not in found
+    np.testing.assert_allclose(found["z"], expected, atol=1e-5)
+
+    before = (tmp_path / "out.npz").read_bytes()
+    paths[1].write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="2"):
+        embedded("--files", *map(str, paths))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot read the image {paths[1]}") and line.endswith("mend or leave it out")
+    assert (tmp_path / "out.npz").read_bytes() == before
+
+
+USE = {
+    "encoder.pt2": "z, pooled = torch.export.load('encoder.pt2').module()(torch.from_numpy(pixels))",
+    "encoder.onnx": "z, pooled = onnxruntime.InferenceSession('encoder.onnx').run(['z', 'pooled'], {'pixels': pixels})",
+}
+
+
+@pytest.mark.parametrize("file", USE)
+def test_an_exported_encoder_needs_nothing_of_this_repository(
+    run: Path, checkpoint: Path, tmp_path: Path, file: str
+) -> None:
+    folder = run / "export"
+    if not folder.exists():
+        assert embed_program.main(["--checkpoint", str(checkpoint), "--export", str(folder)]) == 0
+        assert sorted(path.name for path in folder.iterdir()) == ["encoder.onnx", "encoder.pt2"]
+    pixels = torch.randint(0, 256, (33, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    expected = as_evaluated(checkpoint, pixels)
+    shutil.copy(folder / file, tmp_path)
+    np.save(tmp_path / "pixels.npy", pixels.numpy())
+    script = f"""
+import importlib.util, sys, numpy as np
+assert not any(map(importlib.util.find_spec, ("analysis", "training", "model"))), sys.path
+import {"torch" if file == "encoder.pt2" else "onnxruntime"}
+for count in (33, 1):
+    pixels = np.load("pixels.npy")[:count]
+    {USE[file]}
+    np.savez(f"features_{{count}}.npz", z=np.asarray(z), pooled=np.asarray(pooled))
+"""
+    subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, timeout=300)
+    for count in (33, 1):
+        with np.load(tmp_path / f"features_{count}.npz") as found:
+            for name in ("z", "pooled"):
+                np.testing.assert_allclose(found[name], expected[name][:count], atol=1e-4)
+
+
+def test_the_readmes_lines_run_as_printed(run: Path, checkpoint: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = [block for block in blocks if "load_encoder" in block]
+    done = subprocess.run(
+        [sys.executable, "-c", lines + "\nprint(nearest.shape, features['z'].shape, features['pooled'].shape)"],
+        cwd=run.parent.parent,  # where runs/digits is
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([100]) torch.Size([100, 8]) torch.Size([100, 32])\n"
+
+
+def test_a_checkpoint_of_before_statistics_were_kept_in_it(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = torch.load(checkpoint)
+    kept = contents.pop("statistics")
+    torch.save(contents, tmp_path / "old.pt")
+    old, new = load_encoder(tmp_path / "old.pt"), load_encoder(checkpoint)
+    assert torch.equal(old.mean, new.mean) and torch.equal(old.std, new.std)
+    assert new.mean.flatten().tolist() == pytest.approx(kept[0])
+
+
+def test_nearest_neighbours_against_scikit_learn() -> None:
+    bank = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    bank[300] = bank[20]  # a copy, which comes second
+    queries = torch.cat([bank[[20, 300, 7]], torch.randn(40, 16, generator=torch.Generator().manual_seed(1))])
+    distances, indices = nearest_neighbours(bank, queries, 5)
+    expected, order = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(bank.double()).kneighbors(queries.double())
+    np.testing.assert_allclose(distances, expected, atol=1e-6)
+    assert indices[:2, :2].tolist() == [[20, 300], [20, 300]] and indices[2, 0] == 7
+    np.testing.assert_array_equal(indices[2:], order[2:])
