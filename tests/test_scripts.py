@@ -48,7 +48,21 @@ def test_make_starts_as_many_processes_as_it_is_told(tmp_path: Path) -> None:
     for nproc, expected in (("1", "bin/python train.py"), ("4", "torchrun --standalone --nproc_per_node=4 train.py")):
         command = ["make", "-n", "train", f"NPROC={nproc}", "CONFIG=config/cifar10.yaml", "ARGS=--use_amp"]
         shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert f"{expected} --config config/cifar10.yaml --use_amp" in shown
+        assert f"{expected} --config config/cifar10.yaml --use_amp" in shown and "test.py" not in shown
+
+
+def test_make_train_ends_with_a_report_of_the_digits() -> None:
+    for words, expected in (
+        ([], "test.py --config config/digits.yaml  --report"),
+        (["ARGS=training.epochs=2"], "test.py --config config/digits.yaml training.epochs=2 --report"),
+        (["CONFIG=config/cifar10.yaml", "REPORT=1"], "test.py --config config/cifar10.yaml  --report"),
+        (["ARGS=--dry-run"], None),
+    ):
+        shown = subprocess.run(
+            ["make", "-n", "train", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        last = [line for line in shown.splitlines() if ".py --config" in line][-1]
+        assert last.endswith(expected) if expected else "train.py" in last
 
 
 def test_dry_run_prints_config_size_and_work(tmp_path: Path) -> None:
@@ -60,7 +74,13 @@ def test_dry_run_prints_config_size_and_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "status"), [(("train.py", "--help"), 0), (("test.py", "--config", "config/cifar10.yaml", "seeed=1"), 2)]
+    ("args", "status"),
+    [
+        (("train.py", "--help"), 0),
+        (("test.py", "--config", "config/cifar10.yaml", "seeed=1"), 2),
+        (("sample.py", "nearest", "--config", "config/cifar10.yaml", "seeed=1"), 2),
+        (("embed.py", "--config", "config/cifar10.yaml", "--split", "test", "seeed=1"), 2),
+    ],
 )
 def test_help_and_config_errors_do_not_wait_for_torch(args: tuple[str, ...], status: int) -> None:
     done = launch("-X", "importtime", *args)
@@ -83,9 +103,18 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_go_one_way(package: str) -> None:
-    others = {*PACKAGES, "training", "train", "test"} - {package}
+    others = {*PACKAGES, "analysis", "training", "train", "test", "sample", "embed"} - {package}
     for path in (ROOT / package).glob("*.py"):
         assert not imports(path) & others, path
+
+
+def test_pictures_are_imported_by_those_who_show_them_alone() -> None:
+    those = {ROOT / name for name in ("sample.py", "embed.py", "test.py")}
+    for path in [
+        *ROOT.glob("*.py"),
+        *(path for name in (*PACKAGES, "training") for path in (ROOT / name).glob("*.py")),
+    ]:
+        assert ("analysis" in imports(path)) == (path in those), path
 
 
 @pytest.mark.parametrize("package", ["model", "datasets"])

@@ -1,0 +1,221 @@
+"""The report and TensorBoard: what a browser and TensorBoard's own readers make of them."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import test as judge_program
+import train as train_program
+from analysis.report import Confusions, heat_map
+from tests.conftest import digits_args
+from utils.run_log import RunLog
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained for an epoch, and then for one more; a class has a name that means something in HTML."""
+    run = tmp_path_factory.mktemp("report") / "run"
+    for epochs in (1, 2):
+        assert train_program.main(digits_args(run, f"training.epochs={epochs}", "decoder.modulation=sectioned")) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def table(run: Path) -> dict[str, list[str]]:
+    """What test.py printed while it wrote the report: {protocol: cells}."""
+    import contextlib
+    import io
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert judge_program.main(digits_args(run, "decoder.modulation=sectioned", "--report")) == 0
+    *lines, _, path = printed.getvalue().splitlines()
+    assert path == f"report       {run / 'report.html'}"
+    cells = [re.split(r"  +", line.strip()) for line in lines[2:]]
+    return {protocol: rest for protocol, *rest in cells}
+
+
+class Page(HTMLParser):
+    """What a page refers to, and the rows of its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.images = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.images += tag == "img"
+        self.references += [
+            value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")
+        ]
+
+
+def test_the_report_is_one_file_that_holds_what_was_found(run: Path, table: dict[str, list[str]]) -> None:
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    outside = [reference for reference in page.references if not reference.startswith(("data:", "#"))]
+    assert outside == [] and "<script" not in text and "@import" not in text and page.images > 80
+    assert all(f'id="{reference[1:]}"' in text for reference in page.references if reference.startswith("#"))
+    identities = re.findall(r'\bid="([^"]+)"', text)
+    assert len(identities) == len(set(identities))
+    for protocol, cells in table.items():
+        for cell in [protocol.replace("'", "&#39;"), *cells]:
+            assert cell in text, cell
+    assert (run / "config.yaml").read_text().splitlines()[0] in text
+    for title in (
+        "What the latent holds",
+        "From one image to another",
+        "Along the principal",
+        "Nearest",
+        "Sections of",
+    ):
+        assert f"<h2>{title}" in text
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "gradient norm over epochs" in text and len(losses) > 4
+
+
+def test_the_confusion_matrix_is_that_of_a_line_of_the_table(run: Path, table: dict[str, list[str]]) -> None:
+    text = (run / "report.html").read_text()
+    section = text[text.index('<section id="confusions">') : text.index('<section id="tsne">')]
+    counts = np.array([int(cell or 0) for cell in re.findall(r"<td[^>]*background[^>]*>(\d*)</td>", section)])
+    counts = counts.reshape(10, 10)
+    assert counts.sum() == 360 and counts.sum(axis=1).min() >= 35 and counts.sum(axis=1).max() <= 37
+    protocol = re.search(r"<p>(k-NN [^.]+)\.", section)
+    assert protocol is not None
+    assert float(table[protocol[1]][0].split(" / ")[0]) == pytest.approx(100 * counts.trace() / 360, abs=0.051)
+
+
+def test_of_many_classes_the_confusions_are_a_picture_and_a_list() -> None:
+    counts = np.diag(np.full(30, 50))
+    counts[3, 7], counts[20, 1] = 9, 4
+    found = Confusions(counts, "k-NN", [f"c{i}" for i in range(30)])
+    assert found.most_frequent(5) == [("c3", "c7", 9), ("c20", "c1", 4)]
+    assert heat_map(counts).startswith("data:image/png;base64,")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_report_in_a_browser(
+    browser: Browser, run: Path, table: dict[str, list[str]], tmp_path: Path, width: int, height: int, scheme: Any
+) -> None:
+    alone = shutil.copy(run / "report.html", tmp_path / "sent.html")
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"file://{alone}")
+    assert said == [] and [url for url in asked if not url.startswith("data:")] == [f"file://{alone}"]
+    assert page.evaluate("document.documentElement.scrollWidth") == width, "only tables scroll sideways"
+    broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+    assert broken == 0 and page.locator("svg").count() == 5
+    # Letters against the page behind them, in the text and in the figures: both light, or both dark, would be unread.
+    brightness = """selector => {
+        const style = getComputedStyle(document.querySelector(selector));
+        const rgb = (style.fill && selector.includes("text") ? style.fill : style.color).match(/[0-9.]+/g).map(Number);
+        return (rgb[0] + rgb[1] + rgb[2]) / 3;
+    }"""
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).slice(0, 3).map(Number)")
+    is_dark = sum(ground) / 3 < 64
+    assert is_dark == (scheme == "dark")
+    for selector in ("p", "td", "h2", "th", "#curves svg text", "#tsne svg text", ".picture td"):
+        assert abs(page.evaluate(brightness, selector) - sum(ground) / 3) > 90, selector
+    texts = page.locator("svg text").all()
+    colours = {text.evaluate("node => getComputedStyle(node).fill") for text in texts}
+    assert len(colours) == 1, "letters of all figures, legends too, are of one colour"
+    shot = np.asarray(Image.open(page.screenshot(path=str(tmp_path / "shot.png")) and tmp_path / "shot.png"))
+    assert (shot.mean() < 96) == is_dark
+    page.locator("summary").first.click()
+    assert page.locator("pre").first.is_visible() and "latent_dim: 8" in page.locator("pre").first.inner_text()
+    context.close()
+
+
+def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) -> None:
+    folder = run / "tensorboard"
+    assert {path.parent for path in folder.rglob("events.*")} == {folder}, "a second run would have a folder of its own"
+    events = EventAccumulator(str(folder)).Reload()
+    data = events.PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(data["_hparams_/session_start_info"]).session_start_info.hparams
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (
+        start["encoder.latent_dim"].number_value == 8 and start["diffusion.schedule"].string_value == "inverted_cosine"
+    )
+    assert start["optimizer.encoder_lr"].number_value == config["optimizer"]["encoder_lr"]
+    metrics = HParamsPluginData.FromString(data["_hparams_/experiment"]).experiment.metric_infos
+    tags = {metric.name.tag for metric in metrics}
+    assert {"evaluation/knn_top1", "evaluation/probe_top1", "evaluation/epoch"} <= tags <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("evaluation/epoch")] == [1, 2]
+
+    # The points are those of the last evaluation alone, each with its class and its picture.
+    listed = (folder / "projector_config.pbtxt").read_text()
+    assert listed.count("tensor_path") == 1 and "00044/latents" in listed
+    assert [path.parent.name for path in folder.glob("*/latents")] == ["00044"]
+    points = np.loadtxt(folder / "00044" / "latents" / "tensors.tsv")
+    rows = (folder / "00044" / "latents" / "metadata.tsv").read_text().splitlines()
+    assert points.shape == (360, 8) and rows[0] == "class\timage" and len(rows) == 361
+    sprite = Image.open(folder / "00044" / "latents" / "sprite.png")
+    assert sprite.size == (19 * 8, 19 * 8)
+    from datasets.builtin import load_digits
+
+    _, test = load_digits(8)
+    assert test.labels is not None
+    shown = np.asarray(sprite)[8:16, 16:24, :3]  # in the second row of 19, the third
+    np.testing.assert_allclose(shown, test.pixels[21].permute(1, 2, 0).numpy(), atol=1)
+    assert rows[1 + 21] == f"{int(test.labels[21])}\ttest:21"
+
+
+def test_the_sprite_stays_within_what_the_projector_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training import reports
+
+    class Large:
+        labels, classes, shape = torch.zeros(20_000, dtype=torch.int64), ["a\tb"], (20_000, 3, 100, 100)
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def batches(self, wanted: Any) -> Iterator[torch.Tensor]:
+            return (torch.full((len(indices), 3, 100, 100), 200, dtype=torch.uint8) for indices in wanted)
+
+    class Experiment:
+        test = Large()
+        config = type("Config", (), {"seed": 0})
+
+    monkeypatch.setattr(reports, "latents", lambda experiment, soda, images: torch.zeros(len(images), 2))
+    monkeypatch.setattr(reports, "THUMBNAIL", 90)
+    monkeypatch.setattr(reports, "MAX_POINTS", 900)
+    monkeypatch.setattr(reports, "SPRITE_PIXELS", 1000)
+    vectors, header, rows, thumbnails = reports.projector_points(Experiment(), None)  # type: ignore[arg-type]
+    assert len(vectors) == len(rows) == len(thumbnails) == 900
+    assert 30 * thumbnails.shape[-1] <= 1000 < 30 * (thumbnails.shape[-1] + 1)
+    with RunLog(tmp_path, 0) as log:
+        log.embedding("latents", 7, vectors[:10], header, rows[:10], thumbnails[:10])
+    lines = (tmp_path / "tensorboard" / "00007" / "latents" / "metadata.tsv").read_text().splitlines()
+    assert all(re.fullmatch(r"a b\ttest:\d+", line) for line in lines[1:])
