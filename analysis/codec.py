@@ -1,6 +1,5 @@
 """Images to codes and back: the latent z, which holds what an image shows, and x_T, which holds what z leaves open."""
 
-import sys
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -8,14 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from datasets import Images
 from model import SODA
 from model.diffusion import Denoiser
 from training.experiment import Experiment
 from training.judge import encode_with, latents
 from utils.device import autocast, memory_for
-from utils.distributed import all_reduce, rank, share
+from utils.distributed import all_reduce, share, world_size
+from utils.logging import progress
 from utils.randomness import image_noise
 
 BATCH = 16  # images at a time, however many processes there are: the pixels are then the same
@@ -51,13 +51,17 @@ class Codec:
     @cached_property
     def train_z(self) -> Tensor:
         """Of the whole training split."""
-        return latents(self.experiment, self.soda, self.experiment.train)
+        return self._latents(self.experiment.train, "training")
 
     @cached_property
     def test_z(self) -> Tensor:
         """Of the whole test split."""
         assert self.experiment.test is not None
-        return latents(self.experiment, self.soda, self.experiment.test)
+        return self._latents(self.experiment.test, "test")
+
+    def _latents(self, images: Images, split: str) -> Tensor:
+        with progress(len(images) // world_size(), f"encoding {split} images", "img") as bar:
+            return latents(self.experiment, self.soda, images, bar.update)
 
     def noise(self, count: int, purpose: str) -> Tensor:
         """x_T at random; the first are the same for any `count`."""
@@ -129,16 +133,7 @@ class Codec:
         self.soda.eval()
         batches = [range(start, min(start + self._batch, len(out))) for start in range(0, len(out), self._batch)]
         mine = share(len(batches))
-        bar = tqdm(
-            total=passes * sum(map(len, batches[mine.start : mine.stop])),
-            desc=what,
-            unit="pass",
-            unit_scale=True,
-            leave=False,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            delay=1 if sys.stderr.isatty() else 30,  # what is soon done needs none
-            disable=rank() > 0,
-        )
+        bar = progress(passes * sum(map(len, batches[mine.start : mine.stop])), what, "pass")
         smaller = f"set evaluation.batch_size={max(1, self._batch // 2)}"
         with bar, autocast(self.experiment.device, self.experiment.amp_dtype), memory_for(lambda: smaller):
             for positions in batches[mine.start : mine.stop]:

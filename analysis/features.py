@@ -18,7 +18,8 @@ from evaluation.features import extract_features
 from training.experiment import Experiment
 from utils.config import Config
 from utils.device import autocast, memory_for
-from utils.distributed import all_reduce, local_world_size, share
+from utils.distributed import all_reduce, local_world_size, share, world_size
+from utils.logging import progress
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -84,11 +85,13 @@ def encode(encoder: ImageEncoder, source: Source, config: Config, amp_dtype: Any
     device = encoder.mean.device
 
     def run(pixels: Tensor, indices: range) -> dict[Any, Tensor]:
+        bar.update(len(indices))
         with autocast(device, amp_dtype):
             return dict(encoder(pixels.to(device, non_blocking=True)))
 
     batch_size = config.evaluation.batch_size
-    with memory_for(lambda: f"set evaluation.batch_size={max(1, batch_size // 2)}"):
+    smaller, mine = f"set evaluation.batch_size={max(1, batch_size // 2)}", len(source.images) // world_size()
+    with memory_for(lambda: smaller), progress(mine, "encoding", "img") as bar:
         features = extract_features(run, source.images, batch_size, device, share, all_reduce)
     return {str(name): values.cpu().numpy() for name, values in features.items()}
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,17 @@ def encode_with(experiment: Experiment, soda: SODA) -> Encode:
     return encode
 
 
-def latents(experiment: Experiment, soda: SODA, images: Images) -> Tensor:
-    """z (N, latent_dim) float32 of a whole split, as the images are; processes share the work."""
+def latents(
+    experiment: Experiment, soda: SODA, images: Images, done: Callable[[int], Any] = lambda count: None
+) -> Tensor:
+    """z (N, latent_dim) float32 of a whole split, as the images are; processes share the work.
+
+    `done` is told how many images this process has encoded since it was last called.
+    """
     encode = encode_with(experiment, soda)
 
     def run(pixels: Tensor, indices: range) -> Features:
+        done(len(indices))
         return {"z": encode(experiment.views.evaluation(pixels), indices)["z"].float()}
 
     return extract_features(run, images, experiment.config.evaluation.batch_size, experiment.device, share, all_reduce)[

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Any
 
 from utils.distributed import rank
 
@@ -51,6 +52,23 @@ def log_to(folder: Path) -> Iterator[None]:
         root.removeHandler(file)
         with suppress(OSError):
             file.close()
+
+
+def progress(total: int, what: str, unit: str) -> Any:
+    """A bar on rank 0, for what takes a second; where nobody watches, half-minutely for what takes as long."""
+    from tqdm import tqdm
+
+    every = 1 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        leave=False,
+        delay=every,
+        mininterval=every / 2,
+        disable=rank() > 0,
+    )
 
 
 class PhaseTimer:
