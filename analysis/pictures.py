@@ -36,7 +36,7 @@ def reconstruct(codec: Codec, chosen: Chosen, num_samples: int) -> Picture:
     return Picture(
         "reconstruct",
         "What the latent holds, and what it leaves open",
-        "Samples share the source's z and start from random noise: what they have in common is in z. "
+        "Samples share the source's z and start from random noise: what they have in common is in z. PSNR is in dB. "
         f"The last column starts from the x_T before it, {INVERTED.removeprefix('x_T is ')} of the source "
         "(shown at a third of its size).",
         ["source", *(f"sample {i + 1}" for i in range(num_samples)), "x_T", "decoded from z and x_T"],

@@ -24,7 +24,7 @@ def ssim(images: Tensor, sources: Tensor) -> Tensor:
 
 
 def captions(images: Tensor, sources: Tensor) -> list[str]:
-    """Both, of images as they are seen: clipped."""
+    """Both, of images as they are seen: clipped. PSNR is in dB."""
     seen = images.clamp(-1, 1)
     values = zip(psnr(seen, sources).tolist(), ssim(seen, sources).tolist(), strict=True)
-    return [f"{noise:.1f} dB\nSSIM {similarity:.2f}" for noise, similarity in values]
+    return [f"PSNR {noise:.1f}\nSSIM {similarity:.2f}" for noise, similarity in values]
