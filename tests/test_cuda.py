@@ -3,14 +3,18 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import embed as embed_program
+import sample as sample_program
+import train as train_program
 from datasets.decoding import decode_batches
 from datasets.listing import Listing
 from tests import processes
-from tests.conftest import TWO_PROCESSES, assert_equal_states, launch
+from tests.conftest import TWO_PROCESSES, assert_equal_states, digits_args, launch
 from tests.test_distributed import assert_like_torch, relative_error
 from tests.test_step import with_nan_at
 from training.step import train_step, training_pixels
@@ -113,3 +117,18 @@ def test_images_lie_on_the_gpu_or_are_pinned(tmp_path: Path, monkeypatch: pytest
     here, there = next(training_pixels(near, 0)), next(training_pixels(far, 0))
     assert here.is_cuda and there.is_pinned() and torch.equal(here.cpu(), there)
     assert near.data_digest == far.data_digest
+
+
+def test_pictures_and_features_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = digits_args(tmp_path / "run", "device=cuda", "decoder.modulation=sectioned", "training.compile=false")
+    assert train_program.main(args) == 0
+    for name in ("interpolate", "directions", "arithmetic", "mix", "generate", "nearest"):
+        assert sample_program.main([name, *args]) == 0
+        assert (tmp_path / "run" / "pictures" / f"{name}.png").stat().st_size > 1000
+    for device in ("cuda", "cpu"):
+        assert (
+            embed_program.main([*args, "--split", "test", "--out", str(tmp_path / f"{device}.npz"), f"device={device}"])
+            == 0
+        )
+    there, here = np.load(tmp_path / "cuda.npz"), np.load(tmp_path / "cpu.npz")
+    np.testing.assert_allclose(there["z"], here["z"], atol=0.02 * np.abs(here["z"]).max())  # TensorFloat-32

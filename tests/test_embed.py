@@ -1,5 +1,6 @@
 """Features taken away: by script, in Python, and by what knows nothing of this repository."""
 
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from safetensors import safe_open
 from sklearn.neighbors import NearestNeighbors
 
 import embed as embed_program
+import sample as sample_program
+import test as judge_program
 import train as train_program
 from analysis.encoder import load_encoder
 from evaluation.knn import nearest_neighbours
@@ -181,3 +184,27 @@ def test_nearest_neighbours_against_scikit_learn() -> None:
     np.testing.assert_allclose(distances, expected, atol=1e-6)
     assert indices[:2, :2].tolist() == [[20, 300], [20, 300]] and indices[2, 0] == 7
     np.testing.assert_array_equal(indices[2:], order[2:])
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "module"),
+    [
+        (sample_program, ["reconstruct"], "torchmetrics"),
+        (judge_program, ["--report"], "matplotlib"),
+        (embed_program, ["--export", "out"], "onnxscript"),
+        (embed_program, ["--split", "test", "--out", "z.safetensors"], "safetensors"),
+    ],
+)
+def test_an_extra_that_is_missing_is_named_before_any_work(
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    program: Any,
+    options: list[str],
+    module: str,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("analysis.find_spec", lambda name: None if name == module else found(name))
+    with pytest.raises(SystemExit, match="2"):
+        program.main([*options, "--checkpoint", str(checkpoint)])
+    assert capsys.readouterr().err == f"error: {module} is missing: pip install -r requirements-extra.txt\n"
