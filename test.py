@@ -23,12 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors(ConfigError):
         args = parser.parse_intermixed_args(argv)
         config = read_config_if_named(args)
+        if args.out and not args.report:
+            raise ConfigError(f"--out {args.out} is for the report: add --report")
 
     from datasets import DatasetError
     from training.judge import all_protocols, baselines, encode_with, judge, settled
     from training.trained import open_trained, read_trained
     from utils.checkpoint import CheckpointError
-    from utils.device import OutOfMemoryError
+    from utils.device import OutOfMemoryError, compute_exactly
     from utils.logging import format_table
 
     with user_errors(ConfigError, DatasetError, CheckpointError):
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.report:
         return 0
 
+    compute_exactly()
     with errors_under_way(DatasetError, OutOfMemoryError):
         codec = Codec(experiment, soda, experiment.config.seed)
         found, drawn = report.confusions(codec), report.draw_pictures(codec)

@@ -12,4 +12,5 @@ def require(*modules: str) -> None:
     """Raise ConfigError where one of these is not installed."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} is missing: pip install -r requirements-extra.txt")
+        there = "are" if len(missing) > 1 else "is"
+        raise ConfigError(f"{', '.join(missing)} {there} missing: pip install -r requirements-extra.txt")

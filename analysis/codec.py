@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from analysis.picture import from_pixels
 from datasets import Images
 from model import SODA
 from model.diffusion import Denoiser
 from training.experiment import Experiment
-from training.judge import encode_with, latents
+from training.latents import encode_images, latents
 from utils.device import autocast, memory_for
 from utils.distributed import all_reduce, share, world_size
 from utils.logging import progress
@@ -35,16 +36,14 @@ class Codec:
     def __init__(self, experiment: Experiment, soda: SODA, seed: int) -> None:
         self.experiment, self.soda, self.seed = experiment, soda, seed
         self._batch = min(BATCH, experiment.config.evaluation.batch_size)
-        self._encode = encode_with(experiment, soda)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """z of images as they are, not augmented."""
         width = self.experiment.config.encoder.latent_dim
 
         def encode(positions: range, count: Callable[[int], Any]) -> Tensor:
-            views = self.experiment.views.evaluation(pixels[positions.start : positions.stop])
             count(len(positions))
-            return self._encode(views, positions)["z"].float()
+            return encode_images(self.experiment, self.soda, pixels[positions.start : positions.stop])
 
         return self._shared("encoding", 1, torch.zeros(len(pixels), width, device=self.experiment.device), encode)
 
@@ -70,7 +69,7 @@ class Codec:
 
     def invert(self, pixels: Tensor, z: Tensor) -> Tensor:
         """The x_T from which `decode` comes back to the images, given their z."""
-        x_start, diffusion = pixels.to(self.experiment.device).float() / 127.5 - 1, self.experiment.diffusion
+        x_start, diffusion = from_pixels(pixels).to(self.experiment.device), self.experiment.diffusion
         steps = self.experiment.config.sampling.num_sampling_steps
 
         def invert(denoise: Denoiser, x_start: Tensor, positions: range) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from model import ResNetEncoder
 from training.trained import Trained, read_trained
+from utils.files import replacing
 
 OPSET = 18
+TOLERANCE = 1e-4
 
 
 class ImageEncoder(nn.Module):
@@ -43,7 +46,7 @@ def image_encoder(trained: Trained) -> ImageEncoder:
 
 
 def load_encoder(checkpoint: str | Path) -> ImageEncoder:
-    """The encoder of a checkpoint; raises CheckpointError."""
+    """The encoder of a checkpoint, on the host; raises CheckpointError, ConfigError and DatasetError."""
     return image_encoder(read_trained(None, Path(checkpoint), []))
 
 
@@ -59,12 +62,16 @@ class _Outputs(nn.Module):
         return found["z"], found["pooled"]
 
 
+class ExportError(Exception):
+    """An exported encoder that does not give the features; nothing was written."""
+
+
 def export(encoder: ImageEncoder, folder: Path, notes: dict[str, str]) -> dict[Path, float]:
     """Write encoder.pt2 (torch.export) and encoder.onnx, for any number of images; returns how far each is off.
 
     Both take pixels (N, 3, image_size, image_size) uint8 and give (z, pooled). `notes` lie in both: in encoder.pt2 as
-    the extra file notes.json, in encoder.onnx as metadata. The figure is the largest difference of a feature, over
-    random images, from what the module gives.
+    the extra file notes.json, in encoder.onnx as metadata. How far is the largest difference of a feature, over random
+    images, from what the module gives; raises ExportError where it is more than TOLERANCE.
     """
     import onnx
     import onnxruntime
@@ -73,45 +80,37 @@ def export(encoder: ImageEncoder, folder: Path, notes: dict[str, str]) -> dict[P
         logging.getLogger(name).setLevel(logging.WARNING)
     size = encoder.image_size
     pixels = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = encoder(pixels)
     notes = notes | {"input": f"pixels, (N, 3, {size}, {size}) uint8", "outputs": "z, pooled"}
     folder.mkdir(parents=True, exist_ok=True)
-
     program = torch.export.export(
         _Outputs(encoder), (pixels,), dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}}
     )
-    torch_path = folder / "encoder.pt2"
-    partial = folder / "encoder.partial.pt2"
-    torch.export.save(program, partial, extra_files={"notes.json": json.dumps(notes)})
-    partial.replace(torch_path)
 
-    onnx_path = folder / "encoder.onnx"
-    partial = folder / "encoder.partial.onnx"
-    torch.onnx.export(
-        program,
-        f=str(partial),
-        input_names=["pixels"],
-        output_names=["z", "pooled"],
-        opset_version=OPSET,
-        external_data=False,
-        verbose=False,
-    )
-    model = onnx.load(partial)
-    onnx.helper.set_model_props(model, notes)
-    onnx.checker.check_model(model)
-    onnx.save(model, partial)
-    partial.replace(onnx_path)
+    def difference(found: Sequence[Any]) -> float:
+        off = [
+            (torch.as_tensor(f) - e).abs().max().item() for f, e in zip(found, _Outputs(encoder)(pixels), strict=True)
+        ]
+        if not max(off) <= TOLERANCE:
+            raise ExportError(f"the exported encoder is off by {max(off):.2g}: nothing was written")
+        return max(off)
 
-    found: dict[Path, Any] = {
-        torch_path: torch.export.load(torch_path).module()(pixels),
-        onnx_path: onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"]).run(
-            ["z", "pooled"], {"pixels": pixels.numpy()}
-        ),
-    }
-    return {
-        path: max(
-            (torch.as_tensor(values) - expected[name]).abs().max().item()
-            for name, values in zip(("z", "pooled"), outputs, strict=True)
+    with replacing(folder / "encoder.pt2") as torch_path, replacing(folder / "encoder.onnx") as onnx_path:
+        torch.export.save(program, torch_path, extra_files={"notes.json": json.dumps(notes)})
+        torch.onnx.export(
+            program,
+            f=str(onnx_path),
+            input_names=["pixels"],
+            output_names=["z", "pooled"],
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
         )
-        for path, outputs in found.items()
-    }
+        model = onnx.load(onnx_path)
+        onnx.helper.set_model_props(model, notes)
+        onnx.checker.check_model(model)
+        onnx.save(model, onnx_path)
+        session = onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
+        return {
+            folder / "encoder.pt2": difference(torch.export.load(torch_path).module()(pixels)),
+            folder / "encoder.onnx": difference(session.run(["z", "pooled"], {"pixels": pixels.numpy()})),
+        }

@@ -1,7 +1,6 @@
 """Features of images, with what is needed to know which is whose, in a file."""
 
 import json
-import os
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from evaluation.features import extract_features
 from training.experiment import Experiment
 from utils.config import Config
 from utils.device import autocast, memory_for
-from utils.distributed import all_reduce, local_world_size, share, world_size
+from utils.distributed import all_reduce, local_world_size, same_everywhere, share, world_size
+from utils.files import replacing
 from utils.logging import progress
 
-SUFFIXES = (".npz", ".safetensors")
+SUFFIXES = (".npz", ".safetensors")  # of files that features are kept in
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,15 @@ def of_split(experiment: Experiment, split: str) -> Source:
 
 def of_folder(folder: Path, config: Config) -> Source:
     """All images below a folder; where each lies in a sub-folder of it, these are the classes. Raises DatasetError."""
-    return _of_listing(list_images(folder), config)
+    listing = list_images(folder)
+    if {"train"} < set(listing.classes) <= {"train", "test", "val"}:
+        raise DatasetError(f"{folder} holds splits, not classes: give one of them, as in --folder {folder / 'train'}")
+    return _of_listing(listing, config)
 
 
 def of_files(files: list[str], config: Config) -> Source:
     """Image files in the order given; raises DatasetError."""
+    files = [file for file in files if file]  # a list may end in an empty line
     missing = next((file for file in files if not Path(file).is_file()), None)
     if missing is not None:
         raise DatasetError(f"no image {missing}: name files that exist")
@@ -76,11 +80,13 @@ class _Decoded:
 
 
 def _of_listing(listing: Listing, config: Config) -> Source:
+    if not same_everywhere((listing.files, listing.labels, listing.classes)):
+        raise DatasetError("the processes see different images: give them all the same")
     labels = None if listing.labels is None else np.array(listing.labels)
     return Source(_Decoded(listing, config), listing.files, labels, listing.classes)
 
 
-def encode(encoder: ImageEncoder, source: Source, config: Config, amp_dtype: Any) -> dict[str, np.ndarray]:
+def encode(encoder: ImageEncoder, source: Source, config: Config, amp_dtype: Any) -> dict[Any, Tensor]:
     """z (N, latent_dim) and pooled (N, pooled_dim), float32; processes share the work. Raises DatasetError."""
     device = encoder.mean.device
 
@@ -92,27 +98,23 @@ def encode(encoder: ImageEncoder, source: Source, config: Config, amp_dtype: Any
     batch_size = config.evaluation.batch_size
     smaller, mine = f"set evaluation.batch_size={max(1, batch_size // 2)}", len(source.images) // world_size()
     with memory_for(lambda: smaller), progress(mine, "encoding", "img") as bar:
-        features = extract_features(run, source.images, batch_size, device, share, all_reduce)
-    return {str(name): values.cpu().numpy() for name, values in features.items()}
+        return extract_features(run, source.images, batch_size, device, share, all_reduce)
 
 
-def save_features(path: Path, features: dict[str, np.ndarray], source: Source, checkpoint: str) -> None:
+def save_features(path: Path, features: dict[Any, Tensor], source: Source, checkpoint: str) -> None:
     """As .npz: arrays z, pooled, names, checkpoint and, if there are any, labels, classes. As .safetensors: tensors z,
     pooled and labels; names and classes as JSON, and checkpoint, in the metadata."""
-    arrays = features if source.labels is None else features | {"labels": source.labels}
+    arrays = {str(name): values.cpu().numpy() for name, values in features.items()}
+    arrays |= {} if source.labels is None else {"labels": source.labels}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    if path.suffix == ".npz":
-        words: dict[str, Any] = {"names": source.names, "checkpoint": checkpoint}
-        words |= {} if source.labels is None else {"classes": source.classes}
-        contents: dict[str, Any] = {name: np.array(value) for name, value in (arrays | words).items()}
-        with open(partial, "wb") as file:
-            np.savez(file, **contents)
-            file.flush()
-            os.fsync(file.fileno())
-    else:
-        from safetensors.numpy import save_file
+    with replacing(path) as partial:
+        if path.suffix == ".npz":
+            words: dict[str, Any] = {"names": source.names, "checkpoint": checkpoint}
+            words |= {} if source.labels is None else {"classes": source.classes}
+            contents: dict[str, Any] = {name: np.array(value) for name, value in (arrays | words).items()}
+            np.savez(partial, **contents)
+        else:
+            from safetensors.numpy import save_file
 
-        metadata = {"names": json.dumps(source.names), "classes": json.dumps(source.classes), "checkpoint": checkpoint}
-        save_file(arrays, partial, metadata)
-    partial.replace(path)
+            listed = {"names": json.dumps(source.names), "classes": json.dumps(source.classes)}
+            save_file(arrays, partial, listed | {"checkpoint": checkpoint})

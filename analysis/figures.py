@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     style: dict[Any, Any] = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK
     )
-    with matplotlib.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": "soda"}):
+    with matplotlib.rc_context({**style, "text.parse_math": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
     for side in ("top", "right"):
@@ -30,11 +31,18 @@ def _svg(figure: Any, name: str, title: str) -> str:
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has fonts of its own
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+
+    def ours(tag: re.Match[str]) -> str:
+        return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", tag[0].replace(INK, "currentColor"))
+
+    svg = re.sub(r"<[^>]*>", ours, svg[svg.index("<svg") :])
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
@@ -65,11 +73,14 @@ def scatter(name: str, points: np.ndarray, labels: np.ndarray, classes: list[str
     figure, axes = _figure(5.2, 4.6)
     few = len(classes) <= MAX_LEGEND
     palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "hsv"]
-    for label, class_name in enumerate(classes):
+    handles: list[Any] = []
+    for label in range(len(classes)):
         mine = points[labels == label]
         color = palette(label if few else label / len(classes))
-        axes.plot(*mine.T, "o", markersize=3, color=color, markeredgewidth=0, label=class_name)
+        handles += axes.plot(*mine.T, "o", markersize=3, color=color, markeredgewidth=0)
     axes.set_axis_off()
     if few:
-        axes.legend(frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        names = [name if len(name) <= 24 else f"{name[:23]}..." for name in classes]
+        axes.legend(handles, names, frameon=False, labelcolor=INK, markerscale=2, **place)
     return _svg(figure, name, "t-SNE of test latents, coloured by class")

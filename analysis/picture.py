@@ -1,9 +1,9 @@
 """A picture: rows and columns of images, each with a caption, all of them labelled."""
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from utils.files import replacing
+
 CELL = 72  # pixels that an image is wide at least, enlarged by whole numbers
 GAP, MARGIN, LINE = 8, 16, 15
-MAX_LABEL = 22  # letters in a line of a row's label
+MAX_LABEL = 130  # pixels of a row's label
+GREY = "#555555"
 
 
 @dataclass
@@ -43,6 +46,11 @@ class Picture:
     cells: list[list[Cell]] = field(repr=False)
 
 
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Images (N, 3, H, W) uint8 as float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1], or a little outside, as uint8 on the host."""
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
@@ -56,6 +64,12 @@ def cells(images: Tensor, captions: Sequence[str] | None = None) -> list[Cell]:
 
 @cache
 def _font(size: int) -> Any:
+    """DejaVu Sans, which knows most alphabets, where matplotlib has brought it; else Pillow's, which knows ASCII."""
+    matplotlib = find_spec("matplotlib")
+    if matplotlib is not None and matplotlib.origin is not None:
+        path = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.exists():
+            return ImageFont.truetype(path, size)
     return ImageFont.load_default(size)
 
 
@@ -64,57 +78,74 @@ def save_picture(picture: Picture, path: Path, footer: str) -> None:
     side = next(cell.image.shape[-1] for row in picture.cells for cell in row if cell.image is not None)
     scale = max(1, -(-CELL // side))
     side *= scale
-    small, bold = _font(12), _font(18)
-    wrap = max(8, side // 6)  # letters under an image and above it
-    heads = [_lines(name, wrap) for name in picture.columns]
-    labels = [_lines(name, MAX_LABEL) for name in picture.rows]
-    captions = [[_lines(cell.caption, wrap) for cell in row] for row in picture.cells]
+    small, large = _font(11), _font(17)
+    heads = [_lines(name, side + GAP - 4, small) for name in picture.columns]
+    labels = [_lines(name, MAX_LABEL, small) for name in picture.rows]
+    captions = [[_lines(cell.caption, side + GAP - 4, small) for cell in row] for row in picture.cells]
 
     label_width = max((_width(line, small) for lines in labels for line in lines), default=0)
     left = MARGIN + label_width + (GAP if label_width else 0)
     width = max(left + len(picture.columns) * (side + GAP) - GAP + MARGIN, 420)
-    title = textwrap.wrap(picture.title, (width - 2 * MARGIN) // 9)
-    notes = [textwrap.wrap(text, (width - 2 * MARGIN) // 6) for text in (picture.explanation, footer)]
-    top = MARGIN + 24 * len(title) + LINE * len(notes[0]) + GAP
-    head_height = LINE * max((len(lines) for lines in heads), default=0)
+    title, explanation, note = (
+        _lines(text, width - 2 * MARGIN, font, at_most=20)
+        for text, font in ((picture.title, large), (picture.explanation, small), (footer, small))
+    )
+    top = MARGIN + 24 * len(title) + LINE * len(explanation) + GAP
+    head_height = LINE * max(map(len, heads))
     heights = [side + LINE * max(map(len, row)) + GAP for row in captions]
-    height = top + head_height + sum(heights) + LINE * len(notes[1]) + GAP + MARGIN
+    height = top + head_height + sum(heights) + LINE * len(note) + GAP + MARGIN
 
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(title):
-        draw.text((MARGIN, MARGIN + 24 * i), line, "black", bold)
-    for i, line in enumerate(notes[0]):
-        draw.text((MARGIN, MARGIN + 24 * len(title) + LINE * i), line, "#555555", small)
+
+    def write(lines: list[str], x: int, y: int, font: Any = small, colour: str = "black", step: int = LINE) -> None:
+        for i, line in enumerate(lines):
+            draw.text((x, y + step * i), line, colour, font)
+
+    def write_centred(lines: list[str], x: int, y: int) -> None:
+        for i, line in enumerate(lines):
+            write([line], x + (side - _width(line, small)) // 2, y + LINE * i)
+
+    write(title, MARGIN, MARGIN, large, step=24)
+    write(explanation, MARGIN, MARGIN + 24 * len(title), colour=GREY)
     for column, lines in enumerate(heads):
-        _centred(draw, left + column * (side + GAP), top + head_height - LINE * len(lines), side, lines, small)
+        write_centred(lines, left + column * (side + GAP), top + head_height - LINE * len(lines))
     y = top + head_height + 2
     for row, row_cells in enumerate(picture.cells):
-        for i, line in enumerate(labels[row] if labels else []):
-            draw.text((MARGIN, y + side // 2 - LINE * len(labels[row]) // 2 + LINE * i), line, "black", small)
+        if labels:
+            write(labels[row], MARGIN, y + side // 2 - LINE * len(labels[row]) // 2)
         for column, cell in enumerate(row_cells):
             x = left + column * (side + GAP)
             if cell.image is not None:
                 enlarged = F.interpolate(cell.image[None], scale_factor=scale, mode="nearest")[0]
                 canvas.paste(Image.fromarray(enlarged.permute(1, 2, 0).numpy()), (x, y))
-            _centred(draw, x, y + side, side, captions[row][column], small)
+            write_centred(captions[row][column], x, y + side)
         y += heights[row]
-    for i, line in enumerate(notes[1]):
-        draw.text((MARGIN, y + GAP + LINE * i), line, "#555555", small)
+    write(note, MARGIN, y + GAP, colour=GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    canvas.save(partial, format="png")
-    partial.replace(path)
-
-
-def _lines(text: str, width: int) -> list[str]:
-    return [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
+    with replacing(path) as partial:
+        canvas.save(partial, format="png")
 
 
 def _width(line: str, font: Any) -> int:
     return int(font.getlength(line)) + 1
 
 
-def _centred(draw: Any, x: int, y: int, width: int, lines: list[str], font: Any) -> None:
-    for i, line in enumerate(lines):
-        draw.text((x + (width - _width(line, font)) // 2, y + LINE * i), line, "black", font)
+def _lines(text: str, width: int, font: Any, at_most: int = 4) -> list[str]:
+    """`text` in lines of at most `width` pixels, broken at spaces and, where a word is longer, inside it."""
+    lines: list[str] = []
+    for part in text.split("\n"):
+        line = ""
+        for word in part.split(" "):
+            longer = f"{line} {word}" if line else word
+            if _width(longer, font) <= width:
+                line = longer
+                continue
+            lines += [line] if line else []
+            while _width(word, font) > width and len(word) > 1:
+                fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or _width(word[:n], font) <= width)
+                lines.append(word[:fits])
+                word = word[fits:]
+            line = word
+        lines += [line] if line else []
+    return lines if len(lines) <= at_most else [*lines[: at_most - 1], "..."]

@@ -4,20 +4,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from analysis import quality
 from analysis.codec import Codec, slerp
-from analysis.picture import Cell, Picture, cells
+from analysis.picture import Cell, Picture, cells, from_pixels
 from analysis.references import Chosen, describe
 from evaluation.knn import nearest_neighbours
 
 INVERTED = "x_T is the DDIM-inverted noise"
-
-
-def scaled(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
 
 
 def reconstruct(codec: Codec, chosen: Chosen, num_samples: int) -> Picture:
@@ -28,7 +22,7 @@ def reconstruct(codec: Codec, chosen: Chosen, num_samples: int) -> Picture:
     sampled = codec.sample(z.repeat(num_samples, 1), torch.cat(noises)).split(len(chosen)) if noises else ()
     decoded = codec.decode(z, x_T)
 
-    sources = scaled(chosen.pixels).to(z.device)
+    sources = from_pixels(chosen.pixels).to(z.device)
     deviations = [f"deviation {value:.2f}" for value in x_T.std(dim=(1, 2, 3)).tolist()]
     columns = [cells(chosen.pixels)]
     columns += [cells(images, quality.captions(images, sources)) for images in sampled]
@@ -36,9 +30,13 @@ def reconstruct(codec: Codec, chosen: Chosen, num_samples: int) -> Picture:
     return Picture(
         "reconstruct",
         "What the latent holds, and what it leaves open",
-        "Samples share the source's z and start from random noise: what they have in common is in z. PSNR is in dB. "
-        f"The last column starts from the x_T before it, {INVERTED.removeprefix('x_T is ')} of the source "
-        "(shown at a third of its size).",
+        (
+            "Samples share the source's z and start from random noise: what they have in common is in z. "
+            if noises
+            else ""
+        )
+        + f"The last column starts from the x_T before it, {INVERTED.removeprefix('x_T is ')} of the source "
+        "(shown at a third of its size). PSNR is in dB.",
         ["source", *(f"sample {i + 1}" for i in range(num_samples)), "x_T", "decoded from z and x_T"],
         chosen.names,
         [list(row) for row in zip(*columns, strict=True)],
@@ -67,24 +65,28 @@ def interpolate(codec: Codec, chosen: Chosen, num_steps: int) -> Picture:
     )
 
 
-def mix(codec: Codec, chosen: Chosen, sections: Sequence[int] | None) -> Picture:
-    """Sections of one image's z with those of another: switched at each level, or those named."""
+def mix(codec: Codec, chosen: Chosen, sections: Sequence[int] | None, random: bool = False) -> Picture:
+    """Sections of one image's z with those of another: switched at each level, or those named.
+
+    `random`: start from random noise, instead of the first image's own x_T.
+    """
     first, second = chosen.pairs()
     z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
-    x_T = codec.invert(first.pixels, z_a)
+    x_T = codec.noise(len(first), "sample 0") if random else codec.invert(first.pixels, z_a)
+    decode = codec.sample if random else codec.decode
     count = len(codec.soda.decoder.section_dims)
     sets = [list(sections)] if sections is not None else [list(range(k, count)) for k in range(count, -1, -1)]
     mixed = []
     for taken in sets:
         drop_mask = torch.tensor([i in taken for i in range(count)], device=z_a.device).expand(len(z_a), -1)
         mixed.append(codec.soda.decoder.mask(z_a, drop_mask) + codec.soda.decoder.mask(z_b, ~drop_mask))
-    decoded = codec.decode(torch.cat(mixed), x_T.repeat(len(sets), 1, 1, 1)).split(len(first))
+    decoded = decode(torch.cat(mixed), x_T.repeat(len(sets), 1, 1, 1)).split(len(first))
     columns = [cells(first.pixels, first.names), *map(cells, decoded), cells(second.pixels, second.names)]
     return Picture(
         "mix",
         "Sections of two images' latents",
         "Each column decodes the first image's z with the sections named above it taken from the second's; "
-        f"{INVERTED} of the first. {section_legend(codec)}",
+        f"{'x_T is random noise' if random else INVERTED + ' of the first'}. {section_legend(codec)}",
         ["first", *(_section_names(taken, count) for taken in sets), "second"],
         [],
         [list(row) for row in zip(*columns, strict=True)],
@@ -112,9 +114,13 @@ def nearest(codec: Codec, chosen: Chosen, num_neighbours: int) -> Picture:
     """The training images nearest to each in z, by the cosine, as k-NN sees them."""
     train = codec.experiment.train
     bank, queries = F.normalize(codec.train_z), F.normalize(codec.encode(chosen.pixels))
-    distances, neighbours = nearest_neighbours(bank, queries, num_neighbours)
+    found = nearest_neighbours(bank, queries, num_neighbours)
     rows = []
-    for i, (distance, indices) in enumerate(zip(distances, neighbours.cpu(), strict=True)):
+    for i, (distance, indices) in enumerate(zip(*found, strict=True)):
+        own = chosen.train_indices[i]
+        if own is not None:  # before its copies, if there are such
+            indices = torch.cat([torch.tensor([own]), indices[indices != own]])[:num_neighbours]
+            distance = (bank[indices.to(bank.device)] - bank[own]).norm(dim=1).cpu()
         (pixels,) = train.batches([indices])
         cosines = (1 - distance.square() / 2).tolist()
         names = [f"{describe(train, 'train', j)}\n{c:.3f}" for j, c in zip(indices.tolist(), cosines, strict=True)]

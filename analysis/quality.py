@@ -27,4 +27,4 @@ def captions(images: Tensor, sources: Tensor) -> list[str]:
     """Both, of images as they are seen: clipped. PSNR is in dB."""
     seen = images.clamp(-1, 1)
     values = zip(psnr(seen, sources).tolist(), ssim(seen, sources).tolist(), strict=True)
-    return [f"PSNR {noise:.1f}\nSSIM {similarity:.2f}" for noise, similarity in values]
+    return [f"PSNR {noise:.1f}\nSSIM {similarity:z.2f}" for noise, similarity in values]

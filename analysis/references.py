@@ -24,6 +24,7 @@ class Chosen:
 
     pixels: Tensor
     names: list[str]
+    train_indices: list[int | None]  # of those that are training images
 
     def __len__(self) -> int:
         return len(self.names)
@@ -31,7 +32,9 @@ class Chosen:
     def pairs(self) -> tuple["Chosen", "Chosen"]:
         """The first of each pair, and the second."""
         assert len(self) % 2 == 0, "there are whole pairs"
-        return Chosen(self.pixels[::2], self.names[::2]), Chosen(self.pixels[1::2], self.names[1::2])
+        halves = (slice(None, None, 2), slice(1, None, 2))
+        first, second = (Chosen(self.pixels[h], self.names[h], self.train_indices[h]) for h in halves)
+        return first, second
 
 
 def describe(images: Images, split: str, index: int) -> str:
@@ -48,10 +51,12 @@ def choose_images(experiment: Experiment, references: Sequence[str] | None, coun
         order = torch.randperm(len(splits[default]), generator=generator(experiment.config.seed, "grid images"))
         references = [str(index) for index in order[:count].tolist()]
     found = [_read(reference, splits, default, experiment.info.image_size) for reference in references]
-    return Chosen(torch.stack([pixels for pixels, _ in found]), [name for _, name in found])
+    pixels, names, train_indices = zip(*found, strict=True)
+    return Chosen(torch.stack(pixels), list(names), list(train_indices))
 
 
-def _read(reference: str, splits: dict[str, Images], default: str, image_size: int) -> tuple[Tensor, str]:
+def _read(reference: str, splits: dict[str, Images], default: str, image_size: int) -> tuple[Tensor, str, int | None]:
+    """Pixels, name, and place among the training images."""
     place = re.fullmatch(r"(?:(train|test):)?(\d+)", reference)
     if place is None:
         path = Path(reference)
@@ -59,7 +64,7 @@ def _read(reference: str, splits: dict[str, Images], default: str, image_size: i
             hint = "; key=value comes before it" if "=" in reference else ""
             raise ConfigError(f"no image {reference}: write {SYNTAX}{hint}")
         try:
-            return torch.from_numpy(decode(path, image_size).copy()).permute(2, 0, 1), path.name
+            return torch.from_numpy(decode(path, image_size).copy()).permute(2, 0, 1), path.name, None
         except DatasetError as error:
             raise DatasetError(f"{error}: name another") from None
     split, index = place[1] or default, int(place[2])
@@ -69,7 +74,7 @@ def _read(reference: str, splits: dict[str, Images], default: str, image_size: i
     if index >= len(images):
         raise ConfigError(f"no image {reference}: those of the {split} split go from 0 to {len(images) - 1}")
     (pixels,) = images.batches([range(index, index + 1)])
-    return pixels[0].cpu(), describe(images, split, index)
+    return pixels[0].cpu(), describe(images, split, index), index if split == "train" else None
 
 
 def find_class(experiment: Experiment, name: str) -> int:
@@ -80,5 +85,5 @@ def find_class(experiment: Experiment, name: str) -> int:
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
         known = ", ".join(classes) if len(classes) <= 20 else f"{', '.join(classes[:20])}, ..."
-        raise ConfigError(f"no class {name}: " + (f"did you mean {near[0]}?" if near else f"there are {known}"))
+        raise ConfigError(f"no class {name}: " + (f"did you mean {near[0]}? " if near else "") + f"there are {known}")
     return classes.index(name)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from training.trained import Trained
 from utils.config import KNN
 from utils.files import write_text
 from utils.randomness import derive_seed, generator
-from utils.run_log import METRICS
+from utils.run_log import read_reports
 
 MAX_TSNE = 2000  # points: a minute, and what one can still see
 MAX_CELLS = 20  # classes of a confusion matrix with numbers in it
@@ -68,16 +67,18 @@ def confusions(codec: Codec) -> Confusions:
 def draw_pictures(codec: Codec) -> list[Picture]:
     """All processes work."""
     experiment = codec.experiment
-    six, four, one = (choose_images(experiment, None, count) for count in (6, 4, 1))
+    six, one = (choose_images(experiment, None, count) for count in (6, 1))
+    pairs = choose_images(experiment, None, len(six) // 2 * 2)
     components = min(5, experiment.config.encoder.latent_dim, len(experiment.train))
     drawn = [
         pictures.reconstruct(codec, six, 3),
-        pictures.interpolate(codec, six if len(six) % 2 == 0 else four, 7),
         latent_space.directions(codec, one, components, 7, 3.0, None),
         pictures.nearest(codec, six, min(7, len(experiment.train))),
     ]
-    if len(codec.soda.decoder.section_dims) > 1:
-        drawn.append(pictures.mix(codec, four, None))
+    if len(pairs):
+        drawn.insert(1, pictures.interpolate(codec, pairs, 7))
+    if len(pairs) and len(codec.soda.decoder.section_dims) > 1:
+        drawn.append(pictures.mix(codec, pairs, None))
     return drawn
 
 
@@ -89,34 +90,22 @@ def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
     assert test is not None and test.labels is not None, "what is judged has labels"
     chosen = torch.randperm(len(test), generator=generator(codec.seed, "t-SNE images"))[:MAX_TSNE].sort().values
     z = F.normalize(codec.test_z)[chosen.to(codec.test_z.device)].cpu().numpy()
+    if len(z) < 4:
+        return np.zeros((len(z), 2)), test.labels[chosen].numpy()
     perplexity = min(30.0, (len(z) - 1) / 3)
     plane = TSNE(perplexity=perplexity, init="pca", random_state=derive_seed(codec.seed, "t-SNE") % 2**32)
     return plane.fit_transform(z), test.labels[chosen].numpy()
 
 
-def read_metrics(folder: Path, step: int) -> dict[str, list[dict[str, Any]]]:
-    """What the run reported up to `step`, by kind; nothing where its metrics.jsonl is not there."""
-    found: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": []}
-    path = folder / METRICS
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            if entry["step"] <= step:
-                found[entry["kind"]].append(entry)
-        except (ValueError, TypeError, KeyError):
-            continue  # a line that a crash cut short
-    return found
-
-
-def draw_curves(metrics: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Loss, learning rates and accuracies over epochs, as SVG."""
+def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
+    """Loss, gradient norm, learning rates and accuracies over epochs, as SVG, of a run's reports."""
 
     def series(kind: str, name: str) -> tuple[list[float], list[float]]:
-        entries = [entry for entry in metrics[kind] if name in entry]
+        entries = [entry for entry in reports if entry["kind"] == kind and name in entry]
         return [entry["epoch"] for entry in entries], [entry[name] for entry in entries]
 
     drawn = []
-    if metrics["train"]:
+    if series("train", "loss")[0]:
         drawn.append(figures.curves("loss", "loss", {"loss": series("train", "loss")}, log=True))
         drawn.append(figures.curves("norm", "gradient norm", {"norm": series("train", "grad_norm")}, log=True))
         rates = {part: series("train", f"lr/{part}") for part in ("encoder", "decoder")}
@@ -128,10 +117,10 @@ def draw_curves(metrics: dict[str, list[dict[str, Any]]]) -> list[str]:
     return drawn
 
 
-def data_uri(image: Tensor) -> str:
+def data_uri(image: Tensor, lossless: bool = False) -> str:
     """(3, H, W) uint8 as PNG, or, of more than LOSSLESS pixels a side, as JPEG."""
     out = io.BytesIO()
-    lossless = max(image.shape[1:]) <= LOSSLESS
+    lossless = lossless or max(image.shape[1:]) <= LOSSLESS
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, format="PNG" if lossless else "JPEG", quality=90)
     kind = "png" if lossless else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
@@ -141,7 +130,7 @@ def heat_map(counts: np.ndarray) -> str:
     """A confusion matrix of many classes as an image: the darker, the larger the share of the row."""
     share = counts / counts.sum(axis=1, keepdims=True).clip(1)
     grey = torch.from_numpy((255 * (1 - np.sqrt(share))).round().astype(np.uint8))
-    return data_uri(grey.expand(3, -1, -1))
+    return data_uri(grey.expand(3, -1, -1), lossless=True)
 
 
 def write_report(
@@ -157,14 +146,13 @@ def write_report(
     )
     environment.filters["data_uri"] = data_uri
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
-    metrics = read_metrics(trained.folder, trained.contents["step"])
     test = experiment.test
     assert test is not None, "what is judged has test images"
     html = environment.get_template("report.html").render(
         config=config,
         checkpoint=trained,
         epoch=trained.contents["step"] / experiment.loader.steps_per_epoch,
-        digest=trained.digest(),
+        digest=trained.digest,
         model=describe_model(config),
         num_train=len(experiment.train),
         num_test=len(test),
@@ -172,7 +160,7 @@ def write_report(
         device=str(experiment.device),
         columns=columns,
         table=table,
-        curves=draw_curves(metrics),
+        curves=draw_curves(read_reports(trained.folder, trained.contents["step"])),
         confusions=found,
         max_cells=MAX_CELLS,
         heat_map=heat_map(found.counts),

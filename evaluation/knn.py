@@ -40,12 +40,14 @@ class _Bank:
 def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances and indices, (Q, k) each, of the k nearest of `bank` (N, D) to each of `queries` (Q, D), in order.
 
-    Of those at the same distance, as copies of an image are, the first comes first.
+    Of those at the same distance, as copies of an image are, the first comes first, if no more than 2k + 8 are so near.
+    On the host.
     """
     assert 1 <= k <= len(bank), "k is at most the size of the bank"
     _, candidates = _Bank(bank).nearest(queries, min(2 * k + 8, len(bank)))
-    candidates = candidates.sort(dim=1).values
-    distances = torch.linalg.vector_norm(bank[candidates].double() - queries[:, None].double(), dim=2)
+    near, queries = bank[candidates.sort(dim=1).values].cpu(), queries.cpu()
+    candidates = candidates.sort(dim=1).values.cpu()
+    distances = torch.linalg.vector_norm(near.double() - queries[:, None].double(), dim=2)
     order = distances.sort(dim=1, stable=True).indices[:, :k]
     return distances.gather(1, order).float(), candidates.gather(1, order)
 

@@ -22,7 +22,7 @@ from analysis.picture import Cell, Picture, save_picture, to_pixels
 from analysis.quality import psnr, ssim
 from analysis.references import choose_images
 from tests.conftest import ROOT, TWO_PROCESSES, launch
-from training.trained import Trained, open_trained, read_trained
+from training.trained import open_trained, read_trained
 
 SIZE = 8
 
@@ -49,26 +49,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
-@pytest.fixture(scope="module")
-def trained(run: Path) -> Trained:
-    return read_trained(None, run / "checkpoints" / "last.pt", [])
-
-
-def codec_of(trained: Trained, num_sampling_steps: int) -> Codec:
-    experiment, soda = open_trained(trained)
-    sampling = trained.config.sampling.model_copy(update={"num_sampling_steps": num_sampling_steps})
-    object.__setattr__(experiment, "config", experiment.config.model_copy(update={"sampling": sampling}))
-    return Codec(experiment, soda, seed=0)
+def codec_of(run: Path, num_sampling_steps: int) -> Codec:
+    steps = f"sampling.num_sampling_steps={num_sampling_steps}"
+    return Codec(*open_trained(read_trained(None, run / "checkpoints" / "last.pt", [steps])), seed=0)
 
 
 @pytest.fixture(scope="module")
-def codec(trained: Trained) -> Codec:
-    return codec_of(trained, 100)
+def codec(run: Path) -> Codec:
+    return codec_of(run, 100)
 
 
 @pytest.fixture(scope="module")
-def quick(trained: Trained) -> Codec:
-    return codec_of(trained, 10)
+def quick(run: Path) -> Codec:
+    return codec_of(run, 10)
 
 
 def all_test_pixels(codec: Codec) -> Tensor:
@@ -85,11 +78,9 @@ def inverted(codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
     return pixels.float() / 127.5 - 1, z, codec.invert(pixels, z)
 
 
-def test_inverted_noise_decodes_to_the_image(
-    trained: Trained, codec: Codec, inverted: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def test_inverted_noise_decodes_to_the_image(run: Path, codec: Codec, inverted: tuple[Tensor, Tensor, Tensor]) -> None:
     sources, z, x_T = inverted
-    half = codec_of(trained, 50)
+    half = codec_of(run, 50)
     fine = psnr(codec.decode(z, x_T), sources)
     coarse = psnr(half.decode(z, half.invert(all_test_pixels(codec), z)), sources)
     assert len(sources) > 90 and fine.min() >= 30
@@ -339,12 +330,12 @@ def test_two_processes_draw_the_same_file_as_one(run: Path, tmp_path: Path, caps
             if folder == "seed" and name not in ("reconstruct", "generate"):
                 continue
             out = tmp_path / folder / f"{index}.png"
-            assert sample_program.main([*quick, name, *options, *more, "--out", str(out)]) == 0
+            assert sample_program.main([name, *quick, *options, *more, "--out", str(out)]) == 0
             assert capsys.readouterr().out.endswith(f"{out}\n")
             drawn[folder].append(out.read_bytes())
     assert len({*drawn["alone"], *drawn["seed"]}) == len(cases) + 2
 
-    torch.save([[*quick, name, *options] for name, *options in cases], tmp_path / "cases.pt")
+    torch.save([[name, *quick, *options] for name, *options in cases], tmp_path / "cases.pt")
     done = launch(*TWO_PROCESSES, "-m", "tests.processes", "pictures", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for index, expected in enumerate(drawn["alone"]):

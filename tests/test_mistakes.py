@@ -97,7 +97,7 @@ MISTAKES = [
     Mistake(
         "does not fit the model: encoder.fc.weight is (8, 31) there and (8, 32)", checkpoint("reshaped"), "test.py"
     ),
-    Mistake("which picture? There are reconstruct, interpolate", checkpoint("good"), "sample.py"),
+    Mistake("name a picture first: reconstruct, interpolate", ["nearer", *checkpoint("good")], "sample.py"),
     Mistake("name what to look at: --config", ["nearest"], "sample.py"),
     Mistake("train first", ["nearest"], "sample.py"),
     Mistake(
@@ -121,6 +121,12 @@ MISTAKES = [
     Mistake("have 8 components", ["directions", *checkpoint("good"), "--num_components", "9"], "sample.py"),
     Mistake("mix needs a model of decoder.modulation sectioned", ["mix", *checkpoint("good")], "sample.py"),
     Mistake("this model's go from 0 to 2", ["mix", *checkpoint("sectioned"), "--sections", "3"], "sample.py"),
+    Mistake("--reach nan: take a number above 0", ["directions", *checkpoint("good"), "--reach", "nan"], "sample.py"),
+    Mistake(
+        "take at least 1",
+        ["arithmetic", *checkpoint("good"), "--num_samples", "0", "--terms", "class:1", "class:2", "class:1"],
+        "sample.py",
+    ),
     Mistake("goes up to 1437", ["generate", *checkpoint("good"), "--num_components", "1438"], "sample.py"),
     Mistake("--num_steps 1: take at least 2", ["interpolate", *checkpoint("good"), "--num_steps", "1"], "sample.py"),
     Mistake(
@@ -128,6 +134,9 @@ MISTAKES = [
     ),
     Mistake("one of the arguments --split --folder --files --export is required", checkpoint("good"), "embed.py"),
     Mistake("ends in neither .npz nor", [*checkpoint("good"), "--split", "test", "--out", "z.csv"], "embed.py"),
+    Mistake("--out z.npz is for features", [*checkpoint("good"), "--export", "out", "--out", "z.npz"], "embed.py"),
+    Mistake("--out r.html is for the report: add --report", [*checkpoint("good"), "--out", "r.html"], "test.py"),
+    Mistake("holds splits, not classes", [*checkpoint("good"), "--folder", "{place}/images/few"], "embed.py"),
     Mistake("no folder none", [*checkpoint("good"), "--folder", "none"], "embed.py"),
     Mistake("no images in", [*checkpoint("good"), "--folder", "{place}/images/empty"], "embed.py"),
     Mistake("no image none.png", [*checkpoint("good"), "--files", "none.png"], "embed.py"),
@@ -141,6 +150,18 @@ MISTAKES = [
         processes=2,
     ),
     Mistake("the machines hold different images", [*folder("rank{rank}")], processes=2),
+    Mistake(
+        "the processes see different images",
+        ["--folder", "{place}/images/listed{rank}", *checkpoint("good")],
+        "embed.py",
+        processes=2,
+    ),
+    Mistake(
+        "the processes read different checkpoints or configs",
+        ["nearest", *checkpoint("good"), "sampling.num_sampling_steps={rank}1"],
+        "sample.py",
+        processes=2,
+    ),
     Mistake("output_dir must be storage they share", ["output_dir=run"], processes=2),
 ]
 
@@ -151,7 +172,10 @@ def complete(mistake: Mistake, place: Path) -> list[str]:
         config = []
     elif checkpoint("sectioned")[1] in mistake.arguments:  # its own config holds
         config = ["device=cpu"]
-    return [argument.replace("{place}", str(place)) for argument in [*config, *mistake.arguments]]
+    arguments = [*config, *mistake.arguments]
+    if mistake.program == "sample.py":  # the picture comes first
+        arguments = [mistake.arguments[0], *config, *mistake.arguments[1:]]
+    return [argument.replace("{place}", str(place)) for argument in arguments]
 
 
 def contents(place: Path) -> dict[str, bytes | None]:
@@ -183,6 +207,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(place / "images/few", train_a=20, train_b=20, test_a=1, test_b=1)
     write_images(place / "images/rank0", seed=0, flat=64)
     write_images(place / "images/rank1", seed=1, flat=64)
+    for rank in (0, 1):
+        write_images(place / f"images/listed{rank}", flat=4 + rank)
     (place / "broken.yaml").write_text("data: {name: digits")
     (place / "object.yaml").write_text("seed: !!python/object/apply:os.mkdir [owned]")
     (place / "only_0.yaml").write_text("data: {name: digits, image_size: 8}\n")

@@ -193,7 +193,7 @@ def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) 
 
 
 def test_the_sprite_stays_within_what_the_projector_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import reports
+    from training import latents
 
     class Large:
         labels, classes, shape = torch.zeros(20_000, dtype=torch.int64), ["a\tb"], (20_000, 3, 100, 100)
@@ -208,14 +208,14 @@ def test_the_sprite_stays_within_what_the_projector_shows(tmp_path: Path, monkey
         test = Large()
         config = type("Config", (), {"seed": 0})
 
-    monkeypatch.setattr(reports, "latents", lambda experiment, soda, images: torch.zeros(len(images), 2))
-    monkeypatch.setattr(reports, "THUMBNAIL", 90)
-    monkeypatch.setattr(reports, "MAX_POINTS", 900)
-    monkeypatch.setattr(reports, "SPRITE_PIXELS", 1000)
-    vectors, header, rows, thumbnails = reports.projector_points(Experiment(), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(latents, "THUMBNAIL", 90)
+    monkeypatch.setattr(latents, "MAX_POINTS", 900)
+    monkeypatch.setattr(latents, "SPRITE_PIXELS", 1000)
+    points = latents.projector_points(Experiment(), torch.zeros(20_000, 2))  # type: ignore[arg-type]
+    vectors, header, rows, thumbnails = points
     assert len(vectors) == len(rows) == len(thumbnails) == 900
     assert 30 * thumbnails.shape[-1] <= 1000 < 30 * (thumbnails.shape[-1] + 1)
     with RunLog(tmp_path, 0) as log:
-        log.embedding("latents", 7, vectors[:10], header, rows[:10], thumbnails[:10])
+        log.embedding("latents", 7, lambda: (vectors[:10], header, rows[:10], thumbnails[:10]))
     lines = (tmp_path / "tensorboard" / "00007" / "latents" / "metadata.tsv").read_text().splitlines()
     assert all(re.fullmatch(r"a b\ttest:\d+", line) for line in lines[1:])

@@ -37,12 +37,7 @@ class Experiment:
 
 def open_experiment(config: Config) -> Experiment:
     """Load the data and lay everything out on the device; raises ConfigError and DatasetError."""
-    device = choose_device(config.device)
-    amp_dtype = choose_amp_dtype(config.training.use_amp, device)
-    arithmetic = [f"{kind} in {dtype or 'float32'}" for kind, dtype in exchange((device.type, amp_dtype))]
-    if len(set(arithmetic)) > 1:
-        raise ConfigError(f"the processes compute differently ({', '.join(arithmetic)}): set device, training.use_amp")
-    start(config.distributed.backend, device)
+    device, amp_dtype = open_device(config)
     data = {**config.data.model_dump(), "processes": local_world_size()}
     train, test, info = first_on_each_node(lambda: build_dataset(**data))
     data_digest = train.digest()
@@ -66,6 +61,17 @@ def open_experiment(config: Config) -> Experiment:
         loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
         diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
     )
+
+
+def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:
+    """This process's device, its autocast, and the group that tensors travel through; raises ConfigError."""
+    device = choose_device(config.device)
+    amp_dtype = choose_amp_dtype(config.training.use_amp, device)
+    arithmetic = [f"{kind} in {dtype or 'float32'}" for kind, dtype in exchange((device.type, amp_dtype))]
+    if len(set(arithmetic)) > 1:
+        raise ConfigError(f"the processes compute differently ({', '.join(arithmetic)}): set device, training.use_amp")
+    start(config.distributed.backend, device)
+    return device, amp_dtype
 
 
 def _near(images: Images, device: torch.device) -> Images:

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from datasets import Images
 from evaluation import CLEAN, MakeView, Protocol, evaluate
-from evaluation.features import Features, extract_features
 from model import SODA, UNetDecoder
 from training.experiment import Experiment, initial_soda
 from training.step import draw_source, draws, read_pixels
@@ -45,24 +42,6 @@ def encode_with(experiment: Experiment, soda: SODA) -> Encode:
         return found
 
     return encode
-
-
-def latents(
-    experiment: Experiment, soda: SODA, images: Images, done: Callable[[int], Any] = lambda count: None
-) -> Tensor:
-    """z (N, latent_dim) float32 of a whole split, as the images are; processes share the work.
-
-    `done` is told how many images this process has encoded since it was last called.
-    """
-    encode = encode_with(experiment, soda)
-
-    def run(pixels: Tensor, indices: range) -> Features:
-        done(len(indices))
-        return {"z": encode(experiment.views.evaluation(pixels), indices)["z"].float()}
-
-    return extract_features(run, images, experiment.config.evaluation.batch_size, experiment.device, share, all_reduce)[
-        "z"
-    ]
 
 
 def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor, indices: range, name: str) -> Tensor:

@@ -2,17 +2,15 @@
 
 import json
 import logging
-import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model import SODA
 from training.experiment import Experiment, batch_norm_batch_size
-from training.judge import baselines, config_protocols, encode_with, judge, latents, sample_grid, save_png
+from training.judge import baselines, config_protocols, encode_with, judge, sample_grid, save_png
+from training.latents import latents, projector_points
 from training.state import Summary, TrainState
 from training.step import learning_rates
 from utils.config_file import flat, result_digest
@@ -20,14 +18,11 @@ from utils.device import memory_for, peak_memory_mb
 from utils.distributed import from_rank_0
 from utils.files import write_text, writing_to
 from utils.logging import PhaseTimer, phases
-from utils.randomness import generator
-from utils.run_log import SPRITE_PIXELS, RunLog
+from utils.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
 
-MAX_POINTS = 10_000  # in the projector, which sends all of them to the browser
-THUMBNAIL = 64  # pixels
 RESULTS = "results.json"  # the closing table, with the config and the step that it belongs to
 
 
@@ -80,20 +75,6 @@ def report(
     return summary
 
 
-def projector_points(experiment: Experiment, soda: SODA) -> tuple[Tensor, list[str], list[list[str]], Tensor]:
-    """Test latents with class, place and thumbnail, as `RunLog.embedding` takes them; all processes encode."""
-    test = experiment.test
-    assert test is not None and test.labels is not None, "test images have labels"
-    z, labels = latents(experiment, soda, test), test.labels
-    chosen = (
-        torch.randperm(len(test), generator=generator(experiment.config.seed, "projector"))[:MAX_POINTS].sort().values
-    )
-    size = min(test.shape[-1], THUMBNAIL, SPRITE_PIXELS // math.ceil(math.sqrt(len(chosen))))
-    pixels = [F.adaptive_avg_pool2d(batch.float().cpu() / 255, size) for batch in test.batches(chosen.split(256))]
-    rows = [[test.classes[int(labels[i])], f"test:{i}"] for i in chosen.tolist()]
-    return z[chosen.to(z.device)].cpu(), ["class", "image"], rows, torch.cat(pixels)
-
-
 def evaluation_due(experiment: Experiment, step: int) -> bool:
     """Every `evaluation.every` epochs and at the end."""
     epoch, step_of_epoch = divmod(step, experiment.loader.steps_per_epoch)
@@ -117,17 +98,17 @@ def evaluate_if_due(
         return
     phases.info("evaluation at step %d", state.step)
     with timer.phase("evaluation"):
-        soda, table, grid = state.ema.module, {}, None
+        soda, table, z, grid = state.ema.module, {}, None, None
         protocols = [] if experiment.test is None else config_protocols(experiment)
         if protocols:
             encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             smaller = max(1, experiment.config.evaluation.batch_size // 2)
             with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
                 table = judge(experiment, encoders, protocols)
+                z = latents(experiment, soda, experiment.test) if at_end and experiment.test is not None else None
         if experiment.config.sampling.num_images:
             with memory_for(lambda: f"set sampling.num_images={experiment.config.sampling.num_images // 2}"):
                 grid = sample_grid(experiment, soda)
-        points = projector_points(experiment, soda) if at_end and experiment.test is not None else None
         if log is None:
             return
         values: dict[str, float] = {"epoch": epoch}
@@ -139,8 +120,6 @@ def evaluate_if_due(
             with writing_to(folder):
                 save_png(folder / "samples" / f"epoch_{epoch:04d}.png", grid)
             log.image("samples", state.step, grid)
-        if points is not None:
-            log.embedding("latents", state.step, *points)
         if not reported:
             log.report("evaluation", state.step, values, **{protocol.kind: str(protocol) for protocol in protocols})
         if at_end:
@@ -148,6 +127,8 @@ def evaluate_if_due(
             hyperparameters = {
                 name: value for name, value in flat(experiment.config).items() if name != "training.epochs"
             }
+            if z is not None:
+                log.embedding("latents", state.step, partial(projector_points, experiment, z))
             log.hyperparameters(hyperparameters, [f"evaluation/{name}" for name in values])
             results = {
                 "config_digest": result_digest(experiment.config),

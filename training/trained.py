@@ -1,6 +1,5 @@
 """A checkpoint of train.py opened by those who look at it: test.py, sample.py, embed.py."""
 
-import hashlib
 import json
 import logging
 import shlex
@@ -12,6 +11,7 @@ from datasets import build_dataset
 from model import SODA
 from training.experiment import Experiment, build_on_meta, near, open_experiment
 from training.state import first_difference
+from utils.agreement import first_on_each_node
 from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from utils.config import Config, ConfigError
 from utils.config_file import differences, override, parse_config
@@ -40,12 +40,12 @@ class Trained:
     def describe(self, steps_per_epoch: int) -> str:
         """Which checkpoint, of which epoch and step."""
         step = self.contents["step"]
-        return f"{self.path}, epoch {step / steps_per_epoch:g}, step {step}"
+        return f"{Path(*self.path.parts[-3:])}, epoch {step / steps_per_epoch:g}, step {step}"
 
+    @property
     def digest(self) -> str:
         """SHA-256 of the file, as SHA256SUMS lists it."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return str(self.contents["sha256"])
 
     def soda(self) -> SODA:
         """The EMA model on the host, in evaluation mode; raises CheckpointError."""
@@ -63,7 +63,8 @@ class Trained:
         """
         if "statistics" not in self.contents:
             logger.info("%s holds no mean and deviation of its images: opening them", self.path)
-            _, _, info = build_dataset(**self.config.data.model_dump())
+            data = self.config.data.model_dump()
+            _, _, info = first_on_each_node(lambda: build_dataset(**data))
             return list(info.mean), list(info.std)
         mean, std = self.contents["statistics"]
         return mean, std
@@ -73,7 +74,8 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
     """The checkpoint that is named, else the newest of `config`'s output_dir; raises ConfigError, CheckpointError.
 
     Args:
-        config: how to look at it; None: as it was trained, changed by `overrides`, which are otherwise in it already.
+        config: how to look at it; None: the checkpoint's own, in float32, changed by `overrides`, which are in any
+            other already.
     """
     if checkpoint is None:
         assert config is not None, "one of them is given"
@@ -92,8 +94,9 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
     as_trained = {"seed": trained_with.seed, "diffusion": trained_with.diffusion, "views": views, "training": training}
     config = config.model_copy(update=as_trained)
     config = parse_config(config.to_yaml(), f"the command line with the config of {checkpoint}")  # checked anew
-    if not same_everywhere(contents["step"]):
-        raise ConfigError(f"the processes read different checkpoints from {checkpoint}: give them all the same")
+    data = config.data.model_copy(update={"root": "", "cache_dir": ""})
+    if not same_everywhere((contents["sha256"], config.model_copy(update={"data": data, "output_dir": ""}))):
+        raise ConfigError(f"the processes read different checkpoints or configs from {checkpoint}: give them the same")
     return Trained(checkpoint, contents, config)
 
 

@@ -58,22 +58,23 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Model, EMA, optimiser, scaler, tally, step, config and digest of the data, on the host; raises CheckpointError.
 
-    Where the folder's SHA256SUMS lists the file, its bytes are to be those of a file that it lists.
+    "sha256" is the file's own digest. Where the folder's SHA256SUMS lists the file, its bytes are to be those of a file
+    that it lists.
     """
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path}: train first, or name one that exists")
     try:
         sums = read_sums(path.parent)
-        if path.name in sums:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not any(digest in digests for digests in sums.values()):
+        with open(path, "rb") as file:  # once: a run may put another in its place meanwhile
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if path.name in sums and not any(digest in digests for digests in sums.values()):
                 raise CheckpointError(f"{path} is damaged: its bytes are not those that {SUMS} lists")
-        elif (path.parent / SUMS).exists():
-            logger.warning("%s does not list %s, whose bytes are not checked", path.parent / SUMS, path.name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols, which tell a user nothing
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            if path.name not in sums and (path.parent / SUMS).exists():
+                logger.warning("%s does not list %s, whose bytes are not checked", path.parent / SUMS, path.name)
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols, which tell a user nothing
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except CheckpointError:
@@ -88,4 +89,4 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
     if not fits or state["step"] < 0:
         raise CheckpointError(f"{path} is not a checkpoint of this program: name another")
-    return state
+    return state | {"sha256": digest}

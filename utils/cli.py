@@ -36,15 +36,20 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def make_parser(
-    description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
-) -> argparse.ArgumentParser:
-    """What all programs take; those `of_checkpoint` look at one, which holds its own config, and can do without it."""
+def check_place() -> None:
+    """End with one line and status 2 where the environment does not say which process of how many this is."""
     try:
         check_launcher()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def make_parser(
+    description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
+) -> argparse.ArgumentParser:
+    """What all programs take; those `of_checkpoint` look at one, which holds its own config, and can do without it."""
+    check_place()
     parser = _Parser(
         prog=prog,
         description=description,

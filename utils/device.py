@@ -51,6 +51,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def compute_exactly() -> None:
+    """From now on, the same numbers for the same inputs, and float32 as it is: for what is kept and compared."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
 def choose_compile(setting: bool | None, device: torch.device) -> bool:
     """Whether to compile the model: as asked, by default on CUDA; not, with a line, where that cannot be."""
     if not (device.type == "cuda" if setting is None else setting):

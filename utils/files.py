@@ -13,14 +13,24 @@ from typing import TextIO
 logger = logging.getLogger(__name__)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, wait until it is on the disk, rename."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, with the same ending; once it is on the disk, it takes the place of `path`."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    with open(partial, "rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def check_writable(path: Path) -> None:

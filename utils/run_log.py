@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,19 @@ def _say_nothing_of_tensorboard(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def read_reports(folder: Path, step: int) -> list[dict[str, Any]]:
+    """What the run in `folder` reported up to `step`; a line that a crash cut short is passed over."""
+    entries, path = [], folder / METRICS
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            if type(entry["step"]) is int and isinstance(entry["kind"], str) and entry["step"] <= step:
+                entries.append(entry)
+        except (ValueError, TypeError, KeyError):
+            pass
+    return entries
+
+
 class RunLog:
     """Reports of one run, to `folder`/metrics.jsonl and `folder`/tensorboard; a context that closes them.
 
@@ -39,7 +52,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int) -> None:
         self._jsonl = folder / METRICS
         with writing_to(folder):
-            kept = [entry for entry in self._read() if entry["step"] <= step]
+            kept = read_reports(folder, step)
             write_text(self._jsonl, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._reported = {(entry["kind"], entry["step"]) for entry in kept}
         self._writer: Any = None
@@ -74,18 +87,6 @@ class RunLog:
         """Whether this run, or the one that it resumes, has reported `kind` at `step`."""
         return (kind, step) in self._reported
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The reports so far; a line that a crash cut short is passed over."""
-        entries = []
-        for line in self._jsonl.read_text(errors="replace").splitlines() if self._jsonl.exists() else []:
-            try:
-                entry = json.loads(line)
-                if type(entry["step"]) is int and isinstance(entry["kind"], str):
-                    entries.append(entry)
-            except (ValueError, TypeError, KeyError):
-                pass
-        return entries
-
     def image(self, name: str, step: int, image: Tensor) -> None:
         """(3, H, W) uint8."""
         with self._tensorboard():
@@ -98,17 +99,18 @@ class RunLog:
                 self._writer.add_text(name, text, step)
 
     def embedding(
-        self, name: str, step: int, vectors: Tensor, header: list[str], rows: list[list[str]], thumbnails: Tensor
+        self, name: str, step: int, points: Callable[[], tuple[Tensor, list[str], list[list[str]], Tensor]]
     ) -> None:
         """Points for the projector, in place of those of an earlier step.
 
         Args:
-            vectors: (N, D); rows: what each is called, by the columns of `header`, at least two.
-            thumbnails: (N, 3, size, size) on the scale of [0, 1]; all of them in a square have a side of at most
-                SPRITE_PIXELS.
+            points: gives vectors (N, D); a header of at least two columns; what each vector is called, by column; and
+                thumbnails (N, 3, size, size) on the scale of [0, 1], which side by side in a square take at most
+                SPRITE_PIXELS either way.
         """
         with self._tensorboard():
             if self._writer:
+                vectors, header, rows, thumbnails = points()
                 folder = Path(self._writer.log_dir)
                 for outdated in folder.glob(f"*/{name}"):
                     shutil.rmtree(outdated.parent)
