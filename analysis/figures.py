@@ -18,7 +18,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     style: dict[Any, Any] = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK
     )
-    with matplotlib.rc_context({**style, "text.parse_math": False}):
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
     for side in ("top", "right"):
@@ -32,7 +32,7 @@ def _svg(figure: Any, name: str, title: str) -> str:
 
     out = io.StringIO()
     with (
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has fonts of its own
@@ -82,5 +82,7 @@ def scatter(name: str, points: np.ndarray, labels: np.ndarray, classes: list[str
     if few:
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         names = [name if len(name) <= 24 else f"{name[:23]}..." for name in classes]
-        axes.legend(handles, names, frameon=False, labelcolor=INK, markerscale=2, **place)
+        legend = axes.legend(handles, names, frameon=False, labelcolor=INK, markerscale=2, **place)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names are text, dollars too
     return _svg(figure, name, "t-SNE of test latents, coloured by class")

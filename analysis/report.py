@@ -72,7 +72,7 @@ def draw_pictures(codec: Codec) -> list[Picture]:
     components = min(5, experiment.config.encoder.latent_dim, len(experiment.train))
     drawn = [
         pictures.reconstruct(codec, six, 3),
-        latent_space.directions(codec, one, components, 7, 3.0, None),
+        latent_space.directions(codec, one, components, 7, 3.0, None, random=True),  # in which z shows more
         pictures.nearest(codec, six, min(7, len(experiment.train))),
     ]
     if len(pairs):

@@ -208,6 +208,19 @@ def test_towards_a_class_is_where_a_classifiers_score_rises(codec: Codec) -> Non
             assert (column(picture, index).int() - to_pixels(codec.decode(moved, x_T)).int()).abs().max() <= 1
 
 
+def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> None:
+    chosen = choose_images(quick.experiment, None, 2)
+    first, second = chosen.pairs()
+    noise, z = quick.noise(2, "sample 0"), quick.encode(chosen.pixels)
+    moved = latent_space.directions(quick, chosen, 1, num_steps=3, reach=1.0, label=None, random=True)
+    assert (column(moved, 2).int() - to_pixels(quick.sample(z, noise)).int()).abs().max() <= 1
+    mixed = pictures.mix(quick, chosen, None, random=True)
+    for index, latent in ((1, z[:1]), (4, z[1:])):
+        assert (column(mixed, index).int() - to_pixels(quick.sample(latent, noise[:1])).int()).abs().max() <= 1
+    assert "random noise" in moved.explanation and "random noise" in mixed.explanation
+    assert mixed.cells[0][0].caption == first.names[0] and mixed.cells[0][5].caption == second.names[0]
+
+
 def test_arithmetic_of_means_and_images(codec: Codec) -> None:
     image = choose_images(codec.experiment, ["2"], 1)
     same = latent_space.arithmetic(codec, [0, 0, image], num_samples=1)
@@ -311,7 +324,7 @@ PICTURES: list[list[str]] = [
     ["reconstruct", "--num_images", "5", "--num_samples", "4"],
     ["interpolate", "--images", "0", "train:1", "2", "3", "--num_steps", "5"],
     ["directions", "--num_components", "3", "--num_images", "2"],
-    ["directions", "--class", "flower"],
+    ["directions", "--class", "flower", "--random"],
     ["arithmetic", "--terms", "class:china", "class:flower", "{photograph}"],
     ["mix", "--num_images", "4", "--sections", "0", "2"],
     ["generate", "--num_components", "3"],

@@ -158,7 +158,7 @@ MISTAKES = [
     ),
     Mistake(
         "the processes read different checkpoints or configs",
-        ["nearest", *checkpoint("good"), "sampling.num_sampling_steps={rank}1"],
+        ["nearest", *checkpoint("sectioned"), "sampling.num_sampling_steps={rank}1"],
         "sample.py",
         processes=2,
     ),

@@ -1,6 +1,9 @@
 """The report and TensorBoard: what a browser and TensorBoard's own readers make of them."""
 
-import json
+import base64
+import contextlib
+import html
+import io
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,35 +22,58 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import test as judge_program
 import train as train_program
-from analysis.report import Confusions, heat_map
+from analysis import figures
+from analysis.report import Confusions, draw_curves, heat_map
+from datasets import StoredImages
+from datasets.builtin import load_digits
 from tests.conftest import digits_args
+from training.trained import open_trained, read_trained
 from utils.run_log import RunLog
 
 CHROMIUM = shutil.which("chromium")
 
 
+CLASSES = [
+    '<img src=x onerror="alert(1)">',
+    r"$x_1^2$ $\\frac$",
+    "_hidden",
+    'id="loss" href="#tsne" é 数',
+    "a_name_so_long_that_nobody_would_give_it_to_a_class_" * 3,
+    *"56789",
+]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained for an epoch, and then for one more; a class has a name that means something in HTML."""
-    run = tmp_path_factory.mktemp("report") / "run"
+    """Trained for an epoch, and then for one more, on digits whose classes have names that mean something elsewhere."""
+    place = tmp_path_factory.mktemp("report")
+    for split, images in zip(("train", "test"), load_digits(8), strict=True):
+        assert images.labels is not None
+        for index, (pixels, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
+            folder = place / "images" / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{index}.png", compress_level=0)
+    settings = [f"data.root={place / 'images'}", f"data.cache_dir={place / 'cache'}", "data.name=folder"]
     for epochs in (1, 2):
-        assert train_program.main(digits_args(run, f"training.epochs={epochs}", "decoder.modulation=sectioned")) == 0
-    return run
+        arguments = digits_args(place / "run", *settings, f"training.epochs={epochs}", "decoder.modulation=sectioned")
+        assert train_program.main(arguments) == 0
+    return place / "run"
 
 
 @pytest.fixture(scope="module")
 def table(run: Path) -> dict[str, list[str]]:
     """What test.py printed while it wrote the report: {protocol: cells}."""
-    import contextlib
-    import io
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert judge_program.main(digits_args(run, "decoder.modulation=sectioned", "--report")) == 0
+        checkpoint = str(run / "checkpoints" / "last.pt")
+        assert judge_program.main(["--checkpoint", checkpoint, "device=cpu", "--report"]) == 0
     *lines, _, path = printed.getvalue().splitlines()
     assert path == f"report       {run / 'report.html'}"
     cells = [re.split(r"  +", line.strip()) for line in lines[2:]]
     return {protocol: rest for protocol, *rest in cells}
+
+
+CLASSES_IN_ORDER = sorted(CLASSES)
 
 
 class Page(HTMLParser):
@@ -77,7 +103,8 @@ def test_the_report_is_one_file_that_holds_what_was_found(run: Path, table: dict
     for protocol, cells in table.items():
         for cell in [protocol.replace("'", "&#39;"), *cells]:
             assert cell in text, cell
-    assert (run / "config.yaml").read_text().splitlines()[0] in text
+    config = (run / "config.yaml").read_text()
+    assert html.escape(config, quote=True).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in text
     for title in (
         "What the latent holds",
         "From one image to another",
@@ -86,8 +113,13 @@ def test_the_report_is_one_file_that_holds_what_was_found(run: Path, table: dict
         "Sections of",
     ):
         assert f"<h2>{title}" in text
-    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert "gradient norm over epochs" in text and len(losses) > 4
+    # Names are text: no element, no attribute, no formula, nothing left out.
+    assert "<img src=x" not in text and "onerror" not in "".join(re.findall(r"<[^>]*>", text))
+    section = text[text.index('<section id="tsne">') :]
+    legend = [
+        html.unescape(name) for name in re.findall(r"<text[^>]*>([^<]*)</text>", section[: section.index("</svg>")])
+    ]
+    assert legend == [name if len(name) <= 24 else f"{name[:23]}..." for name in CLASSES_IN_ORDER]
 
 
 def test_the_confusion_matrix_is_that_of_a_line_of_the_table(run: Path, table: dict[str, list[str]]) -> None:
@@ -101,12 +133,39 @@ def test_the_confusion_matrix_is_that_of_a_line_of_the_table(run: Path, table: d
     assert float(table[protocol[1]][0].split(" / ")[0]) == pytest.approx(100 * counts.trace() / 360, abs=0.051)
 
 
+def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "curves", lambda name, ylabel, lines, **_: drawn.update({name: lines}) or name)
+    reports: list[dict[str, Any]] = [
+        {"kind": "train", "epoch": e, "loss": loss, "grad_norm": 2 * e, "lr/encoder": 3 * e, "lr/decoder": 4 * e}
+        for e, loss in ((1, 0.5), (2, None), (3, 0.1))
+    ]
+    assert draw_curves(reports) == ["loss", "norm", "rates"] and draw_curves([]) == []
+    assert draw_curves([*reports, {"kind": "evaluation", "epoch": 3, "knn_top1": 70.0}])[-1] == "accuracy"
+    assert drawn["loss"] == {"loss": ([1, 2, 3], [0.5, None, 0.1])}
+    assert drawn["rates"] == {"encoder": ([1, 2, 3], [3, 6, 9]), "decoder": ([1, 2, 3], [4, 8, 12])}
+    assert drawn["accuracy"] == {"k-NN": ([3], [70.0]), "linear probe": ([], [])}
+
+
+def test_a_curve_goes_through_its_values() -> None:
+    """Read back from the drawing: y falls on the page as values rise, in proportion, with a gap where there is none."""
+    svg = figures.curves("c", "value", {"v": ([0.0, 1.0, 2.0, 3.0, 4.0], [1.0, 3.0, None, 7.0, 5.0])})  # type: ignore[list-item]
+    path = next(d for d in re.findall(r'<path d="([^"]*)"', svg) if len(re.findall(r"[ML]", d)) == 4)
+    points = np.array([[float(n) for n in xy] for xy in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)])
+    assert re.findall(r"[ML]", path) == ["M", "L", "M", "L"]
+    np.testing.assert_allclose(np.diff(points[:, 0]) / (points[1, 0] - points[0, 0]), [1, 2, 1], atol=1e-3)
+    np.testing.assert_allclose(np.diff(points[:, 1]) / (points[1, 1] - points[0, 1]), [1, 2, -1], atol=1e-3)
+
+
 def test_of_many_classes_the_confusions_are_a_picture_and_a_list() -> None:
-    counts = np.diag(np.full(30, 50))
-    counts[3, 7], counts[20, 1] = 9, 4
-    found = Confusions(counts, "k-NN", [f"c{i}" for i in range(30)])
-    assert found.most_frequent(5) == [("c3", "c7", 9), ("c20", "c1", 4)]
-    assert heat_map(counts).startswith("data:image/png;base64,")
+    counts = np.diag(np.full(100, 50))
+    counts[3, 7], counts[20, 1] = 50, 4
+    found = Confusions(counts, "k-NN", [f"c{i}" for i in range(100)])
+    assert found.most_frequent(5) == [("c3", "c7", 50), ("c20", "c1", 4)]
+    kind, _, data = heat_map(counts).partition(",")
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))
+    assert kind == "data:image/png;base64" and shown.shape == (100, 100)
+    assert shown[0, 0] == 0 and shown[0, 1] == 255 and shown[3, 3] == shown[3, 7] == round(255 * (1 - 0.5**0.5))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +187,7 @@ def test_the_report_in_a_browser(
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
     said: list[str] = []
+    page.on("dialog", lambda dialog: said.append("a dialog"))
     asked: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -183,13 +243,11 @@ def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) 
     assert points.shape == (360, 8) and rows[0] == "class\timage" and len(rows) == 361
     sprite = Image.open(folder / "00044" / "latents" / "sprite.png")
     assert sprite.size == (19 * 8, 19 * 8)
-    from datasets.builtin import load_digits
-
-    _, test = load_digits(8)
-    assert test.labels is not None
+    test = open_trained(read_trained(None, run / "checkpoints" / "last.pt", ["device=cpu"]))[0].test
+    assert isinstance(test, StoredImages) and test.labels is not None
     shown = np.asarray(sprite)[8:16, 16:24, :3]  # in the second row of 19, the third
     np.testing.assert_allclose(shown, test.pixels[21].permute(1, 2, 0).numpy(), atol=1)
-    assert rows[1 + 21] == f"{int(test.labels[21])}\ttest:21"
+    assert rows[1 + 21] == f"{test.classes[int(test.labels[21])]}\ttest:21"
 
 
 def test_the_sprite_stays_within_what_the_projector_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
