@@ -39,8 +39,10 @@ class Chosen:
 
 def describe(images: Images, split: str, index: int) -> str:
     """An image's name for a reader: its class, if it has one, and its place."""
-    label = "" if images.labels is None else f"{images.classes[int(images.labels[index])]}\n"
-    return f"{label}{split}:{index}"
+    if images.labels is None:
+        return f"{split}:{index}"
+    name = images.classes[int(images.labels[index])]
+    return f"{name if len(name) <= 30 else name[:27] + '...'}\n{split}:{index}"
 
 
 def choose_images(experiment: Experiment, references: Sequence[str] | None, count: int) -> Chosen:
