@@ -21,8 +21,6 @@ from utils.distributed import all_reduce, local_world_size, same_everywhere, sha
 from utils.files import replacing
 from utils.logging import progress
 
-SUFFIXES = (".npz", ".safetensors")  # of files that features are kept in
-
 
 @dataclass(frozen=True)
 class Source:

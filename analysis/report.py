@@ -68,17 +68,17 @@ def draw_pictures(codec: Codec) -> list[Picture]:
     """All processes work."""
     experiment = codec.experiment
     six, one = (choose_images(experiment, None, count) for count in (6, 1))
-    pairs = choose_images(experiment, None, len(six) // 2 * 2)
     components = min(5, experiment.config.encoder.latent_dim, len(experiment.train))
     drawn = [
         pictures.reconstruct(codec, six, 3),
         latent_space.directions(codec, one, components, 7, 3.0, None, random=True),  # in which z shows more
         pictures.nearest(codec, six, min(7, len(experiment.train))),
     ]
-    if len(pairs):
+    if len(six) > 1:
+        pairs = choose_images(experiment, None, len(six) // 2 * 2)
         drawn.insert(1, pictures.interpolate(codec, pairs, 7))
-    if len(pairs) and len(codec.soda.decoder.section_dims) > 1:
-        drawn.append(pictures.mix(codec, pairs, None))
+        if len(codec.soda.decoder.section_dims) > 1:
+            drawn.append(pictures.mix(codec, pairs, None, random=True))
     return drawn
 
 
