@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (x, y) for y in range(0, half.height - SIZE + 1, SIZE) for x in range(0, half.width - SIZE + 1, SIZE)
         ]
         for index, (x, y) in enumerate(corners):
-            folder = place / "images" / ("test" if index % 22 == 0 else "train") / name
+            folder = place / "images" / ("test" if index % 44 == 0 else "train") / name
             folder.mkdir(parents=True, exist_ok=True)
             half.crop((x, y, x + SIZE, y + SIZE)).save(folder / f"{index}.png")
     settings = [
@@ -83,7 +83,7 @@ def test_inverted_noise_decodes_to_the_image(run: Path, codec: Codec, inverted: 
     half = codec_of(run, 50)
     fine = psnr(codec.decode(z, x_T), sources)
     coarse = psnr(half.decode(z, half.invert(all_test_pixels(codec), z)), sources)
-    assert len(sources) > 90 and fine.min() >= 30
+    assert len(sources) > 40 and fine.min() >= 30
     assert fine.min() >= coarse.min() + 5 and fine.mean() >= coarse.mean() + 5
     assert 0.9 <= x_T.std() <= 1.1
 
@@ -94,12 +94,13 @@ def test_an_images_own_z_decodes_nearer_to_it_than_anothers(
     """Nearly always from the image's own x_T; from random noise, which places things otherwise, more often than not."""
     sources, z, x_T = inverted
 
-    def share_nearer(decode: Callable[[Tensor, Tensor], Tensor], x_T: Tensor) -> float:
-        own, others = ((decode(latents, x_T) - sources).square().mean(dim=(1, 2, 3)) for latents in (z, z.roll(1, 0)))
-        return (own < others).float().mean().item()
+    def share_nearer(decode: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, times: int) -> float:
+        wanted, own, others = (some.repeat(times, *[1] * (some.ndim - 1)) for some in (sources, z, z.roll(1, 0)))
+        near, far = ((decode(latents, x_T) - wanted).square().mean(dim=(1, 2, 3)) for latents in (own, others))
+        return (near < far).float().mean().item()
 
-    assert share_nearer(codec.decode, x_T) >= 0.9
-    assert share_nearer(quick.sample, quick.noise(len(z), "anything")) >= 0.6
+    assert share_nearer(codec.decode, x_T, 1) >= 0.9
+    assert share_nearer(quick.sample, quick.noise(3 * len(z), "anything"), 3) >= 0.6
 
 
 def column(picture: Picture, index: int) -> Tensor:
@@ -323,7 +324,6 @@ def test_a_picture_file_holds_each_image_in_its_place(tmp_path: Path) -> None:
 PICTURES: list[list[str]] = [
     ["reconstruct", "--num_images", "5", "--num_samples", "4"],
     ["interpolate", "--images", "0", "train:1", "2", "3", "--num_steps", "5"],
-    ["directions", "--num_components", "3", "--num_images", "2"],
     ["directions", "--class", "flower", "--random"],
     ["arithmetic", "--terms", "class:china", "class:flower", "{photograph}"],
     ["mix", "--num_images", "4", "--sections", "0", "2"],
