@@ -32,7 +32,8 @@ def class_direction(latents: Tensor, labels: Tensor, label: int) -> tuple[np.nda
     """The unit direction (D,) of a linear classifier of a class, and the deviation of the latents along it.
 
     The classifier is scikit-learn's logistic regression, of the class against all others, on latents scaled to
-    deviation 1 in each dimension; the direction is that of its weights there, as Diffusion Autoencoders have it (Preechakul et al. 2022).
+    deviation 1 in each dimension; the direction is that of its weights there, as in Diffusion Autoencoders
+    (Preechakul et al. 2022).
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -1,6 +1,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from model import GaussianDiffusion
 from model.diffusion import Schedule, alphas_cumprod
 
 SCHEDULES: list[Schedule] = ["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]
+LINEAR: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+DDIM = LINEAR | {"set_alpha_to_one": True, "timestep_spacing": "trailing"}
 TEN_POINTS = [0, 1, 7, 50, 249, 500, 666, 900, 998, 999]
 
 
@@ -42,7 +45,7 @@ def test_schedule_against_its_closed_form(schedule: Schedule) -> None:
 
 
 def test_q_sample_against_diffusers() -> None:
-    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    theirs = DDPMScheduler(**LINEAR)
     x_start, noise = torch.randn(2, 10, 3, 4, 4).unbind()
     timesteps = torch.tensor(TEN_POINTS)
     ours = diffusion().q_sample(x_start, timesteps, noise)
@@ -57,15 +60,7 @@ def denoise_somehow(x_t: Tensor, timesteps: Tensor) -> Tensor:
 @pytest.mark.parametrize("clip_denoised", [True, False])
 @pytest.mark.parametrize("num_sampling_steps", [10, 100])
 def test_ddim_against_diffusers(num_sampling_steps: int, clip_denoised: bool, eta: float) -> None:
-    theirs = DDIMScheduler(
-        1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=clip_denoised,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-    )
+    theirs = DDIMScheduler(**DDIM, clip_sample=clip_denoised)
     theirs.set_timesteps(num_sampling_steps)
     assert theirs.timesteps.tolist() == diffusion().sampling_timesteps(num_sampling_steps)
 
@@ -91,15 +86,7 @@ def test_ddim_against_diffusers(num_sampling_steps: int, clip_denoised: bool, et
 
 @pytest.mark.parametrize("num_sampling_steps", [10, 100])
 def test_inversion_by_one_iteration_against_diffusers(num_sampling_steps: int) -> None:
-    theirs = DDIMInverseScheduler(
-        1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-    )
+    theirs = DDIMInverseScheduler(**DDIM, clip_sample=False)
     theirs.set_timesteps(num_sampling_steps)
     assert theirs.timesteps.tolist() == diffusion().sampling_timesteps(num_sampling_steps)[::-1]
     torch.manual_seed(0)
