@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.picture import from_pixels
 from datasets import Images
+from datasets.views import scale
 from model import SODA
 from model.diffusion import Denoiser
 from training.experiment import Experiment
@@ -69,7 +69,7 @@ class Codec:
 
     def invert(self, pixels: Tensor, z: Tensor) -> Tensor:
         """The x_T from which `decode` comes back to the images, given their z."""
-        x_start, diffusion = from_pixels(pixels).to(self.experiment.device), self.experiment.diffusion
+        x_start, diffusion = scale(pixels).to(self.experiment.device), self.experiment.diffusion
         steps = self.experiment.config.sampling.num_sampling_steps
 
         def invert(denoise: Denoiser, x_start: Tensor, positions: range) -> Tensor:

@@ -16,7 +16,7 @@ from utils.randomness import derive_seed, generator
 
 T = TypeVar("T")
 
-MAX_FIT = 50_000  # latents: a minute's work, and enough for what is looked for
+MAX_FIT = 50_000  # latents: of more, copies in float64 take gigabytes
 RIDGE = 1e-3  # of the latents' mean variance, added to each component's covariance
 
 

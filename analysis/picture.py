@@ -46,11 +46,6 @@ class Picture:
     cells: list[list[Cell]] = field(repr=False)
 
 
-def from_pixels(pixels: Tensor) -> Tensor:
-    """Images (N, 3, H, W) uint8 as float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
 def to_pixels(images: Tensor) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1], or a little outside, as uint8 on the host."""
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()

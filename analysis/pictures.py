@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from analysis import quality
 from analysis.codec import Codec, slerp
-from analysis.picture import Cell, Picture, cells, from_pixels
+from analysis.picture import Cell, Picture, cells
 from analysis.references import Chosen, describe
+from datasets.views import scale
 from evaluation.knn import nearest_neighbours
 
 INVERTED = "x_T is the DDIM-inverted noise"
@@ -22,7 +23,7 @@ def reconstruct(codec: Codec, chosen: Chosen, num_samples: int) -> Picture:
     sampled = codec.sample(z.repeat(num_samples, 1), torch.cat(noises)).split(len(chosen)) if noises else ()
     decoded = codec.decode(z, x_T)
 
-    sources = from_pixels(chosen.pixels).to(z.device)
+    sources = scale(chosen.pixels).to(z.device)
     deviations = [f"deviation {value:.2f}" for value in x_T.std(dim=(1, 2, 3)).tolist()]
     columns = [cells(chosen.pixels)]
     columns += [cells(images, quality.captions(images, sources)) for images in sampled]

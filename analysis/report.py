@@ -26,7 +26,7 @@ from utils.files import write_text
 from utils.randomness import derive_seed, generator
 from utils.run_log import read_reports
 
-MAX_TSNE = 2000  # points: a minute, and what one can still see
+MAX_TSNE = 2000  # points: what one can still see
 MAX_CELLS = 20  # classes of a confusion matrix with numbers in it
 LOSSLESS = 64  # pixels of an image that is not compressed
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import machine
+from datasets.views import scale
 from training.trained import open_trained, read_trained
 
 BATCH = 128
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         for iterations in args.iterations:
             decibels, nearer, codes = [], [], []
             for pixels in test.batches(batches):
-                x_start = pixels.to(experiment.device).float() / 127.5 - 1
+                x_start = scale(pixels.to(experiment.device))
                 z = soda.encoder(views.evaluation(pixels))
                 x_T = diffusion.ddim_invert(soda.denoiser(z), x_start, steps, iterations)
                 own, other = (

@@ -12,8 +12,8 @@ from datasets.operations import augment
 CPU_CHUNK = 512  # samples augmented at once, so that what is in work stays in the caches
 
 
-def _scale(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+def scale(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], as the decoder sees images."""
     return pixels.float().div_(127.5).sub_(1)
 
 
@@ -56,14 +56,14 @@ class Views:
 
     def target(self, pixels: Tensor, draw: Draw) -> Tensor:
         """x_start: augmented and scaled to [-1, 1]."""
-        return _scale(self._augment(pixels, self._target.parameters(draw)))
+        return scale(self._augment(pixels, self._target.parameters(draw)))
 
     def pair(self, pixels: Tensor, draw_source: Draw, draw_target: Draw, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(x_source, x_start), as `source` and `target` give them, for half the operations."""
         parameters = self._source.parameters(draw_source), self._target.parameters(draw_target)
         pixels = pixels.to(self._device, non_blocking=True)
         source, target = self._augment(torch.cat([pixels, pixels]), Parameters.concatenate(*parameters)).chunk(2)
-        return self._normalize(source).add_(noise, alpha=self._noise_std), _scale(target)
+        return self._normalize(source).add_(noise, alpha=self._noise_std), scale(target)
 
     def augmented(self, pixels: Tensor, draw: Draw, view: Any) -> Tensor:
         """A training view of the evaluation: augmented by the keys of `view`, such as `views.probe`; normalised."""

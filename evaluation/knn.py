@@ -45,8 +45,8 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, T
     """
     assert 1 <= k <= len(bank), "k is at most the size of the bank"
     _, candidates = _Bank(bank).nearest(queries, min(2 * k + 8, len(bank)))
-    near, queries = bank[candidates.sort(dim=1).values].cpu(), queries.cpu()
-    candidates = candidates.sort(dim=1).values.cpu()
+    candidates = candidates.sort(dim=1).values
+    near, queries, candidates = bank[candidates].cpu(), queries.cpu(), candidates.cpu()
     distances = torch.linalg.vector_norm(near.double() - queries[:, None].double(), dim=2)
     order = distances.sort(dim=1, stable=True).indices[:, :k]
     return distances.gather(1, order).float(), candidates.gather(1, order)

@@ -126,7 +126,7 @@ class GaussianDiffusion:
         Each of its steps is undone: x_t is the fixed point of x_t = signal_t x_start + deviation_t eps(x_t, t), where
         x_start is what the next, less noisy image is made of together with that same eps (Song et al. 2021, eq. 13).
         With one iteration, from the next image, it is the inversion of Dhariwal & Nichol (2021, appendix F) and
-        diffusers' DDIMInverseScheduler; a second one costs as much again and brings the decode 4 to 11 dB nearer
+        diffusers' DDIMInverseScheduler; a second one costs as much again and brings the decode 3 to 11 dB nearer
         (docs/results.md; the idea is Pan et al.'s, 2023).
 
         Args:
