@@ -2,8 +2,8 @@
 #                                                     the digits run ends with a report, others with REPORT=1
 # make test                                                                           lint, types and tests
 # make test-long                                                                      the tests that take minutes
-# make bundle DATA=folder [NAME="what it is"] [BUNDLE_PYTHON=3.12]    code, images, and the packages that a bare machine
-#                                                     with torch lacks; `bash bundle/run.sh` runs an ablation there
+# make bundle DATA=folder [NAME="name of the images"] [BUNDLE_PYTHON=3.12]    code, images, and the packages that a bare
+#                                                     machine with torch lacks; `bash bundle/run.sh` runs an ablation there
 # All set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
@@ -13,6 +13,8 @@ REPORT ?= $(if $(filter --dry-run --help -h,$(ARGS)),,$(filter config/digits.yam
 PYTHON ?= python3
 BUNDLE_PYTHON ?= 3.12
 BUNDLE_MB = 60
+DOWNLOAD = .venv/bin/python -m pip download --quiet --only-binary=:all: --python-version $(BUNDLE_PYTHON) \
+  --platform manylinux2014_x86_64 --dest bundle/wheels --constraint requirements.txt
 NAME ?= $(notdir $(DATA))
 LAUNCH = .venv/bin/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
 
@@ -32,17 +34,18 @@ test: .venv/requirements-dev.done
 test-long: .venv/requirements-dev.done
 	.venv/bin/python -m pytest -m long
 
-# Of what is committed; torch and the rest of requirements.txt are there.
+# The code is that of the last commit. The other machine has torch, torchvision, numpy and pyyaml (scikit-learn for the
+# plan's benchmarks). ema-pytorch and tqdm come without dependencies: ema-pytorch's are torch and numpy.
 bundle: .venv/requirements.done
-	@test -d "$(DATA)/train" || { echo "error: DATA is no folder of train/ and test/: make bundle DATA=photos" >&2; exit 2; }
+	@test -d "$(DATA)/train" || { echo "error: DATA is not a folder with train/ and test/: make bundle DATA=photos" >&2; exit 2; }
 	rm -rf bundle
 	mkdir -p bundle/wheels
 	git archive --format=tar.gz -o bundle/code.tar.gz HEAD
 	tar -C "$(DATA)" -chzf bundle/data.tar.gz .
 	echo "$(NAME)" > bundle/name.txt
-	.venv/bin/python -m pip download --quiet --only-binary=:all: --python-version $(BUNDLE_PYTHON) \
-	  --platform manylinux2014_x86_64 --dest bundle/wheels pydantic
-	cp benchmarks/run_bundle.sh bundle/run.sh
+	$(DOWNLOAD) pydantic
+	$(DOWNLOAD) --no-deps ema-pytorch tqdm
+	cp ablations/run_bundle.sh bundle/run.sh
 	@du -sm bundle | awk '{print "bundle/: " $$1 " MB"; if ($$1 >= $(BUNDLE_MB)) {print "error: $(BUNDLE_MB) MB or more" > "/dev/stderr"; exit 2}}'
 
 .venv/bin/python:

@@ -3,10 +3,11 @@
 import logging
 from pathlib import Path
 
-from utils.cli import errors_under_way, make_parser, overrides, read_config_if_named, run, user_errors
-from utils.config import ConfigError
-from utils.distributed import rank
+from config.errors import ConfigError
+from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, run
+from utils.distributed.processes import rank
 from utils.files import check_writable
+from utils.logging import format_table
 
 logger = logging.getLogger(__name__)
 
@@ -17,23 +18,24 @@ EXAMPLES = """\
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
-    parser.add_argument("--report", action="store_true", help="write all that there is to see into one HTML file")
-    parser.add_argument("--out", type=Path, help="the report; default: report.html in the run's folder")
-    with user_errors(ConfigError):
+    # Parse.
+    with gather_user_errors():
+        parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
+        parser.add_argument("--report", action="store_true", help="also write a report, one HTML file")
+        parser.add_argument("--out", type=Path, help="the report; default: report.html in the run's folder")
         args = parser.parse_intermixed_args(argv)
         config = read_config_if_named(args)
         if args.out and not args.report:
             raise ConfigError(f"--out {args.out} is for the report: add --report")
 
-    from datasets import DatasetError
-    from training.judge import all_protocols, baselines, encode_with, judge, settled
-    from training.trained import open_trained, read_trained
-    from utils.checkpoint import CheckpointError
-    from utils.device import OutOfMemoryError, compute_exactly
-    from utils.logging import format_table
+    from datasets.images import DatasetError
+    from evaluation.judge import baselines, encode_with, judge, settled
+    from evaluation.protocols import all_protocols
+    from experiment.trained import open_trained, read_trained
+    from utils.device import compute_exactly
 
-    with user_errors(ConfigError, DatasetError, CheckpointError):
+    # Open the checkpoint and the images.
+    with gather_user_errors():
         if args.report:
             from analysis import report, require
             from analysis.codec import Codec
@@ -46,29 +48,27 @@ def main(argv: list[str] | None = None) -> int:
         path = args.out or trained.folder / "report.html"
         if args.report:
             check_writable(path)
-        logger.info("judging the EMA encoder of %s", trained.describe(experiment.loader.steps_per_epoch))
 
-    # "settled": with BatchNorm statistics made as those of the untrained encoder are.
-    with errors_under_way(DatasetError, OutOfMemoryError):
-        encoders = {
-            "trained": encode_with(experiment, soda),
-            "settled": encode_with(experiment, settled(experiment, soda)),
-            **baselines(experiment),
-        }
-        table = judge(experiment, encoders, all_protocols(experiment))
+    # Judge. "settled" has BatchNorm statistics made as those of the untrained encoder are.
+    logger.info("judging the EMA encoder of %s", trained.describe(experiment.loader.steps_per_epoch))
+    encoders = {
+        "trained": encode_with(experiment, soda),
+        "settled": encode_with(experiment, settled(experiment, soda)),
+        **baselines(experiment),
+    }
+    table = judge(experiment, encoders, all_protocols(trained.config, len(experiment.train)))
     if rank() == 0:
         print(format_table(table))
-    if not args.report:
-        return 0
 
-    compute_exactly()
-    with errors_under_way(DatasetError, OutOfMemoryError):
+    # Report.
+    if args.report:
+        compute_exactly()
         codec = Codec(experiment, soda, experiment.config.seed)
         found, drawn = report.confusions(codec), report.draw_pictures(codec)
-    with user_errors():
-        if rank() == 0:
-            report.write_report(path, trained, codec, table, found, drawn)
-            print(f"\nreport       {path}")
+        with gather_user_errors():
+            if rank() == 0:
+                report.write_report(path, trained, codec, table, found, drawn)
+                print(f"\nreport       {path}")
     return 0
 
 

@@ -1,97 +1,413 @@
-"""Pictures of given images: decoded, interpolated, mixed, and beside their neighbours."""
+"""The pictures that sample.py and the report draw, one class each: options, checks, drawing.
 
-from collections.abc import Sequence
+To add one, write a subclass of Picture and put it into PICTURES, at the end of this file. Heavy modules are imported
+in the methods that use them, so that `sample.py --help` and errors in options need no torch.
+"""
 
-import torch
-import torch.nn.functional as F
+from __future__ import annotations
 
-from analysis import quality
-from analysis.codec import Codec, slerp
-from analysis.picture import Cell, Picture, cells
-from analysis.references import Chosen, describe
-from datasets.views import scale
-from evaluation.knn import nearest_neighbours
+import math
+from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+from config.errors import ConfigError
+from utils.distributed.collectives import broadcast_object
+from utils.distributed.processes import rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from analysis.codec import Codec
+    from analysis.grid import Grid
+    from analysis.references import Chosen
+    from experiment.opening import Experiment
+    from model.decoder import UNetDecoder
+
+T = TypeVar("T")
+Found = TypeVar("Found")
 
 INVERTED = "x_T is the DDIM-inverted noise"
 
 
-def reconstruct(codec: Codec, chosen: Chosen, num_samples: int) -> Picture:
-    """What z and x_T hold of each image: samples from z and random x_T, and the decode from z and its own x_T."""
-    z = codec.encode(chosen.pixels)
-    x_T = codec.invert(chosen.pixels, z)
-    noises = [codec.noise(len(chosen), f"sample {i}") for i in range(num_samples)]
-    sampled = codec.sample(z.repeat(num_samples, 1), torch.cat(noises)).split(len(chosen)) if noises else ()
-    decoded = codec.decode(z, x_T)
-
-    sources = scale(chosen.pixels).to(z.device)
-    deviations = [f"deviation {value:.2f}" for value in x_T.std(dim=(1, 2, 3)).tolist()]
-    columns = [cells(chosen.pixels)]
-    columns += [cells(images, quality.captions(images, sources)) for images in sampled]
-    columns += [cells(x_T / 3, deviations), cells(decoded, quality.captions(decoded, sources))]
-    return Picture(
-        "reconstruct",
-        "What the latent holds, and what it leaves open",
-        (
-            "Samples share the source's z and start from random noise: what they have in common is in z. "
-            if noises
-            else ""
-        )
-        + f"The last column starts from the x_T before it, {INVERTED.removeprefix('x_T is ')} of the source "
-        "(shown at a third of its size). PSNR is in dB.",
-        ["source", *(f"sample {i + 1}" for i in range(num_samples)), "x_T", "decoded from z and x_T"],
-        chosen.names,
-        [list(row) for row in zip(*columns, strict=True)],
-    )
+def _splits(experiment: Experiment) -> dict[str, Any]:
+    """Images by the name of their split."""
+    return {"train": experiment.train} | ({} if experiment.test is None else {"test": experiment.test})
 
 
-def interpolate(codec: Codec, chosen: Chosen, num_steps: int) -> Picture:
-    """Between the images of each pair: linear in z, on the arc in x_T."""
-    first, second = chosen.pairs()
-    both = torch.cat([first.pixels, second.pixels])
-    z = codec.encode(both)
-    x_T = codec.invert(both, z)
-    (z_a, z_b), (x_a, x_b) = z.chunk(2), x_T.chunk(2)
-    shares = torch.linspace(0, 1, num_steps).tolist()
-    decoded = codec.decode(
-        torch.cat([z_a.lerp(z_b, share) for share in shares]), torch.cat([slerp(x_a, x_b, share) for share in shares])
-    ).split(len(first))
-    columns = [cells(first.pixels, first.names), *map(cells, decoded), cells(second.pixels, second.names)]
-    return Picture(
-        "interpolate",
-        "From one image to another",
-        f"Linear in z, spherical in x_T; {INVERTED} of each end. 0 and 1 are the reconstructions of the ends.",
-        ["image", *(f"{share:.3g}" for share in shares), "image"],
-        [],
-        [list(row) for row in zip(*columns, strict=True)],
-    )
+def _on_rank_0(fit: Callable[[], T]) -> T:
+    """Collective. The result of `fit()` on rank 0, for all ranks: on other machines rounding might differ."""
+    return broadcast_object(fit() if rank() == 0 else None)  # type: ignore[return-value]
 
 
-def mix(codec: Codec, chosen: Chosen, sections: Sequence[int] | None, random: bool = False) -> Picture:
-    """Sections of one image's z with those of another: switched at each level, or those named.
+def option(default: Any, help: str, *, flag: str | None = None, minimum: int | None = None, **settings: Any) -> Any:
+    """A field of a Picture that is an option on the command line.
 
-    `random`: start from random noise, instead of the first image's own x_T.
+    Args:
+        flag: its spelling; default: -- and the field's name.
+        settings: further arguments of `ArgumentParser.add_argument`.
     """
-    first, second = chosen.pairs()
-    z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
-    x_T = codec.noise(len(first), "sample 0") if random else codec.invert(first.pixels, z_a)
-    decode = codec.sample if random else codec.decode
-    count = len(codec.soda.decoder.section_dims)
-    sets = [list(sections)] if sections is not None else [list(range(k, count)) for k in range(count, -1, -1)]
-    mixed = []
-    for taken in sets:
-        drop_mask = torch.tensor([i in taken for i in range(count)], device=z_a.device).expand(len(z_a), -1)
-        mixed.append(codec.soda.decoder.mask(z_a, drop_mask) + codec.soda.decoder.mask(z_b, ~drop_mask))
-    decoded = decode(torch.cat(mixed), x_T.repeat(len(sets), 1, 1, 1)).split(len(first))
-    columns = [cells(first.pixels, first.names), *map(cells, decoded), cells(second.pixels, second.names)]
-    return Picture(
-        "mix",
-        "Sections of two images' latents",
-        "Each column decodes the first image's z with the sections named above it taken from the second's; "
-        f"{'x_T is random noise' if random else INVERTED + ' of the first'}. {section_legend(codec)}",
-        ["first", *(_section_names(taken, count) for taken in sets), "second"],
-        [],
-        [list(row) for row in zip(*columns, strict=True)],
+    return field(default=default, metadata={"minimum": minimum, "flag": flag, "settings": {"help": help, **settings}})
+
+
+def number(default: int, help: str, *, minimum: int = 1) -> Any:
+    """An option that takes an integer."""
+    return option(default, f"{help} (%(default)s)", minimum=minimum, type=int, metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture(ABC, Generic[Found]):
+    """One kind of picture; its fields are its options. Raises ConfigError if a value is out of range.
+
+    Attributes:
+        name: the word after sample.py.
+        meaning: its content in one line.
+        needs: packages beyond requirements.txt.
+    """
+
+    name: ClassVar[str]
+    meaning: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, minimum = getattr(self, each.name), each.metadata["minimum"]
+            if minimum is not None and value < minimum:
+                raise ConfigError(f"--{each.name} {value}: take at least {minimum}")
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        for each in fields(cls):
+            flag = each.metadata["flag"] or f"--{each.name}"
+            parser.add_argument(flag, dest=each.name, default=each.default, **each.metadata["settings"])
+
+    @classmethod
+    def from_options(cls, args: Namespace) -> Self:
+        return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
+
+    @abstractmethod
+    def find(self, experiment: Experiment) -> Found:
+        """The images and classes that the options name, for `draw`.
+
+        Checks all options against the experiment, before any work; raises ConfigError and DatasetError.
+        """
+
+    @abstractmethod
+    def draw(self, codec: Codec, found: Found) -> Grid:
+        """Collective. Draws the picture; raises DatasetError and OutOfMemoryError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOfImages(Picture["Chosen"]):
+    """A picture of images that the user names, or of some test images."""
+
+    images: Sequence[str] | None = option(
+        None, "12 (of the test images), train:12 or a file; put key=value before it", nargs="+", metavar="IMAGE"
     )
+    num_images: int = number(6, "number of images, if none are named")
+
+    def find(self, experiment: Experiment) -> Chosen:
+        from analysis.references import choose_images
+
+        return choose_images(_splits(experiment), self.images, self.num_images, experiment.config.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOfPairs(PictureOfImages):
+    """A picture of pairs of images."""
+
+    def find(self, experiment: Experiment) -> Chosen:
+        chosen = super().find(experiment)
+        if len(chosen) % 2:
+            raise ConfigError(f"{len(chosen)} images are no pairs: give one more")
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct(PictureOfImages):
+    """For each image: samples from z and random x_T, and the decode from z and its own x_T."""
+
+    name = "reconstruct"
+    meaning = "images, samples that share their z, the decode from z and x_T"
+    needs = ("torchmetrics",)
+
+    num_samples: int = number(3, "samples from random noise", minimum=0)
+
+    def draw(self, codec: Codec, found: Chosen) -> Grid:
+        import torch
+
+        from analysis import quality
+        from analysis.grid import Grid, rows_of, to_cells
+        from datasets.views import scale
+
+        z = codec.encode(found.pixels)
+        x_T = codec.invert(found.pixels, z)
+        noises = [codec.noise(len(found), f"sample {i}") for i in range(self.num_samples)]
+        sampled = codec.sample(z.repeat(len(noises), 1), torch.cat(noises)).split(len(found)) if noises else ()
+        decoded = codec.decode(z, x_T)
+
+        sources = scale(found.pixels).to(z.device)
+        deviations = [f"deviation {value:.2f}" for value in x_T.std(dim=(1, 2, 3)).tolist()]
+        columns = [to_cells(found.pixels)]
+        columns += [to_cells(images, quality.captions(images, sources)) for images in sampled]
+        columns += [to_cells(x_T / 3, deviations), to_cells(decoded, quality.captions(decoded, sources))]
+        of_samples = "Samples share the source's z and start from random noise: what they have in common is in z. "
+        return Grid(
+            title="What the latent holds, and what it leaves open",
+            explanation=(of_samples if noises else "")
+            + f"The last column starts from the x_T before it, {INVERTED.removeprefix('x_T is ')} of the source "
+            "(shown at a third of its size). PSNR is in dB.",
+            columns=["source", *(f"sample {i + 1}" for i in range(len(noises))), "x_T", "decoded from z and x_T"],
+            rows=found.names,
+            cells=rows_of(columns),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(PictureOfPairs):
+    """Decodes between the images of each pair: linear in z, on the arc in x_T."""
+
+    name = "interpolate"
+    meaning = "from the first image of each pair to the second"
+
+    num_steps: int = number(9, "images from one end to the other", minimum=2)
+
+    def draw(self, codec: Codec, found: Chosen) -> Grid:
+        import torch
+
+        from analysis.grid import Grid, rows_of, to_cells
+        from analysis.latent_space import slerp
+
+        first, second = found.pairs()
+        both = torch.cat([first.pixels, second.pixels])
+        z = codec.encode(both)
+        x_T = codec.invert(both, z)
+        (z_a, z_b), (x_a, x_b) = z.chunk(2), x_T.chunk(2)
+        shares = torch.linspace(0, 1, self.num_steps).tolist()
+        zs = torch.cat([z_a.lerp(z_b, share) for share in shares])
+        x_Ts = torch.cat([slerp(x_a, x_b, share) for share in shares])
+        decoded = codec.decode(zs, x_Ts).split(len(first))
+        ends = to_cells(first.pixels, first.names), to_cells(second.pixels, second.names)
+        return Grid(
+            title="From one image to another",
+            explanation=f"Linear in z, spherical in x_T; {INVERTED} of each end. 0 and 1 are the reconstructions of "
+            "the ends.",
+            columns=["image", *(f"{share:.3g}" for share in shares), "image"],
+            rows=[],
+            cells=rows_of([ends[0], *map(to_cells, decoded), ends[1]]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions(PictureOfImages):
+    """Each image's z moved both ways along principal components, or towards a class, with its x_T unchanged."""
+
+    name = "directions"
+    meaning = "along the principal components of the latents, or towards a class"
+
+    num_images: int = number(1, "number of images, if none are named")
+    num_steps: int = number(7, "images along each direction", minimum=2)
+    num_components: int = number(6, "principal components, each a direction")
+    class_name: str | None = option(
+        None, "move towards this class instead of along components", flag="--class", metavar="NAME"
+    )
+    reach: float = option(3.0, "largest distance, in deviations of the latents (%(default)g)", type=float)
+    random: bool = option(False, "start from random noise, not the image's own x_T", action="store_true")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.reach < math.inf:
+            raise ConfigError(f"--reach {self.reach:g}: take a number above 0")
+
+    def find(self, experiment: Experiment) -> Chosen:
+        from analysis.references import find_class
+
+        count = len(experiment.train)
+        most = min(experiment.config.encoder.latent_dim, count)
+        if self.num_components > most:
+            raise ConfigError(f"--num_components {self.num_components}: {count} latents have {most} components")
+        chosen = super().find(experiment)
+        if self.class_name is not None:
+            find_class(experiment.info.classes, self.class_name)
+        return chosen
+
+    def draw(self, codec: Codec, found: Chosen) -> Grid:
+        import torch
+
+        from analysis.grid import Cell, Grid, to_cells
+
+        names, steps = self._ways(codec)
+        z = codec.encode(found.pixels)
+        x_T = codec.noise(len(found), "sample 0") if self.random else codec.invert(found.pixels, z)
+        decode = codec.sample if self.random else codec.decode
+        amounts = torch.linspace(-self.reach, self.reach, self.num_steps).tolist()
+        moved = torch.stack([z[:, None] + amount * steps for amount in amounts], dim=2)  # (N, ways, amounts, D)
+        x_Ts = x_T.repeat_interleave(len(names) * len(amounts), dim=0)
+        decoded = decode(moved.flatten(0, 2), x_Ts).split(len(amounts))
+        cells = []
+        for row, images in enumerate(decoded):
+            image, way = divmod(row, len(names))
+            source = Cell(found.pixels[image], found.names[image]) if way == 0 else Cell()
+            cells.append([source, *to_cells(images)])
+        title = "Along the principal components of the latents"
+        return Grid(
+            title=title if self.class_name is None else f"Towards class {self.class_name}, and away",
+            explanation="z moves by so many deviations of the training latents along each direction; "
+            + ("x_T is random noise" if self.random else f"{INVERTED} of the image")
+            + ", the same in all columns.",
+            columns=["image", *(f"{amount:+.1f}" if amount else "0" for amount in amounts)],
+            rows=names * len(found),
+            cells=cells,
+        )
+
+    def _ways(self, codec: Codec) -> tuple[list[str], Tensor]:
+        """A name for each direction, and vectors (directions, D) as long as the latents' deviation along them."""
+        import numpy as np
+        import torch
+
+        from analysis.latent_space import class_direction, principal_components, subset_to_fit
+        from analysis.references import find_class
+
+        train, seed = codec.experiment.train, codec.experiment.config.seed
+        latents, labels = subset_to_fit(codec.train_z, train.labels, seed)
+        if self.class_name is None:
+            units, deviations, shares = _on_rank_0(lambda: principal_components(latents, self.num_components))
+            names = [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(shares)]
+        else:
+            assert labels is not None, "a class has been found"
+            label = find_class(train.classes, self.class_name)
+            unit, deviation = _on_rank_0(lambda: class_direction(latents, labels, label))
+            units, deviations, names = unit[None], np.array([deviation]), [f"towards class {self.class_name}"]
+        return names, torch.tensor(units * deviations[:, None], dtype=torch.float32, device=codec.train_z.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic(Picture["list[Chosen | int]"]):
+    """z(a) - z(b) + z(c), each of one image or, if a class is named, the mean of its training latents.
+
+    Decoded from the x_T of the image among c, a and b, in this order, if there is one, and from random x_T.
+    """
+
+    name = "arithmetic"
+    meaning = "z(a) - z(b) + z(c), of images or means of classes"
+
+    terms: Sequence[str] | None = option(
+        None, "each class:NAME, or an image such as 12, train:12 or a file", nargs=3, metavar=("A", "B", "C")
+    )
+    num_samples: int = number(3, "samples from random noise", minimum=0)
+
+    def find(self, experiment: Experiment) -> list[Chosen | int]:
+        """Images, and the numbers of classes."""
+        from analysis.references import choose_images, find_class
+
+        train, terms = experiment.train, self.terms or ["0", "1", "2"]
+        if (
+            self.terms is None and train.labels is not None
+        ):  # a training image of the second class, made one of the first
+            image = int((train.labels == 1).nonzero()[0])
+            terms = [*(f"class:{name}" for name in train.classes[:2]), f"train:{image}"]
+        found: list[Chosen | int] = [
+            find_class(experiment.info.classes, term.removeprefix("class:"))
+            if term.startswith("class:")
+            else choose_images(_splits(experiment), [term], 1, experiment.config.seed)
+            for term in terms
+        ]
+        if not self.num_samples and all(isinstance(term, int) for term in found):
+            raise ConfigError("--num_samples 0: means of classes have no x_T of their own, so take at least 1")
+        return found
+
+    def draw(self, codec: Codec, found: list[Chosen | int]) -> Grid:
+        import torch
+
+        from analysis.grid import Cell, Grid, to_cells
+
+        train = codec.experiment.train
+        latents, names, sources = [], [], []
+        for letter, term in zip("abc", found, strict=True):
+            if isinstance(term, int):
+                assert train.labels is not None, "a class has been found"
+                latents.append(codec.train_z[train.labels.to(codec.train_z.device) == term].mean(dim=0, keepdim=True))
+                names.append(f"{letter}: mean of {train.classes[term]}")
+                sources.append(Cell())
+            else:
+                latents.append(codec.encode(term.pixels))
+                names.append(f"{letter}: {' '.join(term.names[0].split())}")
+                sources.append(Cell(term.pixels[0]))
+        a, b, c = latents
+        z = torch.cat([a, b, c, a - b + c])
+        cells, rows = [], []
+        for index in (2, 0, 1):
+            term = found[index]
+            if not isinstance(term, int):
+                x_T = codec.invert(term.pixels, latents[index])
+                cells += [[*sources, Cell()], to_cells(codec.decode(z, x_T.expand(4, -1, -1, -1)))]
+                rows += ["image", f"decoded, x_T of {'abc'[index]}"]
+                break
+        if self.num_samples:
+            noise = codec.noise(self.num_samples, "sample 0").repeat_interleave(4, dim=0)
+            cells += [to_cells(images) for images in codec.sample(z.repeat(self.num_samples, 1), noise).split(4)]
+            rows += [f"sampled, random x_T {i + 1}" for i in range(self.num_samples)]
+        return Grid(
+            title="a - b + c, of latents",
+            explanation="A row decodes four latents from one x_T. Where that is the DDIM-inverted noise of an image, "
+            "the image itself comes back in its own column.",
+            columns=[*names, "a - b + c"],
+            rows=rows,
+            cells=cells,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix(PictureOfPairs):
+    """z of a pair's first image with sections of the second's: more and more of them, or those named."""
+
+    name = "mix"
+    meaning = "sections of the z of each pair's first image with those of the second"
+
+    random: bool = option(False, "start from random noise, not the image's own x_T", action="store_true")
+    sections: Sequence[int] | None = option(
+        None, "take these from the second image; default: for each section, it and all later ones", type=int, nargs="+"
+    )
+
+    def find(self, experiment: Experiment) -> Chosen:
+        count = experiment.config.decoder.num_sections
+        if count == 1:
+            raise ConfigError("mix needs a model of decoder.modulation sectioned, as config/cifar10_paper.yaml trains")
+        if self.sections is not None and not {*self.sections} <= {*range(count)}:
+            raise ConfigError(f"--sections {list(self.sections)}: this model's go from 0 to {count - 1}")
+        return super().find(experiment)
+
+    def draw(self, codec: Codec, found: Chosen) -> Grid:
+        import torch
+
+        from analysis.grid import Grid, rows_of, to_cells
+
+        first, second = found.pairs()
+        z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
+        x_T = codec.noise(len(first), "sample 0") if self.random else codec.invert(first.pixels, z_a)
+        decode = codec.sample if self.random else codec.decode
+        decoder = codec.soda.decoder
+        count = len(decoder.section_dims)
+        sets = [list(range(k, count)) for k in range(count, -1, -1)]
+        if self.sections is not None:
+            sets = [sorted({*self.sections})]
+        mixed = []
+        for taken in sets:
+            drop_mask = torch.tensor([i in taken for i in range(count)], device=z_a.device).expand(len(z_a), -1)
+            mixed.append(decoder.mask(z_a, drop_mask) + decoder.mask(z_b, ~drop_mask))
+        decoded = decode(torch.cat(mixed), x_T.repeat(len(sets), 1, 1, 1)).split(len(first))
+        ends = to_cells(first.pixels, first.names), to_cells(second.pixels, second.names)
+        return Grid(
+            title="Sections of two images' latents",
+            explanation="Each column decodes the first image's z with the sections named above it taken from the "
+            f"second's; {'x_T is random noise' if self.random else INVERTED + ' of the first'}. "
+            + _section_legend(decoder),
+            columns=["first", *(_section_names(taken, count) for taken in sets), "second"],
+            rows=[],
+            cells=rows_of([ends[0], *map(to_cells, decoded), ends[1]]),
+        )
 
 
 def _section_names(sections: list[int], count: int) -> str:
@@ -102,35 +418,117 @@ def _section_names(sections: list[int], count: int) -> str:
     return f"section {listed}" if len(sections) == 1 else f"sections {listed}"
 
 
-def section_legend(codec: Codec) -> str:
-    """Which feature maps each section modulates."""
+def _section_legend(decoder: UNetDecoder) -> str:
+    """The sizes of the feature maps that each section modulates."""
     sizes: dict[int, set[int]] = {}
-    for layer in codec.soda.decoder.layers():
+    for layer in decoder.layers():
         sizes.setdefault(layer.section, set()).add(layer.resolution)
     places = (f"{section}: {', '.join(map(str, sorted(at, reverse=True)))} px" for section, at in sorted(sizes.items()))
     return f"Sections modulate layers of {'; '.join(places)}."
 
 
-def nearest(codec: Codec, chosen: Chosen, num_neighbours: int) -> Picture:
-    """The training images nearest to each in z, by the cosine, as k-NN sees them."""
-    train = codec.experiment.train
-    bank, queries = F.normalize(codec.train_z), F.normalize(codec.encode(chosen.pixels))
-    found = nearest_neighbours(bank, queries, num_neighbours)
-    rows = []
-    for i, (distance, indices) in enumerate(zip(*found, strict=True)):
-        own = chosen.train_indices[i]
-        if own is not None:  # before its copies, if there are such
-            indices = torch.cat([torch.tensor([own]), indices[indices != own]])[:num_neighbours]
-            distance = (bank[indices.to(bank.device)] - bank[own]).norm(dim=1).cpu()
-        (pixels,) = train.batches([indices])
-        cosines = (1 - distance.square() / 2).tolist()
-        names = [f"{describe(train, 'train', j)}\n{c:.3f}" for j, c in zip(indices.tolist(), cosines, strict=True)]
-        rows.append([Cell(chosen.pixels[i], chosen.names[i]), *cells(pixels, names)])
-    return Picture(
-        "nearest",
-        "Nearest training images in z",
-        "By the distance of k-NN, Euclidean between latents of length 1; the number is their cosine.",
-        ["query", *(f"{i + 1}" for i in range(num_neighbours))],
-        [],
-        rows,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Generate(Picture[None]):
+    """New images: z from a Gaussian mixture that is fitted to the training latents, x_T at random."""
+
+    name = "generate"
+    meaning = "new images, from a Gaussian mixture over the latents"
+
+    num_components: int = number(10, "Gaussians of the mixture")
+    num_samples: int = number(8, "samples of each Gaussian, from random noise")
+
+    def find(self, experiment: Experiment) -> None:
+        from analysis.latent_space import MAX_FIT
+
+        most = min(len(experiment.train), MAX_FIT)
+        if self.num_components > most:
+            raise ConfigError(f"--num_components {self.num_components}: it goes up to {most}, the latents there are")
+
+    def draw(self, codec: Codec, found: None) -> Grid:
+        import numpy as np
+        import torch
+
+        from analysis.grid import Grid, to_cells
+        from analysis.latent_space import sample_mixture, subset_to_fit
+        from utils.randomness import derive_seed
+
+        train, seed = codec.experiment.train, codec.experiment.config.seed
+        latents, labels = subset_to_fit(codec.train_z, train.labels, seed)
+
+        def fit() -> tuple[np.ndarray, list[str]]:
+            random_state = derive_seed(codec.seed, "mixture") % 2**32
+            points, weights, component = sample_mixture(latents, self.num_components, self.num_samples, random_state)
+            names = [f"component {i + 1}: {100 * weight:.0f} %" for i, weight in enumerate(weights)]
+            if labels is not None:
+                for i in range(len(names)):
+                    counts = np.bincount(labels.numpy()[component == i], minlength=len(train.classes))
+                    share = 100 * counts.max() / max(1, counts.sum())
+                    names[i] += f"\n{share:.0f} % {train.classes[int(counts.argmax())]}"
+            return np.concatenate(points), names
+
+        drawn, names = _on_rank_0(fit)
+        z = torch.tensor(drawn, dtype=torch.float32, device=codec.train_z.device)
+        sampled = codec.sample(z, codec.noise(len(z), "generated")).split(self.num_samples)
+        return Grid(
+            title="New images",
+            explanation=f"z is drawn from a mixture of {self.num_components} Gaussians, fitted to the training "
+            "latents; x_T is random. A row is a component, with its weight"
+            + (" and its most frequent class." if labels is not None else "."),
+            columns=[""] * self.num_samples,
+            rows=names,
+            cells=[to_cells(images) for images in sampled],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest(PictureOfImages):
+    """The training images nearest to each image in z, by the cosine, as k-NN sees them."""
+
+    name = "nearest"
+    meaning = "the training images nearest to each in z"
+
+    num_neighbours: int = number(8, "neighbours of each image")
+
+    def find(self, experiment: Experiment) -> Chosen:
+        count = len(experiment.train)
+        if self.num_neighbours > count:
+            raise ConfigError(f"--num_neighbours {self.num_neighbours}: there are {count} training images")
+        return super().find(experiment)
+
+    def draw(self, codec: Codec, found: Chosen) -> Grid:
+        import torch
+        import torch.nn.functional as F
+
+        from analysis.grid import Cell, Grid, to_cells
+        from analysis.references import image_name
+        from evaluation.knn import nearest_neighbours
+
+        train = codec.experiment.train
+        bank, queries = F.normalize(codec.train_z), F.normalize(codec.encode(found.pixels))
+        cells = []
+        for i, (distance, indices) in enumerate(
+            zip(*nearest_neighbours(bank, queries, self.num_neighbours), strict=True)
+        ):
+            own = found.train_indices[i]
+            if own is not None:  # before its copies, if there are any
+                indices = torch.cat([torch.tensor([own]), indices[indices != own]])[: self.num_neighbours]
+                distance = (bank[indices.to(bank.device)] - bank[own]).norm(dim=1).cpu()
+            (pixels,) = train.batches([indices])
+            cosines = (1 - distance.square() / 2).tolist()
+            names = [
+                f"{image_name(train, 'train', j)}\n{cosine:.3f}"
+                for j, cosine in zip(indices.tolist(), cosines, strict=True)
+            ]
+            cells.append([Cell(found.pixels[i], found.names[i]), *to_cells(pixels, names)])
+        return Grid(
+            title="Nearest training images in z",
+            explanation="By the distance of k-NN, Euclidean between latents of length 1; the number is their cosine.",
+            columns=["query", *(f"{i + 1}" for i in range(self.num_neighbours))],
+            rows=[],
+            cells=cells,
+        )
+
+
+PICTURES: dict[str, type[Picture[Any]]] = {
+    picture.name: picture for picture in (Reconstruct, Interpolate, Directions, Arithmetic, Mix, Generate, Nearest)
+}

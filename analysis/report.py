@@ -1,8 +1,7 @@
-"""The report: one HTML file with everything that a run has shown, which loads nothing from elsewhere."""
+"""The report: one HTML file with the results of a run, which loads nothing from elsewhere."""
 
 import base64
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,38 +12,42 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from analysis import figures, latent_space, pictures
+from analysis import svg
 from analysis.codec import Codec
-from analysis.picture import Picture
-from analysis.references import choose_images
-from evaluation import CLEAN, Protocol
+from analysis.grid import Grid
+from analysis.pictures import Directions, Interpolate, Mix, Nearest, Picture, Reconstruct
+from config.schema import KNN
+from evaluation.judge import Table
 from evaluation.knn import knn_votes
-from training.experiment import describe_model
-from training.trained import Trained
-from utils.config import KNN
+from evaluation.protocols import KNNProtocol
+from experiment.models import describe_model
+from experiment.trained import Trained
 from utils.files import write_text
 from utils.randomness import derive_seed, generator
-from utils.run_log import read_reports
+from utils.run_folder.run_log import read_reports
 
-MAX_TSNE = 2000  # points: what one can still see
-MAX_CELLS = 20  # classes of a confusion matrix with numbers in it
-LOSSLESS = 64  # pixels of an image that is not compressed
+MAX_TSNE = 2000  # points; more cannot be told apart
+MAX_CELLS = 20  # classes up to which a confusion matrix is a table of numbers
+LOSSLESS = 64  # pixels a side up to which an image is not compressed
 
-NEEDS = ("torchmetrics", "matplotlib", "jinja2")
-
-Table = Mapping[str, Mapping[str, Mapping[str, float]]]
+NEEDS = ("torchmetrics", "matplotlib", "jinja2")  # packages beyond requirements.txt
 
 
 @dataclass
 class Confusions:
-    """How often test images of a class (row) are taken for another (column), (C, C), and by which protocol."""
+    """A confusion matrix of the test images.
+
+    Attributes:
+        counts: (C, C) number of images by their class (row) and their predicted class (column).
+        protocol: description of the protocol that predicts.
+    """
 
     counts: np.ndarray
     protocol: str
     classes: list[str]
 
     def most_frequent(self, count: int) -> list[tuple[str, str, int]]:
-        """(class, what it was taken for, how often), most often first."""
+        """The `count` most frequent confusions, as (class, predicted class, number of images)."""
         off = self.counts * (1 - np.eye(len(self.counts), dtype=self.counts.dtype))
         places = np.argsort(-off, axis=None, kind="stable")[:count]
         rows, columns = np.unravel_index(places, off.shape)
@@ -53,7 +56,7 @@ class Confusions:
 
 
 def confusions(codec: Codec) -> Confusions:
-    """Of the k-NN with 20 uniform votes on z, one of the protocols of the table."""
+    """Collective. Confusions of the k-NN with 20 uniform votes on z, one of the protocols of the table."""
     train, test = codec.experiment.train, codec.experiment.test
     assert train.labels is not None and test is not None and test.labels is not None, "what is judged has labels"
     k, count, device = min(20, len(train)), len(train.classes), codec.train_z.device
@@ -61,29 +64,29 @@ def confusions(codec: Codec) -> Confusions:
     votes = knn_votes(bank, train.labels.to(device), queries, k, count)
     guesses = votes.sort(dim=1, descending=True, stable=True).indices[:, 0].cpu()  # as the accuracy breaks ties
     counts = torch.bincount(test.labels * count + guesses, minlength=count**2).view(count, count)
-    return Confusions(counts.numpy(), str(Protocol("knn", KNN(k=k), CLEAN, "z", True)), train.classes)
+    return Confusions(counts.numpy(), str(KNNProtocol(settings=KNN(k=k))), train.classes)
 
 
-def draw_pictures(codec: Codec) -> list[Picture]:
-    """All processes work."""
+def draw_pictures(codec: Codec) -> dict[str, Grid]:
+    """Collective. The report's pictures by name."""
     experiment = codec.experiment
-    six, one = (choose_images(experiment, None, count) for count in (6, 1))
-    components = min(5, experiment.config.encoder.latent_dim, len(experiment.train))
-    drawn = [
-        pictures.reconstruct(codec, six, 3),
-        latent_space.directions(codec, one, components, 7, 3.0, None, random=True),  # in which z shows more
-        pictures.nearest(codec, six, min(7, len(experiment.train))),
+    num_train, config = len(experiment.train), experiment.config
+    assert experiment.test is not None, "what is judged has test images"
+    num_images = min(6, len(experiment.test))
+    even = num_images // 2 * 2
+    components = min(5, config.encoder.latent_dim, num_train)
+    pictures: list[Picture[Any]] = [
+        Reconstruct(num_images=num_images),
+        *([Interpolate(num_steps=7, num_images=even)] if num_images > 1 else []),
+        Directions(num_components=components, random=True),  # with random x_T, z shows more
+        Nearest(num_images=num_images, num_neighbours=min(7, num_train)),
+        *([Mix(random=True, num_images=even)] if num_images > 1 and config.decoder.num_sections > 1 else []),
     ]
-    if len(six) > 1:
-        pairs = choose_images(experiment, None, len(six) // 2 * 2)
-        drawn.insert(1, pictures.interpolate(codec, pairs, 7))
-        if len(codec.soda.decoder.section_dims) > 1:
-            drawn.append(pictures.mix(codec, pairs, None, random=True))
-    return drawn
+    return {picture.name: picture.draw(codec, picture.find(experiment)) for picture in pictures}
 
 
 def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
-    """Places (n, 2) of test latents of length 1 in the plane, and their labels; of MAX_TSNE images at most."""
+    """t-SNE of unit test latents, (n, 2), and their labels, (n,), of at most MAX_TSNE images."""
     from sklearn.manifold import TSNE
 
     test = codec.experiment.test
@@ -98,7 +101,7 @@ def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
-    """Loss, gradient norm, learning rates and accuracies over epochs, as SVG, of a run's reports."""
+    """Loss, gradient norm, learning rates and accuracies of a run's reports over epochs, each as an SVG element."""
 
     def series(kind: str, name: str) -> tuple[list[float], list[float]]:
         entries = [entry for entry in reports if entry["kind"] == kind and name in entry]
@@ -106,19 +109,19 @@ def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
 
     drawn = []
     if series("train", "loss")[0]:
-        drawn.append(figures.curves("loss", "loss", {"loss": series("train", "loss")}, log=True))
-        drawn.append(figures.curves("norm", "gradient norm", {"norm": series("train", "grad_norm")}, log=True))
+        drawn.append(svg.curves("loss", "loss", {"loss": series("train", "loss")}, log=True))
+        drawn.append(svg.curves("norm", "gradient norm", {"norm": series("train", "grad_norm")}, log=True))
         rates = {part: series("train", f"lr/{part}") for part in ("encoder", "decoder")}
-        drawn.append(figures.curves("rates", "learning rate", rates, from_0=True))
+        drawn.append(svg.curves("rates", "learning rate", rates, from_0=True))
     names = {"knn_top1": "k-NN", "probe_top1": "linear probe"}
     lines = {label: series("evaluation", name) for name, label in names.items()}
     if any(epochs for epochs, _ in lines.values()):
-        drawn.append(figures.curves("accuracy", "top-1 (%)", lines))
+        drawn.append(svg.curves("accuracy", "top-1 (%)", lines))
     return drawn
 
 
 def data_uri(image: Tensor, lossless: bool = False) -> str:
-    """(3, H, W) uint8 as PNG, or, of more than LOSSLESS pixels a side, as JPEG."""
+    """An image (3, H, W) uint8 as a data URI: PNG, or JPEG if it has more than LOSSLESS pixels a side."""
     out = io.BytesIO()
     lossless = lossless or max(image.shape[1:]) <= LOSSLESS
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, format="PNG" if lossless else "JPEG", quality=90)
@@ -134,9 +137,9 @@ def heat_map(counts: np.ndarray) -> str:
 
 
 def write_report(
-    path: Path, trained: Trained, codec: Codec, table: Table, found: Confusions, drawn: list[Picture]
+    path: Path, trained: Trained, codec: Codec, table: Table, found: Confusions, pictures: dict[str, Grid]
 ) -> None:
-    """Write the HTML file; only one process need call it."""
+    """Write the HTML file. It is not collective: `codec` has already encoded the splits."""
     import jinja2
 
     experiment, config = codec.experiment, trained.config
@@ -164,10 +167,10 @@ def write_report(
         confusions=found,
         max_cells=MAX_CELLS,
         heat_map=heat_map(found.counts),
-        tsne=figures.scatter("tsne", *tsne(codec), found.classes),
+        tsne=svg.scatter("tsne", *tsne(codec), found.classes),
         num_tsne=min(MAX_TSNE, len(test)),
-        pictures=drawn,
-        side=min(max(72, config.data.image_size), 128),
+        pictures=pictures,
+        side=min(max(72, config.decoder_size), 128),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html)

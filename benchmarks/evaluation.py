@@ -1,4 +1,4 @@
-"""The evaluation: k-NN against scikit-learn's, the linear probe, and the probe's views, given features in clusters.
+"""Speed of the evaluation on random features in clusters: k-NN against scikit-learn's, the linear probe, its views.
 
 python -m benchmarks.evaluation                    # CIFAR-10's sizes: 50,000 x 128, 10,000 queries
 python -m benchmarks.evaluation --device cuda
@@ -14,10 +14,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks.measure import machine, ratio, spread, take_turns
-from datasets import Views
+from config.reading import load_config
+from datasets.views import Views
 from evaluation.knn import knn_votes
 from evaluation.linear_probe import LinearProbe
-from utils.config_file import load_config
 from utils.device import choose_device
 from utils.randomness import uniforms
 
@@ -82,7 +82,9 @@ def main() -> None:
         print(f"k-NN, {name:12s} {spread(each)}")
     print(f"ours is {ratio(seconds['scikit-learn'], seconds['ours'])} as fast")
 
-    probe = LinearProbe(args.dim, NUM_CLASSES, args.rounds + 1, 1e-3, 128, generator, device)
+    probe = LinearProbe(
+        args.dim, NUM_CLASSES, epochs=args.rounds + 1, lr=1e-3, batch_size=128, generator=generator, device=device
+    )
     epoch = take_turns(
         {"": partial(probe.train_epoch, bank.to(device), labels.to(device))}, args.rounds, device, warmup=1
     )[""]

@@ -1,4 +1,4 @@
-"""Timing in one run: alternatives take turns, so that what slows the machine slows them alike."""
+"""Timing of alternatives in turn within one run, so that other work on the machine slows all of them alike."""
 
 import platform
 import statistics
@@ -9,7 +9,7 @@ import torch
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were measured on, in one line."""
+    """The hardware and the torch version, in one line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return f"{name}{threads}, torch {torch.__version__}"
@@ -26,7 +26,7 @@ def _cpu_name() -> str:
 def take_turns(
     work: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` for each name, after `warmup` calls that are not counted."""
+    """Seconds of `rounds` calls of each function, after `warmup` calls that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(-warmup, rounds):
         for name, function in work.items():
@@ -51,6 +51,6 @@ def spread(seconds: list[float]) -> str:
 
 
 def ratio(slower: list[float], faster: list[float]) -> str:
-    """How many times as fast, by medians, with the range over rounds that lie side by side."""
+    """Speed-up by medians, with its range over the rounds."""
     each = [s / f for s, f in zip(slower, faster, strict=True)]
     return f"{statistics.median(slower) / statistics.median(faster):.2f} times ({min(each):.2f} to {max(each):.2f})"

@@ -1,10 +1,10 @@
 """The training step: where its time goes, and ours against a plain loop, in one run.
 
-The plain loop is shaped like the reference implementation's: eager, float32, contiguous, unfused optimiser and EMA,
-timesteps drawn on the host, a wait for the device each step; its batch is given, so it draws no views. On CUDA it has
-the process's settings all the same: TensorFloat-32 and cuDNN's autotuning. Ours is the real
-step, views included. Each line gives the share of the machine's matrix rate, measured here by large products and
-convolutions in the same number format; the model's work is counted as three times that of a forward pass.
+The plain loop is like the reference implementation's: eager, float32, contiguous, with an unfused optimiser and EMA,
+timesteps drawn on the host, and a synchronisation with the device at each step. Its batch is given, so that it draws no
+views. On CUDA it shares the settings of the process: TensorFloat-32 and cuDNN's autotuning. Ours is the real step,
+views included. Each line gives the share of the machine's matrix rate, measured here by large products and
+convolutions in the same number format; a step is counted as three forward passes.
 
   python -m benchmarks.step --batch_sizes 8 32                              # two CPU cores: ten minutes
   python -m benchmarks.step --batch_sizes 128 512 1024 --rounds 20          # a data-centre GPU
@@ -20,24 +20,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.measure import machine, ratio, spread, synchronize, take_turns
-from datasets import Loader, StoredImages
-from model import forward_flops
-from training.experiment import Experiment, build_on_meta, initial_soda, initial_state, open_experiment
-from training.step import draw_batch, read_pixels, train_step, training_pixels
-from utils.checkpoint_writer import CheckpointWriter
-from utils.config_file import load_config
+from config.reading import load_config
+from datasets.images import StoredImages
+from datasets.loader import Loader
+from experiment.batch import draw_batch, read_pixels
+from experiment.models import build_on_meta, initial_soda
+from experiment.opening import Experiment, open_experiment
+from model.build import forward_flops
+from training.state import TrainState, initial_state
+from training.step import train_step, training_pixels
+from utils.cli import run
 from utils.device import choose_compile
 from utils.logging import PhaseTimer
 from utils.randomness import generator
+from utils.run_folder.checkpoint_writer import CheckpointWriter
 
 
 class SynchronizedTimer(PhaseTimer):
-    """Waits for the device around each phase, so that its seconds are the phase's own."""
+    """Synchronises with the device around each phase, so that its seconds are those of the phase."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -52,7 +56,7 @@ class SynchronizedTimer(PhaseTimer):
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of large products of square matrices, or of large convolutions where these are faster, as on some CPUs."""
+    """FLOP/s of large matrix products, or of large convolutions if these are faster, as on some CPUs."""
     size, images = (8192, 512) if device.type == "cuda" else (2048, 32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     x, w = (
@@ -73,7 +77,7 @@ def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experi
     digits = ["data.name=digits", f"data.image_size={size}", f"training.batch_size={min(batch_size, 1024)}"]
     experiment = open_experiment(load_config(config_path, [*overrides, *digits]))
     training = experiment.config.training.model_copy(update={"batch_size": batch_size})
-    # Where the images of a data set that fits would be.
+    # On the device, like the images of a data set that fits there.
     pixels = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8, device=experiment.device)
     return replace(
         experiment,
@@ -84,7 +88,7 @@ def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experi
 
 
 def plain_step(experiment: Experiment) -> Callable[[], object]:
-    """One step of the plain loop, ready to be called."""
+    """A function that takes one step of the plain loop, on a batch that is drawn once."""
     device, config = experiment.device, experiment.config
     soda = initial_soda(config, device).to(memory_format=torch.contiguous_format)
     groups = [{"params": list(part.parameters())} for part in (soda.encoder, soda.decoder)]
@@ -111,7 +115,8 @@ def plain_step(experiment: Experiment) -> Callable[[], object]:
     return step
 
 
-def our_step(experiment: Experiment, compiled: bool) -> tuple[Callable[[PhaseTimer], object], Any]:
+def our_step(experiment: Experiment, compiled: bool) -> tuple[Callable[[PhaseTimer], object], TrainState]:
+    """A function that takes one step of training, and the state that it changes."""
     state = initial_state(experiment)
     if compiled:
         state.soda.compile()
@@ -119,12 +124,14 @@ def our_step(experiment: Experiment, compiled: bool) -> tuple[Callable[[PhaseTim
     return lambda timer: train_step(experiment, state, pixels, timer), state
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="config/cifar10.yaml")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled; default: on CUDA")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="time our step compiled, too; default: on CUDA"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
 
@@ -132,7 +139,8 @@ def main() -> None:
         exact = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=false"])
         mixed = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=true"])
         device, size = exact.device, exact.config.data.image_size
-        work = 3 * sum(forward_flops(build_on_meta(exact.config), size)) * batch_size
+        flops = forward_flops(build_on_meta(exact.config), exact.config.encoder_size, exact.config.decoder_size)
+        work = 3 * sum(flops) * batch_size
         rates = {dtype: matrix_rate(dtype, device) for dtype in {torch.float32, mixed.amp_dtype or torch.float32}}
         print(f"\nbatches of {batch_size} images of {size} px, {work / 1e12:.2f} TFLOP a step; {machine(device)}")
         print("matrix rate " + ", ".join(f"{str(d)[6:]} {rate / 1e12:.2f} TFLOP/s" for d, rate in rates.items()))
@@ -167,7 +175,7 @@ def main() -> None:
             print(f"{name:24s} {shares}")
         with tempfile.TemporaryDirectory() as name, CheckpointWriter(Path(name), None, Path(name, "none")) as writer:
             stalls = []
-            for _ in range(2):  # memory is new in the first
+            for _ in range(2):  # the first save allocates memory, the second reuses it
                 start = time.perf_counter()
                 writer.save(state.state_dict())
                 stalls.append(time.perf_counter() - start)
@@ -177,7 +185,8 @@ def main() -> None:
             f"saving a checkpoint stalls for {stalls[0]:.2f} s, then {stalls[1]:.2f} s, {stalls[1] / 600:.2%} of the "
             f"time at one in ten minutes; it is on the disk after {written:.2f} s"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,8 @@
 """Images that do not fit in memory: decoded by our threads against a DataLoader's processes, ahead and when due.
 
 Makes JPEGs of ImageNet's usual size and takes all of them in batches, in a random order; the processes are started
-once. Then a pretended step takes batches a quarter slower than they can be decoded. It sleeps: it leaves the cores and
-Python's lock alone, as a step does only while a GPU works on what it has been given.
+once. Then a pretended training step takes batches a quarter slower than they can be decoded. It sleeps, so that it
+leaves the cores and the GIL alone, as a real step does only while a GPU works.
 
   python -m benchmarks.streaming                             # decoding is the host's work, with a GPU or without
   python -m benchmarks.streaming --image_size 224 --workers 16
@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import machine, ratio, spread, take_turns
 from datasets import decoding
-from datasets.decoding import decode, decode_batches
-from datasets.files import num_cores
+from datasets.decoding import decode, decode_batches, num_cores
 from datasets.listing import Listing
 
 

@@ -1,6 +1,6 @@
 """Both views of a batch: ours, all samples at once, against torchvision's transforms on PIL images, one at a time.
 
-The latter run as a DataLoader's workers would, one process a core, but for what it costs to hand their results over.
+torchvision's run as in a DataLoader's workers, one process a core, without the cost of handing their results over.
 
   python -m benchmarks.views                                   # 512 images of 32 px, two CPU cores
   python -m benchmarks.views --device cuda --batch_size 2048
@@ -9,7 +9,6 @@ The latter run as a DataLoader's workers would, one process a core, but for what
 import argparse
 import multiprocessing
 import os
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks.measure import machine, ratio, spread, take_turns
-from datasets import Views
-from utils.config_file import load_config
+from config.reading import load_config
+from datasets.augmentation import Draw
+from datasets.views import Views
 from utils.device import choose_device
 from utils.randomness import uniforms
 
@@ -37,7 +37,7 @@ def pil_augmentation(view: Any, image_size: int) -> v2.Compose:
 
 
 class OneByOne:
-    """A worker's share of the plain pipeline: both views of each image, to float tensors."""
+    """A worker's share of the plain pipeline: both views of each image, as float tensors."""
 
     def __init__(self, config: Any, pixels: Tensor, mean: list[float], std: list[float]) -> None:
         self.images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
@@ -87,10 +87,12 @@ def main() -> None:
         noise = torch.zeros(pixels.shape, device=device)
         step = iter(range(10**9))
 
+        def draw(seed: int, purpose: str) -> Draw:
+            return lambda columns, stream="": uniforms(range(args.batch_size), columns, seed, purpose + stream)
+
         def at_once() -> None:
-            draw = partial(uniforms, range(args.batch_size))
             seed = next(step)
-            views.pair(on_device, partial(draw, seed=seed, purpose="a"), partial(draw, seed=seed, purpose="b"), noise)
+            views.pair(on_device, draw(seed, "source view"), draw(seed, "target view"), noise)
 
         seconds = take_turns(
             {"one by one": lambda: pool.map(_work, range(args.cores), chunksize=1), "at once": at_once},

@@ -1,10 +1,11 @@
-"""Image files to uint8 squares: one, or batches of them by threads that work ahead of whoever takes them."""
+"""Image files decoded to uint8 squares: one, or batches of them by threads that read ahead."""
 
 import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,30 @@ from torch import Tensor
 from datasets.images import DatasetError, Images, Indices, Summary
 from datasets.listing import Listing
 
-AHEAD = 3  # batches in work while the one before them is used
+AHEAD = 3  # batches that are decoded while the one before them is used
 GROUP = 8  # images that a thread takes at a time
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # e.g. of a palette's transparency
+
+@cache
+def _silence_pil() -> None:
+    """Ignores PIL's warnings, as of a palette's transparency, from the first call on.
+
+    For good, because `warnings.catch_warnings` around each image changes the filters of all threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def num_cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode(path: Path, image_size: int) -> np.ndarray:
     """An image file as a (size, size, 3) uint8 square: shorter side resized, centre cropped, grey made colour.
 
-    Turned as its EXIF orientation says; 16-bit grey loses its low byte. Raises DatasetError.
+    Its EXIF orientation is applied; 16-bit grey loses its low byte. Raises DatasetError.
     """
+    _silence_pil()
     try:
         with Image.open(path) as image:
             if image.mode == "F":
@@ -55,8 +64,8 @@ def decode_batches(
 ) -> Generator[Tensor, None, None]:
     """Pixels (N, 3, size, size) uint8 of each batch of indices in turn, decoded ahead by `num_workers` threads.
 
-    Threads and not processes: PIL lets go of Python's lock while it decodes and resizes, pixels are written where they
-    stay (in pinned memory, if asked), no shared memory runs out, and an error is raised as it is.
+    Threads and not processes: PIL releases the GIL while it decodes and resizes, pixels are written directly to the
+    batch (in pinned memory, if asked), no shared memory runs out, and exceptions keep their type.
 
     Raises DatasetError for a file that cannot be read, when its batch is due.
     """
@@ -76,6 +85,7 @@ def decode_batches(
             job.result()
         return pixels
 
+    _silence_pil()  # before the threads start
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
     try:
         in_work: deque[tuple[Tensor, list[Future[None]]]] = deque()
@@ -86,15 +96,15 @@ def decode_batches(
         while in_work:
             yield finish(*in_work.popleft())
     finally:
-        pool.shutdown(cancel_futures=True)  # whoever takes them may stop before the last
+        pool.shutdown(cancel_futures=True)  # the caller may stop before the last batch
 
 
 class StreamedImages(Images):
-    """One split that stays on disk: every batch is decoded when it is wanted, or a little before.
+    """One split that stays on disk: its batches are decoded shortly before they are used.
 
     Args:
         num_workers: threads that decode.
-        summary: of all decoded pixels; whoever opens the split has looked at every file once.
+        summary: summary of all decoded pixels, for which every file has been decoded once.
     """
 
     def __init__(self, listing: Listing, image_size: int, num_workers: int, summary: Summary) -> None:

@@ -1,4 +1,4 @@
-"""What every source of images gives: uint8 squares by index, with labels if there are any."""
+"""Images of one split: uint8 squares by index, with labels if there are any."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -9,27 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config.errors import UserError
+
 # Mean and deviation of each channel, on the scale of [0, 1].
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
-# Which images of a split: consecutive ones, or any (N,) int64.
+# Indices of images of a split: consecutive ones, or any (N,) int64.
 Indices = range | Tensor
 
 
-class DatasetError(Exception):
-    """Images that are missing or unusable; the message says what to do."""
+class DatasetError(UserError):
+    """Images are missing or unusable."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of all pixels of a split: the statistics of its channels, and a digest."""
+    """Statistics of the channels of a split, and a digest of its pixels."""
 
     statistics: Statistics
     digest: str
 
 
 def summarize(blocks: Iterable[Tensor]) -> Summary:
-    """Of pixels (N, 3, H, W) uint8 that come a block at a time; how they are cut into blocks does not matter."""
+    """Summary of pixels (N, 3, H, W) uint8 given in blocks; their sizes do not matter."""
     digest = hashlib.blake2b(digest_size=16)
     # Sums of integers, which are exact in any order.
     count, total, squares = 0, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
@@ -44,13 +46,13 @@ def summarize(blocks: Iterable[Tensor]) -> Summary:
 
 
 class Images(ABC):
-    """One split, wherever its images are.
+    """One split, in memory or on disk.
 
     Attributes:
         shape: (N, 3, size, size).
         labels: (N,) int64 or None.
-        names: of the files, in order; None where there are none.
-        summary: of all pixels.
+        names: names of the files, in order; None if the images are not files.
+        summary: summary of all pixels.
     """
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor | None, classes: list[str], summary: Summary) -> None:
@@ -65,12 +67,12 @@ class Images(ABC):
     def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
         """Pixels (N, 3, size, size) uint8 of each batch of indices in turn.
 
-        `wanted` may be read ahead of what is taken. What lies on the host can be asked for in pinned memory, from
-        which a GPU fetches it while the host goes on.
+        `wanted` may be read ahead of the batches that are taken. `pin_memory` gives pixels on the host in pinned
+        memory, from which the copy to a GPU is asynchronous.
         """
 
     def digest(self) -> str:
-        """Tells data sets apart: of all pixels, labels and classes."""
+        """Digest of all pixels, labels and classes: it tells data sets apart."""
         found = hashlib.blake2b(digest_size=16)
         found.update(f"{self.shape} {self.classes}".encode(errors="surrogateescape"))
         found.update(self.summary.digest.encode())
@@ -82,7 +84,7 @@ class Images(ABC):
 class StoredImages(Images):
     """One split in memory, the host's or a GPU's: `pixels` (N, 3, size, size) uint8.
 
-    `summary` saves looking at all pixels, if it is known.
+    A known `summary` saves a pass over all pixels.
     """
 
     def __init__(

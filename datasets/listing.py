@@ -1,4 +1,4 @@
-"""Which image files a data set consists of: Tiny-ImageNet in its official layout, and any folder."""
+"""Lists of the image files of a data set: Tiny-ImageNet in its official layout, and any folder."""
 
 import logging
 import os
@@ -14,16 +14,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split, relative to `root`, in a fixed order, with their labels if there are any."""
+    """The image files of one split, relative to `root`, in a fixed order, with their labels if there are any.
+
+    Attributes:
+        kind: word for how the files were found. Listings of one root that differ in it have caches of their own.
+    """
 
     root: Path
     files: list[str]
     labels: list[int] | None
     classes: list[str]
+    kind: str = "files"
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Paths of the images anywhere below `folder`, relative to it, sorted; hidden files are passed over.
+    """Paths of the images anywhere below `folder`, relative to it, sorted; without hidden files.
 
     Links are followed, each real folder once.
     """
@@ -50,7 +55,7 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _list_classes(folder: Path, classes: list[str]) -> Listing:
+def _list_classes(folder: Path, classes: list[str], kind: str) -> Listing:
     """`folder`/<class>/**/<image> for each of `classes`."""
     files, labels = [], []
     for label, name in enumerate(classes):
@@ -59,7 +64,7 @@ def _list_classes(folder: Path, classes: list[str]) -> Listing:
             raise DatasetError(f"no images in {folder / name} (known endings: {' '.join(IMG_EXTENSIONS)})")
         files += [f"{name}/{file}" for file in inside]
         labels += [label] * len(inside)
-    return Listing(folder, files, labels, classes)
+    return Listing(folder, files, labels, classes, kind)
 
 
 def list_folder(root: Path) -> tuple[Listing, Listing | None]:
@@ -75,7 +80,7 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
         files = _image_files(train)
         if not files:
             raise DatasetError(f"no images in {train} (known endings: {' '.join(IMG_EXTENSIONS)})")
-        return Listing(train, files, None, []), None
+        return Listing(train, files, None, [], "folder"), None
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test is None:
         raise DatasetError(f"{root} has train/ but neither test/ nor val/, which the evaluation needs")
@@ -87,12 +92,12 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
     for split in (train, test):
         beside = sum(_is_image(path.name) for path in split.iterdir())
         if beside:
-            logger.info("%d images in %s itself are passed over: they belong to no class", beside, split)
-    return _list_classes(train, classes), _list_classes(test, classes)
+            logger.info("%d images in %s itself are left out: they belong to no class", beside, split)
+    return _list_classes(train, classes, "folder"), _list_classes(test, classes, "folder")
 
 
 def list_images(folder: Path) -> Listing:
-    """All images below `folder`; where none lies in it itself, its sub-folders are their classes."""
+    """All images below `folder`; if none lies directly in it, its sub-folders are the classes."""
     if not folder.is_dir():
         raise DatasetError(f"no folder {folder}: name one of images")
     files = _image_files(folder)
@@ -120,5 +125,5 @@ def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
         raise DatasetError(f"{base} is not a complete Tiny-ImageNet ({error}): unpack it again") from None
     if not rows:
         raise DatasetError(f"{base / 'val' / 'val_annotations.txt'} is empty: unpack tiny-imagenet-200.zip again")
-    test = Listing(base / "val" / "images", [row[0] for row in rows], labels, classes)
-    return _list_classes(base / "train", classes), test
+    test = Listing(base / "val" / "images", [row[0] for row in rows], labels, classes, "tiny")
+    return _list_classes(base / "train", classes, "tiny"), test

@@ -1,4 +1,4 @@
-"""Which images a step sees: a pure function of the step, so that a run can go on from any of them."""
+"""Indices of the images of each step: a pure function of the step, so that a run can resume at any of them."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor
 class Loader:
     """Global batches of indices into a data set, addressed by the step.
 
-    Each epoch has a permutation of its own; what is left of it after floor(N / batch_size) steps is left out.
+    Each epoch has its own permutation, of which floor(N / batch_size) steps are taken; the rest is left out.
 
     Args:
         num_samples: N, at least `batch_size`.

@@ -1,15 +1,14 @@
 """The views of an image: source and target for training, the probe's augmentation, and the plain test view."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.augmentation import Augmentation, Draw, Parameters
-from datasets.operations import augment
+from config import schema
+from datasets.augmentation import Augmentation, Draw, Parameters, augment
 
-CPU_CHUNK = 512  # samples augmented at once, so that what is in work stays in the caches
+CPU_CHUNK = 512  # samples augmented at once; more would not fit in the caches
 
 
 def scale(pixels: Tensor) -> Tensor:
@@ -21,12 +20,12 @@ class Views:
     """Batches of uint8 images (N, 3, S, S) -> batches of float32 views on `device`.
 
     Args:
-        config: the `views` section, of which `source` and `target` are used, each the keys of an augmentation.
-        mean, std: of the data set's channels, on the scale of [0, 1].
+        config: the `views` section, of which `source` and `target` are used.
+        mean, std: statistics of the data set's channels, on the scale of [0, 1].
     """
 
     def __init__(
-        self, config: Any, image_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
+        self, config: schema.Views, image_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
     ) -> None:
         self._source = Augmentation(config.source, image_size)
         self._target = Augmentation(config.target, image_size)
@@ -54,21 +53,20 @@ class Views:
         views = self._normalize(self._augment(pixels, self._source.parameters(draw)))
         return views.add_(noise, alpha=self._noise_std)
 
-    def target(self, pixels: Tensor, draw: Draw) -> Tensor:
-        """x_start: augmented and scaled to [-1, 1]."""
-        return scale(self._augment(pixels, self._target.parameters(draw)))
-
     def pair(self, pixels: Tensor, draw_source: Draw, draw_target: Draw, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_source, x_start), as `source` and `target` give them, for half the operations."""
+        """(x_source, x_start): x_source as by `source`; x_start augmented and scaled to [-1, 1].
+
+        Both views are augmented as one batch, which halves the number of calls.
+        """
         parameters = self._source.parameters(draw_source), self._target.parameters(draw_target)
         pixels = pixels.to(self._device, non_blocking=True)
         source, target = self._augment(torch.cat([pixels, pixels]), Parameters.concatenate(*parameters)).chunk(2)
         return self._normalize(source).add_(noise, alpha=self._noise_std), scale(target)
 
-    def augmented(self, pixels: Tensor, draw: Draw, view: Any) -> Tensor:
-        """A training view of the evaluation: augmented by the keys of `view`, such as `views.probe`; normalised."""
+    def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
+        """Training view of the evaluation: augmented by the keys of `view`, such as `views.probe`, and normalised."""
         return self._normalize(self._augment(pixels, Augmentation(view, self._image_size).parameters(draw)))
 
     def evaluation(self, pixels: Tensor) -> Tensor:
-        """The test view: normalised, nothing else."""
+        """Test view of the evaluation: normalised only."""
         return self._normalize(pixels)

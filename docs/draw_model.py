@@ -1,4 +1,4 @@
-"""Draw the model of a config, docs/model.svg: shapes, the two views, where z enters, what is masked.
+"""Draw the model of a config, docs/model.svg: its shapes, the two views, the sections of z, a masked section.
 
 Blocks and sections are those of the decoder that the config builds.
 
@@ -13,16 +13,16 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from model.unet import Layer, UNetDecoder
-from training.experiment import build_on_meta
-from utils.config import Config
-from utils.config_file import load_config
+from config.reading import load_config
+from config.schema import Config
+from experiment.models import build_on_meta
+from model.decoder import Layer, UNetDecoder
 
-DOWN, UP, WIDTH, HEIGHT = 6.2, 9.6, 1.7, 0.62  # where the columns of the UNet are, and the size of a block
+DOWN, UP, WIDTH, HEIGHT = 6.2, 9.6, 1.7, 0.62  # x of the UNet's two columns, size of a block
 
 
 class Picture:
-    """Boxes and arrows on axes of one unit a row, the y axis pointing down."""
+    """Boxes and arrows on axes with one unit for each row; the y axis points down."""
 
     def __init__(self, rows: int, sections: int) -> None:
         self.figure = Figure(figsize=(12.5, 0.47 * (max(rows, 10) + 3)), layout="constrained")
@@ -67,7 +67,7 @@ def draw(config: Config) -> Figure:
     picture = Picture(rows, len(decoder.section_dims))
     bottom, left_bottom = float(rows), max(float(rows), 10.0)
 
-    # The UNet. Row i has the i-th skip: what makes it on the left, the block that consumes it on the right.
+    # The UNet. Row i holds the i-th skip: its maker on the left, the block that consumes it on the right.
     resolution, above = size, going_up[-1]
     makers = [("conv_in", None), *((f"down.{i}", layers.get(f"down.{i}")) for i in range(len(decoder.down)))]
     for row, ((name, layer), consumer) in enumerate(zip(makers, reversed(going_up), strict=True)):
@@ -101,7 +101,7 @@ def draw(config: Config) -> Figure:
     picture.text((DOWN + UP) / 2, -0.32, "skips, concatenated", fontsize=8, color="0.3")
     picture.text(UP + WIDTH / 2 + 0.36, 0, "channels", ha="left", fontsize=7.5, color="0.3")
 
-    # What goes in and comes out.
+    # Input and output.
     image = f"(N, 3, {size}, {size})"
     picture.box(DOWN, -1.1, f"$x_t$ {image}", "white", width=2.3)
     picture.arrow((DOWN, -1.1 + HEIGHT / 2), (DOWN, -HEIGHT / 2))
@@ -111,7 +111,7 @@ def draw(config: Config) -> Figure:
     picture.arrow((UP, -HEIGHT / 2), (UP, -1.1 + HEIGHT / 2))
     picture.text(UP + 1.2, -1.1, "loss =\nmean (eps - noise)²", ha="left")
 
-    # The two views, and the latent.
+    # Two views and the latent.
     x_z, top, height = 3.9, 1.6, (left_bottom - 2.6) / len(decoder.section_dims)
     picture.box(0.95, -1.1, f"target view {image}", "white", width=2.1)
     picture.arrow((2.0, -1.1), (DOWN - 1.15, -1.1))

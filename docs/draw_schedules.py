@@ -1,4 +1,4 @@
-"""Draw the noise schedules, docs/schedules.svg, and print the figures of docs/schedules.md.
+"""Draw the noise schedules, docs/schedules.svg, and print the numbers of docs/schedules.md.
 
 python -m docs.draw_schedules
 """
@@ -6,14 +6,14 @@ python -m docs.draw_schedules
 import argparse
 import math
 from pathlib import Path
-from typing import get_args
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from model.diffusion import Schedule, alphas_cumprod
-from utils.config import Diffusion
+from config.schema import Diffusion
+from model.diffusion import SCHEDULES
+from model.names import Schedule
 
 SHARES = [0.05, 0.1, 0.25, 0.5, 0.75, 0.9]
 LABELS: dict[Schedule, str] = {
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = Diffusion()
     curves: dict[Schedule, torch.Tensor] = {
-        name: alphas_cumprod(name, config.num_timesteps, config.beta_start, config.beta_end)
-        for name in get_args(Schedule)
+        name: make(config.num_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
+        for name, make in SCHEDULES.items()
     }
     matplotlib.rcParams["svg.hashsalt"] = "SODA"  # the same picture is the same file
     draw(curves).savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         cells = [f"{curve[round(u * len(curve)) - 1 :][:2].mean().item():.3g}" for u in SHARES]
         last = curve[-1].item()
         print(f"| `{name}` | {' | '.join(cells)} | {math.sqrt(last):.4f} | {math.log(last / (1 - last)):.1f} |")
-    # An image of one brightness b is b sqrt(3 size^2) times a pattern of length 1, where noise has its own deviation.
+    # An image of brightness b is b sqrt(3 size^2) times a pattern of length 1, along which noise has deviation 1.
     last = curves["inverted_cosine"][-1].item()
     for size in (8, 32, 64):
         shift = 0.5 * math.sqrt(3 * size**2) * math.sqrt(last / (1 - last))

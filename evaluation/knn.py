@@ -40,8 +40,8 @@ class _Bank:
 def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances and indices, (Q, k) each, of the k nearest of `bank` (N, D) to each of `queries` (Q, D), in order.
 
-    Of those at the same distance, as copies of an image are, the first comes first, if no more than 2k + 8 are so near.
-    On the host.
+    Entries at the same distance, such as copies of an image, are in the order of their indices, provided at most 2k + 8
+    entries tie. The result is on the host.
     """
     assert 1 <= k <= len(bank), "k is at most the size of the bank"
     _, candidates = _Bank(bank).nearest(queries, min(2 * k + 8, len(bank)))
@@ -92,11 +92,11 @@ def knn_votes(
     return votes
 
 
-def topk_accuracy(scores: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 3)) -> dict[str, float]:
-    """Per cent of samples whose label is among the k highest of scores (N, C): {"top1": ..., "top3": ...}.
+def topk_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Per cent of samples whose label is among the 1 and 3 highest of scores (N, C): {"top1": ..., "top3": ...}.
 
-    Of equal scores the smallest class counts as the higher.
+    Of equal scores that of the lower class counts as the higher.
     """
     ranked = scores.sort(dim=1, descending=True, stable=True).indices  # (N, C)
     hits = ranked == labels[:, None]
-    return {f"top{k}": 100 * hits[:, :k].any(dim=1).float().mean().item() for k in ks}
+    return {f"top{k}": 100 * hits[:, :k].any(dim=1).float().mean().item() for k in (1, 3)}

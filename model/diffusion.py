@@ -2,54 +2,73 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Schedule = Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]
+from model.names import Schedule
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(x_t (N, C, H, W), timesteps (N,) int64) -> eps (N, C, H, W)."""
 
 
-def alphas_cumprod(schedule: Schedule, num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """The share of the signal's variance left at each timestep, (num_timesteps,) float64, falling.
+def linear(num_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
+    """The product of 1 - beta_t, with beta_t linear from `beta_start` to `beta_end` (Ho et al. 2020)."""
+    return (1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)).cumprod(0)
 
-    `linear`: the product of 1 - beta_t, with beta_t linear from `beta_start` to `beta_end` (Ho et al. 2020).
-    `cosine`: cos^2(pi/2 (u + s)/(1 + s)) over its value at u = 0, s = 0.008 (Nichol & Dhariwal 2021, eq. 17).
-    `inverted_cosine`: arccos(2u - 1) / pi (SODA, section 3).
-    `linear_alphas_cumprod`: 1 - u (Chen et al. 2024, "Deconstructing Denoising Diffusion Models for SSL").
-    The last three are continuous in u in (0, 1) and taken at u = (t + 1/2) / T, away from both ends.
-    """
-    if schedule == "linear":
-        return (1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)).cumprod(0)
-    u = (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps
-    if schedule == "cosine":
-        s = 0.008
-        return (torch.cos(math.pi / 2 * (u + s) / (1 + s)) / math.cos(math.pi / 2 * s / (1 + s))) ** 2
-    if schedule == "inverted_cosine":
-        return torch.arccos(2 * u - 1) / math.pi
-    if schedule == "linear_alphas_cumprod":
-        return 1 - u
-    raise ValueError(f"unknown schedule {schedule!r}")
+
+def cosine(num_timesteps: int, **_: float) -> Tensor:
+    """cos^2(pi/2 (u + s)/(1 + s)) over its value at u = 0, s = 0.008 (Nichol & Dhariwal 2021, eq. 17)."""
+    u, s = midpoints(num_timesteps), 0.008
+    return (torch.cos(math.pi / 2 * (u + s) / (1 + s)) / math.cos(math.pi / 2 * s / (1 + s))) ** 2
+
+
+def inverted_cosine(num_timesteps: int, **_: float) -> Tensor:
+    """arccos(2u - 1) / pi (SODA, section 3)."""
+    return torch.arccos(2 * midpoints(num_timesteps) - 1) / math.pi
+
+
+def linear_alphas_cumprod(num_timesteps: int, **_: float) -> Tensor:
+    """1 - u (Chen et al. 2024, "Deconstructing Denoising Diffusion Models for SSL")."""
+    return 1 - midpoints(num_timesteps)
+
+
+def midpoints(num_timesteps: int) -> Tensor:
+    """u = (t + 1/2) / T for t = 0..T-1, (T,) float64: where schedules that are continuous in (0, 1) are taken."""
+    return (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps
+
+
+SCHEDULES: dict[Schedule, Callable[..., Tensor]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "inverted_cosine": inverted_cosine,
+    "linear_alphas_cumprod": linear_alphas_cumprod,
+}
+"""alphas_cumprod by name: the share of the signal's variance left at each timestep, (num_timesteps,) float64, falling.
+
+Each is called with the keys of the config's `diffusion` section but for its own name.
+"""
+
+
+def eps_loss(eps: Tensor, noise: Tensor) -> Tensor:
+    """mean (eps - noise)^2 over predicted and true noise (N, C, H, W): a scalar in float32 (DDPM, eq. 14)."""
+    return (eps.float() - noise).square().mean()
 
 
 class GaussianDiffusion:
     """One schedule array for training and sampling, in float64 on the host; its roots in float32 on `device`.
 
-    It has no parameters and knows no network: wherever a network is needed, any callable
-    (x_t, timesteps) -> eps will do. Its arithmetic is float32 whatever the callable's autocast.
+    It has no parameters and knows no network: any Denoiser will do. Its arithmetic is float32 whatever the denoiser's
+    autocast.
+
+    Args:
+        settings: those of the schedule, such as the linear one's `beta_start` and `beta_end`.
     """
 
     def __init__(
-        self,
-        *,
-        schedule: Schedule,
-        num_timesteps: int,
-        beta_start: float,
-        beta_end: float,
-        device: torch.device | str = "cpu",
+        self, *, schedule: Schedule, num_timesteps: int, device: torch.device | str = "cpu", **settings: float
     ) -> None:
-        exact = alphas_cumprod(schedule, num_timesteps, beta_start, beta_end)
+        exact = SCHEDULES[schedule](num_timesteps, **settings)
         assert exact.shape == (num_timesteps,)
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = exact
@@ -64,11 +83,6 @@ class GaussianDiffusion:
         signal = self.sqrt_alphas_cumprod[timesteps][:, None, None, None]
         deviation = self.sqrt_one_minus_alphas_cumprod[timesteps][:, None, None, None]
         return signal * x_start + deviation * noise
-
-    def loss(self, denoise: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """mean (eps(x_t, t) - noise)^2, a scalar (DDPM, eq. 14)."""
-        eps = denoise(self.q_sample(x_start, timesteps, noise), timesteps)
-        return (eps.float() - noise).square().mean()
 
     def predict_start_from_eps(self, x_t: Tensor, t: int, eps: Tensor) -> Tensor:
         """x_start = (x_t - sqrt(1 - alphas_cumprod_t) eps) / sqrt(alphas_cumprod_t), at one timestep t."""

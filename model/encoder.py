@@ -1,13 +1,14 @@
-"""The image encoder: a ResNet assembled from torchvision's blocks, with a width and a stem of choice."""
-
-from typing import Literal
+"""The image encoder: its contract, and ResNets of torchvision's blocks with a width and a stem of choice."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-# Kind of block, blocks in each group, and how wide a bottleneck is, ResNets having 64.
-ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int], int]] = {
+from model.names import Architecture, Stem
+from model.sizes import GROUP_STRIDES
+
+# Kind of block, blocks in each group, and torchvision's base width of a bottleneck.
+ARCHITECTURES: dict[Architecture, tuple[type[BasicBlock] | type[Bottleneck], list[int], int]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2], 64),
     "resnet34": (BasicBlock, [3, 4, 6, 3], 64),
     "resnet50": (Bottleneck, [3, 4, 6, 3], 64),
@@ -18,7 +19,30 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int], i
 }
 
 
-class ResNetEncoder(nn.Module):
+class Encoder(nn.Module):
+    """Contract of an encoder: all that SODA, the evaluation and the exports use of it.
+
+    Its parameters are trained with `optimizer.encoder_lr`. An entry in ENCODERS gives it a name; it is called with the
+    keys of the config's `encoder` section.
+
+    Attributes:
+        latent_dim: width of z.
+        pooled_dim: width of the features before the layer that gives z.
+    """
+
+    latent_dim: int
+    pooled_dim: int
+
+    def forward(self, x_source: Tensor) -> Tensor:
+        """(N, 3, H, W), normalised by the data set's mean and deviation -> z (N, latent_dim)."""
+        raise NotImplementedError
+
+    def features(self, x_source: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, for the evaluation."""
+        raise NotImplementedError
+
+
+class ResNetEncoder(Encoder):
     """x_source -> z (He et al. 2016, Zagoruyko & Komodakis 2016; state_dict keys and initialisation are torchvision's).
 
     Args:
@@ -29,7 +53,7 @@ class ResNetEncoder(nn.Module):
         latent_dim: width of z.
     """
 
-    def __init__(self, *, architecture: str, stem: Literal["small", "imagenet"], width: int, latent_dim: int) -> None:
+    def __init__(self, *, architecture: Architecture, stem: Stem, width: int, latent_dim: int) -> None:
         super().__init__()
         block, depths, bottleneck = ARCHITECTURES[architecture]
         if stem == "small":
@@ -45,7 +69,7 @@ class ResNetEncoder(nn.Module):
             planes = width * 2**group
             blocks = []
             for index in range(depth):
-                stride = 2 if group > 0 and index == 0 else 1
+                stride = GROUP_STRIDES[group] if index == 0 else 1
                 downsample = None
                 if stride != 1 or channels != planes * block.expansion:
                     downsample = nn.Sequential(
@@ -56,7 +80,7 @@ class ResNetEncoder(nn.Module):
                 channels = planes * block.expansion
             groups.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
-        self.pooled_dim = channels
+        self.pooled_dim, self.latent_dim = channels, latent_dim
         self.fc = nn.Linear(channels, latent_dim)
 
         for module in self.modules():
@@ -77,3 +101,7 @@ class ResNetEncoder(nn.Module):
         """(N, 3, H, W) -> {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, for the evaluation."""
         pooled = self.pooled(x_source)
         return {"pooled": pooled, "z": self.fc(pooled)}
+
+
+ENCODERS: dict[Architecture, type[Encoder]] = dict.fromkeys(ARCHITECTURES, ResNetEncoder)
+"""Names that `encoder.architecture` takes, and what builds each."""

@@ -1,13 +1,10 @@
 """The paper's initial weights, beside the default ones that the modules give themselves."""
 
 import math
-from typing import Literal
 
 from torch import nn
 
 from model.soda import SODA
-
-Initialization = Literal["default", "paper"]
 
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
 """Standard deviation, 0.8796, of a standard normal that is cut off at 2 on either side."""

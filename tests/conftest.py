@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from model import SODA, build_soda
-from training.experiment import open_experiment
-from training.step import Batch, draw_batch, read_pixels
-from utils.config_file import load_config
+from config.reading import load_config
+from experiment.batch import Batch, draw_batch, read_pixels
+from experiment.opening import open_experiment
+from model.build import build_soda
+from model.soda import SODA
 
 # Networks this small are faster on one thread, and far faster where something else is using the cores.
 torch.set_num_threads(1)

@@ -20,20 +20,22 @@ import embed as embed_program
 import sample as sample_program
 import test as judge_program
 import train as train_program
-from datasets import Views
+from config.errors import ConfigError
+from config.reading import load_config
+from datasets.views import Views
+from evaluation.judge import baselines, encode_with, judge
+from evaluation.protocols import config_protocols
+from experiment.opening import Experiment, open_experiment
 from tests.conftest import digits_args
-from training.experiment import Experiment, initial_state, open_experiment
-from training.judge import baselines, config_protocols, encode_with, judge, sample_grid
-from training.state import TrainState
+from training.sample_grid import sample_grid
+from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
-from utils import parallel
-from utils.agreement import first_on_each_node
-from utils.checkpoint_writer import CheckpointWriter
-from utils.cli import run, user_errors
-from utils.config import ConfigError
-from utils.config_file import load_config
-from utils.distributed import all_reduce, rank, same_everywhere, share, stop, world_size
+from utils.cli import gather_user_errors, run
+from utils.distributed import data_parallel
+from utils.distributed.collectives import all_equal, all_reduce, destroy_process_groups, first_on_each_node
+from utils.distributed.processes import my_range, rank, world_size
 from utils.logging import PhaseTimer
+from utils.run_folder.checkpoint_writer import CheckpointWriter
 
 PROGRAMS = {
     "train.py": train_program,
@@ -82,7 +84,7 @@ def training(
     counters.clear()
     if compiled:
         state.soda.compile()
-    state.wrapped = parallel.data_parallel(state.soda)
+    state.wrapped = data_parallel.data_parallel(state.soda)
     found: dict[str, Any] = {"losses": []}
 
     def look(*_: Any) -> None:
@@ -102,7 +104,7 @@ def training(
         ddp = state.wrapped
         sends_buffers = getattr(ddp, "forward_sync_buffers", None) or ddp.broadcast_buffers
         found["DDP"] = (ddp.static_graph, ddp.gradient_as_bucket_view, sends_buffers)
-    found["EMA is the same everywhere"] = same_everywhere(digest(state.ema.module.state_dict()))
+    found["EMA is the same everywhere"] = all_equal(digest(state.ema.ema_model.state_dict()))
     return found
 
 
@@ -128,12 +130,12 @@ def micro_batches(folder: Path) -> list[dict[str, Any]]:
 
 def unsynchronised(folder: Path) -> dict[str, Any]:
     """5 steps with torch's own BatchNorm, whose statistics are those of one process."""
-    convert = parallel.convert_batch_norm
-    parallel.convert_batch_norm = lambda module: None
+    convert = data_parallel.convert_batch_norm
+    data_parallel.convert_batch_norm = lambda module: None
     try:
         return training(folder, 5)
     finally:
-        parallel.convert_batch_norm = convert
+        data_parallel.convert_batch_norm = convert
 
 
 LAYOUTS = [  # dtype and memory format
@@ -158,7 +160,7 @@ def batch_norm(
     for step, centre in enumerate((300.0, 0.5)):
         values = torch.randn(8, 6, 5, 3, generator=generator) * torch.arange(1, 7)[:, None, None] + centre
         weights = torch.randn(values.shape, generator=generator)
-        mine = slice(share(8).start, share(8).stop)
+        mine = slice(my_range(8).start, my_range(8).stop)
         x = values[mine].to(device, dtype, memory_format=layout).requires_grad_()
         y = norm(x)
         norm.zero_grad()
@@ -185,7 +187,7 @@ def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor]:
     """Accuracies of an encoder and of the baselines, and a grid of samples."""
     experiment, state = prepare(folder, *overrides)
     encoders = {"random": encode_with(experiment, state.soda), **baselines(experiment)}
-    table = judge(experiment, encoders, config_protocols(experiment))
+    table = judge(experiment, encoders, config_protocols(experiment.config))
     return table, sample_grid(experiment, state.soda)
 
 
@@ -205,7 +207,7 @@ def turns(folder: Path) -> dict[str, Any]:
     mine, printed, status = first_on_each_node(work), io.StringIO(), None
     with contextlib.redirect_stderr(printed):
         try:
-            with user_errors(ConfigError):
+            with gather_user_errors():
                 first_on_each_node(fail)
         except SystemExit as ended:
             status = ended.code
@@ -226,14 +228,14 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def on_cuda(folder: Path) -> dict[str, Any]:
-    """Training and BatchNorm on one GPU, which processes share, without TensorFloat-32."""
+    """Training and BatchNorm on one GPU, which processes my_range, without TensorFloat-32."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         overrides = ("device=cuda", "distributed.backend=gloo")
         found = {compiled: training(folder, 5, *overrides, compiled=compiled) for compiled in (False, True)}
     return {
         "training": found[False],
         "compiled": found[True],
-        "batch norms": batch_norms(parallel.GlobalBatchNorm2d, "cuda"),
+        "batch norms": batch_norms(data_parallel.GlobalBatchNorm2d, "cuda"),
     }
 
 
@@ -280,8 +282,8 @@ if __name__ == "__main__":
         results = on_cuda(place)
     elif what == "compiled":
         # Several buckets of gradients, as a large model has, for which the graph is split.
-        patch = partial(parallel._DataParallel, bucket_cap_mb=1)
-        parallel._DataParallel = patch  # type: ignore[misc,assignment]
+        patch = partial(data_parallel._DataParallel, bucket_cap_mb=1)
+        data_parallel._DataParallel = patch  # type: ignore[misc,assignment]
         results = training(place, 20, compiled=True)
     elif what == "bad numbers":
         bad_numbers(sys.argv[2:])
@@ -295,8 +297,8 @@ if __name__ == "__main__":
     else:
         results = numbers(place) | {
             "unsynchronised": unsynchronised(place),
-            "batch norms": batch_norms(parallel.GlobalBatchNorm2d),
+            "batch norms": batch_norms(data_parallel.GlobalBatchNorm2d),
             "turns": turns(place),
         }
     torch.save(results, place / f"rank{rank()}.pt")
-    stop()
+    destroy_process_groups()

@@ -1,4 +1,4 @@
-"""The driver of ablations: plans, results that survive, ties, runs that stop and go on."""
+"""Ablations: plans, results that survive a crash, ties, runs that stop and resume."""
 
 import json
 import os
@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablate, trial
-from benchmarks.plan import Ablation, Plan, Stage, read_plan
-from benchmarks.tables import pooled_deviation, tables, verdict
-from benchmarks.trial import Trial, write_parts
+from ablations import ablate, trial
+from ablations.plan import Ablation, Plan, Stage, read_plan
+from ablations.tables import markdown_tables, pooled_deviation, verdict
+from ablations.trial import Trial, write_encoder_parts
+from config.errors import ConfigError
 from tests.conftest import ROOT, TINY_RUN
-from utils.config import ConfigError
+from utils import signals
+from utils.device import OutOfMemoryError
 from utils.files import lock_file
 
-PLANS = sorted((ROOT / "benchmarks" / "plans").glob("*.yaml"))
+PLANS = sorted((ROOT / "ablations" / "plans").glob("*.yaml"))
 X1, Y2, Z3 = "decoder.dropout=0.25", "encoder.latent_dim=32", "training.ema_decay=0.5"
 
 
@@ -55,8 +57,8 @@ def two_stages(**changes: Any) -> Plan:
 def ablation(tmp_path: Path) -> Ablation:
     """The screen done: a with 60 and 62, b with 50 and 90, c with 40 and 20."""
     ablation = Ablation(two_stages(), tmp_path / "results.jsonl")
-    for run, knn in zip(ablation.runs(ablation.stage("screen")), (60, 50, 40, 62, 90, 20), strict=True):
-        ablation.add(run, row_of(knn, knn))
+    for run, knn in zip(ablation.runs_of(ablation.stage("screen")), (60, 50, 40, 62, 90, 20), strict=True):
+        ablation.record(run, row_of(knn, knn))
     return ablation
 
 
@@ -65,15 +67,15 @@ def test_the_plans_that_are_there_load(path: Path, tmp_path: Path) -> None:
     ablation = Ablation(read_plan(path, ["device=cpu"]), tmp_path / "results.jsonl")
     made: set[str] = set()
     for stage in ablation.plan.stages:
-        for run in ablation.runs(stage):
+        for run in ablation.runs_of(stage):
             made.add(run.name)
-            ablation.add(run, row_of(1, 1))
+            ablation.record(run, row_of(1, 1))
     assert len(made) == sum(len(stage.variants) * len(stage.seeds) for stage in ablation.plan.stages) > 4
 
 
 def test_the_screen_of_cifar10_is_balanced() -> None:
     """Within each schedule, each of the other factors is as often there as not."""
-    screen = next(s for s in read_plan(ROOT / "benchmarks/plans/cifar10.yaml", []).stages if s.name == "screen")
+    screen = next(s for s in read_plan(ROOT / "ablations/plans/cifar10.yaml", []).stages if s.name == "screen")
     keys = ("decoder.scale_offset", "views.source.crop_scale", "views.target.crop_scale", "views.target.randaugment")
     by_schedule: dict[str, list[list[bool]]] = {}
     for overrides in screen.variants.values():
@@ -114,26 +116,26 @@ def test_mistakes_in_a_plan_are_explained(tmp_path: Path, stage: str, expected: 
 
 def test_a_stage_builds_on_the_best_of_another(ablation: Ablation) -> None:
     screen, then, last = ablation.plan.stages
-    assert [run.name for run in ablation.runs(screen)] == [f"screen-{v}-{seed}" for seed in (0, 1) for v in "abc"]
-    assert ablation.best(screen) == "b", "61 is less than the mean of 50 and 90"
-    (run,) = ablation.runs(then)
+    assert [run.name for run in ablation.runs_of(screen)] == [f"screen-{v}-{seed}" for seed in (0, 1) for v in "abc"]
+    assert ablation.best_variant(screen) == "b", "61 is less than the mean of 50 and 90"
+    (run,) = ablation.runs_of(then)
     assert run.overrides == [X1, Z3] and run.config.decoder.dropout == 0.25 and run.config.training.ema_decay == 0.5
-    ablation.add(run, row_of(1, 1, complete=False))
-    assert ablation.runs(last) == []
-    ablation.add(run, row_of(1, 1))
-    assert ablation.runs(last)[0].overrides == [X1, Z3]
+    ablation.record(run, row_of(1, 1, complete=False))
+    assert ablation.runs_of(last) == []
+    ablation.record(run, row_of(1, 1))
+    assert ablation.runs_of(last)[0].overrides == [X1, Z3]
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"variants": {"a": [Z3]}}, {"seeds": [7]}])
 def test_results_of_another_experiment_are_passed_over(ablation: Ablation, changes: dict[str, Any]) -> None:
     changed = Ablation(two_stages(**changes), ablation.path)
-    assert changed.rows(changed.stage("screen")) == {} and "screen" not in tables(changed)
+    assert changed.complete_rows(changed.stage("screen")) == {} and "screen" not in markdown_tables(changed)
     same = Ablation(two_stages(), ablation.path)
-    assert len(same.rows(same.stage("screen"))["a"]) == 2
+    assert len(same.complete_rows(same.stage("screen"))["a"]) == 2
     more = same.plan.model_copy(update={"overrides": ["optimizer.encoder_lr=0.5"]})
-    assert Ablation(more, ablation.path).rows(same.stage("screen")) == {}
+    assert Ablation(more, ablation.path).complete_rows(same.stage("screen")) == {}
     moved = same.plan.model_copy(update={"overrides": ["data.root=/elsewhere", "data.num_workers=3"]})
-    assert len(Ablation(moved, ablation.path).rows(same.stage("screen"))["a"]) == 2
+    assert len(Ablation(moved, ablation.path).complete_rows(same.stage("screen"))["a"]) == 2
 
 
 def test_a_variant_that_does_not_go_with_the_best_is_a_stage_that_fails(tmp_path: Path) -> None:
@@ -141,25 +143,25 @@ def test_a_variant_that_does_not_go_with_the_best_is_a_stage_that_fails(tmp_path
     odd = Stage(name="odd", epochs=1, base="deep", variants={"b": ["data.image_size=10"]})
     plan = Plan(config=str(ROOT / "config" / "digits.yaml"), stages=[deep, odd])
     ablation = Ablation(plan, tmp_path / "results.jsonl")
-    ablation.add(ablation.runs(deep)[0], row_of(1, 1))
+    ablation.record(ablation.runs_of(deep)[0], row_of(1, 1))
     with pytest.raises(ConfigError, match="cannot be halved 2 times"):
-        ablation.runs(odd)
-    assert "**deep**" in tables(ablation) and "odd" not in tables(ablation)
+        ablation.runs_of(odd)
+    assert "**deep**" in markdown_tables(ablation) and "odd" not in markdown_tables(ablation)
     driver = ablate.Driver(plan, tmp_path, float("inf"), None)
-    assert driver.go() and driver.failed == ["odd"]
+    assert driver.run_stages() and driver.failed == ["odd"]
 
 
 def test_results_survive_damage(ablation: Ablation) -> None:
     content = ablation.path.read_bytes()
     ablation.path.write_bytes(content[:-30])
     again = Ablation(two_stages(), ablation.path)
-    runs = again.runs(again.stage("screen"))
-    assert [run.name for run in runs if again.row(run)] == [run.name for run in runs[:5]]
-    again.add(runs[5], row_of(5, 6))
+    runs = again.runs_of(again.stage("screen"))
+    assert [run.name for run in runs if again.row_of(run)] == [run.name for run in runs[:5]]
+    again.record(runs[5], row_of(5, 6))
     with open(ablation.path, "ab") as file:
         file.write(b'{"run": "screen-a-0"}\n\xff\xfe\n[]\n3\n')
     last = Ablation(two_stages(), ablation.path)
-    assert all(last.row(run) for run in runs) and len(ablation.path.read_bytes().split(b"\n")) == 12
+    assert all(last.row_of(run) for run in runs) and len(ablation.path.read_bytes().split(b"\n")) == 12
 
 
 def test_ties_are_at_most_two_deviations_apart() -> None:
@@ -172,11 +174,11 @@ def test_ties_are_at_most_two_deviations_apart() -> None:
 
 def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     ablation = Ablation(two_stages(), tmp_path / "results.jsonl")
-    for run, knn in zip(ablation.runs(ablation.stage("screen")), (60, 61, 80, 62, 63, 84), strict=True):
-        ablation.add(run, row_of(knn, knn - 1))
-    (then,) = ablation.runs(ablation.stage("then"))
-    ablation.add(then, row_of(30, 20, complete=False))
-    lines = tables(ablation).splitlines()
+    for run, knn in zip(ablation.runs_of(ablation.stage("screen")), (60, 61, 80, 62, 63, 84), strict=True):
+        ablation.record(run, row_of(knn, knn - 1))
+    (then,) = ablation.runs_of(ablation.stage("then"))
+    ablation.record(then, row_of(30, 20, complete=False))
+    lines = markdown_tables(ablation).splitlines()
     assert lines[0] == "**screen** (data; a machine, None)"
     cells = {line.split(" |")[0].strip("| "): line for line in lines[2:] if line.startswith("|")}
     deviation = statistics.stdev([60, 62])
@@ -185,15 +187,15 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     assert "| +1.0 (tie) |" in cells[f"b: {X1}"] and "| +21.0 |" in cells[f"c: {X1} {Y2}"]
     assert not any(line.startswith("- `") for line in lines), "one variant with it or without is no average"
     assert "- then-d-0 was stopped after 1,000 images: 30.0 / 20.0" in lines
-    ablation.add(then, {"complete": False, "failed": "out of memory"})
-    assert "- then-d-0 failed: out of memory" in tables(ablation)
+    ablation.record(then, {"complete": False, "failed": "out of memory"})
+    assert "- then-d-0 failed: out of memory" in markdown_tables(ablation)
     # One seed in that stage: how much runs vary is what the screen says.
-    ablation.add(then, row_of(30, 20))
+    ablation.record(then, row_of(30, 20))
     two = ablation.stage("then").model_copy(update={"variants": {"d": [Z3], "f": []}})
     plan = ablation.plan.model_copy(update={"stages": [ablation.stage("screen"), two]})
     ablation = Ablation(plan, ablation.path)
-    ablation.add(ablation.runs(two)[1], row_of(31, 21))
-    assert "| +1.0 (tie) |" in tables(ablation)
+    ablation.record(ablation.runs_of(two)[1], row_of(31, 21))
+    assert "| +1.0 (tie) |" in markdown_tables(ablation)
 
 
 def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
@@ -208,10 +210,10 @@ def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
             truth[name] = level + 4 * crop
     stage = Stage(name="screen", epochs=1, seeds=[0, 1], variants=variants)
     ablation = Ablation(Plan(config="config/cifar10.yaml", stages=[stage]), tmp_path / "results.jsonl")
-    for run in ablation.runs(stage):
+    for run in ablation.runs_of(stage):
         noise = 3 * run.seed - 1.5
-        ablation.add(run, row_of(truth[run.variant] + noise, truth[run.variant] + noise))
-    effects = [line for line in tables(ablation).splitlines() if line.startswith("- ")]
+        ablation.record(run, row_of(truth[run.variant] + noise, truth[run.variant] + noise))
+    effects = [line for line in markdown_tables(ablation).splitlines() if line.startswith("- ")]
     assert effects == [
         f"- `{' '.join(both)}`: +4.0, 3 variants against 3 without",
         "- `diffusion.schedule=linear_alphas_cumprod`: +10.0, 2 variants against 2 without",
@@ -221,7 +223,7 @@ def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
 
 def test_parts_of_an_encoder_go_together_again(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(2500, 2600), nn.BatchNorm1d(2600))
-    write_parts(module, tmp_path / "run", "seed: 3\n")
+    write_encoder_parts(module, tmp_path / "run", "seed: 3\n")
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(sizes) == {"run.pt.part0", "run.pt.part1", "run.yaml"} and max(sizes.values()) < 16e6
     join, checksum, config = (tmp_path / "run.yaml").read_text().splitlines()
@@ -279,13 +281,15 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return Bench(tmp_path, monkeypatch, capsys)
 
 
-def test_a_plan_stops_and_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
+def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     """The clock runs out time and again, within a run too; another data.root changes nothing."""
     bench.patch.setattr(ablate, "FIRST_JUDGING_S", 4.0)
-    bench.patch.setattr(ablate, "FIRST_START_S", 2.0)
+    bench.patch.setattr(ablate, "FIRST_STARTUP_S", 2.0)
     bench.patch.setattr(trial, "SAVE_EVERY_S", 3)
     starts = 0
-    while "not all is done" in bench.make("broken", 22 / 60, f"data.root=place_{starts}", "--data", "what it is"):
+    while "not all stages are done" in bench.make(
+        "broken", 22 / 60, f"data.root=place_{starts}", "--data", "what it is"
+    ):
         starts += 1
         assert starts < 20
     history = [json.loads(line) for line in (tmp_path / "broken" / "results.jsonl").read_text().splitlines()]
@@ -311,7 +315,7 @@ def test_a_plan_stops_and_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> 
 def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_path: Path) -> None:
     bench.plan["stages"] = [
         {"name": "bad", "command": "-c 'print(1); exit(3)'", "minutes": 0.5},
-        {"name": "screen", "epochs": 1, "variants": {"large": [], "empty": []}},
+        {"name": "screen", "epochs": 1, "variants": {"large": [], "huge": [], "empty": []}},
         {"name": "after", "epochs": 1, "base": "screen", "variants": {"x": []}},
         {"name": "control", "images_of": "screen/large", "variants": {"y": []}},
         {"name": "last", "epochs": 1, "variants": {"z": []}},
@@ -319,14 +323,20 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
     train = Trial.train
 
     def failing(self: Trial, stop: Any) -> None:
+        if "huge" in str(self.checkpoint):
+            raise OutOfMemoryError("out of memory: 3 GiB was asked for; take a smaller model")
         if "screen" in str(self.checkpoint):
             raise RuntimeError("out of memory\nand more" if "large" in str(self.checkpoint) else "")
         train(self, stop)
 
     bench.patch.setattr(Trial, "train", failing)
     printed = bench.make("out", status=1)
-    assert "failed: screen-large-0, screen-empty-0, after, control-y-0" in printed and "\nall is done" in printed
+    assert (
+        "failed: screen-large-0, screen-huge-0, screen-empty-0, after, control-y-0" in printed
+        and "\nall stages are done" in printed
+    )
     rows = bench.rows("out")
+    assert rows["screen-huge-0"]["failed"].startswith("out of memory: 3 GiB")
     assert rows["screen-large-0"]["failed"] == "out of memory" and rows["screen-empty-0"]["failed"] == "RuntimeError"
     assert rows["last-z-0"]["complete"] and "- screen-large-0 failed: out of memory" in printed
     assert (tmp_path / "out" / "commands.txt").read_text().endswith("1\n== bad: status 3\n")
@@ -335,22 +345,26 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
 def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     bench.plan["stages"] = bench.plan["stages"][1:2]
     step, steps = trial.train_step, iter(range(10**6))
+    bench.patch.setattr(signals, "_received", 0)  # and set back after the test
+    handler = signal.signal(signal.SIGTERM, signals._note)
 
     def signalled(*args: Any) -> Any:
         if next(steps) == 15:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    with bench.patch.context() as patch:
-        patch.setattr(trial, "train_step", signalled)
-        assert "not all is done" in bench.make("out")
-    assert signal.getsignal(signal.SIGTERM) == handler
+    try:
+        with bench.patch.context() as patch:
+            patch.setattr(trial, "train_step", signalled)
+            assert "not all stages are done" in bench.make("out")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    bench.patch.setattr(signals, "_received", 0)
     checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["step"] == 20, "the next look"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "\nall is done" in bench.make("out"), "a checkpoint that is damaged costs what was in it, no more"
+    assert "\nall stages are done" in bench.make("out"), "a checkpoint that is damaged costs what was in it, no more"
 
 
 def test_a_folder_is_for_one_driver(bench: Bench, tmp_path: Path) -> None:

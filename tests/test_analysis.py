@@ -1,6 +1,7 @@
-"""What the pictures show is so: on a model that was trained to a point where it can be seen."""
+"""The pictures show what they say: on a model that is trained far enough for it to be visible."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,16 @@ from torch import Tensor
 
 import sample as sample_program
 import train as train_program
-from analysis import latent_space, pictures
-from analysis.codec import Codec, slerp
-from analysis.picture import Cell, Picture, save_picture, to_pixels
+from analysis import latent_space
+from analysis.codec import Codec
+from analysis.grid import Cell, Grid, save_grid, to_pixels
+from analysis.latent_space import slerp
+from analysis.pictures import PICTURES, Arithmetic, Directions, Generate, Interpolate, Mix, Nearest, Reconstruct
 from analysis.quality import psnr, ssim
-from analysis.references import choose_images
+from analysis.references import Chosen, choose_images
+from config.errors import ConfigError
+from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, TWO_PROCESSES, launch
-from training.trained import open_trained, read_trained
 
 SIZE = 8
 
@@ -64,6 +68,14 @@ def quick(run: Path) -> Codec:
     return codec_of(run, 10)
 
 
+def choose(codec: Codec, references: list[str] | None, count: int = 0) -> Chosen:
+    """Images of the data set by reference, or the first `count` that the programs take by default."""
+    experiment = codec.experiment
+    assert experiment.test is not None
+    splits = {"train": experiment.train, "test": experiment.test}
+    return choose_images(splits, references, count, experiment.config.seed)
+
+
 def all_test_pixels(codec: Codec) -> Tensor:
     assert codec.experiment.test is not None
     (pixels,) = codec.experiment.test.batches([range(len(codec.experiment.test))])
@@ -72,7 +84,7 @@ def all_test_pixels(codec: Codec) -> Tensor:
 
 @pytest.fixture(scope="module")
 def inverted(codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all test images: as they are in [-1, 1], z, x_T."""
+    """All test images in [-1, 1], their z, their x_T."""
     pixels = all_test_pixels(codec)
     z = codec.encode(pixels)
     return pixels.float() / 127.5 - 1, z, codec.invert(pixels, z)
@@ -103,22 +115,23 @@ def test_an_images_own_z_decodes_nearer_to_it_than_anothers(
     assert share_nearer(quick.sample, quick.noise(3 * len(z), "anything"), 3) >= 0.6
 
 
-def column(picture: Picture, index: int) -> Tensor:
+def column(picture: Grid, index: int) -> Tensor:
     """Images (rows, 3, H, W) uint8."""
     found = [row[index].image for row in picture.cells]
     return torch.stack([image for image in found if image is not None])
 
 
 def test_reconstruct_shows_source_samples_and_decode_with_their_figures(codec: Codec) -> None:
-    chosen = choose_images(codec.experiment, ["0", "train:3"], 2)
-    picture = pictures.reconstruct(codec, chosen, num_samples=2)
+    chosen = choose(codec, ["0", "train:3"])
+    picture = Reconstruct(num_samples=2).draw(codec, chosen)
     assert torch.equal(column(picture, 0), chosen.pixels)
     sources = chosen.pixels.float() / 127.5 - 1
     for index in (1, 2, 4):
         shown = column(picture, index).float() / 127.5 - 1
         for row, noise, similarity in zip(picture.cells, psnr(shown, sources), ssim(shown, sources), strict=True):
             decibels, index_of_ssim = row[index].caption.removeprefix("PSNR ").split("\nSSIM ")
-            assert float(decibels) == pytest.approx(noise.item(), abs=3 if noise > 40 else 0.2)  # rounded to bytes
+            # Captions are of the images before they are rounded to bytes, which counts above 40 dB and rules above 50.
+            assert min(float(decibels), 50) == pytest.approx(min(noise.item(), 50), abs=3 if noise > 40 else 0.2)
             assert float(index_of_ssim) == pytest.approx(similarity.item(), abs=0.02)
     assert not torch.equal(column(picture, 1), column(picture, 2))
     assert (psnr(column(picture, 4).float() / 127.5 - 1, sources) > 30).all()
@@ -138,10 +151,10 @@ def test_psnr_and_ssim_by_hand() -> None:
 
 
 def test_an_interpolations_ends_are_its_reconstructions(codec: Codec) -> None:
-    chosen = choose_images(codec.experiment, None, 4)
+    chosen = choose(codec, None, 4)
     first, second = chosen.pairs()
-    picture = pictures.interpolate(codec, chosen, num_steps=5)
-    rebuilt = pictures.reconstruct(codec, chosen, num_samples=0)
+    picture = Interpolate(num_steps=5).draw(codec, chosen)
+    rebuilt = Reconstruct(num_samples=0).draw(codec, chosen)
     ends = torch.stack([column(picture, 1), column(picture, 5)], dim=1).flatten(0, 1)
     assert (ends.int() - column(rebuilt, 2).int()).abs().max() <= 1
     assert torch.equal(column(picture, 0), first.pixels) and torch.equal(column(picture, 6), second.pixels)
@@ -171,8 +184,8 @@ def test_components_are_those_of_the_covariance_and_move_the_latent_along_them(c
     np.testing.assert_allclose(np.abs(np.sum(units * vectors[:, ::-1][:, :4].T, axis=1)), 1, rtol=1e-6)
     assert (np.diff(deviations) < 0).all()
 
-    chosen = choose_images(codec.experiment, None, 2)
-    picture = latent_space.directions(codec, chosen, 2, num_steps=3, reach=1.5, label=None)
+    chosen = choose(codec, None, 2)
+    picture = Directions(num_components=2, num_steps=3, reach=1.5).draw(codec, chosen)
     assert picture.columns == ["image", "-1.5", "0", "+1.5"] and len(picture.cells) == 4
     assert f"{100 * shares[1]:.1f} %" in picture.rows[1] == picture.rows[3]
     z = codec.encode(chosen.pixels)
@@ -189,7 +202,7 @@ def test_components_are_those_of_the_covariance_and_move_the_latent_along_them(c
 def test_towards_a_class_is_where_a_classifiers_score_rises(codec: Codec) -> None:
     labels, z_train = codec.experiment.train.labels, codec.train_z.double().numpy()
     assert labels is not None
-    chosen = choose_images(codec.experiment, None, 2)
+    chosen = choose(codec, None, 2)
     z = codec.encode(chosen.pixels)
     x_T = codec.invert(chosen.pixels, z)
     for label in (0, 1):
@@ -202,20 +215,21 @@ def test_towards_a_class_is_where_a_classifiers_score_rises(codec: Codec) -> Non
         assert F.cosine_similarity(torch.tensor(step), torch.tensor(judge.coef_)).item() > 1 - 1e-6
         assert np.linalg.norm(unit) == pytest.approx(1) and deviation == pytest.approx((z_train @ unit).std())
 
-        picture = latent_space.directions(codec, chosen, 1, num_steps=3, reach=1.5, label=label)
-        assert codec.experiment.info.classes[label] in picture.title and picture.columns[1:] == ["-1.5", "0", "+1.5"]
+        name = codec.experiment.info.classes[label]
+        picture = Directions(class_name=name, num_steps=3, reach=1.5).draw(codec, chosen)
+        assert name in picture.title and picture.columns[1:] == ["-1.5", "0", "+1.5"]
         for index, amount in ((1, -1.5), (2, 0.0), (3, 1.5)):
             moved = z + torch.tensor(amount * deviation * unit, dtype=torch.float32)
             assert (column(picture, index).int() - to_pixels(codec.decode(moved, x_T)).int()).abs().max() <= 1
 
 
 def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> None:
-    chosen = choose_images(quick.experiment, None, 2)
+    chosen = choose(quick, None, 2)
     first, second = chosen.pairs()
     noise, z = quick.noise(2, "sample 0"), quick.encode(chosen.pixels)
-    moved = latent_space.directions(quick, chosen, 1, num_steps=3, reach=1.0, label=None, random=True)
+    moved = Directions(num_components=1, num_steps=3, reach=1.0, random=True).draw(quick, chosen)
     assert (column(moved, 2).int() - to_pixels(quick.sample(z, noise)).int()).abs().max() <= 1
-    mixed = pictures.mix(quick, chosen, None, random=True)
+    mixed = Mix(random=True).draw(quick, chosen)
     for index, latent in ((1, z[:1]), (4, z[1:])):
         assert (column(mixed, index).int() - to_pixels(quick.sample(latent, noise[:1])).int()).abs().max() <= 1
     assert "random noise" in moved.explanation and "random noise" in mixed.explanation
@@ -223,8 +237,8 @@ def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> 
 
 
 def test_arithmetic_of_means_and_images(codec: Codec) -> None:
-    image = choose_images(codec.experiment, ["2"], 1)
-    same = latent_space.arithmetic(codec, [0, 0, image], num_samples=1)
+    image = choose(codec, ["2"])
+    same = Arithmetic(num_samples=1).draw(codec, [0, 0, image])
     assert same.rows == ["image", "decoded, x_T of c", "sampled, random x_T 1"]
     for row in same.cells[1:]:  # a - a + c is c
         assert row[2].image is not None and row[3].image is not None
@@ -233,7 +247,7 @@ def test_arithmetic_of_means_and_images(codec: Codec) -> None:
     assert back is not None and psnr(back[None].float() / 127.5 - 1, image.pixels.float() / 127.5 - 1) > 30
 
     # Of means alone, from noise: the last column is that of the latent worked out by hand.
-    picture = latent_space.arithmetic(codec, [0, 1, 0], num_samples=2)
+    picture = Arithmetic(num_samples=2).draw(codec, [0, 1, 0])
     labels = codec.experiment.train.labels
     assert labels is not None and len(picture.cells) == 2
     means = [codec.train_z[labels == label].mean(dim=0) for label in (0, 1)]
@@ -242,9 +256,9 @@ def test_arithmetic_of_means_and_images(codec: Codec) -> None:
 
 
 def test_mixing_switches_sections_one_after_the_other(codec: Codec) -> None:
-    chosen = choose_images(codec.experiment, None, 4)
+    chosen = choose(codec, None, 4)
     first, second = chosen.pairs()
-    picture = pictures.mix(codec, chosen, None)
+    picture = Mix().draw(codec, chosen)
     assert picture.columns == ["first", "none", "section 2", "sections 1 and 2", "all", "second"]
     z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
     x_T = codec.invert(first.pixels, z_a)
@@ -253,7 +267,7 @@ def test_mixing_switches_sections_one_after_the_other(codec: Codec) -> None:
         z = torch.cat([z_a[:, :kept], z_b[:, kept:]], dim=1)
         assert (column(picture, index).int() - to_pixels(codec.decode(z, x_T)).int()).abs().max() <= 1
     assert not torch.equal(column(picture, 1), column(picture, 4))
-    one = pictures.mix(codec, chosen, [1])
+    one = Mix(sections=[1]).draw(codec, chosen)
     z = torch.cat([z_a[:, : widths[0]], z_b[:, widths[0] : -widths[2]], z_a[:, -widths[2] :]], dim=1)
     assert one.columns == ["first", "section 1", "second"]
     assert (column(one, 1).int() - to_pixels(codec.decode(z, x_T)).int()).abs().max() <= 1
@@ -270,7 +284,7 @@ def test_new_images_are_drawn_from_the_mixture_and_show_their_latents(
         return sample(z, x_T)
 
     monkeypatch.setattr(quick, "sample", remember)
-    picture = latent_space.generate(quick, num_components=3, num_samples=80)
+    picture = Generate(num_components=3, num_samples=80).draw(quick, None)
     z = drawn["z"]
     assert len(picture.cells) == 3 and len(picture.cells[0]) == 80 and z.shape == (240, codec.train_z.shape[1])
     # As likely under another mixture, fitted to the same latents, as these are; noise of their deviation is not.
@@ -283,15 +297,16 @@ def test_new_images_are_drawn_from_the_mixture_and_show_their_latents(
     assert abs(new - real) < 0.2 * abs(real - strange)
     weights = [float(row.split(": ")[1].split(" %")[0]) for row in picture.rows]
     assert weights == sorted(weights, reverse=True) and 98 <= sum(weights) <= 102
-    # What is seen in an image is its own z rather than another's, more often than not: z says little here beside x_T.
+    # The z of what an image shows is nearer to its own z than to the others', more often than not: x_T says much here.
     seen = quick.encode(torch.stack([cell.image for row in picture.cells for cell in row if cell.image is not None]))
-    own, others = ((seen - some).norm(dim=1) for some in (z, z.roll(7, dims=0)))
-    assert (own < others).float().mean() >= 0.58
+    distances = torch.cdist(seen, z)
+    nearer = (distances.diagonal()[:, None] < distances).sum(dim=1) / (len(z) - 1)  # share of the others, for each
+    assert nearer.mean() >= 0.58
 
 
 def test_a_query_in_the_bank_finds_itself_first(codec: Codec) -> None:
-    chosen = choose_images(codec.experiment, [f"train:{i}" for i in range(0, 1900, 190)], 0)
-    picture = pictures.nearest(codec, chosen, num_neighbours=3)
+    chosen = choose(codec, [f"train:{i}" for i in range(0, 1900, 190)])
+    picture = Nearest(num_neighbours=3).draw(codec, chosen)
     for name, row in zip(chosen.names, picture.cells, strict=True):
         assert row[0].caption == name and row[1].caption == f"{name}\n1.000"
         assert row[1].image is not None and torch.equal(row[0].image, row[1].image)  # type: ignore[arg-type]
@@ -307,9 +322,7 @@ def test_a_picture_file_holds_each_image_in_its_place(tmp_path: Path) -> None:
     ]
     rows[1].append(Cell())
     rows[0].append(Cell(torch.zeros(3, 8, 8, dtype=torch.uint8)))
-    save_picture(
-        Picture("x", "A title", "An explanation.", ["a", "b", "c"], ["one", "two"], rows), tmp_path / "a.png", "made so"
-    )
+    save_grid(Grid("A title", "An explanation.", ["a", "b", "c"], ["one", "two"], rows), tmp_path / "a.png", "made so")
     pixels = np.asarray(Image.open(tmp_path / "a.png"))
     boxes = {}
     for row in colours:
@@ -321,7 +334,18 @@ def test_a_picture_file_holds_each_image_in_its_place(tmp_path: Path) -> None:
     assert top == same_top < bottom and left == same_left < right == same_right
 
 
-PICTURES: list[list[str]] = [
+def test_every_picture_checks_its_numbers() -> None:
+    for name, picture in PICTURES.items():
+        minimums = {each.name: each.metadata["minimum"] for each in fields(picture)}
+        numbers = {option: minimum for option, minimum in minimums.items() if minimum is not None}
+        assert numbers, name
+        for option, minimum in numbers.items():
+            picture(**{option: minimum})
+            with pytest.raises(ConfigError, match=f"--{option} {minimum - 1}: take at least {minimum}"):
+                picture(**{option: minimum - 1})
+
+
+COMMANDS: list[list[str]] = [
     ["reconstruct", "--num_images", "5", "--num_samples", "4"],
     ["interpolate", "--images", "0", "train:1", "2", "3", "--num_steps", "5"],
     ["directions", "--class", "flower", "--random"],
@@ -336,7 +360,7 @@ def test_two_processes_draw_the_same_file_as_one(run: Path, tmp_path: Path, caps
     """Another seed draws another."""
     photograph = next((run.parent / "images" / "test" / "flower").iterdir())
     quick = ["sampling.num_sampling_steps=3", "sampling.eta=0.5", "--checkpoint", str(run / "checkpoints" / "last.pt")]
-    cases = [[word.replace("{photograph}", str(photograph)) for word in words] for words in PICTURES]
+    cases = [[word.replace("{photograph}", str(photograph)) for word in words] for words in COMMANDS]
     drawn: dict[str, list[bytes]] = {"alone": [], "seed": []}
     for index, (name, *options) in enumerate(cases):
         for folder, more in (("alone", []), ("seed", ["--seed", "5"])):

@@ -12,21 +12,23 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from config.schema import View
 from datasets.augmentation import (
-    GEOMETRIC,
     IDENTITY,
+    INDEX,
     NUM_BINS,
-    OPERATIONS,
     RANDAUGMENT,
     Augmentation,
+    Draw,
     Parameters,
-    magnitudes,
+    augment,
     operation_matrices,
 )
-from datasets.operations import augment
-from utils.config import View
+from datasets.operations import OPERATIONS, operate
 
+GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 EXACT = ("Identity", *GEOMETRIC, "Posterize", "Solarize", "Equalize")
+NAMES = list(OPERATIONS)
 THEIRS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Identity": lambda image, m: image,
     "ShearX": lambda image, m: tv.affine(image, 0.0, [0, 0], 1.0, [math.degrees(math.atan(m)), 0.0], center=[0, 0]),
@@ -49,6 +51,10 @@ THEIRS: dict[str, Callable[[Tensor, float], Tensor]] = {
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def random(count: int) -> Draw:
+    return lambda columns, stream="": torch.rand(count, columns)
 
 
 def pictures(count: int, size: int) -> Tensor:
@@ -82,9 +88,9 @@ def operating(count: int, size: int, operations: Tensor, strengths: Tensor) -> P
 @pytest.mark.parametrize("bin_", [5, 9, 30])
 @pytest.mark.parametrize("name", RANDAUGMENT)
 def test_each_operation_is_torchvisions(name: str, bin_: int) -> None:
-    images, index = pictures(32, 32), OPERATIONS.index(name)
-    strength = magnitudes(bin_, 32)[index].item()
-    signed = index <= OPERATIONS.index("Sharpness")
+    images, index = pictures(32, 32), INDEX[name]
+    of_bin, signed = RANDAUGMENT[name]
+    strength = of_bin(bin_, 32)
     strengths = torch.tensor([strength, -strength if signed else strength] * 16)
     ours = augment(images, operating(32, 32, torch.full((32,), index), strengths))
     theirs = torch.stack([THEIRS[name](image, m) for image, m in zip(images, strengths.tolist(), strict=True)])
@@ -95,7 +101,7 @@ def test_each_operation_is_torchvisions(name: str, bin_: int) -> None:
 @pytest.mark.parametrize("turns", [0.5, 0.1, 0.0, -0.03, -0.5])
 def test_turning_the_hue_is_torchvisions(turns: float) -> None:
     images = pictures(32, 32)
-    ours = augment(images, operating(32, 32, torch.full((32,), OPERATIONS.index("Hue")), torch.full((32,), turns)))
+    ours = augment(images, operating(32, 32, torch.full((32,), INDEX["Hue"]), torch.full((32,), turns)))
     difference = (ours.int() - tv.adjust_hue(images, turns).int()).abs()
     assert difference.max() <= 1 and difference.float().mean() < 0.02
 
@@ -110,12 +116,12 @@ def test_colours_are_changed_as_torchvision_would() -> None:
         color_jitter=[0.4, 0.3, 0.2, 0.1],
         grayscale_probability=0.2,
     )
-    drawn = Augmentation(view, 16).parameters(lambda width, part="": torch.rand(60, width))
+    drawn = Augmentation(view, 16).parameters(random(60))
     ours = augment(images, drawn)
     for sample in range(60):
         expected = images[sample]
         for operation, m in zip(drawn.operations[sample].tolist(), drawn.strengths[sample].tolist(), strict=True):
-            expected = THEIRS[OPERATIONS[operation]](expected, m)
+            expected = THEIRS[NAMES[operation]](expected, m)
         if drawn.strengths[sample, -1] == -1:
             torch.testing.assert_close(expected, tv.rgb_to_grayscale(expected, 3), atol=1, rtol=0)
             assert torch.equal(ours[sample, 0], ours[sample, 2])
@@ -129,7 +135,7 @@ def test_colours_follow_torchvisions_distribution() -> None:
         color_jitter=[0.4, 1.5, 0.2, 0.1],
         grayscale_probability=0.2,
     )
-    drawn = Augmentation(view, 16).parameters(lambda width, part="": torch.rand(24_000, width))
+    drawn = Augmentation(view, 16).parameters(random(24_000))
     rounds, strengths = drawn.operations[:, 2:6], drawn.strengths[:, 2:6]
     jittered = rounds.any(dim=1)
     assert abs(jittered.float().mean() - 0.8) < 0.02
@@ -142,12 +148,12 @@ def test_colours_follow_torchvisions_distribution() -> None:
         ("Color", theirs.saturation, 1),
         ("Hue", theirs.hue, 0),
     ):
-        found = strengths[rounds == OPERATIONS.index(name)] + centre
+        found = strengths[rounds == INDEX[name]] + centre
         assert low <= found.min() < low + 0.01 and high - 0.01 < found.max() <= high
         assert abs(found.mean() - (low + high) / 2) < 0.01 * (high - low) * 2, name
-    assert abs((drawn.operations[:, 6] == OPERATIONS.index("Color")).float().mean() - 0.2) < 0.02
+    assert abs((drawn.operations[:, 6] == INDEX["Color"]).float().mean() - 0.2) < 0.02
     assert drawn.strengths[:, 6].unique().tolist() == [-1, 0]
-    plain = Augmentation(View(randaugment_probability=0.0), 16).parameters(lambda width, part="": torch.rand(9, width))
+    plain = Augmentation(View(randaugment_probability=0.0), 16).parameters(random(9))
     assert plain.operations.shape == (9, 2), "no rounds that change nothing"
 
 
@@ -155,8 +161,9 @@ def test_strengths_are_torchvisions() -> None:
     space = v2.RandAugment._AUGMENTATION_SPACE
     assert set(space) == set(RANDAUGMENT)
     for bin_ in range(NUM_BINS):
-        for name, ours in zip(RANDAUGMENT, magnitudes(bin_, 32).tolist(), strict=True):
-            of_bins = space[name][0](NUM_BINS, 32, 32)
+        for name, (strength, signed) in RANDAUGMENT.items():
+            ours, of_bins = strength(bin_, 32), space[name][0](NUM_BINS, 32, 32)
+            assert signed == space[name][1]
             theirs = 0.0 if of_bins is None else float(of_bins[bin_])
             if name.startswith("Translate"):
                 theirs = int(theirs)
@@ -167,11 +174,9 @@ def test_strengths_are_torchvisions() -> None:
 
 @pytest.mark.parametrize("bin_", range(NUM_BINS))
 def test_solarize_at_every_level_and_bin(bin_: int) -> None:
-    levels, index = (
-        torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16),
-        OPERATIONS.index("Solarize"),
-    )
-    ours = augment(levels, operating(1, 16, torch.tensor([index]), magnitudes(bin_, 16)[index : index + 1]))
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    strength = torch.tensor([RANDAUGMENT["Solarize"][0](bin_, 16)])
+    ours = augment(levels, operating(1, 16, torch.tensor([INDEX["Solarize"]]), strength))
     threshold = 255 * float(v2.RandAugment._AUGMENTATION_SPACE["Solarize"][0](NUM_BINS, 16, 16)[bin_])
     assert torch.equal(ours, tv.solarize(levels, threshold))
 
@@ -179,20 +184,34 @@ def test_solarize_at_every_level_and_bin(bin_: int) -> None:
 def test_operations_of_a_batch_are_applied_in_order_to_the_right_samples() -> None:
     images = pictures(64, 16)
     view = View(randaugment_probability=1.0, randaugment_num_ops=3, crop_flip_probability=0.0)
-    drawn = Augmentation(view, 16).parameters(lambda width: torch.rand(64, width))
+    drawn = Augmentation(view, 16).parameters(random(64))
     ours = augment(images, drawn)
     assert drawn.operations.unique().numel() > 10
     for sample in range(64):
         expected = images[sample]
         for operation, m in zip(drawn.operations[sample].tolist(), drawn.strengths[sample].tolist(), strict=True):
-            expected = THEIRS[OPERATIONS[operation]](expected, m)
+            expected = THEIRS[NAMES[operation]](expected, m)
         # A grey level's difference may be widened by what follows it.
         assert (ours[sample].int() - expected.int()).abs().float().mean() < 1
 
 
+def test_operating_once_on_all_samples_is_operating_on_each() -> None:
+    """Every operation in one batch, some of them absent: groups that share a call do not mix."""
+    images, generator = pictures(60, 16), torch.Generator().manual_seed(0)
+    operations = torch.randint(0, len(OPERATIONS), (60,), generator=generator).sort().values
+    operations[operations == INDEX["Rotate"]] = INDEX["TranslateY"]
+    strengths = torch.rand(60, generator=generator) * 0.5
+    matrices = operation_matrices(operations, strengths, 16)
+    together = operate(images, operations.bincount(minlength=len(OPERATIONS)).tolist(), strengths, matrices)
+    for sample, index in enumerate(operations.tolist()):
+        one = slice(sample, sample + 1)
+        alone = OPERATIONS[NAMES[index]](images[one], strengths[one], matrices[one])
+        assert torch.equal(together[one], alone), NAMES[index]
+
+
 def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None:
     view = View(randaugment_probability=0.65)
-    drawn = Augmentation(view, 32).parameters(lambda width: torch.rand(100_000, width))
+    drawn = Augmentation(view, 32).parameters(random(100_000))
     shares = drawn.operations.flatten().bincount(minlength=14) / 200_000
     expected = torch.full((14,), 0.65 / 14)
     expected[0] += 0.35
@@ -209,7 +228,7 @@ def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None
 
 def boxes_of(count: int, size: int, **keys: Any) -> Tensor:
     view = View(**{"crop_flip_probability": 1.0, **keys})
-    return Augmentation(view, size).parameters(lambda width: torch.rand(count, width)).boxes
+    return Augmentation(view, size).parameters(random(count)).boxes
 
 
 @pytest.mark.parametrize(("scale", "ratio"), [([0.08, 1.0], [3 / 4, 4 / 3]), ([0.5, 1.0], [0.5, 2.0])])
@@ -267,7 +286,7 @@ def test_affine_moves_are_torchvisions() -> None:
         affine_shear=20.0,
     )
     uniforms = torch.rand(40, 100)
-    drawn = Augmentation(view, 24).parameters(lambda width: uniforms[:, :width])
+    drawn = Augmentation(view, 24).parameters(lambda columns, stream="": uniforms[:, :columns])
     ours, still = augment(images, drawn), 0
     apply, angle, x, y, scale, shear = uniforms[:, 29:35].T.double()
     for sample in range(40):
@@ -288,14 +307,14 @@ def test_affine_moves_are_torchvisions() -> None:
 
 
 def test_images_too_small_to_blur_are_left() -> None:
-    images, index = pictures(4, 2), OPERATIONS.index("Sharpness")
+    images, index = pictures(4, 2), INDEX["Sharpness"]
     assert torch.equal(augment(images, operating(4, 2, torch.full((4,), index), torch.ones(4))), images)
 
 
 def test_nothing_is_read_from_the_pixels() -> None:
     """On the meta device there are none to read: a number asked for, or a shape that depends on them, raises."""
     view = View(randaugment_probability=1.0, affine_probability=1.0, color_jitter_probability=0.5)
-    drawn = Augmentation(view, 16).parameters(lambda width, part="": torch.rand(200, width))
+    drawn = Augmentation(view, 16).parameters(random(200))
     assert drawn.operations.unique().numel() == len(OPERATIONS)
     pixels = torch.empty(200, 3, 16, 16, dtype=torch.uint8, device="meta")
     views = augment(pixels, drawn)

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from tests.conftest import assert_equal_states
-from training import loop
-from training.loop import CheckpointInterval
-from utils import checkpoint_writer
-from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
-from utils.checkpoint_writer import CheckpointWriter, save_checkpoint, to_host
+from training import saving
+from training.saving import CheckpointInterval
 from utils.files import FolderError
+from utils.run_folder import checkpoint_writer
+from utils.run_folder.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from utils.run_folder.checkpoint_writer import CheckpointWriter, save_checkpoint, to_host
 
 CONTENTS: dict[str, Any] = {
     "model": {"w": torch.arange(30_000.0)},
     **{name: {} for name in ("ema", "optimizer", "scaler")},
-    **{"tally": torch.zeros(5), "step": 7, "config": "seed: 0\n", "data": "abc"},
+    **{"tally": {}, "step": 7, "config": "seed: 0\n", "data": "abc", "statistics": [[0.5], [0.2]]},
 }
 
 
@@ -238,7 +238,7 @@ def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [s for s in range(1, 10) if steps.due(s)] == [3, 6, 9]
     assert [s for s in range(1, 50) if epochs.due(s)] == [20, 40]
     now = 100.0
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
     minutes = CheckpointInterval("2 minutes", 10)
     assert not steps.overdue() and not any(minutes.due(s) for s in range(10))
     assert not minutes.overdue()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from model import UNetDecoder
+from model.decoder import UNetDecoder
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
 from utils.device import choose_compile

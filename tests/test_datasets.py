@@ -4,9 +4,10 @@ import os
 import pickle
 import struct
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import torch
 import torchvision
 from PIL import Image
 
-from datasets import DatasetError, DatasetInfo, StoredImages, build_dataset, decoding, files
+from config.schema import Data
+from datasets import cache, decoding
 from datasets.decoding import StreamedImages, decode_batches
-from datasets.images import Summary, from_arrays, summarize
+from datasets.images import DatasetError, StoredImages, Summary, from_arrays, summarize
 from datasets.listing import Listing
+from datasets.sources import SOURCES, DatasetInfo, build_dataset
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
@@ -39,14 +42,20 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def open_data(*args: Any) -> tuple[StoredImages, StoredImages, DatasetInfo]:
-    train, test, info = build_dataset(*args)
+def open_data(name: Any, root: object, cache_dir: object, size: int) -> tuple[StoredImages, StoredImages, DatasetInfo]:
+    data = Data(name=name, root=str(root), cache_dir=str(cache_dir), image_size=size)
+    train, test, info = build_dataset(data, processes=1)
     assert isinstance(train, StoredImages) and isinstance(test, StoredImages)
     return train, test, info
 
 
 def open_folder(root: Path, tmp_path: Path, size: int = 8, **how: Any) -> tuple[Any, Any]:
-    return build_dataset("folder", str(root), str(tmp_path / "cache"), size, **how)[:2]
+    data = Data(name="folder", root=str(root), cache_dir=str(tmp_path / "cache"), image_size=size, **how)
+    return build_dataset(data, processes=1)[:2]
+
+
+def test_every_name_of_the_config_is_a_source() -> None:
+    assert list(SOURCES) == list(get_args(Data.model_fields["name"].annotation))
 
 
 def test_digits_are_embedded() -> None:
@@ -93,13 +102,26 @@ def test_16_bit_grey_and_orientation_are_read_right(tmp_path: Path) -> None:
     assert second[:, 7].eq(255).all() and second[:, :7].eq(0).all()
 
 
+def test_a_palettes_transparency_raises_no_warning(tmp_path: Path) -> None:
+    decoding._silence_pil.cache_clear()  # pytest restores the filters after every test
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Image.open(tmp_path / "a.png") as opened:
+            opened.convert("RGB")
+        assert len(caught) == 1, "PIL still warns"
+        assert decoding.decode(tmp_path / "a.png", 8).shape == (8, 8, 3)
+        assert len(caught) == 1
+
+
 def test_linked_folders_are_read_once(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tree / "train" / "ant" / "self").symlink_to(tree / "train" / "ant")
     write_image(tree / "train" / "stray.png", np.zeros((8, 8, 3), np.uint8))
     caplog.set_level("INFO")
     train, _ = open_folder(tree, tmp_path)
     assert len(train) == 6
-    assert "1 images in" in caplog.text and "passed over" in caplog.text
+    assert "1 images in" in caplog.text and "left out" in caplog.text
 
 
 def test_digests_tell_data_sets_apart(tree: Path, tmp_path: Path) -> None:
@@ -163,26 +185,84 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_two_data_sets_on_one_root_keep_their_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Listings of one folder, with other files or labels."""
+    for index in range(3):
+        write_image(tmp_path / "root" / f"{index}.png", np.full((8, 8, 3), index, np.uint8))
+    names = [f"{index}.png" for index in range(3)]
+    listings = [
+        Listing(tmp_path / "root", names, None, [], "folder"),
+        Listing(tmp_path / "root", names[1:], [0, 0], ["a"], "tiny"),
+    ]
+
+    def open_both() -> list[list[int]]:
+        opened = [
+            cache.open_listing(listing, 8, tmp_path / "cache", stream=False, num_workers=1, processes=1)
+            for listing in listings
+        ]
+        return [next(images.batches([range(len(images))]))[:, 0, 0, 0].tolist() for images in opened]
+
+    caplog.set_level("INFO")
+    assert open_both() == [[0, 1, 2], [1, 2]]
+    monkeypatch.setattr(decoding, "decode", None)
+    assert open_both() == [[0, 1, 2], [1, 2]]
+    assert "anew" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stale_cache_is_named_with_the_reason(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    caplog.set_level("INFO")
+
+    def reasons() -> list[str]:
+        caplog.clear()
+        open_folder(tree, tmp_path, stream=stream)
+        return [line for line in caplog.messages if line.endswith("decoding all of them anew")]
+
+    assert reasons() == [] == reasons(), "neither the first time nor from the cache"
+    (tree / "train" / "ant" / "2.png").unlink()
+    (line,) = reasons()
+    assert str(tree / "train") in line and "files were added, removed or changed" in line
+    mark = next(path for path in (tmp_path / "cache").glob("*.json") if path.name in line)
+    mark.write_text("")
+    (line,) = reasons()
+    assert f"{mark.name} of {tree / 'train'} is damaged" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "CACHE_VERSION", cache.CACHE_VERSION + 1)
+        assert len(reasons()) == 2 and "another version" in caplog.text
+    assert len(reasons()) == 2
+    if not stream:
+        pixels_file = mark.with_suffix(".npy")
+        os.truncate(pixels_file, pixels_file.stat().st_size - 100)
+        (line,) = reasons()
+        assert f"{pixels_file} are damaged" in line
+        pixels_file.unlink()
+    assert reasons() == []
+
+
 def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second process decodes the same folder while the first does."""
     open_folder(tree, tmp_path)
     (pixels_file, *_) = sorted((tmp_path / "cache").glob("*.npy"))
-    left = pixels_file.with_suffix(".0.partial")
+    left = pixels_file.with_name(f"{pixels_file.name}.0.partial")
     left.write_text("")
-    decode_all, seen = files._decode_all, []
+    decode_all, seen = cache._decode_all, []
 
     def slowly(listing: Listing, *rest: Any) -> Iterator[torch.Tensor]:
         yield from decode_all(listing, *rest)
-        seen.append(len(list((tmp_path / "cache").glob(f"{pixels_file.stem}.*.partial"))))
+        seen.append(len(list((tmp_path / "cache").glob(f"{pixels_file.name}.*.partial"))))
         if len(seen) == 1:
             assert not left.exists()
             pixels_file.with_suffix(".json").unlink(missing_ok=True)
-            files.open_listing(listing, 8, tmp_path / "cache", stream=False, num_workers=None)
+            cache.open_listing(listing, 8, tmp_path / "cache", stream=False, num_workers=None, processes=1)
 
     pixels_file.with_suffix(".json").unlink()
-    monkeypatch.setattr(files, "_decode_all", slowly)
+    monkeypatch.setattr(cache, "_decode_all", slowly)
     open_folder(tree, tmp_path)
     assert seen == [1, 2] and not list((tmp_path / "cache").glob("*.partial"))
 
@@ -190,11 +270,11 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
 def test_images_that_fill_half_of_the_memory_are_streamed(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert files.memory_bytes() > 1e8
+    assert cache.memory_bytes() > 1e8
     caplog.set_level("INFO")
     needed = 8 * 3 * 8**2
     for memory, kind in ((2 * needed, StoredImages), (2 * needed - 1, StreamedImages)):
-        monkeypatch.setattr(files, "memory_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr(cache, "memory_bytes", lambda memory=memory: memory)
         assert isinstance(open_folder(tree, tmp_path)[0], kind)
         assert ("8 images in" in caplog.text) == (kind is StreamedImages)
         assert isinstance(open_folder(tree, tmp_path, stream=False)[0], StoredImages)
@@ -204,7 +284,7 @@ def test_images_that_fill_half_of_the_memory_are_streamed(
 def test_images_larger_than_the_memory_are_not_stored(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "memory_bytes", lambda: 8 * 3 * 4096**2 - 1)
+    monkeypatch.setattr(cache, "memory_bytes", lambda: 8 * 3 * 4096**2 - 1)
     with pytest.raises(DatasetError, match=r"8 images in .*photos take 0\.4 GB at 4096 px.*data\.stream=false"):
         open_folder(tree, tmp_path, size=4096, stream=False)
     assert not (tmp_path / "cache").exists()
@@ -302,7 +382,7 @@ def test_what_was_looked_through_is_still_known_when_storing_fails(
 ) -> None:
     open_folder(tree, tmp_path, stream=True)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_allocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
+        patch.setattr(cache, "_allocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
         with pytest.raises(DatasetError, match=r"\(Read-only\): set data\.cache_dir$"):
             open_folder(tree, tmp_path, stream=False)
     monkeypatch.setattr(decoding, "decode", None)
@@ -317,8 +397,8 @@ def test_large_images_are_decoded_few_at_a_time(tree: Path, tmp_path: Path, monk
         sizes.extend(len(block) for block in kept)
         return summarize(kept)
 
-    monkeypatch.setattr(files, "BLOCK_BYTES", 2 * 3 * 64**2)
-    monkeypatch.setattr(files, "summarize", counting)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 2 * 3 * 64**2)
+    monkeypatch.setattr(cache, "summarize", counting)
     images, _ = open_folder(tree, tmp_path, size=64, stream=False)
     assert sizes == [2, 2, 2, 2] and images.summary == summarize([images.pixels])
     open_folder(tree, tmp_path, size=128, stream=True)
@@ -375,7 +455,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 @pytest.mark.parametrize("where", [".", "FashionMNIST/raw", "debian"])
 def test_fashion_mnist_from_archives_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    monkeypatch.setattr("datasets.builtin.DEBIAN_FASHION_MNIST", tmp_path / "root" / "debian")
+    monkeypatch.setattr("datasets.sources.DEBIAN_FASHION_MNIST", tmp_path / "root" / "debian")
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("t10k", 3)):
         folder = tmp_path / "root" / where
@@ -404,7 +484,7 @@ def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_damaged_archive_is_named_and_can_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.builtin.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr("datasets.sources.DEBIAN_FASHION_MNIST", tmp_path / "none")
     rng = np.random.default_rng(0)
     for split in ("train", "t10k"):
         write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", rng.integers(0, 256, (6, 28, 28), dtype=np.uint8))

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from utils import device as module
-from utils import distributed
-from utils.cli import make_parser
+from utils.cli import run
 from utils.device import choose_amp_dtype, choose_compile, choose_device
+from utils.distributed import collectives
+from utils.distributed.processes import check_launcher, rank, world_size
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +80,10 @@ def test_the_backend_is_what_the_gpus_allow(
 ) -> None:
     be_process(monkeypatch, 0, processes)
     opened: list[str] = []
-    monkeypatch.setattr(distributed, "exchange", lambda value: [value] * processes)
+    monkeypatch.setattr(collectives, "all_gather_object", lambda value: [value] * processes)
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: opened.append(backend))
-    monkeypatch.setattr(distributed, "_group", None)
-    distributed.start(asked, torch.device(kind))
+    monkeypatch.setattr(collectives, "_tensor_group", None)
+    collectives.open_tensor_group(asked, torch.device(kind))
     assert opened == [taken] and said in caplog.text and (said or not caplog.text)
 
 
@@ -130,15 +131,15 @@ def test_an_environment_that_no_launcher_made_is_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
-        make_parser("", "")
+        run(lambda: pytest.fail("the program does not start"))
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and expected in printed
 
 
 def test_variables_that_clusters_set_for_themselves_are_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    make_parser("", "")
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    check_launcher()
+    assert (rank(), world_size()) == (0, 1)
 
 
 @pytest.mark.parametrize(

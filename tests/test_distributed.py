@@ -12,10 +12,10 @@ from torch.distributed import HashStore
 
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
-from utils import agreement
-from utils.distributed import share
-from utils.parallel import GlobalBatchNorm2d, convert_batch_norm
-from utils.rendezvous import _call_the_roll
+from utils.distributed import collectives
+from utils.distributed.data_parallel import GlobalBatchNorm2d, convert_batch_norm
+from utils.distributed.processes import my_range
+from utils.distributed.rendezvous import _call_roll
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_one_process_of_each_machine_goes_before_the_others(
         monkeypatch.setenv(name, str(value))
     meetings: list[bool] = []
 
-    def exchange(busy: bool) -> list[bool]:
+    def all_gather_object(busy: bool) -> list[bool]:
         """Any other process that is at work is done at the second meeting."""
         meetings.append(busy)
         return [busy, len(meetings) % 2 == 1]
@@ -148,9 +148,9 @@ def test_one_process_of_each_machine_goes_before_the_others(
             time.sleep(0.001)
         return began_at
 
-    monkeypatch.setattr(agreement, "exchange", exchange)
-    monkeypatch.setattr(agreement, "SIGN_OF_LIFE_S", 0.001)
-    assert agreement.first_on_each_node(work) == 2 * turn
+    monkeypatch.setattr(collectives, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(collectives, "SIGN_OF_LIFE_S", 0.001)
+    assert collectives.first_on_each_node(work) == 2 * turn
     assert sum(meetings) >= 3 and not meetings[-1]
 
 
@@ -162,7 +162,7 @@ def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int |
 
     def start(rank: int) -> str:
         time.sleep(0.2 if rank == slow else 0)
-        return _call_the_roll(store, rank, 3, timeout)
+        return _call_roll(store, rank, 3, timeout)
 
     for _ in range(3):
         with ThreadPoolExecutor(3) as processes:
@@ -171,9 +171,9 @@ def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int |
         rolls += found
     assert len(set(rolls)) == 3
     with ThreadPoolExecutor(2) as processes:  # one fewer
-        assert len(set(processes.map(lambda rank: _call_the_roll(store, rank, 2, timeout), range(2)))) == 1
+        assert len(set(processes.map(lambda rank: _call_roll(store, rank, 2, timeout), range(2)))) == 1
     with pytest.raises(RuntimeError, match="Timed out waiting"):
-        _call_the_roll(store, 0, 3, timedelta(seconds=0.1))  # the others' tokens are of the dead
+        _call_roll(store, 0, 3, timedelta(seconds=0.1))  # the others' tokens are of the dead
 
 
 @pytest.mark.parametrize(("total", "multiple"), [(16, 4), (6, 4), (1, 4), (0, 1), (7, 1), (64, 8)])
@@ -185,7 +185,7 @@ def test_shares_cover_everything_once(
     shares = []
     for rank in range(processes):
         monkeypatch.setenv("RANK", str(rank))
-        shares.append(share(total, multiple))
+        shares.append(my_range(total, multiple))
     assert [index for part in shares for index in part] == list(range(total))
     assert all(part.start % multiple == 0 for part in shares if part)
     assert max(map(len, shares)) - min(map(len, shares)) <= multiple

@@ -1,17 +1,18 @@
 """The figures of docs/ are drawn from the code, and the pages say what it says."""
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 
+from config.reading import load_config
+from config.schema import Diffusion
 from docs import draw_model, draw_schedules
-from model import GaussianDiffusion
+from experiment.models import build_on_meta
+from model.diffusion import SCHEDULES, GaussianDiffusion
 from tests.conftest import ROOT
-from training.experiment import build_on_meta
-from utils.config import Diffusion
-from utils.config_file import load_config
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,12 @@ def written(svg: str) -> list[str]:
     return re.findall(r"<!-- (.+?) -->", svg, re.DOTALL)
 
 
+def schedules_table(lines: list[str]) -> list[str]:
+    """The last table of schedules among the lines: its header, the line below it, and a line for each schedule."""
+    header = max(i for i, line in enumerate(lines) if line.startswith("| (t + 1/2) / T |"))
+    return list(takewhile(lambda line: line.startswith("|"), lines[header:]))
+
+
 def test_the_figures_are_those_of_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table of schedules is what the script prints; the same picture is the same file."""
     for script in (draw_model, draw_schedules):
@@ -49,9 +56,12 @@ def test_the_figures_are_those_of_the_code(tmp_path: Path, capsys: pytest.Captur
         # What is written in the committed figure, of whatever version of matplotlib.
         committed = (ROOT / "docs" / script.__name__.replace("docs.draw_", "")).with_suffix(".svg").read_text()
         assert written(committed) == written(contents[0].decode()) and len(written(committed)) > 10
-    *table, brightness_8, brightness_32, brightness_64 = capsys.readouterr().out.splitlines()[-9:]
+    printed = capsys.readouterr().out.splitlines()
+    table, brightness = schedules_table(printed), [line for line in printed if line.startswith("inverted cosine, ")]
     page = (ROOT / "docs" / "schedules.md").read_text()
-    assert len(table) == 6 and "\n".join(table) in page
+    assert [line.split("`")[1] for line in table[2:]] == list(SCHEDULES)
+    assert schedules_table(page.splitlines()) == table
+    brightness_8, brightness_32, brightness_64 = brightness[-3:]  # the script has run twice
     exact = GaussianDiffusion(**Diffusion(schedule="inverted_cosine").model_dump())
     signal, noise = exact.sqrt_alphas_cumprod[-1].item(), exact.sqrt_one_minus_alphas_cumprod[-1].item()
     for line, size in ((brightness_8, 8), (brightness_32, 32), (brightness_64, 64)):

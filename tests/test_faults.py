@@ -23,7 +23,9 @@ from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from training import loop
 from utils import signals
 from utils.device import OutOfMemoryError, memory_for
-from utils.run_log import RunLog
+from utils.distributed.collectives import SharedError
+from utils.files import FolderError, lock_file
+from utils.run_folder.run_log import RunLog
 
 SETTINGS = (  # 22 steps, all of them in the warm-up
     "optimizer.warmup_epochs=1",
@@ -130,7 +132,7 @@ def test_a_signal_during_an_evaluation_ends_it_at_once(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("training.reports.judge", lambda *args: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("training.evaluating.judge", lambda *args: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(signals.Stopped):
             train_program.main(args_for(tmp_path, "training.checkpoint_every=60 minutes"))
     assert last(tmp_path)["step"] == 22, "it was saved before"
@@ -143,9 +145,9 @@ def test_a_signal_during_an_evaluation_ends_it_at_once(
 def test_a_signal_while_the_images_are_opened_ends_it_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None
 ) -> None:
-    from training import experiment
+    from experiment import opening
 
-    monkeypatch.setattr(experiment, "build_dataset", lambda **keys: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(opening, "build_dataset", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(signals.Stopped):
         train_program.main(args_for(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -171,7 +173,7 @@ def test_a_smaller_micro_batch_goes_on_with_the_run(
 def test_a_full_disk_ends_the_run_with_a_line(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
 ) -> None:
-    """The kernel refuses to write more to a file than it may hold."""
+    """The kernel refuses to write more to a file than it may hold. (capsys keeps the progress bar out of files.)"""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     room = 100_000 if "checkpoint" in when else 10
 
@@ -181,26 +183,26 @@ def test_a_full_disk_ends_the_run_with_a_line(
     try:
         with monkeypatch.context() as patch:
             at_step(patch, 14, fill)
-            with pytest.raises(SystemExit, match="2"):
+            with pytest.raises(FolderError) as failure:
                 train_program.main(args_for(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: cannot write to") and "File too large" in error and error.endswith("start again")
+    error = str(failure.value)
+    assert error.startswith("cannot write to") and "File too large" in error and error.endswith("start again")
     assert last(tmp_path)["step"] == 12 and not list((tmp_path / "checkpoints").glob("*.partial"))
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
 
 
 def test_a_folder_that_is_lost_ends_the_run_and_is_not_made_anew(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, away = tmp_path / "run", tmp_path / "away"
     with monkeypatch.context() as patch:
         at_step(patch, 15, lambda: run.rename(away))
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(FolderError, match=f"cannot write to {run}"):
             train_program.main(args_for(run))
-    assert f"cannot write to {run}" in capsys.readouterr().err.splitlines()[-1] and not run.exists()
+    assert not run.exists()
     away.rename(run)
     assert train_program.main(args_for(run)) == 0
     assert_ends_like(run, undisturbed)
@@ -210,7 +212,8 @@ def test_a_folder_in_use_is_refused_and_a_dead_run_leaves_no_lock(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = (
-        "import sys, time; from utils.files import *; lock = lock_file(Path(sys.argv[1])); print(1, flush=True); "
+        "import sys, time; from pathlib import Path; from utils.files import lock_file\n"
+        "lock = lock_file(Path(sys.argv[1])); print(1, flush=True); "
         "time.sleep(60)"
     )
     (tmp_path / "run").mkdir()
@@ -222,7 +225,7 @@ def test_a_folder_in_use_is_refused_and_a_dead_run_leaves_no_lock(
         assert f"is in use by process {other.pid} on" in capsys.readouterr().err
         other.kill()
         other.wait()
-    with train_program.hold(tmp_path / "run"):
+    with lock_file(tmp_path / "run" / ".lock"):
         pass
 
 
@@ -282,22 +285,17 @@ def test_a_few_bad_steps_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [line["loss"] is None for line in lines if line["kind"] == "train"] == [False, True, False, False, False]
 
 
-def test_bad_steps_before_anything_is_saved_name_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_steps_before_anything_is_saved_name_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_nan_from(monkeypatch, 0, 22)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SharedError, match="Nothing is saved yet"):
         train_program.main(args_for(tmp_path, "training.checkpoint_every=10 minutes", "training.log_every=20"))
-    assert "Nothing is saved yet" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_twenty_bad_steps_in_a_row_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_twenty_bad_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_nan_from(monkeypatch, 8, 20)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SharedError) as failure:
         train_program.main(args_for(tmp_path, "training.epochs=2"))
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = str(failure.value)
     assert "20 steps in a row, before step 30, had gradients that are not finite" in error
     assert "0.002 (encoder)" in error and f"step 24, in {tmp_path / 'checkpoints'}" in error
     saved = last(tmp_path)
@@ -305,18 +303,16 @@ def test_twenty_bad_steps_in_a_row_end_the_run(
 
 
 def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, short in (
         ("training.micro_batch_size=32", "training.loop.train_step"),
-        ("evaluation.batch_size=256", "training.reports.judge"),
+        ("evaluation.batch_size=256", "training.evaluating.judge"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(short, lambda *args: torch.empty(2**50))
-            with pytest.raises(SystemExit, match="2"):
+            with pytest.raises(OutOfMemoryError, match=f"^out of memory: 4194304.00 GiB was asked for.*{key}"):
                 train_program.main(args_for(tmp_path))
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: out of memory: 4194304.00 GiB was asked for") and key in error
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
 
@@ -328,6 +324,23 @@ def test_what_cuda_says_of_its_memory_is_understood() -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     with pytest.raises(RuntimeError, match="another"), memory_for(lambda: ""):
         raise RuntimeError("another")
+
+
+def test_an_error_in_mid_work_is_one_line_and_status_2() -> None:
+    """As `run` ends a program; a bug keeps its traceback."""
+    script = (
+        "import sys; from utils.cli import run; from utils.files import FolderError\n"
+        "def main(): raise (FolderError('the disk is full') if sys.argv[1] == 'user' else ValueError('a bug'))\n"
+        "run(main)"
+    )
+    ended = {
+        kind: subprocess.run(
+            [sys.executable, "-c", script, kind], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        for kind in ("user", "bug")
+    }
+    assert (ended["user"].returncode, ended["user"].stderr) == (2, "error: the disk is full\n")
+    assert ended["bug"].returncode == 1 and "Traceback" in ended["bug"].stderr
 
 
 @pytest.mark.parametrize("console", ["a full disk", "a pipe that nobody reads"])

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import SODA
+from model.guidance import guided_denoiser
+from model.soda import SODA
 from tests.conftest import experiment_of
-from training.experiment import initial_state
-from training.judge import sample_grid
+from training.sample_grid import sample_grid
+from training.state import initial_state
 
 
 def eps_of(soda: SODA, x_t: Tensor, timesteps: Tensor, z: Tensor, *sections: int) -> Tensor:
@@ -30,7 +31,7 @@ def test_guidance_by_sections(sectioned_soda: SODA) -> None:
         return eps_of(soda, x_t, timesteps, z, *sections)
 
     def guided(*args: Any) -> Tensor:
-        return soda.denoiser(z, *args)(x_t, timesteps)
+        return guided_denoiser(soda.decoder, z, *args)(x_t, timesteps)
 
     close = torch.testing.assert_close
     for scale in (0.0, 0.5, 1.0, 2.5):  # one scale: ordinary guidance
@@ -61,7 +62,7 @@ def test_guidance_takes_no_pass_that_has_no_weight(sectioned_soda: SODA, args: t
     soda = sectioned_soda
     batch_sizes: list[int] = []
     soda.decoder.conv_in.register_forward_hook(lambda _, inputs, out: batch_sizes.append(len(out)))
-    eps = soda.denoiser(torch.randn(2, 8), *args)(torch.randn(2, 3, 8, 8), torch.tensor([3, 700]))
+    eps = guided_denoiser(soda.decoder, torch.randn(2, 8), *args)(torch.randn(2, 3, 8, 8), torch.tensor([3, 700]))
     assert batch_sizes == [2 * passes] and eps.shape == (2, 3, 8, 8)
 
 
@@ -96,4 +97,4 @@ def test_guidance_refuses_what_the_latent_does_not_have(
     sectioned_soda: SODA, args: tuple[Any, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        sectioned_soda.denoiser(torch.randn(2, 8), *args)
+        guided_denoiser(sectioned_soda.decoder, torch.randn(2, 8), *args)

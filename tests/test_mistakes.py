@@ -291,14 +291,14 @@ def test_a_run_that_another_has_overtaken_does_not_start(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other began, trained and ended while this one was loading its images."""
-    from training import experiment
+    from experiment import opening
 
-    def slowly(**keys: Any) -> Any:
+    def slowly(*args: Any) -> Any:
         shutil.copytree(place / "run", tmp_path / "run")
-        return build_dataset(**keys)
+        return build_dataset(*args)
 
-    build_dataset = experiment.build_dataset
-    monkeypatch.setattr(experiment, "build_dataset", slowly)
+    build_dataset = opening.build_dataset
+    monkeypatch.setattr(opening, "build_dataset", slowly)
     with pytest.raises(SystemExit, match="2"):
         train_program.main(digits_args(tmp_path / "run", "training.epochs=2"))
     assert_refused(capsys.readouterr().err, "another run has just used")

@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -7,14 +8,21 @@ import torch.nn.functional as F
 import torchvision
 from diffusers.models.embeddings import get_timestep_embedding
 from scipy.stats import truncnorm
+from torch import nn
 
-from model import SODA, ResNetEncoder, UNetDecoder, build_soda, forward_flops
+from config.reading import load_config
+from experiment.models import build_on_meta
 from model.blocks import AdaGN, ResBlock, SelfAttention, timestep_embedding
-from model.encoder import ARCHITECTURES
+from model.build import build_soda, forward_flops
+from model.decoder import UNetDecoder
+from model.encoder import ARCHITECTURES, ENCODERS, ResNetEncoder
+from model.guidance import guided_denoiser
+from model.names import Architecture, Stem
+from model.sizes import last_strided_input, num_decoder_blocks, num_sections, resolutions
+from model.soda import SODA
 from tests.conftest import ROOT, experiment_of
-from training.experiment import initial_state
+from training.state import initial_state
 from training.step import train_step, training_pixels
-from utils.config_file import load_config
 from utils.logging import PhaseTimer
 
 
@@ -24,11 +32,20 @@ def test_cifar10_model_has_the_published_size_and_work() -> None:
         soda = build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
     assert sum(p.numel() for p in soda.encoder.parameters()) == 11_234_496
     assert sum(p.numel() for p in soda.decoder.parameters()) == 39_595_139
-    assert [round(flops / 1e9, 3) for flops in forward_flops(soda, 32)] == [1.111, 12.451]
+    assert [round(flops / 1e9, 3) for flops in forward_flops(soda, 32, 32)] == [1.111, 12.451]
+
+
+def test_tiny_attends_on_the_maps_of_the_reference() -> None:
+    """The reference's flags are indexed by level: at 64 px they name the 32x32 maps, not 16x16."""
+    config = load_config(ROOT / "config" / "tiny.yaml")
+    soda = build_on_meta(config)
+    attending = {stage.resolution for stage in [*soda.decoder.down, *soda.decoder.up] if getattr(stage, "attention", 0)}
+    assert attending == {32}
+    assert round(forward_flops(soda, config.encoder_size, config.decoder_size)[1] / 1e9, 1) == 53.8
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_encoder_is_torchvisions_resnet(architecture: str) -> None:
+def test_encoder_is_torchvisions_resnet(architecture: Architecture) -> None:
     theirs = torchvision.models.get_model(architecture, weights=None, num_classes=16).eval()
     ours = ResNetEncoder(architecture=architecture, stem="imagenet", width=64, latent_dim=16).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -186,10 +203,14 @@ def test_guidance(tiny_soda: SODA) -> None:
     x_t, timesteps, z = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 8)
     eps_cond = tiny_soda.decoder(x_t, timesteps, z)
     eps_uncond = tiny_soda.decoder(x_t, timesteps, torch.zeros_like(z))
-    assert torch.equal(tiny_soda.denoiser(z)(x_t, timesteps), eps_cond)
-    torch.testing.assert_close(tiny_soda.denoiser(z, 0.0)(x_t, timesteps), eps_uncond)
-    torch.testing.assert_close(tiny_soda.denoiser(z, 2.5)(x_t, timesteps), 2.5 * eps_cond - 1.5 * eps_uncond)
-    torch.testing.assert_close(tiny_soda.denoiser(z, 1 + 1e-6)(x_t, timesteps), eps_cond, atol=1e-4, rtol=1e-4)
+
+    def guided(scale: float) -> torch.Tensor:
+        return guided_denoiser(tiny_soda.decoder, z, scale)(x_t, timesteps)
+
+    assert torch.equal(guided(1.0), eps_cond)
+    torch.testing.assert_close(guided(0.0), eps_uncond)
+    torch.testing.assert_close(guided(2.5), 2.5 * eps_cond - 1.5 * eps_uncond)
+    torch.testing.assert_close(guided(1 + 1e-6), eps_cond, atol=1e-4, rtol=1e-4)
 
 
 def test_within_three_steps_every_parameter_has_had_a_gradient() -> None:
@@ -216,3 +237,44 @@ def test_state_dict_loads_into_a_copy(tiny_soda: SODA) -> None:
     other.load_state_dict(tiny_soda.state_dict())
     args = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([[False], [True]])
     assert torch.equal(other(*args), tiny_soda(*args))
+
+
+def test_every_encoder_keeps_the_contract() -> None:
+    """Names in the config have an encoder each; z and pooled features have the widths that it declares."""
+    assert list(ENCODERS) == list(get_args(Architecture))
+    for make in set(ENCODERS.values()):
+        encoder = make(architecture="resnet18", stem="small", width=8, latent_dim=6).eval()
+        found = encoder.features(torch.randn(2, 3, 16, 16))
+        assert found["z"].shape == (2, encoder.latent_dim) and found["pooled"].shape == (2, encoder.pooled_dim)
+        assert torch.equal(encoder(torch.ones(1, 3, 16, 16)), encoder.features(torch.ones(1, 3, 16, 16))["z"])
+
+
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize("image_size", [8, 17, 33, 64])
+def test_sizes_are_those_of_the_modules(stem: Stem, image_size: int) -> None:
+    encoder = ResNetEncoder(architecture="resnet18", stem=stem, width=4, latent_dim=4).eval()
+    seen: list[int] = []
+    last = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (3, 3)]
+    last[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    encoder(torch.zeros(1, 3, image_size, image_size))
+    assert seen == [last_strided_input(image_size, stem)]
+
+
+@pytest.mark.parametrize(("channel_mult", "num_res_blocks"), [([1], 1), ([1, 2, 2], 2)])
+def test_counts_are_those_of_the_decoder(channel_mult: list[int], num_res_blocks: int) -> None:
+    decoder = UNetDecoder(
+        image_size=16,
+        latent_dim=16,
+        model_channels=8,
+        channel_mult=channel_mult,
+        num_res_blocks=num_res_blocks,
+        attn_resolutions=[],
+        num_head_channels=None,
+        dropout=0.0,
+        modulation="sectioned",
+    )
+    levels = len(channel_mult)
+    assert len(decoder.section_dims) == num_sections("sectioned", levels, num_res_blocks)
+    for part in ("down", "middle", "up"):
+        assert len(getattr(decoder, part)) == num_decoder_blocks(part, levels, num_res_blocks)
+    assert sorted({layer.resolution for layer in decoder.layers()}, reverse=True) == resolutions(16, levels)

@@ -1,6 +1,6 @@
 import torch
 
-from datasets import Loader
+from datasets.loader import Loader
 from utils.randomness import derive_seed, generator, image_noise, uniforms
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The report and TensorBoard: what a browser and TensorBoard's own readers make of them."""
+"""The report in a browser, and TensorBoard's files in its own readers."""
 
 import base64
 import contextlib
@@ -22,13 +22,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import test as judge_program
 import train as train_program
-from analysis import figures
+from analysis import svg
 from analysis.report import Confusions, draw_curves, heat_map
-from datasets import StoredImages
-from datasets.builtin import load_digits
+from datasets.images import StoredImages
+from datasets.sources import load_digits
+from experiment.trained import open_trained, read_trained
 from tests.conftest import digits_args
-from training.trained import open_trained, read_trained
-from utils.run_log import RunLog
+from training import projector
+from utils.run_folder.run_log import RunLog
 
 CHROMIUM = shutil.which("chromium")
 
@@ -45,7 +46,7 @@ CLASSES = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained for an epoch, and then for one more, on digits whose classes have names that mean something elsewhere."""
+    """Trained for an epoch, and then for one more, on digits whose classes have names that are code elsewhere."""
     place = tmp_path_factory.mktemp("report")
     for split, images in zip(("train", "test"), load_digits(8), strict=True):
         assert images.labels is not None
@@ -62,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(run: Path) -> dict[str, list[str]]:
-    """What test.py printed while it wrote the report: {protocol: cells}."""
+    """The table that test.py printed while it wrote the report: {protocol: cells}."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         checkpoint = str(run / "checkpoints" / "last.pt")
@@ -77,7 +78,7 @@ CLASSES_IN_ORDER = sorted(CLASSES)
 
 
 class Page(HTMLParser):
-    """What a page refers to, and the rows of its tables."""
+    """A page's references, attributes and number of images."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ def test_the_confusion_matrix_is_that_of_a_line_of_the_table(run: Path, table: d
 
 def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(figures, "curves", lambda name, ylabel, lines, **_: drawn.update({name: lines}) or name)
+    monkeypatch.setattr(svg, "curves", lambda name, ylabel, lines, **_: drawn.update({name: lines}) or name)
     reports: list[dict[str, Any]] = [
         {"kind": "train", "epoch": e, "loss": loss, "grad_norm": 2 * e, "lr/encoder": 3 * e, "lr/decoder": 4 * e}
         for e, loss in ((1, 0.5), (2, None), (3, 0.1))
@@ -151,8 +152,8 @@ def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPat
 
 def test_a_curve_goes_through_its_values() -> None:
     """Read back from the drawing: y falls on the page as values rise, in proportion, with a gap where there is none."""
-    svg = figures.curves("c", "value", {"v": ([0.0, 1.0, 2.0, 3.0, 4.0], [1.0, 3.0, None, 7.0, 5.0])})  # type: ignore[list-item]
-    path = next(d for d in re.findall(r'<path d="([^"]*)"', svg) if len(re.findall(r"[ML]", d)) == 4)
+    drawn = svg.curves("c", "value", {"v": ([0.0, 1.0, 2.0, 3.0, 4.0], [1.0, 3.0, None, 7.0, 5.0])})  # type: ignore[list-item]
+    path = next(d for d in re.findall(r'<path d="([^"]*)"', drawn) if len(re.findall(r"[ML]", d)) == 4)
     points = np.array([[float(n) for n in xy] for xy in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)])
     assert re.findall(r"[ML]", path) == ["M", "L", "M", "L"]
     np.testing.assert_allclose(np.diff(points[:, 0]) / (points[1, 0] - points[0, 0]), [1, 2, 1], atol=1e-3)
@@ -212,7 +213,7 @@ def test_the_report_in_a_browser(
         assert abs(page.evaluate(brightness, selector) - sum(ground) / 3) > 90, selector
     texts = page.locator("svg text").all()
     colours = {text.evaluate("node => getComputedStyle(node).fill") for text in texts}
-    assert len(colours) == 1, "letters of all figures, legends too, are of one colour"
+    assert len(colours) == 1, "letters of all svg, legends too, are of one colour"
     shot = np.asarray(Image.open(page.screenshot(path=str(tmp_path / "shot.png")) and tmp_path / "shot.png"))
     assert (shot.mean() < 96) == is_dark
     page.locator("summary").first.click()
@@ -253,8 +254,6 @@ def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) 
 
 
 def test_the_sprite_stays_within_what_the_projector_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import latents
-
     class Large:
         labels, classes, shape = torch.zeros(20_000, dtype=torch.int64), ["a\tb"], (20_000, 3, 100, 100)
 
@@ -264,14 +263,10 @@ def test_the_sprite_stays_within_what_the_projector_shows(tmp_path: Path, monkey
         def batches(self, wanted: Any) -> Iterator[torch.Tensor]:
             return (torch.full((len(indices), 3, 100, 100), 200, dtype=torch.uint8) for indices in wanted)
 
-    class Experiment:
-        test = Large()
-        config = type("Config", (), {"seed": 0})
-
-    monkeypatch.setattr(latents, "THUMBNAIL", 90)
-    monkeypatch.setattr(latents, "MAX_POINTS", 900)
-    monkeypatch.setattr(latents, "SPRITE_PIXELS", 1000)
-    points = latents.projector_points(Experiment(), torch.zeros(20_000, 2))  # type: ignore[arg-type]
+    monkeypatch.setattr(projector, "THUMBNAIL", 90)
+    monkeypatch.setattr(projector, "MAX_POINTS", 900)
+    monkeypatch.setattr(projector, "SPRITE_PIXELS", 1000)
+    points = projector.projector_points(Large(), torch.zeros(20_000, 2), seed=0)  # type: ignore[arg-type]
     vectors, header, rows, thumbnails = points
     assert len(vectors) == len(rows) == len(thumbnails) == 900
     assert 30 * thumbnails.shape[-1] <= 1000 < 30 * (thumbnails.shape[-1] + 1)

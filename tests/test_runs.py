@@ -20,14 +20,16 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
-from datasets import files
+from config.reading import load_config
+from datasets import cache
 from datasets.decoding import AHEAD
+from datasets.images import DatasetError
 from datasets.listing import list_folder
 from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from training import loop
 from utils.cli import read_config
-from utils.config_file import load_config
-from utils.run_log import RunLog
+from utils.run_folder import folder as folder_module
+from utils.run_folder.run_log import RunLog
 
 STEPS_PER_EPOCH = 1437 // 64
 
@@ -187,7 +189,7 @@ def test_more_epochs_go_on_and_a_killed_evaluation_is_made_up_for(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.reports.judge", killed)
+        patch.setattr("training.evaluating.judge", killed)
         with pytest.raises(KeyboardInterrupt):
             train_program.main(digits_args(tmp_path))
     assert last(tmp_path)["step"] == STEPS_PER_EPOCH and not (tmp_path / "results.json").exists()
@@ -269,14 +271,14 @@ def test_a_folder_inside_that_cannot_be_written_is_noticed_before_training(
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / "copy")
     config = (folder / "config.yaml").read_bytes()
-    make = train_program.TemporaryFile
+    make = folder_module.TemporaryFile
 
     def refuse(dir: Path) -> Any:  # permissions do not keep root out
         if dir == folder / name:
             raise PermissionError(13, "Permission denied", str(dir))
         return make(dir=dir)
 
-    monkeypatch.setattr(train_program, "TemporaryFile", refuse)
+    monkeypatch.setattr(folder_module, "TemporaryFile", refuse)
     with pytest.raises(SystemExit, match="2"):
         train_program.main(digits_args(folder, *TWO_EPOCHS[1:], "training.epochs=3"))
     assert "cannot write to output_dir" in capsys.readouterr().err
@@ -340,7 +342,7 @@ def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.reports.judge", killed)
+    monkeypatch.setattr("training.evaluating.judge", killed)
     with pytest.raises(KeyboardInterrupt):
         train_program.main(digits_args(tmp_path, *TWO_EPOCHS))
     assert last(tmp_path)["step"] == STEPS_PER_EPOCH
@@ -403,7 +405,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_a_run_on_streamed_images_is_the_one_on_stored_images(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is interrupted, and all training files go bad under way; with the files back it ends where it should."""
 
@@ -415,7 +417,7 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
     assert train_program.main(args("stored", "false")) == 0
 
     step, good, bad_at = loop.train_step, {path: path.read_bytes() for path in pictures.glob("train/*/*")}, 9
-    fingerprint = {name: files._fingerprint(list_folder(pictures)[name == "test"]) for name in ("train", "test")}  # type: ignore[arg-type]
+    fingerprint = {name: cache._fingerprint(list_folder(pictures)[name == "test"]) for name in ("train", "test")}  # type: ignore[arg-type]
 
     def sabotaged(experiment: Any, state: Any, *rest: Any) -> Any:
         if state.step == bad_at:
@@ -425,19 +427,18 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", sabotaged)
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(DatasetError) as failure:
             train_program.main(args("streamed", "true"))
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: cannot read the image")
+    error = str(failure.value)
+    assert error.startswith("cannot read the image")
     assert error.endswith("put back the file that was there, and start again")
     stopped_at = last(tmp_path / "runs" / "streamed")["step"]
     assert bad_at <= stopped_at <= bad_at + AHEAD + 1, "the steps whose images had been read are done, and kept"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+    with monkeypatch.context() as patch, pytest.raises(DatasetError, match="cannot read the image"):
         # Judging meets them, too.
-        patch.setattr(files, "_fingerprint", lambda listing: fingerprint[listing.root.name])
+        patch.setattr(cache, "_fingerprint", lambda listing: fingerprint[listing.root.name])
         judge_program.main(args("streamed", "true"))
-    assert "error: cannot read the image" in capsys.readouterr().err
 
     for path, content in good.items():
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What benchmarks/sections.py measures, on decoders whose answers are known, and the script as it is used."""
+"""Measures of ablations/sections.py on decoders with known answers, and the script as it is used."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import section_measures, sections
-from benchmarks.sections import VARIANTS
-from model.unet import Stage
+from ablations import section_measures, sections
+from ablations.sections import VARIANTS
+from model.decoder import Stage
 from tests.conftest import ROOT, TINY_RUN, experiment_of
-from training.experiment import initial_state
+from training.state import initial_state
 
 NAMES = ["0 (8 and 4 px)", "1 (4 px)", "2 (4 px, middle)", "whole latent"]
 
@@ -34,10 +34,10 @@ def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path) -> None:
     experiment, soda = prepared(tmp_path)
     named = section_measures.sections_of(experiment.config)
     assert list(named) == NAMES and [named[name] for name in NAMES[:3]] == [slice(0, 3), slice(3, 6), slice(6, 8)]
-    loss, *without = section_measures.losses(experiment, soda, named)
+    loss, *without = section_measures.losses_without(experiment, soda, named)
     assert without[1] == loss
     assert abs(without[0] - loss) > 1e-5 and abs(without[2] - loss) > 1e-5 and abs(without[3] - loss) > 1e-4
-    swapped, coarse = section_measures.swaps(experiment, soda, named)
+    swapped, coarse = section_measures.swap_sections(experiment, soda, named)
     assert swapped[1] == 0 and swapped[3] == 1 and 0.01 < swapped[0] < 1.5 and 0.001 < swapped[2] < 1.5
     assert all(0 < share < 1 for share in (coarse[0], coarse[2], coarse[3]))
     # A shared latent is cut at the same places.
@@ -57,7 +57,9 @@ def test_a_section_is_probed_alone(tmp_path: Path) -> None:
         return {**encode(views), "z": z}
 
     soda.encoder.features = features
-    (_, whole), probes = section_measures.accuracies(experiment, soda, section_measures.sections_of(experiment.config))
+    (_, whole), probes = section_measures.probe_sections(
+        experiment, soda, section_measures.sections_of(experiment.config)
+    )
     assert max(probes[:2]) < 20 < 25 < min(probes[2], probes[3], whole)
 
 
@@ -80,7 +82,7 @@ def test_how_much_of_a_section_is_its_own(tmp_path: Path) -> None:
     assert [noise, cause, effect, whole] == pytest.approx([1, 4 / 6, 1 / 2, 1], abs=0.12)
 
 
-def test_the_script_goes_on_where_it_stopped(
+def test_the_script_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(section_measures, "NUM_PAIRS", 8)

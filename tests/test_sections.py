@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import SODA, UNetDecoder
+from config.reading import load_config
+from experiment.models import build_on_meta, describe_model
 from model.blocks import Downsample
-from model.unet import Stage
+from model.decoder import Stage, UNetDecoder
+from model.soda import SODA
 from tests.conftest import ROOT, batch_of, experiment_of
-from training.experiment import build_on_meta, describe_model, initial_state
+from training.state import initial_state
 from training.step import train_step, training_pixels
-from utils.config_file import load_config
 from utils.logging import PhaseTimer
 from utils.randomness import generator
 

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ema_pytorch import EMA
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evaluation.judge import baselines, encode_with, judge, raw_pixels
+from evaluation.protocols import config_protocols
+from experiment.models import initial_soda
 from tests.conftest import assert_equal_states, batch_of, experiment_of
-from training.experiment import initial_state
-from training.judge import baselines, config_protocols, encode_with, judge, raw_pixels, sample_grid
-from training.state import Tally
+from training import losses
+from training.sample_grid import sample_grid
+from training.state import Summary, Tally, initial_state
 from training.step import learning_rates, train_step, training_pixels
 from utils.logging import PhaseTimer
 from utils.randomness import image_noise
@@ -122,7 +124,7 @@ def test_the_probe_sees_augmented_views_anew_each_epoch(tmp_path: Path) -> None:
         seen.append(views)
         return {"z": views.flatten(1)[:, ::16]}
 
-    judge(experiment, {"spy": encode}, config_protocols(experiment))
+    judge(experiment, {"spy": encode}, config_protocols(experiment.config))
     clean = experiment.views.evaluation(experiment.train.pixels)
     test_views, bank, first, second = seen
     assert len(test_views) == 360 and torch.equal(bank, clean)
@@ -220,20 +222,67 @@ def test_a_cosine_falls_from_the_warm_up_to_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("power", [2 / 3, 0.9])
-def test_ema_is_ema_pytorchs(tmp_path: Path, power: float) -> None:
+def test_the_ema_follows_its_closed_form(tmp_path: Path, power: float) -> None:
+    """The n-th update is average += w (value - average), w = max(n^-power, 1 - cap): the first one copies."""
     experiment = experiment_of(tmp_path, f"training.ema_power={power}", "training.ema_decay=0.5")
     state = initial_state(experiment)
-    theirs = EMA(state.soda, beta=0.5, power=power, update_after_step=0, update_every=1, include_online_model=False)
+    assert not state.ema.ema_model.training and not any(p.requires_grad for p in state.ema.ema_model.parameters())
+    assert state.ema.step.device.type == state.ema.initted.device.type == "cpu", "no step waits for the device"
+    averages: dict[str, torch.Tensor] = {}
     pixels = training_pixels(experiment, 0)
-    for _ in range(5):
+    for n in range(1, 6):
         train_step(experiment, state, pixels, PhaseTimer())
-        theirs.update()
-        assert state.ema.decay() == pytest.approx(theirs.get_current_decay(), rel=1e-6)
-    counters = [name for name in state.ema.module.state_dict() if name.endswith("num_batches_tracked")]
-    ours = {name: value for name, value in state.ema.module.state_dict().items() if name not in counters}
-    assert counters and len(ours) > 50
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs.ema_model.state_dict()[name], rtol=1e-5, atol=1e-7, msg=name)
+        weight = max(n**-power, 0.5)
+        values = {name: value.double() for name, value in state.soda.state_dict().items() if value.is_floating_point()}
+        averages = {name: averages.get(name, value).lerp(value, weight) for name, value in values.items()}
+        assert state.ema.get_current_decay() == pytest.approx(1 - weight, abs=1e-6)
+    assert len(averages) > 50
+    found = state.ema.ema_model.state_dict()
+    for name, value in averages.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_model_denoises_the_noised_target_of_its_batch(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "decoder.dropout=0.0")
+    state = initial_state(experiment)
+    calls: list[tuple[Any, torch.Tensor]] = []
+
+    def spy(*inputs: torch.Tensor) -> torch.Tensor:
+        calls.append((inputs, state.soda(*inputs)))
+        return calls[-1][1]
+
+    state.wrapped = spy
+    loss, _ = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
+    ((x_source, x_t, timesteps, drop_mask), eps), batch = calls[0], batch_of(experiment, 0, range(64))
+    share = experiment.diffusion.alphas_cumprod[batch.timesteps][:, None, None, None]
+    torch.testing.assert_close(x_t.double(), share.sqrt() * batch.x_start + (1 - share).sqrt() * batch.noise)
+    for given, drawn in ((x_source, batch.x_source), (timesteps, batch.timesteps), (drop_mask, batch.drop_mask)):
+        assert torch.equal(given, drawn)
+    assert loss.item() == pytest.approx((eps - batch.noise).square().mean().item(), rel=1e-6)
+
+
+def test_a_second_loss_term_is_added_and_logged_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(losses.TERMS, "size", lambda found: 0.5 * found.eps.square().mean())
+    experiment = experiment_of(tmp_path)
+    state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    totals = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(3)]
+    found = state.tally.take().losses
+    assert list(found) == ["loss", "denoising", "size"] and found["size"] > 0
+    assert found["loss"] == pytest.approx(found["denoising"] + found["size"], rel=1e-5)
+    assert found["loss"] == pytest.approx(sum(totals) / 3, rel=1e-5)
+
+
+def test_a_module_beside_encoder_and_decoder_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_head(*args: Any) -> Any:
+        soda = initial_soda(*args)
+        soda.head = torch.nn.Linear(8, 1)
+        return soda
+
+    monkeypatch.setattr("training.state.initial_soda", with_head)
+    state = initial_state(experiment_of(tmp_path, "optimizer.decoder_lr=1e-3"))
+    encoder, others = state.optimizer.param_groups
+    assert others["params"][-1] is state.soda.head.bias and others["lr"] == 1e-3
+    assert len(encoder["params"]) + len(others["params"]) == len(list(state.soda.parameters()))
 
 
 def with_nan_at(experiment: Any, *steps: int) -> Any:
@@ -270,7 +319,14 @@ def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps:
                 moments = [value for each in after["optimizer"].pop("state").values() for value in each.values()]
                 assert len(moments) > 100 and not any(value.any() for value in moments)
                 del before["optimizer"]["state"]
+            ema, ema_before = after.pop("ema"), before.pop("ema")
             assert_equal_states(after, before)
+            # The average moves towards the weights, which are as they were.
+            weight = (step + 1) ** (-2 / 3)
+            for name, value in ema["model"].items():
+                if value.is_floating_point():
+                    expected = ema_before["model"][name].lerp(after["model"][name], weight)
+                    torch.testing.assert_close(value, expected, msg=name)
         else:
             means = [saved["ema"]["model"]["encoder.bn1.running_mean"] for saved in (before, after)]
             assert not torch.equal(*means)
@@ -281,20 +337,55 @@ def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps:
         if step not in bad_steps:
             undisturbed.step = step
             train_step(clean, undisturbed, training_pixels(clean, step), PhaseTimer())
-    for part in ("model", "ema", "optimizer"):
+    for part in ("model", "optimizer"):
         assert_equal_states(state.state_dict()[part], undisturbed.state_dict()[part], part)
+    assert all(value.isfinite().all() for value in state.ema.ema_model.state_dict().values())
 
 
 def test_the_tally_is_of_the_steps_that_were_not_skipped() -> None:
-    tally = Tally(torch.device("cpu"))
+    tally = Tally(torch.device("cpu"), ["loss", "other"])
     rows = [[0, 0, 1, 0], [1, 1, 0, 1, 1], [1, 1, 1, 0], [1, 1]]
     expected = [(2.0, 1, 1), (3.0, 4, 2), (4.0, 3, 5), (math.nan, 2, 2)]
-    for number, (row, summary) in enumerate(zip(rows, expected, strict=True)):
+    for number, (row, (loss, skipped_steps, in_a_row)) in enumerate(zip(rows, expected, strict=True)):
         for skipped in row:
-            loss = math.nan if skipped else 2.0 + number
-            tally.add(torch.tensor(loss), torch.tensor(float(skipped)))
+            value = torch.tensor(math.nan if skipped else 2.0 + number)
+            tally.add({"loss": value, "other": 2 * value}, torch.tensor(float(skipped)))
         found = tally.take()
-        assert (found.loss, found.skipped, found.most_in_a_row) == pytest.approx(summary, nan_ok=True)
+        assert found.losses == pytest.approx({"loss": loss, "other": 2 * loss}, nan_ok=True)
+        assert (found.skipped, found.most_in_a_row) == (skipped_steps, in_a_row)
+
+
+def test_the_sums_of_a_checkpoint_have_names(tmp_path: Path) -> None:
+    tally = Tally(torch.device("cpu"), ["loss"])
+    for skipped in (0.0, 1.0, 1.0):
+        tally.add({"loss": torch.tensor(0.5)}, torch.tensor(skipped))
+    saved = tally.state_dict()
+    assert {name: value.item() for name, value in saved.items()} == {
+        "loss": 0.5,
+        "steps": 3,
+        "skipped": 2,
+        "row": 2,
+        "longest_row": 2,
+    }
+    for state in (saved, torch.tensor([0.5, 3, 2, 2, 2])):  # as checkpoints of before the names hold them
+        again = Tally(torch.device("cpu"), ["loss"])
+        again.load_state_dict(state)
+        assert torch.equal(again.values, tally.values) and again.take() == Summary({"loss": 0.5}, 2, 2)
+
+
+def test_the_average_of_an_earlier_checkpoint_is_taken_over(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path)
+    state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    for _ in range(3):
+        train_step(experiment, state, pixels, PhaseTimer())
+    saved = copy.deepcopy(state.state_dict())
+    old = {"model": saved["ema"]["model"], "updates": torch.tensor(3.0)}
+    resumed = initial_state(experiment)
+    resumed.load_state_dict(saved | {"ema": old, "tally": state.tally.values.clone()})
+    assert_equal_states(resumed.state_dict(), saved)
+    fresh = initial_state(experiment)
+    fresh.load_state_dict(saved | {"ema": old | {"updates": torch.tensor(0.0)}})
+    assert not fresh.ema.initted
 
 
 class NoHostReads(TorchDispatchMode):
@@ -307,10 +398,11 @@ class NoHostReads(TorchDispatchMode):
 
 
 class WatchedPhases(PhaseTimer):
-    """Watches what runs on the device; images are chosen and views drawn on the host, where counts are read."""
+    """Watches what runs on the device. Images, views and the EMA's counters are drawn and read on the host."""
 
     def phase(self, name: str) -> Any:
-        watched = NoHostReads() if name not in ("images", "views") else contextlib.nullcontext()
+        on_host = ("images", "views", "EMA")
+        watched = NoHostReads() if name not in on_host else contextlib.nullcontext()
         stack = contextlib.ExitStack()
         stack.enter_context(super().phase(name))
         stack.enter_context(watched)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from datasets import Draw, Views
-from utils.config import ProbeView, SourceView, View
-from utils.config import Views as ViewsConfig
+from config.schema import ProbeView, SourceView, View
+from config.schema import Views as ViewsConfig
+from datasets.augmentation import Augmentation, Draw, augment
+from datasets.views import Views, scale
 from utils.randomness import uniforms
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -24,7 +25,11 @@ def pixels() -> torch.Tensor:
 
 
 def drawn(samples: range) -> Draw:
-    return lambda width: uniforms(samples, width, 0, "view")
+    return lambda columns, stream="": uniforms(samples, columns, 0, "view" + stream)
+
+
+def target_view(ours: Views, pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
+    return ours.pair(pixels, draw, draw, torch.zeros(pixels.shape))[1]
 
 
 DRAW = drawn(range(100, 112))
@@ -36,7 +41,7 @@ def test_a_view_is_a_function_of_the_image_and_its_numbers(pixels: torch.Tensor)
     whole = views().source(pixels, DRAW, noise)
     assert torch.equal(views().source(pixels[4:8], drawn(range(104, 108)), noise[4:8]), whole[4:8])
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
-    same_image = views().target(pixels[:1].expand(12, -1, -1, -1), DRAW)
+    same_image = target_view(views(), pixels[:1].expand(12, -1, -1, -1), DRAW)
     assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "other numbers give other views"
 
 
@@ -46,7 +51,7 @@ def test_a_pair_is_source_and_target_as_they_are_alone(pixels: torch.Tensor) -> 
         ours = views(target=target)
         x_source, x_start = ours.pair(pixels, DRAW, other, noise)
         assert torch.equal(x_source, ours.source(pixels, DRAW, noise))
-        assert torch.equal(x_start, ours.target(pixels, other))
+        assert torch.equal(x_start, scale(augment(pixels, Augmentation(View(**target), 16).parameters(other))))
 
 
 def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
@@ -56,19 +61,19 @@ def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
     torch.testing.assert_close(ours.evaluation(pixels), normalise(pixels))
     torch.testing.assert_close(ours.augmented(pixels, DRAW, ProbeView(**PLAIN)), normalise(pixels))
     torch.testing.assert_close(ours.source(pixels, DRAW, noise), normalise(pixels) + 0.25 * noise)
-    torch.testing.assert_close(ours.target(pixels, DRAW), pixels / 127.5 - 1)
+    torch.testing.assert_close(target_view(ours, pixels, DRAW), pixels / 127.5 - 1)
     torch.testing.assert_close(ours.denormalize(ours.evaluation(pixels)), pixels / 255)
 
 
 def test_target_views_stay_in_range(pixels: torch.Tensor) -> None:
-    target = views().target(pixels, DRAW)
+    target = target_view(views(), pixels, DRAW)
     assert target.shape == pixels.shape and target.min() >= -1 and target.max() <= 1
 
 
 def test_flip_and_its_probability(pixels: torch.Tensor) -> None:
     whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "randaugment_probability": 0.0}
     images = pixels[:1].expand(600, -1, -1, -1)
-    flipped = views(target=whole | {"crop_flip_probability": 0.8}).target(images, drawn(range(600)))
+    flipped = target_view(views(target=whole | {"crop_flip_probability": 0.8}), images, drawn(range(600)))
     plain = images / 127.5 - 1
     is_plain = torch.isclose(flipped, plain).flatten(1).all(dim=1)
     is_flipped = torch.isclose(flipped, plain.flip(-1)).flatten(1).all(dim=1)
@@ -80,7 +85,7 @@ def test_crops_follow_their_scale() -> None:
     # On a horizontal ramp the range of a crop's values shows its width.
     ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(300, 3, 16, 16).contiguous()
     crop = {"crop_flip_probability": 1.0, "crop_scale": [0.25, 0.25], "crop_ratio": [1.0, 1.0], "flip_probability": 0.0}
-    cropped = views(target=crop | {"randaugment_probability": 0.0}).target(ramp, drawn(range(300)))
+    cropped = target_view(views(target=crop | {"randaugment_probability": 0.0}), ramp, drawn(range(300)))
     width = (cropped.amax(dim=(1, 2, 3)) - cropped.amin(dim=(1, 2, 3))) * 127.5 / 16 + 1
     assert width.min() >= 7 and width.max() <= 9, "a quarter of the area is half of the width, 8 px"
 
@@ -88,7 +93,9 @@ def test_crops_follow_their_scale() -> None:
 def test_affine_moves_within_its_bounds() -> None:
     dot = torch.zeros(200, 3, 16, 16, dtype=torch.uint8)
     dot[:, :, 7:9, 7:9] = 255
-    moved = views(target=PLAIN | {"affine_probability": 1.0, "affine_translate": 0.25}).target(dot, drawn(range(200)))
+    moved = target_view(
+        views(target=PLAIN | {"affine_probability": 1.0, "affine_translate": 0.25}), dot, drawn(range(200))
+    )
     weight = (moved[:, 0] + 1).clamp(min=0)
     columns = (weight.sum(dim=1) * torch.arange(16)).sum(dim=1) / weight.sum(dim=(1, 2)) - 7.5
     assert -4.01 <= columns.min() < -3 and 3 < columns.max() <= 4.01
@@ -96,7 +103,7 @@ def test_affine_moves_within_its_bounds() -> None:
 
 def test_source_and_target_are_configured_apart(pixels: torch.Tensor) -> None:
     ours = views(source={"noise_std": 0.0}, target=PLAIN)
-    assert torch.equal(ours.target(pixels, DRAW), pixels / 127.5 - 1)
+    assert torch.equal(target_view(ours, pixels, DRAW), pixels / 127.5 - 1)
     assert not torch.isclose(ours.source(pixels, DRAW, torch.zeros(12, 3, 16, 16)), ours.evaluation(pixels)).all()
 
 

@@ -2,125 +2,111 @@
 
 import logging
 import sys
-import time
 from contextlib import closing, nullcontext
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from datasets import DatasetError
-from training.experiment import Experiment, batch_norm_batch_size, less_memory
-from training.reports import evaluate_if_due, evaluation_due, not_finite, report
-from training.state import TrainState
-from training.step import train_step, training_pixels
+from datasets.images import DatasetError
+from experiment.opening import Experiment
+from experiment.shares import advice_for_less_memory, batch_norm_batch_size
+from training.evaluating import evaluate, evaluation_due
+from training.reports import record_evaluation, record_steps
+from training.saving import Saver
+from training.state import Summary, TrainState
+from training.step import learning_rates, train_step, training_pixels
 from utils import signals
-from utils.agreement import Agreement
-from utils.checkpoint_writer import CheckpointWriter
 from utils.device import choose_compile, memory_for
-from utils.distributed import SharedError, backend, exchange, rank, world_size
-from utils.logging import PhaseTimer, phases
-from utils.parallel import data_parallel
-from utils.run_log import METRICS, RunLog
+from utils.distributed.collectives import SharedError, broadcast_object, tensor_backend
+from utils.distributed.data_parallel import data_parallel
+from utils.distributed.processes import rank, world_size
+from utils.logging import PhaseTimer, phase_log
+from utils.run_folder.folder import RunFolder
+from utils.run_folder.run_log import RunLog
 
 MAX_SKIPPED = 20  # steps in a row whose gradients are not finite
 
 logger = logging.getLogger(__name__)
 
 
-def train(experiment: Experiment, state: TrainState, folder: Path, resumed_from: Path | None) -> None:
-    """Go on from `state` to the last step, writing checkpoints, samples and reports into `folder`.
+def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
+    """Collective. Trains from `state` to the last step; writes checkpoints, samples and reports into `folder`.
 
-    Every process trains its share of each batch; rank 0 writes. Raises DatasetError, FolderError, OutOfMemoryError,
-    SharedError where numbers are not finite, and Stopped after a signal, once what was reached is saved.
+    Every process trains its share of each batch; rank 0 writes.
+
+    Raises:
+        DatasetError, FolderError, OutOfMemoryError: on the process that met it.
+        SharedError: gradients were not finite for MAX_SKIPPED steps in a row, noticed at a report.
+        Stopped: after a signal, once the state is saved.
     """
-    config = experiment.config.training
-    steps_per_epoch, total_steps = experiment.loader.steps_per_epoch, experiment.total_steps
-    compiles = choose_compile(config.compile, experiment.device)
-    if compiles:
+    config, total_steps = experiment.config.training, experiment.total_steps
+    if choose_compile(config.compile, experiment.device):
         state.soda.compile()  # in place, so that names stay; the EMA has copied the eager model
+        phase_log.info("the first steps compile the model")
     state.wrapped = data_parallel(state.soda)
-    tell_how_it_is_shared(experiment)
-    log = RunLog(folder, state.step) if rank() == 0 else None
-    writer = CheckpointWriter(folder / "checkpoints", resumed_from, flush_first=folder / METRICS) if log else None
-    timer, agree = PhaseTimer(), Agreement()
-    interval = CheckpointInterval(config.checkpoint_every, steps_per_epoch)
-    first_step, saved_step = state.step, state.step if resumed_from else None
-    if log:
-        log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
-
-    def save(keep_as: str | None = None, alone: bool = False) -> None:
-        """All processes call it together, or one `alone`."""
-        nonlocal saved_step
-        saved_step = state.step
-        phases.info("saving step %d", state.step)
-        with timer.phase("checkpoint"):
-            contents = state.state_dict(alone)
-            if writer:
-                statistics = [list(experiment.info.mean), list(experiment.info.std)]
-                contents |= {"config": experiment.config.to_yaml(), "data": experiment.data_digest}
-                contents["statistics"] = statistics  # without which nobody else can use the encoder
-                writer.save(contents, keep_as)
-        phases.info("training from step %d to %d", state.step, total_steps)
-
-    def finish_saving() -> None:
-        """All processes: a launcher that sees one of them end gives the others little time."""
-        if writer:
-            writer.wait()
-        exchange()
-
-    def evaluate() -> None:
-        with signals.obeyed():  # nothing changes, and what was reached is saved
-            evaluate_if_due(experiment, state, folder, log, timer)
-
+    _log_circumstances(experiment)
+    timer, reported_step = PhaseTimer(), state.step
     with (
         signals.deferred(),
-        writer or nullcontext(),
-        log or nullcontext(),
+        Saver(experiment, state, folder, timer) as saver,
+        folder.run_log(state.step) if rank() == 0 else nullcontext() as log,
         closing(training_pixels(experiment, state.step)) as pixels,
-        progress_bar(config.batch_size, state.step, total_steps) as bar,
+        _progress_bar(config.batch_size, state.step, total_steps) as bar,
     ):
-        evaluate()  # what a run that was stopped could not finish is made up for
-        phases.info("training from step %d to %d%s", state.step, total_steps, ", compiling first" if compiles else "")
+        if log:
+            log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
+        _evaluate_if_due(experiment, state, folder, log, timer)  # one that a stopped run did not finish
+        phase_log.info("training from step %d to %d", state.step, total_steps)
         while state.step < total_steps:
             try:
-                with memory_for(lambda: less_memory(experiment)):
+                with memory_for(lambda: advice_for_less_memory(config)):
                     _, grad_norm = train_step(experiment, state, pixels, timer)
-            except DatasetError:  # which the others have not met
-                save(alone=True)
+            except DatasetError:  # the other processes have not met it
+                saver.save(alone=True)
                 raise
             bar.update(config.batch_size)
+
             if state.step % config.log_every == 0 or state.step == total_steps:
-                summary = report(experiment, state, log, timer, state.step - first_step, grad_norm)
-                bar.set_postfix(loss=f"{summary.loss:.4f}", refresh=False)
-                first_step = state.step
+                with timer.phase("wait for the device"):  # the steps themselves do not wait
+                    summary, last_grad_norm = state.tally.take(), grad_norm.item()
+                if log:
+                    num_steps = state.step - reported_step
+                    record_steps(log, experiment, state, summary, last_grad_norm, timer, num_steps)
+                bar.set_postfix(loss=f"{summary.losses['loss']:.4f}", refresh=False)
+                reported_step = state.step
                 if summary.most_in_a_row >= MAX_SKIPPED:
-                    finish_saving()
-                    raise SharedError(not_finite(experiment, state.step, summary, saved_step))
-            if writer:
-                writer.check()
+                    saver.finish()
+                    raise SharedError(_not_finite(experiment, state.step, summary, saver.saved_step, folder))
 
-            stop, overdue = agree(signals.received(), rank() == 0 and interval.overdue())
-            evaluation = evaluation_due(experiment, state.step)
-            if evaluation and not stop:
-                stop = max(exchange(signals.received()))  # it is not to wait for minutes of judging
-            epoch, step_of_epoch = divmod(state.step, steps_per_epoch)
-            keep = config.keep_every is not None and step_of_epoch == 0 and epoch % config.keep_every == 0
-            if interval.due(state.step) or overdue or keep or evaluation or stop:
-                save(f"epoch_{epoch:04d}.pt" if keep else None)
-            if stop:
-                finish_saving()
-                phases.info("stopped at step %d, saved", state.step)
-                raise signals.Stopped(stop, f" at step {state.step}, which is saved")
-            if evaluation:
-                evaluate()
-                phases.info("evaluated; training from step %d to %d", state.step, total_steps)
-        agree.wait()
-        phases.info("finished")
+            stopped_by = saver.after_step(before_evaluation=evaluation_due(experiment, state.step))
+            if stopped_by:
+                saver.finish()
+                phase_log.info("stopped at step %d, saved", state.step)
+                raise signals.Stopped(stopped_by, f" at step {state.step}, which is saved")
+            _evaluate_if_due(experiment, state, folder, log, timer)
+        phase_log.info("finished")
 
 
-def progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
-    """Images done, on rank 0; half-minutely where nobody watches."""
+def _evaluate_if_due(
+    experiment: Experiment, state: TrainState, folder: RunFolder, log: RunLog | None, timer: PhaseTimer
+) -> None:
+    """Collective. Evaluates and records, unless that has been done at this step. A signal ends it at once."""
+    if not evaluation_due(experiment, state.step):
+        return
+    with signals.obeyed():  # nothing changes, and the state is saved
+        reported = broadcast_object(log is not None and log.has("evaluation", state.step))
+        if reported and state.step < experiment.total_steps:  # after the last step the table may be missing
+            return
+        phase_log.info("evaluation at step %d", state.step)
+        with timer.phase("evaluation"):
+            found = evaluate(experiment, state.ema.ema_model, state.step)
+            if log:
+                record_evaluation(log, experiment, found, folder.path)
+    phase_log.info("evaluated; training from step %d to %d", state.step, experiment.total_steps)
+
+
+def _progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
+    """Bar that counts images, on rank 0; it is drawn every half minute if stderr is no terminal."""
     return tqdm(
         total=total_steps * batch_size,
         initial=step * batch_size,
@@ -132,29 +118,25 @@ def progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
     )
 
 
-def tell_how_it_is_shared(experiment: Experiment) -> None:
+def _log_circumstances(experiment: Experiment) -> None:
+    training = experiment.config.training
+    if experiment.test is None:
+        logger.info("the images have no labels: k-NN and linear probe are skipped")
     if world_size() > 1:
-        mine = experiment.config.training.batch_size // world_size()
-        logger.info("%d processes, %d images of each batch each, gradients by %s", world_size(), mine, backend())
-    if batch_norm_batch_size(experiment) < experiment.config.training.batch_size:
-        logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(experiment))
+        share = training.batch_size // world_size()
+        backend = tensor_backend()
+        logger.info("%d processes, %d images of each batch each, gradients by %s", world_size(), share, backend)
+    if batch_norm_batch_size(training) < training.batch_size:
+        logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(training))
 
 
-class CheckpointInterval:
-    """When a checkpoint is due, from `N steps`, `N epochs` or `N minutes`: at a step, or by this process's clock."""
-
-    def __init__(self, text: str, steps_per_epoch: int) -> None:
-        number, unit = text.split()
-        self._seconds = 60 * int(number) if unit == "minutes" else None
-        self._steps = int(number) * (steps_per_epoch if unit == "epochs" else 1)
-        self._last = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        return self._seconds is None and step % self._steps == 0
-
-    def overdue(self) -> bool:
-        """Once after so many minutes."""
-        if self._seconds is None or time.monotonic() - self._last < self._seconds:
-            return False
-        self._last = time.monotonic()
-        return True
+def _not_finite(experiment: Experiment, step: int, summary: Summary, saved_step: int | None, folder: RunFolder) -> str:
+    """The message that ends the run."""
+    encoder_lr, decoder_lr = learning_rates(experiment, step - 1)
+    last = f"The last checkpoint is of step {saved_step}, in {folder.path / 'checkpoints'}"
+    saved = "Nothing is saved yet" if saved_step is None else last
+    return (
+        f"{summary.most_in_a_row} steps in a row, before step {step}, had gradients that are not finite, at learning "
+        f"rates {encoder_lr:g} (encoder) and {decoder_lr:g} (decoder), and changed nothing. {saved}: look at the "
+        "images, or take lower learning rates in another output_dir"
+    )

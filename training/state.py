@@ -1,19 +1,27 @@
-"""What training changes: the model, its moving average, the optimiser, and what is counted on the device."""
+"""All that training changes: the model, its moving average, the optimiser, and counts on the device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from ema_pytorch import EMA
+from torch import Tensor
 
-from training.ema import EMA
-from utils.checkpoint import CheckpointError
-from utils.distributed import all_reduce, world_size
+from config.schema import Optimizer
+from experiment.models import initial_soda
+from experiment.opening import Experiment
+from experiment.trained import check_weights
+from model.soda import SODA
+from training.losses import TERMS
+from utils.device import FUSED, memory_for
+from utils.distributed.collectives import all_reduce
+from utils.distributed.processes import world_size
+from utils.run_folder.checkpoint import CheckpointError
 
 
 class Snapshot:
-    """Values of small tensors, to which these can be set back without the host's knowing; a few kernels in all."""
+    """Copies of small tensors that can be restored on the device without a host synchronisation."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors: dict[torch.dtype, list[Tensor]] = {}
@@ -23,7 +31,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, condition: Tensor) -> None:
-        """Set the tensors back where `condition`, a bool on their device, holds."""
+        """Set the tensors back to their copies if `condition`, a bool on their device, is true."""
         for dtype, tensors in self._tensors.items():
             chosen = torch.where(condition, self._values[dtype], _flat(tensors))
             parts = chosen.split([tensor.numel() for tensor in tensors])
@@ -34,73 +42,103 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Summary:
-    """Of the steps since the last report: mean loss of those that were not skipped, how many were, most in a row."""
+    """The steps since the last report.
 
-    loss: float
+    Attributes:
+        losses: mean of "loss" and of every loss term over the steps that were not skipped; NaN if all were.
+        skipped: number of skipped steps.
+        most_in_a_row: most skipped steps in a row, counting those just before the last report.
+    """
+
+    losses: dict[str, float]
     skipped: int
     most_in_a_row: int
 
 
 class Tally:
-    """Sums over the steps since the last report, on the device, so that no step waits for them."""
+    """Sums over the steps since the last report, on the device, so that no step waits for them.
 
-    def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(5, device=device)
-        self._loss, self._steps, self._skipped, self._row, self._longest_row = self.values.unbind()
+    Attributes:
+        names: of the sums. Those of losses come first; "steps", "skipped", "row" (skipped steps in a row up to now) and
+            "longest_row" follow.
+        values: the sums, (len(names),) float32.
+    """
 
-    def add(self, loss: Tensor, skipped: Tensor) -> None:
-        """One step: the loss of this process's share, and `skipped`, 0 or 1 in float32 on the device."""
-        self._loss += torch.where(skipped.bool() | ~loss.isfinite(), 0.0, loss)
-        self._steps += 1
-        self._skipped += skipped
-        self._row.add_(1).mul_(skipped)
-        torch.maximum(self._longest_row, self._row, out=self._longest_row)
+    def __init__(self, device: torch.device, losses: Iterable[str]) -> None:
+        self._losses = list(losses)
+        self.names = [*self._losses, "steps", "skipped", "row", "longest_row"]
+        self.values = torch.zeros(len(self.names), device=device)
+        self._sums, self._counts = self.values.split([len(self._losses), 4])
+
+    def add(self, losses: Mapping[str, Tensor], skipped: Tensor) -> None:
+        """Count one step: losses of this process's share, and `skipped`, 0 or 1 in float32 on the device."""
+        values = torch.stack([losses[name] for name in self._losses])
+        self._sums += torch.where(skipped.bool() | ~values.isfinite(), 0.0, values)
+        steps, skips, row, longest_row = self._counts.unbind()
+        steps += 1
+        skips += skipped
+        row.add_(1).mul_(skipped)
+        torch.maximum(longest_row, row, out=longest_row)
 
     def take(self) -> Summary:
-        """Of all processes, which call it together; start anew. The host waits."""
-        loss, steps, skipped, row, longest_row = self.mean().tolist()
+        """Collective. Reduces the sums over all ranks, resets them and returns them. Synchronises with the device."""
+        found = dict(zip(self.names, self._mean().tolist(), strict=True))
         self.values.zero_()
-        self._row.fill_(row)  # it may go on
-        return Summary(loss / (steps - skipped) if steps > skipped else float("nan"), int(skipped), int(longest_row))
+        self._counts[2] = found["row"]  # the row may go on
+        counted = found["steps"] - found["skipped"]
+        losses = {name: found[name] / counted if counted else float("nan") for name in self._losses}
+        return Summary(losses, int(found["skipped"]), int(found["longest_row"]))
 
-    def mean(self) -> Tensor:
-        """Over all processes, which call it together: only the losses differ."""
+    def _mean(self) -> Tensor:
+        """Collective. Mean over all processes; only the losses differ between them."""
         return all_reduce(self.values.clone()) / world_size()
+
+    def state_dict(self, alone: bool = False) -> dict[str, Tensor]:
+        """Collective unless `alone`, which gives the sums of this process."""
+        return dict(zip(self.names, (self.values if alone else self._mean()).unbind(), strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | Tensor) -> None:
+        """Take over what `state_dict` gave, or the vector in checkpoints of before the sums had names."""
+        self.values.copy_(state if isinstance(state, Tensor) else torch.stack([state[name] for name in self.names]))
 
 
 @dataclass
 class TrainState:
-    """Everything that training changes; `step` counts the optimiser steps done, skipped ones too."""
+    """All that training changes.
 
-    soda: Any  # model.SODA, unwrapped
+    Attributes:
+        soda: the unwrapped module.
+        wrapped: the module that a training step calls: `soda`, or DDP around it.
+        step: optimiser steps done, skipped ones included.
+    """
+
+    soda: Any  # model.soda.SODA
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     tally: Tally
     step: int = 0
-    wrapped: Any = None  # what a training step calls: `soda`, or DDP around it
+    wrapped: Any = None
 
     def __post_init__(self) -> None:
         self.wrapped = self.wrapped or self.soda
 
     def state_dict(self, alone: bool = False) -> dict[str, Any]:
-        """All processes call it together, or one `alone`, with the losses of its own share."""
+        """Collective unless `alone`, which gives the losses of this process's share only."""
         return {
             "model": self.soda.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": {"model": self.ema.ema_model.state_dict(), "step": self.ema.step, "initted": self.ema.initted},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "tally": self.tally.values if alone else self.tally.mean(),
+            "tally": self.tally.state_dict(alone),
             "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; raises CheckpointError where it does not fit this model."""
-        difference = first_difference(state["model"], self.soda)
-        if difference:
-            raise CheckpointError(f"the checkpoint does not fit the model: {difference}; name another")
+        """Take over what `state_dict` gave; raises CheckpointError if it does not fit this model."""
+        check_weights(state["model"], self.soda)
         try:
             self._load(state)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -108,33 +146,62 @@ class TrainState:
             raise CheckpointError(f"the checkpoint does not fit the model ({reason}): name another") from None
 
     def _load(self, state: dict[str, Any]) -> None:
-        # What the config says of lr, fused and foreach holds, not what the checkpoint says.
+        # Learning rates, fused and foreach are the config's, not the checkpoint's.
         settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
         self.soda.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
+        self.ema.ema_model.load_state_dict(state["ema"]["model"])
+        # Checkpoints of before ema-pytorch count "updates" instead of "step".
+        updates = state["ema"]["step"] if "step" in state["ema"] else state["ema"]["updates"]
+        self.ema.step.fill_(int(updates))
+        self.ema.initted.fill_(int(updates) > 0)
         self.optimizer.load_state_dict(state["optimizer"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
-        # Moments saved on a device with another memory layout keep it, and fused kernels read them as if they
-        # had the parameter's.
+        # Moments saved on a device with another memory layout keep it, and fused kernels read them as if they had the
+        # parameter's.
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.tally.values.copy_(state["tally"])
+        self.tally.load_state_dict(state["tally"])
         self.step = state["step"]
 
 
-def first_difference(weights: dict[str, torch.Tensor], model: nn.Module) -> str | None:
-    """What tells a checkpoint's weights from those of `model`, which may lie on the meta device; None if nothing."""
-    here = model.state_dict()
-    for name in (*here, *weights):
-        if name not in here:
-            return f"its {name} is not in the model"
-        if not isinstance(weights.get(name), torch.Tensor):
-            return f"it has no {name}"
-        if weights[name].shape != here[name].shape:
-            return f"{name} is {tuple(weights[name].shape)} there and {tuple(here[name].shape)} here"
-    return None
+def initial_state(experiment: Experiment) -> TrainState:
+    """Model, EMA, optimiser and scaler before the first step; raises OutOfMemoryError."""
+    training, device = experiment.config.training, experiment.device
+    with memory_for(lambda: "take a smaller model, or another device"):
+        soda = initial_soda(experiment.config, device)
+        # Made on the device and never moved: its counters stay on the host, and no step waits for the device.
+        ema = EMA(
+            soda,
+            beta=training.ema_decay,
+            power=training.ema_power,
+            update_after_step=0,
+            update_every=1,
+            include_online_model=False,
+            use_foreach=True,
+        )
+        ema.ema_model.eval()  # the copy starts in training mode
+        return TrainState(
+            soda=soda,
+            ema=ema,
+            optimizer=_optimizer(soda, experiment.config.optimizer, device),
+            scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
+            tally=Tally(device, ["loss", *(TERMS if len(TERMS) > 1 else [])]),
+        )
+
+
+def _optimizer(soda: SODA, config: Optimizer, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over all parameters: the encoder's at its own learning rate, all others at the decoder's."""
+    encoder = list(soda.encoder.parameters())
+    of_encoder = {id(parameter) for parameter in encoder}
+    others = [parameter for parameter in soda.parameters() if id(parameter) not in of_encoder]
+    return torch.optim.AdamW(
+        [{"params": encoder, "lr": config.encoder_lr}, {"params": others, "lr": config.decoder_lr}],
+        betas=(config.betas[0], config.betas[1]),
+        weight_decay=config.weight_decay,
+        fused=device.type in FUSED,
+    )

@@ -1,4 +1,4 @@
-"""What the programs' command lines share."""
+"""Command-line parsing, error messages and exit statuses that all programs share."""
 
 import argparse
 import logging
@@ -10,20 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from config.errors import ConfigError, UserError
+from config.reading import describe_keys, load_config
+from config.schema import Config
 from utils import signals
-from utils.config import Config, ConfigError
-from utils.config_file import describe_keys, load_config
-from utils.distributed import (
+from utils.distributed.collectives import (
     SharedError,
-    check_launcher,
-    exchange,
-    lost,
-    rank,
-    same_everywhere,
+    all_equal,
+    barrier,
+    destroy_process_groups,
+    reason_of_lost_peers,
     set_timeout,
-    stop,
-    world_size,
 )
+from utils.distributed.processes import check_launcher, rank, world_size
 from utils.logging import start_logging
 
 
@@ -36,20 +35,10 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def check_place() -> None:
-    """End with one line and status 2 where the environment does not say which process of how many this is."""
-    try:
-        check_launcher()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def make_parser(
     description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
 ) -> argparse.ArgumentParser:
     """What all programs take; those `of_checkpoint` look at one, which holds its own config, and can do without it."""
-    check_place()
     parser = _Parser(
         prog=prog,
         description=description,
@@ -83,7 +72,7 @@ def read_config(args: argparse.Namespace) -> Config:
     config = load_config(args.config, overrides(args))
     set_timeout(config.distributed.timeout_minutes)
     data = config.data.model_copy(update={"root": "", "cache_dir": ""})
-    if not same_everywhere(config.model_copy(update={"data": data})):
+    if not all_equal(config.model_copy(update={"data": data})):
         raise ConfigError(f"the processes read different configs from {args.config}: give them all the same")
     return config
 
@@ -101,53 +90,36 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 
 @contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """A mistake of the user's, in any process, ends all of them: one line, exit status 2. A bug keeps its traceback.
+def gather_user_errors() -> Iterator[None]:
+    """Collective. A UserError or OSError of any process inside ends all: rank 0 prints one line, the status is 2.
 
-    Mistakes are errors of these `kinds`, and OSError.
-
-    Inside, processes meet by `exchange` and what is made of it, so that wherever one of them fails, the others learn of
-    it where they meet next. Tensors do not travel inside; `start` may be called, which meets by `exchange` first.
+    Inside, processes meet only through `all_gather_object` and what is built on it, so that wherever one of them fails,
+    the others learn of it where they meet next. No tensors travel inside; `open_tensor_group` may be called.
     """
-    start_logging()
-    mistakes: tuple[type[Exception], ...] = (*kinds, OSError)
     try:
         try:
             yield
-            exchange()
-        except mistakes as error:
+            barrier()
+        except (UserError, OSError) as error:
+            if isinstance(error, SharedError):
+                raise
             if isinstance(error, OSError) and error.filename:
-                exchange(error=f"cannot use {error.filename}: {error.strerror}")
-            exchange(error=str(error))
+                barrier(error=f"cannot use {error.filename}: {error.strerror}")
+            barrier(error=str(error))
     except SharedError as failure:
         if rank() == 0:
             print(f"error: {failure}", file=sys.stderr, flush=True)
         if world_size() > 1:
-            # A launcher that sees one process end sends the others SIGTERM: let them all end with the same status,
-            # and none before the line is out.
+            # A launcher that sees one process end sends SIGTERM to the others: let all end with the same status, and
+            # none before the line is printed.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            exchange()
+            barrier()
         sys.exit(2)
 
 
-@contextmanager
-def errors_under_way(*kinds: type[Exception]) -> Iterator[None]:
-    """A mistake of these `kinds` ends this process with one line and status 2, where the others are not to be met.
-
-    They may be waiting for tensors. A launcher ends them when it sees this one end, which therefore does not take leave
-    of them: NCCL would wait for all.
-    """
-    try:
-        yield
-    except kinds as error:
-        _leave(2, f"error: {error}")
-    except SharedError as error:  # raised by all at the same step
-        _leave(2, f"error: {error}" if rank() == 0 else "")
-
-
 def _leave(status: int, message: str) -> NoReturn:
-    """End this process, which may be in the middle of a meeting with others."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has seen another one end
+    """End this process at once, even if others wait for it in a collective."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has seen another process end
     if message:
         print(message, file=sys.stderr, flush=True)
     if world_size() > 1:
@@ -180,12 +152,21 @@ class _Console:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program and leave, together with the other processes.
+    """Run a program and exit, together with the other processes.
 
-    The exit status: 0, finished; 2, a mistake of the user's; 75, stopped by a signal or left alone by the other
-    processes, where the same command goes on; anything else is a bug.
+    The exit status is 0 if the program finished; 2 after an error that the user can mend; 75 if a signal stopped it or
+    the other processes are lost, in which case the same command resumes; anything else is a bug.
+
+    A UserError that leaves `main` ends this process alone, at once: the others may be waiting for tensors, and NCCL
+    would wait for all. A launcher ends them when it sees this process end.
     """
+    try:
+        check_launcher()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     signals.watch()
+    start_logging()
     for name in ("stdout", "stderr"):
         setattr(sys, name, _Console(getattr(sys, name)))
     status: Any
@@ -195,11 +176,15 @@ def run(main: Callable[[], int]) -> NoReturn:
         _leave(signals.STATUS, stopped.message if rank() == 0 else "")
     except SystemExit as ended:
         status = ended.code
+    except SharedError as error:  # raised on all ranks at the same step
+        _leave(2, f"error: {error}" if rank() == 0 else "")
+    except UserError as error:
+        _leave(2, f"error: {error}")
     except RuntimeError as error:
-        reason = lost(error)
+        reason = reason_of_lost_peers(error)
         if reason is None:
             raise
-        advice = "if none of them says why, the same command goes on"
-        _leave(signals.STATUS, f"error: rank {rank()} has lost the others ({reason}): {advice}")
-    stop()
+        advice = "see what they printed; if they printed no error, the same command resumes"
+        _leave(signals.STATUS, f"error: rank {rank()} has lost the other processes ({reason}): {advice}")
+    destroy_process_groups()
     sys.exit(status)

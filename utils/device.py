@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from utils.distributed import local_rank, local_world_size, world_size
+from config.errors import UserError
+from utils.distributed.processes import local_rank, local_world_size, world_size
 
 FUSED = ("cpu", "cuda")  # devices whose fused optimisers are known to take a step or not by a number on the device
 
@@ -87,9 +88,9 @@ def _keep_freed_memory() -> None:
 
 
 def _cpu_computes_bf16() -> bool:
-    """Whether the CPU has AMX or AVX512-BF16; elsewhere bf16 is emulated, and slower than fp32."""
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    """True if the CPU has AMX or AVX512-BF16. Other CPUs emulate bf16, which is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def choose_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
@@ -111,8 +112,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-class OutOfMemoryError(Exception):
-    """The message says how much was asked for and which key to change."""
+class OutOfMemoryError(UserError):
+    """The message says how much memory was asked for and which key to change."""
 
 
 @contextmanager

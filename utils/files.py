@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from config.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,8 +46,8 @@ def check_writable(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
-class FolderError(Exception):
-    """A run's folder that cannot be written to any more; the message says what to do."""
+class FolderError(UserError):
+    """A run's folder cannot be written to any more."""
 
 
 @contextmanager

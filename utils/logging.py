@@ -14,9 +14,9 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-from utils.distributed import rank
+from utils.distributed.processes import rank
 
-phases = logging.getLogger("phases")  # what a process is about to do: in its own log, and not on the console
+phase_log = logging.getLogger("phases")  # what a process does next: in its log file, not on the console
 
 
 _early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)

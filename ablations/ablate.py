@@ -1,0 +1,213 @@
+"""Train and judge the variants of a plan one after another, within a given time, and tabulate the results.
+
+The same command resumes: complete runs are not repeated, and a run under way continues from its checkpoint. Each
+result is a JSON line in `<out>/results.jsonl`, written as soon as it is known; `<out>/table.md` is then written anew.
+To resume on another machine, copy `results.jsonl` there.
+
+  python -m ablations.ablate ablations/plans/fashion_mnist.yaml --out runs/fashion
+  python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --minutes 30 data.root=data
+  python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --table        # the table alone
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ablations.plan import Ablation, Plan, Run, Stage, read_plan
+from ablations.result_rows import RESULTS, held_folder
+from ablations.tables import markdown_tables
+from config.errors import ConfigError
+from utils import cli, signals
+from utils.files import write_text
+
+CALIBRATION_STEPS = 60
+FIRST_JUDGING_S, FIRST_STARTUP_S = 120.0, 30.0  # guesses, until each has been timed
+
+logger = logging.getLogger(__name__)
+
+
+class Driver:
+    """Makes the runs of a plan until the deadline, or until a signal arrives.
+
+    Args:
+        out: folder of the results.
+        deadline: in seconds of the monotonic clock.
+        data_name: name of the images in the tables; None: that of the config.
+
+    Attributes:
+        failed: names of runs and stages that failed.
+    """
+
+    def __init__(self, plan: Plan, out: Path, deadline: float, data_name: str | None) -> None:
+        self.ablation, self.out, self.deadline, self.data_name = Ablation(plan, out / RESULTS), out, deadline, data_name
+        self.failed: list[str] = []
+        self._judging_s: list[float] = []
+        self._startup_s: list[float] = []
+
+    def run_stages(self) -> bool:
+        """Make all runs that are not complete yet; returns False if time or a signal ended it before the last one.
+
+        A signal is noted, and obeyed at the next look at the clock.
+        """
+        with signals.deferred():
+            for stage in self.ablation.plan.stages:
+                if stage.command:
+                    self._run_command(stage)
+                elif not self._run_variants(stage):
+                    return False
+            return True
+
+    def _run_variants(self, stage: Stage) -> bool:
+        """Make the runs of a stage; returns False if there was no time for all of them."""
+        from utils.device import OutOfMemoryError
+
+        try:
+            runs = self.ablation.runs_of(stage)
+        except ConfigError as error:
+            self._log_failure(stage.name, error)
+            return True
+        if not runs:
+            self._log_failure(stage.name, ConfigError("no run of the stage that it builds on is complete"))
+        for run in runs:
+            row = self.ablation.row_of(run)
+            if row and row["complete"]:
+                continue
+            try:
+                if not self._has_time_to_start() or not self._train_and_judge(run):
+                    logger.info("%s is left incomplete: %s", run.name, "a signal" if signals.received() else "no time")
+                    return False
+            except (RuntimeError, ConfigError, OutOfMemoryError) as error:  # other variants may need less memory
+                self._log_failure(run.name, error)
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                self.ablation.record(run, {"complete": False, "failed": reason})
+        return True
+
+    def _seconds_left(self) -> float:
+        """Seconds left for training; 1.5 times the longest judging so far is reserved."""
+        return self.deadline - 1.5 * max(self._judging_s, default=FIRST_JUDGING_S) - time.monotonic()
+
+    def _must_stop(self) -> bool:
+        return bool(signals.received()) or self._seconds_left() < 0
+
+    def _has_time_to_start(self) -> bool:
+        return not self._must_stop() and self._seconds_left() >= max(self._startup_s, default=FIRST_STARTUP_S)
+
+    def _log_failure(self, name: str, error: Exception) -> None:
+        self.failed.append(name)
+        logger.info("%s failed: %s", name, str(error).partition("\n")[0])
+
+    def _run_command(self, stage: Stage) -> None:
+        """Run the command of a stage once, however it ends; its output goes to commands.txt as it comes."""
+        assert stage.command is not None
+        kept, head = self.out / "commands.txt", f"== {stage.name}: {stage.command}\n"
+        limit = min(60 * (stage.minutes or float("inf")), self.deadline - time.monotonic())
+        if self._must_stop() or limit <= 0 or (kept.exists() and head in kept.read_text(errors="replace")):
+            return
+        logger.info("%s: %s", stage.name, stage.command)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else its output is lost when it is stopped
+        with open(kept, "a") as file:
+            print(head, end="", file=file, flush=True)
+            try:
+                process = subprocess.run(
+                    [sys.executable, *shlex.split(stage.command)],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=None if limit == float("inf") else limit,
+                    check=False,
+                    env=environment,
+                )
+                end = f"status {process.returncode}"
+            except subprocess.TimeoutExpired:
+                end = f"stopped after {limit:.0f} s"
+            print(f"== {stage.name}: {end}", file=file, flush=True)
+        logger.info("%s: %s", stage.name, end)
+
+    def _train_and_judge(self, run: Run) -> bool:
+        """Train a run as far as the time allows, judge it and record the result; returns whether it is complete."""
+        from ablations.trial import Trial, write_encoder_parts
+
+        began = time.monotonic()
+        folder = self.out / "runs" / run.name
+        epochs = self._epochs_of(run, folder)
+        if epochs is None:
+            return False
+        training = run.config.training.model_copy(update={"epochs": epochs})
+        trial = Trial(run.config.model_copy(update={"training": training}), folder / "last.pt")
+        logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "as it is")
+        trial.train(self._must_stop)
+        self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)
+        if signals.received():
+            return False
+        result = trial.judged()
+        self._judging_s.append(result["evaluation_s"])
+        if run.stage.keep:
+            write_encoder_parts(trial.state.ema.ema_model.encoder, self.out / run.name, trial.config.to_yaml())
+        self.ablation.record(run, {**result, "data": self.data_name or run.config.data.name})
+        write_text(self.out / "table.md", markdown_tables(self.ablation))
+        if trial.complete:
+            (folder / "last.pt").unlink()
+        return trial.complete
+
+    def _epochs_of(self, run: Run, folder: Path) -> int | None:
+        """Number of epochs of a run. If its stage gives minutes, a few steps are timed, once, and the number is kept.
+
+        None if the time is over before that is known.
+        """
+        from ablations.trial import Trial
+
+        stage = run.stage
+        if stage.epochs:
+            return stage.epochs
+        if stage.images_of:
+            name, variant = stage.images_of.split("/")
+            rows = self.ablation.complete_rows(self.ablation.stage(name)).get(variant)
+            if not rows:
+                raise ConfigError(f"it trains as long as {stage.images_of}, which is not complete")
+            return max(1, round(rows[0]["epochs"]))
+        assert stage.minutes
+        kept = folder / f"epochs-{run.digest}"
+        if not kept.exists():
+            trial = Trial(run.config, None)
+            trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self._must_stop())
+            if trial.images_per_s is None:
+                return None
+            images_per_epoch = trial.experiment.loader.steps_per_epoch * trial.config.training.batch_size
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(kept, str(max(1, int(60 * stage.minutes * trial.images_per_s / images_per_epoch))))
+        return int(kept.read_text())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path, help="YAML file, as in ablations/plans")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of results and of the files that resuming needs"
+    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="in all; default: no limit")
+    parser.add_argument("--data", help="name of the images in the tables; default: data.name")
+    parser.add_argument("--table", action="store_true", help="print the table of the results so far, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every run's config")
+    args = parser.parse_intermixed_args(argv)
+    deadline = time.monotonic() + 60 * args.minutes
+    with cli.gather_user_errors():
+        plan = read_plan(args.plan, args.overrides)
+        if args.table:
+            print(markdown_tables(Ablation(plan, args.out / RESULTS)), end="")
+            return 0
+        with held_folder(args.out):
+            driver = Driver(plan, args.out, deadline, args.data)
+            finished = driver.run_stages()
+    print(markdown_tables(driver.ablation))
+    if driver.failed:
+        print(f"failed: {', '.join(driver.failed)}")
+    print("all stages are done" if finished else "not all stages are done: the same command resumes")
+    return 1 if driver.failed else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

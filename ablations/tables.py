@@ -1,0 +1,122 @@
+"""Results of an ablation as Markdown."""
+
+import math
+import statistics
+from typing import Any
+
+from ablations.plan import Ablation, Stage, reference_accuracies, score
+
+HEAD = [
+    "variant",
+    "seeds",
+    "images",
+    "minutes",
+    "images/s",
+    "k-NN",
+    "linear",
+    "mean of both",
+    "against the first",
+]
+
+
+def markdown_tables(ablation: Ablation) -> str:
+    """A table for each stage that has a complete run, and a line for each run that is not complete.
+
+    k-NN and linear probe are top-1 in per cent by the reference's protocol, mean ± standard deviation over seeds. A
+    difference of at most two standard deviations of a run is a tie. That deviation is pooled over the variants of the
+    stage that have several seeds; if there are none, over those of all stages.
+    """
+    rows = {stage.name: ablation.complete_rows(stage) for stage in ablation.plan.stages}
+    scores = {name: [[score(row) for row in found] for found in of.values()] for name, of in rows.items()}
+    overall = pooled_deviation([group for groups in scores.values() for group in groups])
+    parts = []
+    for stage in ablation.plan.stages:
+        own = pooled_deviation(scores[stage.name])
+        complete = _stage_table(stage, rows[stage.name], overall if own is None else own)
+        parts += [part for part in (complete, _incomplete_runs(stage, ablation)) if part]
+    return "".join(f"{part}\n\n" for part in parts)
+
+
+def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: float | None) -> str:
+    if not rows:
+        return ""
+    first = next(iter(stage.variants))
+    control = statistics.mean(map(score, rows[first])) if first in rows else None
+    lines = [HEAD, ["---"] * len(HEAD)]
+    for variant, found in rows.items():
+        mean = statistics.mean(map(score, found))
+        lines.append(
+            [
+                f"{variant}: {' '.join(stage.variants[variant])}" if stage.variants[variant] else variant,
+                ", ".join(str(row["seed"]) for row in found),
+                f"{statistics.mean(row['images'] for row in found):,.0f}",
+                f"{statistics.mean(row['seconds'] for row in found) / 60:.1f}",
+                mean_and_deviation([row["images_per_s"] for row in found if row["images_per_s"]], "{:,.0f}"),
+                mean_and_deviation([reference_accuracies(row)[0] for row in found]),
+                mean_and_deviation([reference_accuracies(row)[1] for row in found]),
+                mean_and_deviation([score(row) for row in found]),
+                "" if variant == first or control is None else verdict(mean - control, deviation),
+            ]
+        )
+    conditions = sorted({f"{row['data']}; {row['machine']}, {row['amp']}" for found in rows.values() for row in found})
+    title = [f"**{stage.name}** ({'; '.join(conditions)})", ""]
+    return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines), *_effects(stage, rows, deviation)])
+
+
+def _incomplete_runs(stage: Stage, ablation: Ablation) -> str:
+    lines = []
+    for run, row in ablation.runs_with_rows(stage):
+        if "failed" in row:
+            lines.append(f"- {run.name} failed: {row['failed']}")
+        elif not row["complete"]:
+            knn, linear = reference_accuracies(row)
+            lines.append(f"- {run.name} was stopped after {row['images']:,} images: {knn:.1f} / {linear:.1f}")
+    return "\n".join(lines)
+
+
+def mean_and_deviation(values: list[float], form: str = "{:.1f}") -> str:
+    """`mean ± standard deviation`; the mean alone of one value, and "" of none."""
+    if not values:
+        return ""
+    deviation = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + deviation
+
+
+def pooled_deviation(groups: list[list[float]]) -> float | None:
+    """Standard deviation within groups, pooled over all of them; None if no group has two values."""
+    freedom = sum(len(group) - 1 for group in groups)
+    if freedom == 0:
+        return None
+    return math.sqrt(sum((x - statistics.mean(group)) ** 2 for group in groups for x in group) / freedom)
+
+
+def verdict(difference: float, deviation: float | None) -> str:
+    """The difference of two means, marked as a tie if it is at most two deviations; None: the deviation is unknown."""
+    if deviation is None:
+        return f"{difference:+.1f} (one seed)"
+    return f"{difference:+.1f}" + (" (tie)" if abs(difference) <= 2 * deviation else "")
+
+
+def _effects(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: float | None) -> list[str]:
+    """Lines that compare the variants that share a setting of a key with the variants that leave the key alone.
+
+    Variants with another setting of the key count on neither side. Settings that always occur together share a line.
+    A setting needs two variants on either side.
+    """
+    scores = {variant: [score(row) for row in found] for variant, found in rows.items()}
+    settings: dict[frozenset[str], list[str]] = {}  # {variants that have them: overrides}
+    for override in dict.fromkeys(o for variant in rows for o in stage.variants[variant]):
+        settings.setdefault(frozenset(v for v in rows if override in stage.variants[v]), []).append(override)
+    lines = []
+    for variants, overrides in settings.items():
+        keys = tuple(override.partition("=")[0] + "=" for override in overrides)
+        without = [v for v in rows if not any(override.startswith(keys) for override in stage.variants[v])]
+        if len(variants) > 1 and len(without) > 1:
+            means = [statistics.mean(statistics.mean(scores[v]) for v in group) for group in (variants, without)]
+            runs = [sum(len(scores[v]) for v in group) for group in (variants, without)]
+            of_means = None if deviation is None else deviation * math.sqrt(sum(1 / n for n in runs))
+            comparison = verdict(means[0] - means[1], of_means)
+            lines.append(
+                f"- `{' '.join(overrides)}`: {comparison}, {len(variants)} variants against {len(without)} without"
+            )
+    return ["", *lines] if lines else []

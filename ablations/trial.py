@@ -1,0 +1,170 @@
+"""One run of an ablation: trained until it is complete or told to stop, resumed at that step, judged as by test.py."""
+
+import hashlib
+import io
+import logging
+import platform
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from benchmarks.measure import machine
+from config.errors import ConfigError
+from config.reading import differences, parse_config
+from config.schema import Config
+from datasets.images import DatasetError
+from evaluation.judge import encode_with, judge
+from evaluation.protocols import all_protocols
+from experiment.opening import Experiment, open_experiment
+from training.saving import checkpoint_contents
+from training.state import TrainState, initial_state
+from training.step import train_step, training_pixels
+from utils.device import choose_compile, peak_memory_mb
+from utils.logging import PhaseTimer
+from utils.run_folder.checkpoint import CheckpointError, load_checkpoint
+from utils.run_folder.checkpoint_writer import save_checkpoint
+
+SAVE_EVERY_S = 120
+WARMUP_STEPS = 30  # kernels are chosen and compiled in them: they do not count in images per second
+LOOK_EVERY = 10  # steps between looks at the clock, each of which synchronises with the device
+LOSSES = 100  # steps whose mean loss is reported
+PART_BYTES = 12 * 2**20
+
+logger = logging.getLogger(__name__)
+
+
+class Trial:
+    """An experiment and its state, resumed from a checkpoint if there is one that fits.
+
+    Args:
+        checkpoint: path that is resumed from and saved to; None: the state is not saved.
+
+    Attributes:
+        seconds: time in training, over all starts.
+        seconds_after_first_step: time in training since the end of the first step of this start. The first step loads,
+            chooses kernels and compiles.
+        images_per_s: speed of this start without its first WARMUP_STEPS; None if there were no further steps.
+
+    Raises:
+        ConfigError, DatasetError, OutOfMemoryError
+    """
+
+    def __init__(self, config: Config, checkpoint: Path | None) -> None:
+        torch.compiler.reset()  # else variants count as recompilations of the first, and the ninth runs eagerly
+        self.config, self.checkpoint = config, checkpoint
+        self.experiment: Experiment = open_experiment(config)
+        if self.experiment.test is None:
+            raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")
+        if self.experiment.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.experiment.device)
+        self.state: TrainState = initial_state(self.experiment)
+        self.seconds = self.seconds_after_first_step = 0.0
+        self.images_per_s: float | None = None
+        self._losses: deque[torch.Tensor] = deque(maxlen=LOSSES)
+        if checkpoint and checkpoint.exists():
+            self._resume(checkpoint)
+        if choose_compile(config.training.compile, self.experiment.device):
+            self.state.soda.compile()
+
+    def _resume(self, checkpoint: Path) -> None:
+        """Load a checkpoint, or log why this run starts anew."""
+        try:
+            saved = load_checkpoint(checkpoint)
+            changed = differences(parse_config(saved["config"], str(checkpoint)), self.config, run=False)
+        except (CheckpointError, ConfigError) as error:
+            logger.info("%s; starting anew", error)
+            return
+        if changed or saved["data"] != self.experiment.data_digest:
+            logger.info("%s has another %s; starting anew", checkpoint, ", ".join(changed) or "data set")
+            return
+        self.state.load_state_dict(saved)
+        self.seconds = float(saved.get("seconds", 0))
+        logger.info("%s: at step %d of %d", checkpoint, self.state.step, self.experiment.total_steps)
+
+    @property
+    def complete(self) -> bool:
+        return self.state.step == self.experiment.total_steps
+
+    def train(self, must_stop: Callable[[], bool]) -> None:
+        """Train to the last step, or until `must_stop` returns True; then save the state.
+
+        `must_stop` is called after the first step and then every LOOK_EVERY steps.
+        """
+        state, batch_size = self.state, self.config.training.batch_size
+        first_step, began, seconds_before = state.step, time.monotonic(), self.seconds
+        after_first_step, after_warmup, saved = began, began, began
+        with closing(training_pixels(self.experiment, first_step)) as pixels:
+            while not self.complete:
+                loss, _ = train_step(self.experiment, state, pixels, PhaseTimer())
+                self._losses.append(loss)
+                done = state.step - first_step
+                if done > 1 and done % LOOK_EVERY and not self.complete:
+                    continue
+                loss.item()  # waits for the device, so that the clock counts steps that are done
+                now = time.monotonic()
+                self.seconds = seconds_before + now - began
+                if done == 1:
+                    after_first_step = now
+                self.seconds_after_first_step = now - after_first_step
+                if done <= WARMUP_STEPS:
+                    after_warmup = now
+                else:
+                    self.images_per_s = (done - WARMUP_STEPS) * batch_size / (now - after_warmup)
+                if must_stop():
+                    break
+                if now - saved > SAVE_EVERY_S:
+                    self._save()
+                    saved = now
+        if state.step > first_step:
+            self._save()
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        contents = checkpoint_contents(self.experiment, self.state)
+        save_checkpoint(self.checkpoint, contents | {"seconds": self.seconds})
+
+    def judged(self) -> dict[str, Any]:
+        """The result of the run: accuracies of the EMA encoder under every protocol of test.py, and how it was made."""
+        experiment, step, began = self.experiment, self.state.step, time.monotonic()
+        encoders = {"trained": encode_with(experiment, self.state.ema.ema_model)}
+        table = judge(experiment, encoders, all_protocols(self.config, len(experiment.train)))
+        return {
+            "data_digest": experiment.data_digest,
+            "complete": self.complete,
+            "images": step * self.config.training.batch_size,
+            "epochs": step / experiment.loader.steps_per_epoch,
+            "seconds": self.seconds,
+            "images_per_s": self.images_per_s,
+            "loss": torch.stack(list(self._losses)).mean().item() if self._losses else None,
+            "table": table,
+            "evaluation_s": time.monotonic() - began,
+            "peak_memory_mb": peak_memory_mb(experiment.device) if experiment.device.type == "cuda" else None,
+            "machine": machine(experiment.device),
+            "versions": {"python": platform.python_version(), "torchvision": torchvision.__version__},
+            "amp": str(experiment.amp_dtype),
+            "config": self.config.to_yaml(),
+        }
+
+
+def write_encoder_parts(encoder: nn.Module, path: Path, config_yaml: str) -> None:
+    """Write the encoder's weights in bf16 as `path`.pt.part0, .part1, ..., each less than 16 MB.
+
+    `path`.yaml holds the config, the command that joins the parts, and the checksum of `path`.pt.
+    """
+    file = io.BytesIO()
+    halved = {name: t.bfloat16() if t.is_floating_point() else t for name, t in encoder.state_dict().items()}
+    torch.save({name: t.cpu().contiguous() for name, t in halved.items()}, file)
+    content = file.getvalue()
+    for part, start in enumerate(range(0, len(content), PART_BYTES)):
+        path.with_name(f"{path.name}.pt.part{part}").write_bytes(content[start : start + PART_BYTES])
+    join = f"cat {path.name}.pt.part* > {path.name}.pt; sha256sum {path.name}.pt"
+    head = f"# {join}\n# {hashlib.sha256(content).hexdigest()}\n"
+    path.with_name(f"{path.name}.yaml").write_text(head + config_yaml)

@@ -1,0 +1,127 @@
+"""Features of named images, and the file that keeps both."""
+
+import json
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.image_encoder import ImageEncoder
+from config.schema import Config
+from datasets.decoding import decode_batches, num_cores
+from datasets.images import DatasetError, Images
+from datasets.listing import Listing, list_images
+from evaluation.features import Features, extract_features
+from utils.device import autocast, memory_for
+from utils.distributed.collectives import all_equal
+from utils.distributed.processes import local_world_size, world_size
+from utils.files import replacing
+from utils.logging import progress
+
+
+@dataclass(frozen=True)
+class NamedImages:
+    """Images to encode, in order, with a name for each, and labels if there are any.
+
+    Attributes:
+        images: of known length; `batches(ranges, pin_memory)` yields the pixels of each.
+        labels: (N,) int64 or None.
+    """
+
+    images: Any
+    names: list[str]
+    labels: np.ndarray | None
+    classes: list[str]
+
+
+def images_of_split(images: Images, split: str) -> NamedImages:
+    """The images of a split; without file names they are called `split`:0 and so on."""
+    names = images.names or [f"{split}:{index}" for index in range(len(images))]
+    return NamedImages(images, names, None if images.labels is None else images.labels.numpy(), images.classes)
+
+
+def images_of_folder(folder: Path, config: Config) -> NamedImages:
+    """Collective. All images below a folder; raises DatasetError.
+
+    If each lies in a sub-folder, the sub-folders are the classes.
+    """
+    listing = list_images(folder)
+    if {"train"} < set(listing.classes) <= {"train", "test", "val"}:
+        raise DatasetError(f"{folder} holds splits, not classes: give one of them, as in --folder {folder / 'train'}")
+    return _images_of_listing(listing, config)
+
+
+def images_of_files(files: list[str], config: Config) -> NamedImages:
+    """Collective. Image files in the order given; raises DatasetError."""
+    files = [file for file in files if file]  # a list may end in an empty line
+    missing = next((file for file in files if not Path(file).is_file()), None)
+    if missing is not None:
+        raise DatasetError(f"no image {missing}: name files that exist")
+    return _images_of_listing(Listing(Path(), files, None, []), config)
+
+
+class _DecodedImages:
+    """Images of a listing at the size that the encoder sees, decoded when they are asked for."""
+
+    def __init__(self, listing: Listing, config: Config) -> None:
+        self._listing, self._image_size = listing, config.encoder_size
+        self._num_workers = config.data.num_workers or max(1, num_cores() // local_world_size())
+
+    def __len__(self) -> int:
+        return len(self._listing.files)
+
+    def batches(self, wanted: Iterable[range], pin_memory: bool = False) -> Generator[Tensor, None, None]:
+        try:
+            yield from decode_batches(self._listing, self._image_size, wanted, self._num_workers, pin_memory)
+        except DatasetError as error:
+            raise DatasetError(f"{error}: mend or leave it out") from None
+
+
+def _images_of_listing(listing: Listing, config: Config) -> NamedImages:
+    if not all_equal((listing.files, listing.labels, listing.classes)):
+        raise DatasetError("the processes see different images: give them all the same")
+    labels = None if listing.labels is None else np.array(listing.labels)
+    return NamedImages(_DecodedImages(listing, config), listing.files, labels, listing.classes)
+
+
+def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype: torch.dtype | None) -> Features:
+    """Collective. z (N, latent_dim) and pooled (N, pooled_dim), float32, of `NamedImages.images`, on every rank.
+
+    Raises DatasetError and OutOfMemoryError.
+    """
+    device = encoder.mean.device
+
+    def encode(pixels: Tensor, indices: range) -> Features:
+        bar.update(len(indices))
+        with autocast(device, amp_dtype):
+            return dict(encoder(pixels.to(device, non_blocking=True)))
+
+    smaller = f"set evaluation.batch_size={max(1, batch_size // 2)}"
+    with memory_for(lambda: smaller), progress(len(images) // world_size(), "encoding", "img") as bar:
+        return extract_features(encode, images, batch_size, device)
+
+
+def save_features(path: Path, features: Features, named: NamedImages, checkpoint: str) -> None:
+    """Write features of `named`, and the SHA-256 of the checkpoint, to a file.
+
+    .npz holds the arrays z, pooled, names, checkpoint and, if there are labels, labels and classes. .safetensors holds
+    the tensors z, pooled and labels; its metadata holds names and classes as JSON, and checkpoint.
+    """
+    arrays = {str(name): values.cpu().numpy() for name, values in features.items()}
+    arrays |= {} if named.labels is None else {"labels": named.labels}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        if path.suffix == ".npz":
+            words: dict[str, Any] = {"names": named.names, "checkpoint": checkpoint}
+            words |= {} if named.labels is None else {"classes": named.classes}
+            contents: dict[str, Any] = {name: np.array(value) for name, value in (arrays | words).items()}
+            np.savez(partial, **contents)
+        else:
+            from safetensors.numpy import save_file
+
+            listed = {"names": json.dumps(named.names), "classes": json.dumps(named.classes)}
+            save_file(arrays, partial, listed | {"checkpoint": checkpoint})

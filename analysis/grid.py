@@ -1,0 +1,157 @@
+"""A grid of images with captions: its contents, and the PNG file that shows it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from utils.files import replacing
+
+CELL = 72  # least width of an image in pixels; smaller ones are enlarged by a whole number
+GAP, MARGIN, LINE = 8, 16, 15
+MAX_LABEL = 130  # pixels of a row's label
+GREY = "#555555"
+
+
+@dataclass
+class Cell:
+    """An image (3, H, W) uint8 on the host, or None for an empty cell, and the caption below it."""
+
+    image: Tensor | None = None
+    caption: str = ""
+
+
+@dataclass
+class Grid:
+    """Cells by row and column, with the text that explains them.
+
+    Attributes:
+        title: name of the grid.
+        explanation: how to read it, in a sentence or two.
+        columns: a label for each column, which may be empty.
+        rows: a label for each row; an empty list: none.
+    """
+
+    title: str
+    explanation: str
+    columns: list[str]
+    rows: list[str]
+    cells: list[list[Cell]] = field(repr=False)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1], clipped to it, as uint8 on the host."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
+
+
+def to_cells(images: Tensor, captions: Sequence[str] | None = None) -> list[Cell]:
+    """A cell for each of the images (N, 3, H, W), uint8, or float32 in [-1, 1]."""
+    pixels = images.cpu() if images.dtype == torch.uint8 else to_pixels(images)
+    return [Cell(image, caption) for image, caption in zip(pixels, captions or [""] * len(pixels), strict=True)]
+
+
+def rows_of(columns: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
+    """Rows of cells from columns of cells, all of one length."""
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+@cache
+def _font(size: int) -> Any:
+    """DejaVu Sans, which has most alphabets, if matplotlib brings it; else Pillow's font, which has ASCII."""
+    matplotlib = find_spec("matplotlib")
+    if matplotlib is not None and matplotlib.origin is not None:
+        path = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.exists():
+            return ImageFont.truetype(path, size)
+    return ImageFont.load_default(size)
+
+
+def save_grid(grid: Grid, path: Path, footer: str) -> None:
+    """Write the grid as a PNG with its title above and `footer`, a note on how it was made, below.
+
+    Equal grids give equal bytes. The folder is made if need be.
+    """
+    side = next(cell.image.shape[-1] for row in grid.cells for cell in row if cell.image is not None)
+    scale = max(1, -(-CELL // side))
+    side *= scale
+    small, large = _font(11), _font(17)
+    heads = [_lines(name, side + GAP - 4, small) for name in grid.columns]
+    labels = [_lines(name, MAX_LABEL, small) for name in grid.rows]
+    captions = [[_lines(cell.caption, side + GAP - 4, small) for cell in row] for row in grid.cells]
+
+    label_width = max((_width(line, small) for lines in labels for line in lines), default=0)
+    left = MARGIN + label_width + (GAP if label_width else 0)
+    width = max(left + len(grid.columns) * (side + GAP) - GAP + MARGIN, 420)
+    title, explanation, note = (
+        _lines(text, width - 2 * MARGIN, font, at_most=20)
+        for text, font in ((grid.title, large), (grid.explanation, small), (footer, small))
+    )
+    top = MARGIN + 24 * len(title) + LINE * len(explanation) + GAP
+    head_height = LINE * max(map(len, heads))
+    heights = [side + LINE * max(map(len, row)) + GAP for row in captions]
+    height = top + head_height + sum(heights) + LINE * len(note) + GAP + MARGIN
+
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+
+    def write(lines: list[str], x: int, y: int, font: Any = small, colour: str = "black", step: int = LINE) -> None:
+        for i, line in enumerate(lines):
+            draw.text((x, y + step * i), line, colour, font)
+
+    def write_centred(lines: list[str], x: int, y: int) -> None:
+        for i, line in enumerate(lines):
+            write([line], x + (side - _width(line, small)) // 2, y + LINE * i)
+
+    write(title, MARGIN, MARGIN, large, step=24)
+    write(explanation, MARGIN, MARGIN + 24 * len(title), colour=GREY)
+    for column, lines in enumerate(heads):
+        write_centred(lines, left + column * (side + GAP), top + head_height - LINE * len(lines))
+    y = top + head_height + 2
+    for row, row_cells in enumerate(grid.cells):
+        if labels:
+            write(labels[row], MARGIN, y + side // 2 - LINE * len(labels[row]) // 2)
+        for column, cell in enumerate(row_cells):
+            x = left + column * (side + GAP)
+            if cell.image is not None:
+                enlarged = F.interpolate(cell.image[None], scale_factor=scale, mode="nearest")[0]
+                canvas.paste(Image.fromarray(enlarged.permute(1, 2, 0).numpy()), (x, y))
+            write_centred(captions[row][column], x, y + side)
+        y += heights[row]
+    write(note, MARGIN, y + GAP, colour=GREY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        canvas.save(partial, format="png")
+
+
+def _width(line: str, font: Any) -> int:
+    return int(font.getlength(line)) + 1
+
+
+def _lines(text: str, width: int, font: Any, at_most: int = 4) -> list[str]:
+    """`text` in lines of at most `width` pixels, broken at spaces, or inside a word that is longer than a line.
+
+    If there are more than `at_most` lines, "..." takes the place of the last ones.
+    """
+    lines: list[str] = []
+    for part in text.split("\n"):
+        line = ""
+        for word in part.split(" "):
+            longer = f"{line} {word}" if line else word
+            if _width(longer, font) <= width:
+                line = longer
+                continue
+            lines += [line] if line else []
+            while _width(word, font) > width and len(word) > 1:
+                fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or _width(word[:n], font) <= width)
+                lines.append(word[:fits])
+                word = word[fits:]
+            line = word
+        lines += [line] if line else []
+    return lines if len(lines) <= at_most else [*lines[: at_most - 1], "..."]

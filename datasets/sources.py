@@ -1,0 +1,154 @@
+"""Data sets by name. To add one, write a function that returns its splits and put it into SOURCES."""
+
+import gzip
+import logging
+import pickle
+import shutil
+import socket
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision import datasets as torchvision_datasets
+
+from config.schema import Data
+from datasets.cache import choose_stream, open_listing
+from datasets.images import DatasetError, Images, Statistics, StoredImages, from_arrays
+from datasets.listing import Listing, list_folder, list_tiny_imagenet
+from utils.files import replacing
+
+logger = logging.getLogger(__name__)
+
+Splits = tuple[Images, Images | None]
+"""Training split and test split; no test split if the images have no labels."""
+
+# Mean and deviation over all pixels of the training split. For CIFAR-10 the widely copied deviations
+# (0.2023, 0.1994, 0.2010) are averages of per-image deviations and not these.
+STATISTICS: dict[str, Statistics] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+DOWNLOAD_TIMEOUT_S = 30
+
+
+def load_digits(image_size: int) -> tuple[StoredImages, StoredImages]:
+    """UCI handwritten digits as scikit-learn ships them: 1,797 of 8x8 in 17 grey levels.
+
+    A fifth of each class, always the same, is the test split.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = sklearn_digits()
+    arrays = (digits.images * (255 / 16)).round().astype(np.uint8)
+    classes = [str(name) for name in digits.target_names]
+    splits = train_test_split(arrays, digits.target, test_size=360, random_state=0, stratify=digits.target)
+    train_arrays, test_arrays, train_labels, test_labels = splits
+    train = from_arrays(train_arrays, train_labels, classes, image_size)
+    return train, from_arrays(test_arrays, test_labels, classes, image_size)
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Default time-out of sockets. torchvision's downloads have none: a silent server would hang the run for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _open(build: Callable[..., Any], root: Path, what: str, url: str, advice: str) -> tuple[Any, Any]:
+    """Both splits from a copy on disk if there is one, else downloaded; raises DatasetError, which ends in `advice`."""
+    try:
+        try:
+            return build(root=root, train=True, download=False), build(root=root, train=False, download=False)
+        except RuntimeError:
+            logger.info("unpacking or downloading %s into %s from %s (if that is slow: %s)", what, root, url, advice)
+        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+            return build(root=root, train=True, download=True), build(root=root, train=False, download=False)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{what} is not in {root} and could not be downloaded ({reason}): {advice}") from None
+    except (ValueError, IndexError, KeyError, EOFError, AssertionError, pickle.UnpicklingError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise DatasetError(f"{what} in {root} is damaged ({reason}): remove it, then {advice}") from None
+
+
+def load_cifar(root: Path, image_size: int, num_classes: int) -> tuple[StoredImages, StoredImages]:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), 50,000 and 10,000 of 32x32, through torchvision."""
+    build = torchvision_datasets.CIFAR10 if num_classes == 10 else torchvision_datasets.CIFAR100
+    advice = f"put {build.filename} (md5 {build.tgz_md5}) into {root}, or give its folder as data.root"
+    splits = _open(build, root, f"CIFAR-{num_classes}", build.url, advice)
+    train, test = (from_arrays(s.data, s.targets, list(s.classes), image_size) for s in splits)
+    return train, test
+
+
+def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, StoredImages]:
+    """Fashion-MNIST (Xiao et al. 2017), 60,000 and 10,000 of 28x28 grey, through torchvision."""
+    build = torchvision_datasets.FashionMNIST
+    raw = root / "FashionMNIST" / "raw"
+    names = [name for name, _ in build.resources]
+    # Debian's archives hold the same files in another compression, so torchvision's digests do not know them.
+    for folder in (raw, root, DEBIAN_FASHION_MNIST):
+        for name in names:
+            unpacked = raw / Path(name).stem
+            if (folder / name).exists() and not unpacked.exists():
+                try:
+                    raw.mkdir(parents=True, exist_ok=True)
+                    with gzip.open(folder / name) as source, replacing(unpacked) as partial, open(partial, "wb") as out:
+                        shutil.copyfileobj(source, out)
+                except (OSError, EOFError, zlib.error) as error:
+                    raise DatasetError(f"cannot unpack {folder / name} into {raw}: {error}") from None
+    advice = f"put {', '.join(names)} into {root}, or install Debian's package dataset-fashion-mnist"
+    splits = _open(build, root, "Fashion-MNIST", build.mirrors[0], advice)
+    train, test = (from_arrays(s.data.numpy(), s.targets.numpy(), list(s.classes), image_size) for s in splits)
+    return train, test
+
+
+def open_listings(listings: tuple[Listing, Listing | None], data: Data, processes: int) -> Splits:
+    """The images of training and test files, stored or streamed; raises DatasetError."""
+    train, test = listings
+    count = len(train.files) + len(test.files if test else [])
+    stream = choose_stream(data.stream, Path(data.root), count, data.image_size)
+    how = data.image_size, Path(data.cache_dir), stream, data.num_workers, processes
+    return open_listing(train, *how), open_listing(test, *how) if test else None
+
+
+SOURCES: dict[str, Callable[[Data, int], Splits]] = {
+    "digits": lambda data, _: load_digits(data.image_size),
+    "fashion_mnist": lambda data, _: load_fashion_mnist(Path(data.root), data.image_size),
+    "cifar10": lambda data, _: load_cifar(Path(data.root), data.image_size, 10),
+    "cifar100": lambda data, _: load_cifar(Path(data.root), data.image_size, 100),
+    "tiny": lambda data, processes: open_listings(list_tiny_imagenet(Path(data.root)), data, processes),
+    "folder": lambda data, processes: open_listings(list_folder(Path(data.root)), data, processes),
+}
+"""`data.name` -> function of (`data` section of the config, processes that share this machine's cores) -> splits."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts about a data set for the views and the evaluation; mean and std are on the scale of [0, 1]."""
+
+    image_size: int
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def build_dataset(data: Data, processes: int = 1) -> tuple[Images, Images | None, DatasetInfo]:
+    """(training split, test split or None, info); raises DatasetError.
+
+    Args:
+        processes: number of processes that share this machine's cores.
+    """
+    train, test = SOURCES[data.name](data, processes)
+    mean, std = STATISTICS.get(data.name) or train.summary.statistics
+    return train, test, DatasetInfo(data.image_size, train.classes, mean, tuple(max(s, 1e-3) for s in std))

@@ -1,0 +1,85 @@
+"""One batch drawn: images, views, timesteps, noise and dropped sections, all functions of (seed, purpose, step)."""
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config.schema import Config
+from datasets.augmentation import Draw
+from experiment.opening import Experiment
+from utils.randomness import generator, image_noise, uniforms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a forward pass for N samples of the global batch.
+
+    Attributes:
+        x_source: (N, 3, H, W) source view, normalised, with its noise.
+        x_start: (N, 3, H, W) target view in [-1, 1].
+        timesteps: (N,) int64.
+        noise: (N, 3, H, W) standard normal.
+        drop_mask: (N, sections) bool; True drops a section of the sample's latent.
+    """
+
+    x_source: Tensor
+    x_start: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    drop_mask: Tensor
+
+
+def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> Generator[Tensor, None, None]:
+    """Training images (N, 3, H, W) uint8 of each (step, positions in its global batch) in turn, read ahead."""
+    indices = (experiment.loader.indices(step, positions) for step, positions in wanted)
+    return experiment.train.batches(indices, pin_memory=experiment.device.type == "cuda")
+
+
+def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Batch:
+    """The samples at `positions` of the global batch of `step`, made from their images `pixels`."""
+    config, seed, device = experiment.config, experiment.config.seed, experiment.device
+    # Small draws are made for the whole batch, so that each sample gets the same however the batch is split.
+    here = slice(positions.start, positions.stop)
+    x_source, x_start = experiment.views.pair(
+        pixels,
+        view_draw(seed, positions, "source view", step),
+        view_draw(seed, positions, "target view", step),
+        image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=device),
+    )
+    return Batch(
+        x_source=x_source,
+        x_start=x_start,
+        timesteps=_draw_timesteps(config, step)[here].to(device, non_blocking=True),
+        noise=image_noise(x_start.shape[1:], positions, seed, "noise", step, device=device),
+        drop_mask=_draw_drop_mask(config, step)[here].to(device, non_blocking=True),
+    )
+
+
+def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
+    """Source views (N, 3, H, W) of the images `pixels` at `positions` of the global batch of `step`."""
+    seed = experiment.config.seed
+    noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=experiment.device)
+    return experiment.views.source(pixels, view_draw(seed, positions, "source view", step), noise)
+
+
+def view_draw(seed: int, positions: range, purpose: str, *counters: int) -> Draw:
+    """The uniform numbers that decide how the samples at `positions` are augmented."""
+    return lambda columns, stream="": uniforms(positions, columns, seed, purpose + stream, *counters)
+
+
+def _draw_timesteps(config: Config, step: int) -> Tensor:
+    """(batch_size,) int64, uniform over 0..T-1."""
+    source = generator(config.seed, "timesteps", step)
+    return torch.randint(config.diffusion.num_timesteps, (config.training.batch_size,), generator=source)
+
+
+def _draw_drop_mask(config: Config, step: int) -> Tensor:
+    """(batch_size, sections) bool: whole latents, and on top of that single sections, each at its rate."""
+    mask, batch_size = config.training.mask, config.training.batch_size
+    whole = torch.rand(batch_size, generator=generator(config.seed, "drop mask", step)) < mask.latent_probability
+    sections = torch.rand(
+        batch_size, config.decoder.num_sections, generator=generator(config.seed, "section mask", step)
+    )
+    return whole[:, None] | (sections < mask.section_probability)

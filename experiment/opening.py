@@ -1,0 +1,88 @@
+"""A config opened: its images, views, order of images, diffusion and device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from config.errors import ConfigError
+from config.schema import Config
+from datasets.images import DatasetError, Images, StoredImages
+from datasets.loader import Loader
+from datasets.sources import DatasetInfo, build_dataset
+from datasets.views import Views
+from model.diffusion import GaussianDiffusion
+from utils.device import choose_amp_dtype, choose_device
+from utils.distributed.collectives import all_equal, all_gather_object, first_on_each_node, open_tensor_group
+from utils.distributed.processes import local_world_size
+from utils.randomness import generator
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that training and evaluation only read.
+
+    Attributes:
+        amp_dtype: number format of autocast; None: float32.
+        test: None if the images have no labels.
+        data_digest: digest of the training images and their labels.
+    """
+
+    config: Config
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    train: Images
+    test: Images | None
+    data_digest: str
+    info: DatasetInfo
+    views: Views
+    loader: Loader
+    diffusion: GaussianDiffusion
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.training.epochs * self.loader.steps_per_epoch
+
+
+def open_experiment(config: Config) -> Experiment:
+    """Collective. Loads the images and puts everything on the device; raises ConfigError and DatasetError."""
+    device, amp_dtype = open_device(config)
+    train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
+    data_digest = train.digest()
+    if not all_equal((data_digest, test and test.digest())):
+        raise DatasetError(f"the machines hold different images in {config.data.root}: give them all the same")
+    train, test = to_gpu_if_small(train, device), test and to_gpu_if_small(test, device)
+    batch_size, k = config.training.batch_size, config.evaluation.knn.k
+    if len(train) < batch_size:
+        raise DatasetError(f"{len(train)} training images are fewer than a batch: set training.batch_size lower")
+    if test is not None and len(train) < k:
+        raise DatasetError(f"evaluation.knn.k {k} is more than the {len(train)} training images: set it lower")
+    return Experiment(
+        config=config,
+        device=device,
+        amp_dtype=amp_dtype,
+        train=train,
+        test=test,
+        data_digest=data_digest,
+        info=info,
+        views=Views(config.views, info.image_size, info.mean, info.std, device),
+        loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
+        diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
+    )
+
+
+def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:
+    """Collective. Chooses this process's device and autocast and opens the tensor group; raises ConfigError."""
+    device = choose_device(config.device)
+    amp_dtype = choose_amp_dtype(config.training.use_amp, device)
+    arithmetic = [f"{kind} in {dtype or 'float32'}" for kind, dtype in all_gather_object((device.type, amp_dtype))]
+    if len(set(arithmetic)) > 1:
+        raise ConfigError(f"the processes compute differently ({', '.join(arithmetic)}): set device, training.use_amp")
+    open_tensor_group(config.distributed.backend, device)
+    return device, amp_dtype
+
+
+def to_gpu_if_small(images: Images, device: torch.device) -> Images:
+    """The images in the GPU's memory if they fill at most a quarter of what is free there; else as they are."""
+    if device.type != "cuda" or not isinstance(images, StoredImages):
+        return images
+    return images if images.pixels.numel() > torch.cuda.mem_get_info(device)[0] / 4 else images.to(device)

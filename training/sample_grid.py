@@ -1,0 +1,68 @@
+"""The grid of samples that a run draws at each evaluation."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from experiment.batch import view_draw
+from experiment.opening import Experiment
+from model.guidance import guided_denoiser
+from model.soda import SODA
+from utils.device import autocast
+from utils.distributed.collectives import all_reduce
+from utils.distributed.processes import my_range
+from utils.randomness import CHUNK, generator, image_noise
+
+
+@torch.no_grad()
+def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
+    """Collective. An image (3, H, W) uint8 of three rows: source views, DDIM samples guided by them, target views.
+
+    Images, views and noise depend on the seed alone, so that grids of different epochs can be compared.
+    """
+    config, seed, device = experiment.config.sampling, experiment.config.seed, experiment.device
+    images = experiment.train if experiment.test is None else experiment.test
+    num_images = min(config.num_images, len(images))
+    chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
+    (pixels,) = images.batches([chosen], pin_memory=device.type == "cuda")
+    positions = range(num_images)
+    x_source, x_target = experiment.views.pair(
+        pixels,
+        view_draw(seed, positions, "grid source view"),
+        view_draw(seed, positions, "grid target view"),
+        image_noise(pixels.shape[1:], positions, seed, "grid source noise", device=device),
+    )
+
+    mine = my_range(num_images, CHUNK)
+    samples = torch.zeros_like(x_target)
+
+    def noise(purpose: str, *counters: int) -> Tensor:
+        return image_noise(x_target.shape[1:], mine, seed, purpose, *counters, device=device)
+
+    soda.eval()
+    if mine:
+        with autocast(device, experiment.amp_dtype):
+            z = soda.encoder(x_source[mine.start : mine.stop])
+            samples[mine.start : mine.stop] = experiment.diffusion.ddim_sample(
+                guided_denoiser(soda.decoder, z, config.guidance_scale, config.sections),
+                noise("grid noise"),
+                config.num_sampling_steps,
+                config.eta,
+                draw_noise=lambda t: noise("grid eta", t),
+            )
+    rows = torch.cat([experiment.views.denormalize(x_source) * 2 - 1, all_reduce(samples), x_target])
+    rows = (rows.clamp(-1, 1) * 127.5 + 127.5).round().byte()
+    enlarge = max(1, round(64 / rows.shape[-1]))  # small images are enlarged to about 64 px
+    grid = make_grid(
+        F.interpolate(rows, scale_factor=enlarge, mode="nearest"), nrow=num_images, padding=2, pad_value=255
+    )
+    return grid.cpu()
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Write an image (3, H, W) uint8."""
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

@@ -1,0 +1,222 @@
+"""Collective operations under the names of torch.distributed. In a single process each returns at once.
+
+Picklable objects travel through gloo on the host; tensors travel through the group that `open_tensor_group` opens.
+torch is imported inside the functions, so that a mistake in the config is answered without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from datetime import timedelta
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from config.errors import UserError
+from utils.distributed.processes import local_rank, local_world_size, rank, world_size
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+SIGN_OF_LIFE_S = 5.0
+logger = logging.getLogger(__name__)
+
+_tensor_group: ProcessGroup | None = None
+_timeout = timedelta(minutes=30)
+
+
+class SharedError(UserError):
+    """An error of some process, raised on all ranks."""
+
+
+def set_timeout(minutes: float) -> None:
+    """Set the time after which a process that waits for the others fails. Call it before the first collective."""
+    global _timeout
+    _timeout = timedelta(minutes=minutes)
+
+
+def init() -> None:
+    """Collective. Opens the default process group, gloo on the host, if it is not open yet."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        from utils.distributed.rendezvous import open_store
+
+        store = open_store(rank(), world_size(), _timeout)
+        dist.init_process_group("gloo", store=store, rank=rank(), world_size=world_size(), timeout=_timeout)
+
+
+def all_gather_object(value: T, error: str | None = None) -> list[T]:
+    """Collective. Returns the picklable `value` of every process, by rank.
+
+    Raises SharedError on all ranks if any process passes an error.
+    """
+    answers: list[tuple[T, str | None]] = [(value, error)]
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        init()
+        answers *= world_size()
+        dist.all_gather_object(answers, (value, error))
+    for _, failure in answers:
+        if failure is not None:
+            raise SharedError(failure)
+    return [answer for answer, _ in answers]
+
+
+def barrier(error: str | None = None) -> None:
+    """Collective. Returns once all processes have called it; raises SharedError on all ranks if any passes an error."""
+    all_gather_object(None, error)
+
+
+def broadcast_object(value: T) -> T:
+    """Collective. Returns rank 0's value of a picklable object."""
+    return all_gather_object(value)[0]
+
+
+def all_equal(value: Any) -> bool:
+    """Collective. True on all ranks if the picklable object is equal on all of them, else False on all."""
+    first, *others = all_gather_object(value)
+    return all(other == first for other in others)
+
+
+def open_tensor_group(backend: str, device: torch.device) -> None:
+    """Collective. Opens the process group for tensors on `device`.
+
+    Args:
+        backend: `nccl`, `gloo` or `auto`. NCCL needs a GPU for each process; without, gloo is taken on all ranks.
+    """
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+    from torch import cuda
+
+    global _tensor_group
+    can_nccl = device.type == "cuda" and cuda.device_count() >= local_world_size() and dist.is_nccl_available()
+    all_can = all(all_gather_object(can_nccl))
+    chosen = "gloo" if backend == "gloo" or not all_can else "nccl"
+    if backend == "nccl" and not all_can:
+        logger.info("distributed.backend is nccl, which needs a GPU for each process: taking gloo")
+    # NCCL's own watchdog would end the process without a word before gloo reports the time-out.
+    timeout = 2 * _timeout if chosen == "nccl" else _timeout
+    _tensor_group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=timeout))
+
+
+def tensor_group() -> ProcessGroup | None:
+    """The group that `open_tensor_group` opened; None before that, and in a single process."""
+    return _tensor_group
+
+
+def tensor_backend() -> str:
+    """Backend of the tensor group: `nccl` or `gloo`."""
+    import torch.distributed as dist
+
+    return str(dist.get_backend(_tensor_group))
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Collective. Replaces a tensor by its sum over all processes and returns it."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor, group=_tensor_group)
+    return tensor
+
+
+def destroy_process_groups() -> None:
+    """Close all process groups of this process."""
+    global _tensor_group
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _tensor_group = None
+
+
+def reason_of_lost_peers(error: RuntimeError) -> str | None:
+    """The part of a collective's error that says why other processes cannot be reached; None for other errors.
+
+    gloo has no exception class of its own.
+    """
+    if world_size() == 1:
+        return None
+    import torch.distributed as dist
+
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting")
+    found = [sign for sign in signs if sign in text]
+    if not found and not isinstance(error, dist.DistError):
+        return None
+    return found[0] if found else " ".join(text.split())[:200]
+
+
+class DelayedMax:
+    """Element-wise maximum of small integers over all processes, without waiting for any device.
+
+    In a single process the answer is that of the same call; otherwise it is that of the call before: each call starts
+    a reduction over gloo, which runs in the background, and waits for the one that the last call started.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self, *values: int) -> tuple[int, ...]:
+        """Collective. Pass the same number of values in every call. The first call returns zeros."""
+        if world_size() == 1:
+            return values
+        import torch
+        import torch.distributed as dist
+
+        answer = self.wait() or (0,) * len(values)
+        tensor = torch.tensor(values)
+        self._pending = tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def wait(self) -> tuple[int, ...]:
+        """The answer to the last call, or an empty tuple if there was none."""
+        if self._pending is None:
+            return ()
+        tensor, work = self._pending
+        self._pending = None
+        work.wait()
+        return tuple(tensor.tolist())
+
+
+def first_on_each_node(work: Callable[[], T]) -> T:
+    """Collective. Runs `work()` in all processes, in turns: later ones find what the first downloaded or cached.
+
+    Rank 0 goes first, then one process on each other machine (which may share rank 0's storage), then all others. It
+    may take longer than the time-out: the working process sends signs of life. If `work` can fail, call this inside
+    `gather_user_errors`, which tells the other processes.
+    """
+    if world_size() == 1:
+        return work()
+    my_turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
+    result: Any = None
+    for turn in range(3):
+        working = _run_in_thread(work) if turn == my_turn else None
+        any_busy = True
+        while any_busy:
+            busy = working is not None and bool(wait([working], SIGN_OF_LIFE_S).not_done)
+            if working is not None and not busy:
+                result = working.result()
+            any_busy = any(all_gather_object(busy))
+    return result
+
+
+def _run_in_thread(work: Callable[[], T]) -> Future[T]:
+    """Start `work` in a daemon thread, which this process can leave behind when another one fails."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
