@@ -52,7 +52,7 @@ def check_consistency(config: Any) -> None:
                 f"and timesteps go from 0 to {config.diffusion.num_timesteps - 1}"
             )
     # On some CPUs the bf16 gradient of a strided 3x3 convolution on a 1x1 map is garbage.
-    if last_strided_input(config.encoder_size, config.encoder.stem) == 1:
+    if "resnet" in config.encoder.architecture and last_strided_input(config.encoder_size, config.encoder.stem) == 1:
         hint = "" if config.encoder.stem == "small" else ", or encoder.stem small"
         raise ValueError(
             f"data.image_size {config.encoder_size} leaves the encoder's last strided convolution a 1x1 map: "

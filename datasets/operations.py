@@ -167,7 +167,6 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Equalize": equalize,
     "Hue": hue,
 }
-NAMES = tuple(OPERATIONS)
 
 
 def operate(pixels: Tensor, counts: list[int], strengths: Tensor, matrices: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, curve in curves.items():
-        left.plot(time, curve, label=LABELS[name])
+        left.plot(time, curve, label=LABELS.get(name, name))
         right.plot(time, (curve / (1 - curve)).log())
     left.set(title="alphas_cumprod: share of the image's variance left")
     right.set(title="log-SNR = log(alphas_cumprod / (1 - alphas_cumprod))", ylim=(-15, 12))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,16 @@ Table = dict[str, dict[str, dict[str, float]]]
 """Accuracies in per cent: {protocol: {encoder: {"top1": ..., "top3": ...}}}."""
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """One cell of the table under way: a protocol applied to an encoder, by name, and the key of its features."""
+
+    protocol: Protocol
+    encoder: str
+    key: tuple[str, str, bool]
+    classifier: Classifier
+
+
 def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: list[Protocol]) -> Table:
     """Collective. Accuracies of encoders on the experiment's test images."""
     config, views = experiment.config, experiment.views
@@ -51,7 +62,7 @@ def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: lis
         protocols,
         num_classes=len(experiment.info.classes),
         batch_size=config.evaluation.batch_size,
-        generator=lambda: generator(config.seed, "probe"),
+        source=lambda: generator(config.seed, "probe"),
         device=experiment.device,
     )
 
@@ -65,7 +76,7 @@ def accuracy_table(
     *,
     num_classes: int,
     batch_size: int,
-    generator: Callable[[], torch.Generator],
+    source: Callable[[], torch.Generator],
     device: torch.device,
 ) -> Table:
     """Collective. Accuracies of encoders under protocols, which share each pass over the views.
@@ -73,7 +84,7 @@ def accuracy_table(
     An encoder that lacks a protocol's features is left out under it.
 
     Args:
-        generator: makes each classifier's source of randomness, the same for all.
+        source: makes each classifier's source of randomness, the same for all.
     """
     wanted = list(dict.fromkeys((protocol.features, protocol.normalize) for protocol in protocols))
 
@@ -81,12 +92,12 @@ def accuracy_table(
         def encode(pixels: Tensor, indices: range) -> Features:
             batch = make_view(pixels, indices, view, epoch)
             features: Features = {}
-            for encoder, run in encoders.items():
-                found = run(batch, indices)
-                for name, normalize in wanted:
-                    if name in found:
-                        values = found[name].float()
-                        features[encoder, name, normalize] = F.normalize(values, dim=1) if normalize else values
+            for name, encoder in encoders.items():
+                found = encoder(batch, indices)
+                for kind, normalize in wanted:
+                    if kind in found:
+                        values = found[kind].float()
+                        features[name, kind, normalize] = F.normalize(values, dim=1) if normalize else values
             return features
 
         return extract_features(encode, split, batch_size, device)
@@ -95,30 +106,30 @@ def accuracy_table(
     train_labels, test_labels = train.labels.to(device), test.labels.to(device)
     queries = extract(test, None, 0)
     table: Table = {str(protocol): {} for protocol in protocols}
-    for view_name in dict.fromkeys(protocol.view_name for protocol in protocols):
-        # Classifiers of the protocols that share this view, each with the key of its features.
-        classifiers: list[tuple[Protocol, str, tuple[str, str, bool], Classifier]] = []
-        for protocol in protocols:
-            for encoder in encoders:
-                key = encoder, protocol.features, protocol.normalize
-                if protocol.view_name == view_name and key in queries:
-                    made = protocol.classifier(queries[key].shape[1], num_classes, generator(), device)
-                    classifiers.append((protocol, encoder, key, made))
-        if not classifiers:
-            continue
-        view = classifiers[0][0].view
+    for view in unique([protocol.view for protocol in protocols]):
+        cells = [
+            _Cell(protocol, name, key, protocol.classifier(queries[key].shape[1], num_classes, source(), device))
+            for protocol in protocols
+            for name in encoders
+            if protocol.view == view and (key := (name, protocol.features, protocol.normalize)) in queries
+        ]
         features: Features = {}
-        for epoch in range(max(protocol.epochs for protocol, *_ in classifiers)):
-            if epoch == 0 or view is not None:
+        for epoch in range(max((cell.protocol.epochs for cell in cells), default=0)):
+            if epoch == 0 or view is not None:  # views that are not augmented are the same in each epoch
                 features = {}  # frees the last epoch's before the next takes as much memory
                 features = extract(train, view, epoch)
-            for protocol, encoder, key, classifier in classifiers:
-                if epoch < protocol.epochs:
-                    classifier.train_epoch(features[key], train_labels)
-                if epoch == protocol.epochs - 1:
-                    table[str(protocol)][encoder] = topk_accuracy(classifier.scores(queries[key]), test_labels)
-            classifiers = [each for each in classifiers if epoch < each[0].epochs - 1]  # frees a k-NN's bank
+            for cell in cells:
+                cell.classifier.train_epoch(features[cell.key], train_labels)
+                if epoch == cell.protocol.epochs - 1:
+                    scores = cell.classifier.scores(queries[cell.key])
+                    table[str(cell.protocol)][cell.encoder] = topk_accuracy(scores, test_labels)
+            cells = [cell for cell in cells if epoch < cell.protocol.epochs - 1]  # frees those that are done
     return table
+
+
+def unique(views: list[View | None]) -> list[View | None]:
+    """Views that differ, in their order (they hold lists, and have no hash)."""
+    return [view for i, view in enumerate(views) if view not in views[:i]]
 
 
 def encode_with(experiment: Experiment, soda: SODA) -> Encode:
@@ -160,7 +171,7 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
 
 @torch.no_grad()
 def settled(experiment: Experiment, soda: SODA) -> SODA:
-    """`soda` with the BatchNorm statistics of forward passes over source views in training mode.
+    """`soda` with the BatchNorm statistics of forward passes over source views in training mode; shares the decoder.
 
     Each process sees whole batches: split ones would give numbers that depend on how many processes there are.
     """

@@ -1,6 +1,7 @@
 """Evaluation protocols: named ways to turn features into accuracies.
 
-To add one, write a subclass of Protocol and put it into the lists of `config_protocols` or `all_protocols`.
+To add one, write a subclass of Protocol and put it into `all_protocols`, for the table of test.py and of ablations.
+Those in `config_protocols` also judge a run while it trains.
 """
 
 import typing

@@ -1,4 +1,7 @@
-"""Gaussian diffusion: the noise schedule, the forward process, the DDPM loss and the DDIM sampler."""
+"""Gaussian diffusion: the noise schedule, the forward process, the DDPM loss and the DDIM sampler.
+
+Further loss terms are in training/losses.py.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,6 +13,10 @@ from model.names import Schedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t (N, C, H, W), timesteps (N,) int64) -> eps (N, C, H, W)."""
+
+
+# Each schedule is called with the keys of the config's `diffusion` section, and takes those that it uses. It returns
+# alphas_cumprod, the share of the signal's variance left at each timestep: (num_timesteps,) float64, falling.
 
 
 def linear(num_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
@@ -44,10 +51,7 @@ SCHEDULES: dict[Schedule, Callable[..., Tensor]] = {
     "inverted_cosine": inverted_cosine,
     "linear_alphas_cumprod": linear_alphas_cumprod,
 }
-"""alphas_cumprod by name: the share of the signal's variance left at each timestep, (num_timesteps,) float64, falling.
-
-Each is called with the keys of the config's `diffusion` section but for its own name.
-"""
+"""Names that `diffusion.schedule` takes."""
 
 
 def eps_loss(eps: Tensor, noise: Tensor) -> Tensor:
@@ -80,13 +84,19 @@ class GaussianDiffusion:
 
         x_start and noise (N, C, H, W), timesteps (N,) int64 -> x_t (N, C, H, W).
         """
-        signal = self.sqrt_alphas_cumprod[timesteps][:, None, None, None]
-        deviation = self.sqrt_one_minus_alphas_cumprod[timesteps][:, None, None, None]
+        signal, deviation = self._roots(timesteps)
         return signal * x_start + deviation * noise
 
-    def predict_start_from_eps(self, x_t: Tensor, t: int, eps: Tensor) -> Tensor:
-        """x_start = (x_t - sqrt(1 - alphas_cumprod_t) eps) / sqrt(alphas_cumprod_t), at one timestep t."""
-        return (x_t - self.sqrt_one_minus_alphas_cumprod[t] * eps) / self.sqrt_alphas_cumprod[t]
+    def predict_start_from_eps(self, x_t: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
+        """x_start = (x_t - sqrt(1 - alphas_cumprod_t) eps) / sqrt(alphas_cumprod_t), the inverse of `q_sample`."""
+        signal, deviation = self._roots(timesteps)
+        return (x_t - deviation * eps) / signal
+
+    def _roots(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at timesteps (N,), (N, 1, 1, 1) each."""
+        roots = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        signal, deviation = (root[timesteps][:, None, None, None] for root in roots)
+        return signal, deviation
 
     def sampling_timesteps(self, num_sampling_steps: int) -> list[int]:
         """round(T (1 - i/n)) - 1 for i = 0..n-1: from T-1 down, exactly n steps (diffusers' `trailing`)."""
@@ -117,16 +127,18 @@ class GaussianDiffusion:
         visited = self.sampling_timesteps(num_sampling_steps)
         x_t = x_T.float()
         for t, t_next in zip(visited, [*visited[1:], None], strict=True):
-            eps = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device)).float()
-            x_start = self.predict_start_from_eps(x_t, t, eps)
+            timesteps = torch.full((len(x_t),), t, device=x_t.device)
+            eps = denoise(x_t, timesteps).float()
+            x_start = self.predict_start_from_eps(x_t, timesteps, eps)
             if clip_denoised:
                 x_start = x_start.clamp(-1, 1)
-                eps = (x_t - self.sqrt_alphas_cumprod[t] * x_start) / self.sqrt_one_minus_alphas_cumprod[t]
+                signal, deviation = self._roots(timesteps)
+                eps = (x_t - signal * x_start) / deviation
             # In float64, as 1 - alphas_cumprod may be 0 in float32; after the last step comes the image itself.
-            now = self.alphas_cumprod[t].item()
-            after = 1.0 if t_next is None else self.alphas_cumprod[t_next].item()
-            variance = eta**2 * (1 - after) / (1 - now) * (1 - now / after)
-            x_t = math.sqrt(after) * x_start + math.sqrt(max(0.0, 1 - after - variance)) * eps
+            alpha = self.alphas_cumprod[t].item()
+            alpha_next = 1.0 if t_next is None else self.alphas_cumprod[t_next].item()
+            variance = eta**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
+            x_t = math.sqrt(alpha_next) * x_start + math.sqrt(max(0.0, 1 - alpha_next - variance)) * eps
             if draw_noise is not None and eta > 0:
                 x_t = x_t + math.sqrt(variance) * draw_noise(t)
         return x_t
@@ -146,13 +158,13 @@ class GaussianDiffusion:
         Args:
             num_iterations: evaluations of `denoise` for each step.
         """
-        now, x_t = 1.0, x_start.float()
+        alpha, x_t = 1.0, x_start.float()
         for t in reversed(self.sampling_timesteps(num_sampling_steps)):
-            timesteps, before = torch.full((len(x_t),), t, device=x_t.device), self.alphas_cumprod[t].item()
+            timesteps, alpha_noisier = torch.full((len(x_t),), t, device=x_t.device), self.alphas_cumprod[t].item()
             noisier = x_t
             for _ in range(num_iterations):
                 eps = denoise(noisier, timesteps).float()
-                clean = (x_t - math.sqrt(1 - now) * eps) / math.sqrt(now)
-                noisier = math.sqrt(before) * clean + math.sqrt(1 - before) * eps
-            now, x_t = before, noisier
+                clean = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
+                noisier = math.sqrt(alpha_noisier) * clean + math.sqrt(1 - alpha_noisier) * eps
+            alpha, x_t = alpha_noisier, noisier
         return x_t

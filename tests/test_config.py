@@ -1,11 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from config.errors import ConfigError
 from config.reading import all_keys, describe_keys, differences, load_config, parse_config
-from config.schema import Config
+from config.schema import Config, View
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
@@ -188,3 +189,13 @@ def test_keys_of_the_evaluation_may_change_on_resume(write) -> None:  # type: ig
     changed = load_config(path, ["views.probe.crop_scale=[0.5, 1]", "evaluation.knn.k=5"])
     assert not differences(load_config(path), changed, run=False)
     assert set(differences(load_config(path), changed, run=True)) == {"views.probe.crop_scale", "evaluation.knn.k"}
+
+
+def test_views_that_differ_in_a_key_have_different_names() -> None:
+    """Tables of accuracies name protocols by their views."""
+    used: Any = {name: 0.5 for name in View.model_fields if name.endswith("_probability")}
+    base = View(**used)
+    for name in View.model_fields:
+        value = getattr(base, name)
+        other = [part * 0.9 for part in value] if isinstance(value, list) else value + 1 if value != 0.5 else 0.25
+        assert str(base.model_copy(update={name: other})) != str(base), name

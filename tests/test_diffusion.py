@@ -28,6 +28,7 @@ def closed_form(schedule: Schedule, t: int) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     if schedule == "linear_alphas_cumprod":
         return 1 - u
+    assert schedule == "inverted_cosine", f"give {schedule} a closed form here"
     return 2 / math.pi * math.acos(math.sqrt(u))  # equal to arccos(2u - 1) / pi
 
 
@@ -169,7 +170,7 @@ def test_sampling_stays_finite_at_both_ends(
     timesteps = torch.tensor([0, num_timesteps - 1])
     x_t = ours.q_sample(x_T, timesteps, torch.randn(2, 3, 4, 4))
     assert x_t.isfinite().all() and all(
-        ours.predict_start_from_eps(x_t, int(t), x_t).isfinite().all() for t in timesteps
+        ours.predict_start_from_eps(x_t, t.expand(2), x_t).isfinite().all() for t in timesteps
     )
 
 
@@ -178,6 +179,14 @@ def test_loss_is_the_mean_squared_error_of_the_noise() -> None:
     assert eps_loss(noise, noise) == 0
     half = eps_loss((noise + 0.5).bfloat16(), noise)
     assert half.dtype == torch.float32 and half.item() == pytest.approx(0.25, rel=1e-2)
+
+
+def test_x_start_is_predicted_at_the_timestep_of_each_sample() -> None:
+    """The inverse of q_sample, for a batch as large as its images are wide."""
+    x_start, noise = torch.randn(2, 4, 3, 4, 4).unbind()
+    ours, timesteps = diffusion(), torch.tensor([0, 5, 500, 900])
+    found = ours.predict_start_from_eps(ours.q_sample(x_start, timesteps, noise), timesteps, noise)
+    torch.testing.assert_close(found, x_start, atol=1e-4, rtol=1e-4)
 
 
 def test_every_name_of_a_schedule_has_one() -> None:

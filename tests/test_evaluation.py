@@ -200,7 +200,7 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
         protocols,
         num_classes=3,
         batch_size=25,
-        generator=lambda: torch.Generator().manual_seed(0),
+        source=lambda: torch.Generator().manual_seed(0),
         device=torch.device("cpu"),
     )
     top1 = {name: {encoder: cell["top1"] for encoder, cell in cells.items()} for name, cells in found.items()}

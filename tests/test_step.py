@@ -267,8 +267,8 @@ def test_a_second_loss_term_is_added_and_logged_by_name(tmp_path: Path, monkeypa
     state, pixels = initial_state(experiment), training_pixels(experiment, 0)
     totals = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(3)]
     found = state.tally.take().losses
-    assert list(found) == ["loss", "denoising", "size"] and found["size"] > 0
-    assert found["loss"] == pytest.approx(found["denoising"] + found["size"], rel=1e-5)
+    assert list(found) == ["loss", *losses.TERMS] and found["size"] > 0
+    assert found["loss"] == pytest.approx(sum(found[name] for name in losses.TERMS), rel=1e-5)
     assert found["loss"] == pytest.approx(sum(totals) / 3, rel=1e-5)
 
 

@@ -55,13 +55,13 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
     ):
         if log:
             log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
-        _evaluate_if_due(experiment, state, folder, log, timer)  # one that a stopped run did not finish
+        _evaluate_if_due(experiment, state, folder, log, timer)  # on resume: an evaluation that was interrupted
         phase_log.info("training from step %d to %d", state.step, total_steps)
         while state.step < total_steps:
             try:
                 with memory_for(lambda: advice_for_less_memory(config)):
                     _, grad_norm = train_step(experiment, state, pixels, timer)
-            except DatasetError:  # the other processes have not met it
+            except DatasetError:  # the other processes have not met it, and their losses are not saved
                 saver.save(alone=True)
                 raise
             bar.update(config.batch_size)
@@ -78,7 +78,7 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
                     saver.finish()
                     raise SharedError(_not_finite(experiment, state.step, summary, saver.saved_step, folder))
 
-            stopped_by = saver.after_step(before_evaluation=evaluation_due(experiment, state.step))
+            stopped_by = saver.save_if_due(before_evaluation=evaluation_due(experiment, state.step))
             if stopped_by:
                 saver.finish()
                 phase_log.info("stopped at step %d, saved", state.step)
@@ -95,7 +95,8 @@ def _evaluate_if_due(
         return
     with signals.obeyed():  # nothing changes, and the state is saved
         reported = broadcast_object(log is not None and log.has("evaluation", state.step))
-        if reported and state.step < experiment.total_steps:  # after the last step the table may be missing
+        # After the last step it is made again: results.json may still be missing.
+        if reported and state.step < experiment.total_steps:
             return
         phase_log.info("evaluation at step %d", state.step)
         with timer.phase("evaluation"):

@@ -1,7 +1,7 @@
 """Loss terms: functions of one forward pass. They are summed here, and logged by name.
 
-To add a term, write a function and put it into TERMS. Parameters of any new module of SODA are trained without further
-ado: the optimiser's groups cover the whole model.
+To add a term, write a function, with its weight, and put it into TERMS. Parameters of a new module of SODA are trained
+without further change: the optimiser's groups cover the whole model.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from experiment.batch import Batch
-from model.diffusion import eps_loss
+from model.diffusion import GaussianDiffusion, eps_loss
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Inputs and output of one forward pass.
+    """Inputs and output of one forward pass; add a field for what another loss term needs.
 
     Attributes:
+        diffusion: its schedule.
         x_t: (N, 3, H, W) noised target view.
         eps: (N, 3, H, W) predicted noise.
     """
 
+    diffusion: GaussianDiffusion
     batch: Batch
     x_t: Tensor
     eps: Tensor

@@ -48,8 +48,8 @@ class Saver:
                 self._writer.save(contents, keep_as)
         phase_log.info("training from step %d to %d", state.step, experiment.total_steps)
 
-    def after_step(self, before_evaluation: bool) -> int:
-        """Collective. Saves if a checkpoint is due; returns the signal that stops the run, after saving, or 0.
+    def save_if_due(self, before_evaluation: bool) -> int:
+        """Collective. Saves if a checkpoint is due, or if a signal stops the run. Returns the signal, or 0.
 
         All processes decide alike without waiting for the device: each step learns what the others wanted at the step
         before. Raises FolderError if the last checkpoint could not be written.

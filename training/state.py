@@ -100,8 +100,13 @@ class Tally:
         return dict(zip(self.names, (self.values if alone else self._mean()).unbind(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Tensor) -> None:
-        """Take over what `state_dict` gave, or the vector in checkpoints of before the sums had names."""
-        self.values.copy_(state if isinstance(state, Tensor) else torch.stack([state[name] for name in self.names]))
+        """Take over what `state_dict` gave, or the vector in checkpoints of before the sums had names.
+
+        The sums of a loss term that the checkpoint does not know start at zero.
+        """
+        if isinstance(state, Tensor):
+            state = dict(zip(("loss", "steps", "skipped", "row", "longest_row"), state, strict=True))
+        self.values.copy_(torch.tensor([float(state.get(name, 0)) for name in self.names]))
 
 
 @dataclass
@@ -190,6 +195,7 @@ def initial_state(experiment: Experiment) -> TrainState:
             ema=ema,
             optimizer=_optimizer(soda, experiment.config.optimizer, device),
             scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
+            # A single term is the loss itself, and is reported once.
             tally=Tally(device, ["loss", *(TERMS if len(TERMS) > 1 else [])]),
         )
 

@@ -21,7 +21,7 @@ from utils.randomness import CHUNK, derive_seed
 def training_pixels(experiment: Experiment, step: int) -> Generator[Tensor, None, None]:
     """Images of this process's share of each batch, from `step` to the end of training."""
     share = my_range(experiment.config.training.batch_size, CHUNK)
-    return read_pixels(experiment, ((step, share) for step in range(step, experiment.total_steps)))
+    return read_pixels(experiment, ((later, share) for later in range(step, experiment.total_steps)))
 
 
 def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
@@ -41,7 +41,7 @@ def train_step(
 
     The loss is the mean over this process's share of the batch; the gradient norm is that of the whole batch. If the
     norm is not finite, the step is skipped on all processes alike: weights, moments and BatchNorm's statistics stay as
-    they were.
+    they were. The step is counted all the same, and the EMA moves towards the weights.
 
     Args:
         pixels: what `training_pixels` gives from `state.step` on.
@@ -50,27 +50,31 @@ def train_step(
         DatasetError: an image cannot be read; the state is as it was.
     """
     config, device = experiment.config, experiment.device
-    share, size = my_range(config.training.batch_size, CHUNK), micro_batch_size(config.training)
+    share, micro_size = my_range(config.training.batch_size, CHUNK), micro_batch_size(config.training)
     with timer.phase("images"):
         # All images before anything changes: one that cannot be read leaves the state whole.
-        parts = list(zip(range(share.start, share.stop, size), next(pixels).split(size), strict=True))
+        starts = range(share.start, share.stop, micro_size)  # positions in the global batch
+        micro_batches = list(zip(starts, next(pixels).split(micro_size), strict=True))
     state.soda.train()
-    statistics = Snapshot(state.soda.buffers())
+    batch_norm_before = Snapshot(state.soda.buffers())
     for group, lr in zip(state.optimizer.param_groups, learning_rates(experiment, state.step), strict=True):
         group["lr"] = lr
 
     totals: dict[str, Tensor] = {}
-    for start, part in parts:
+    for start, images in micro_batches:
         with timer.phase("views"):
-            batch = draw_batch(experiment, part, state.step, range(start, start + size))
-        is_last = start + size == share.stop  # only then do processes average their gradients
+            batch = draw_batch(experiment, images, state.step, range(start, start + micro_size))
+        # Processes average their gradients in the last backward pass only.
+        is_last = start + micro_size == share.stop
         with nullcontext() if is_last or world_size() == 1 else state.wrapped.no_sync():
             with timer.phase("forward"):
+                # Dropout draws its masks from torch's default generators.
                 torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
                 x_t = experiment.diffusion.q_sample(batch.x_start, batch.timesteps, batch.noise)
                 with autocast(device, experiment.amp_dtype):
                     eps = state.wrapped(batch.x_source, x_t, batch.timesteps, batch.drop_mask)
-                losses = {name: loss / len(parts) for name, loss in loss_terms(ForwardPass(batch, x_t, eps)).items()}
+                losses = loss_terms(ForwardPass(experiment.diffusion, batch, x_t, eps))
+                losses = {name: loss / len(micro_batches) for name, loss in losses.items()}
                 totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
             with timer.phase("backward"):
                 state.scaler.scale(losses["loss"]).backward()
@@ -78,9 +82,10 @@ def train_step(
     with timer.phase("update"):
         state.scaler.unscale_(state.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), config.optimizer.max_grad_norm)
+        # The same on all ranks, since gradients have been averaged.
         skipped = grad_norm.isfinite().logical_not().float()
         state.tally.add(totals, skipped)
-        statistics.restore(skipped.bool())
+        batch_norm_before.restore(skipped.bool())
         # The optimiser's own step, since the scaler's looks only at whether the scaled gradients are finite.
         if device.type in FUSED:
             state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # skips the step on the device
