@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--out {args.out} is for the report: add --report")
 
     from datasets.images import DatasetError
-    from evaluation.judge import baselines, encode_with, judge, settled
+    from evaluation.encoders import baselines, encode_with, settled
+    from evaluation.judge import judge
     from evaluation.protocols import all_protocols
     from experiment.trained import open_trained, read_trained
     from utils.device import compute_exactly

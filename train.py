@@ -7,6 +7,7 @@ from config.schema import Config
 from utils.cli import gather_user_errors, make_parser, read_config, run
 from utils.distributed.processes import rank
 from utils.logging import format_table
+from utils.run_folder.results import read_results
 
 logger = logging.getLogger(__name__)
 
@@ -41,35 +42,39 @@ def main(argv: list[str] | None = None) -> int:
         with gather_user_errors():
             check_shares(config.training)
             folder.open()
-            finished = folder.is_finished()
-            if not finished:
-                experiment = open_experiment(config)
-                folder.check_images(experiment.data_digest)
-                state = initial_state(experiment)
-                folder.resume(state, experiment.total_steps)
-                folder.prepare()
+            if folder.is_finished():
+                logger.info(
+                    "finished: all %d epochs are done; raise training.epochs to continue", config.training.epochs
+                )
+                report(config)
+                return 0
+            experiment = open_experiment(config)
+            folder.check_images(experiment.data_digest)
+            state = initial_state(experiment)
+            folder.resume(state, experiment.total_steps)
+            folder.prepare()
         # Train.
-        if finished:
-            logger.info("finished: all %d epochs are done; raise training.epochs to go on", config.training.epochs)
-        else:
-            train(experiment, state, folder)
+        train(experiment, state, folder)
         # Report.
-        if rank() == 0:
-            print(summary(config, folder.results()["table"]))
+        report(config)
     return 0
 
 
-def summary(config: Config, table: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The closing table, and the paths of checkpoint, sample grid and TensorBoard's files."""
+def report(config: Config) -> None:
+    """Print, on rank 0, the closing table and the paths of checkpoint, sample grid and TensorBoard's files."""
+    if rank() > 0:
+        return
     folder = Path(config.output_dir)
-    lines = ["", format_table(table)] if table else []
+    table = read_results(folder)["table"]
+    if table:
+        print("", format_table(table), sep="\n")
     if config.data.name == "digits" and table:
-        lines.append("Digits are nearly solved by their raw pixels: this run shows that training works, no more.")
+        print("Digits are nearly solved by their raw pixels: this run shows that training works, no more.")
     grids = sorted((folder / "samples").glob("*.png"))
-    lines += ["", f"checkpoint   {folder / 'checkpoints' / 'last.pt'}"]
-    lines += [f"sample grid  {grids[-1]}"] if grids else []
-    lines += [f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}"]
-    return "\n".join(lines)
+    print(f"\ncheckpoint   {folder / 'checkpoints' / 'last.pt'}")
+    if grids:
+        print(f"sample grid  {grids[-1]}")
+    print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
 
 
 if __name__ == "__main__":

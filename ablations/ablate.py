@@ -52,7 +52,8 @@ class Driver:
     def run_stages(self) -> bool:
         """Make all runs that are not complete yet; returns False if time or a signal ended it before the last one.
 
-        A signal is noted, and obeyed at the next look at the clock.
+        A signal is noted, and obeyed at the next look at the clock; further ones change nothing, but for a second
+        Ctrl-C, which ends the program at once.
         """
         with signals.deferred():
             for stage in self.ablation.plan.stages:

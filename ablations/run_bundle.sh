@@ -23,7 +23,11 @@ if [ ! -e "$here/unpacked" ]; then
 fi
 cd "$here/code"
 export PYTHONPATH="$here/packages${PYTHONPATH:+:$PYTHONPATH}"
-python3 -c 'import pydantic, ema_pytorch' || {
+python3 -c 'import torch, torchvision, numpy, yaml' || {
+  echo "error: this machine lacks torch, torchvision, numpy or PyYAML: install them" >&2
+  exit 2
+}
+python3 -c 'import pydantic, ema_pytorch, tqdm' || {
   echo "error: the bundle is for another Python than $(python3 --version): make bundle BUNDLE_PYTHON=..." >&2
   exit 2
 }

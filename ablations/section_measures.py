@@ -13,7 +13,8 @@ from torch import Tensor
 
 from config.reading import result_digest
 from config.schema import Config
-from evaluation.judge import encode_with, judge
+from evaluation.encoders import encode_with
+from evaluation.judge import judge
 from evaluation.protocols import config_protocols
 from experiment.models import build_on_meta
 from experiment.opening import Experiment

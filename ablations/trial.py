@@ -20,7 +20,8 @@ from config.errors import ConfigError
 from config.reading import differences, parse_config
 from config.schema import Config
 from datasets.images import DatasetError
-from evaluation.judge import encode_with, judge
+from evaluation.encoders import encode_with
+from evaluation.judge import judge
 from evaluation.protocols import all_protocols
 from experiment.opening import Experiment, open_experiment
 from training.saving import checkpoint_contents

@@ -135,16 +135,16 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _fingerprint(listing: Listing) -> str:
-    """Digest of every file's name, label, size and time of change. Raises DatasetError."""
+    """Digest of every file's name, size and time of change, on which pixels depend. Raises DatasetError."""
     digest = hashlib.blake2b(digest_size=16)
-    for file, label in zip(listing.files, listing.labels or [0] * len(listing.files), strict=True):
+    for file in listing.files:
         try:
             status = (listing.root / file).stat()
         except OSError as error:
             raise DatasetError(f"cannot read {listing.root / file} ({error.strerror}): mend or remove it") from None
         if not stat.S_ISREG(status.st_mode):
             raise DatasetError(f"{listing.root / file} is no regular file: remove it")
-        digest.update(f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

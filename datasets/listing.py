@@ -80,7 +80,7 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
         files = _image_files(train)
         if not files:
             raise DatasetError(f"no images in {train} (known endings: {' '.join(IMG_EXTENSIONS)})")
-        return Listing(train, files, None, [], "folder"), None
+        return Listing(train, files, None, [], "flat"), None
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test is None:
         raise DatasetError(f"{root} has train/ but neither test/ nor val/, which the evaluation needs")
@@ -93,7 +93,7 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
         beside = sum(_is_image(path.name) for path in split.iterdir())
         if beside:
             logger.info("%d images in %s itself are left out: they belong to no class", beside, split)
-    return _list_classes(train, classes, "folder"), _list_classes(test, classes, "folder")
+    return _list_classes(train, classes, "classes"), _list_classes(test, classes, "classes")
 
 
 def list_images(folder: Path) -> Listing:

@@ -43,7 +43,7 @@ def extract_features(
             if mine:
                 features[name][batch.start : batch.stop] = values
     assert all_reduce(times_encoded).eq(1).all(), "each batch is encoded by one process"
-    # In one order on all ranks, whatever order `encode` gives them in: each reduction meets its own kind.
+    # Sorted, so that the n-th all_reduce is of the same features on all ranks.
     return {name: all_reduce(features[name]) for name in sorted(features, key=str)}
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+MAX_DISTANCES = 2**25  # distances, or neighbours times classes, that are held at once
+
 
 @contextmanager
 def true_float32() -> Iterator[None]:
@@ -60,7 +62,6 @@ def knn_votes(
     k: int,
     num_classes: int,
     temperature: float | None = None,
-    max_distances: int = 2**25,
 ) -> Tensor:
     """Votes (Q, num_classes) of the k Euclidean nearest neighbours of each query.
 
@@ -69,7 +70,6 @@ def knn_votes(
         queries: (Q, D) features.
         temperature: None lets every neighbour vote alike (Cover & Hart 1967); a number weighs it by
             exp(cosine / temperature), for features of length 1 (Wu et al. 2018, section 3.4).
-        max_distances: how many distances, or neighbours times classes, are held at once, which bounds the memory.
 
     Distances are true float32, whatever autocast or the features' type.
     """
@@ -78,7 +78,7 @@ def knn_votes(
     classes = torch.arange(num_classes, device=bank.device)
     laid_out = _Bank(bank)
     with torch.autocast(bank.device.type, enabled=False), true_float32():
-        chunk_size = max(1, max_distances // max(len(bank), k * num_classes))
+        chunk_size = max(1, MAX_DISTANCES // max(len(bank), k * num_classes))
         for start in range(0, len(queries), chunk_size):
             nearness, neighbours = laid_out.nearest(queries[start : start + chunk_size], k)  # (q, k) each
             weights = torch.ones_like(nearness)

@@ -5,6 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from utils.device import FUSED
 
 EPS = 1e-6  # of BatchNorm
 
@@ -36,11 +39,11 @@ class LinearProbe:
         self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
         self._generator = generator
         self._epoch = 0
-        linear = nn.Linear(num_features, num_classes)
+        linear = skip_init(nn.Linear, num_features, num_classes)  # draws nothing from the default generator
         for parameter in (linear.weight, linear.bias):  # nn.Linear's distribution, drawn from our generator
             nn.init.uniform_(parameter, -(num_features**-0.5), num_features**-0.5, generator=generator)
         self._model = nn.Sequential(nn.BatchNorm1d(num_features, eps=EPS, affine=False), linear).to(device)
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=lr, fused=device.type in FUSED)
 
     def train_epoch(self, features: Tensor, labels: Tensor) -> None:
         """Train one epoch on features (N, D) float32 and labels (N,) int64, both on the probe's device."""
@@ -48,9 +51,9 @@ class LinearProbe:
         self._optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * self._epoch / self.epochs)) / 2
         order = torch.randperm(len(features), generator=self._generator).to(features.device)
         self._model.train()
-        for x, y in zip(features[order].split(self.batch_size), labels[order].split(self.batch_size), strict=True):
-            if len(x) > 1:  # BatchNorm refuses to train on one
-                loss = F.cross_entropy(self._model(x), y)
+        for batch in order.split(self.batch_size):
+            if len(batch) > 1:  # BatchNorm refuses to train on one
+                loss = F.cross_entropy(self._model(features[batch]), labels[batch])
                 self._optimizer.zero_grad()
                 loss.backward()
                 self._optimizer.step()

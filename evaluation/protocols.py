@@ -58,7 +58,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def describe(self, features: str, view: str) -> str:
-        """The settings in a few words, with those of features and view in their place."""
+        """The settings in one line, which includes the given words for features and view."""
 
     @property
     def view_name(self) -> str:

@@ -62,7 +62,12 @@ class Trained:
         return soda.eval().requires_grad_(False)
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of the training images' channels, which normalise the encoder's input."""
+        """Mean and deviation of the training images' channels, which normalise the encoder's input.
+
+        Raises CheckpointError if the checkpoint has none, as those of ablations written before they had.
+        """
+        if "statistics" not in self.contents:
+            raise CheckpointError(f"{self.path} holds no mean and deviation of its images: resume its run once")
         mean, std = self.contents["statistics"]
         return mean, std
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model.names import Architecture, Stem
-from model.sizes import GROUP_STRIDES
+from model.sizes import GROUP_STRIDES, STEM_STRIDES
 
 # Kind of block, blocks in each group, and torchvision's base width of a bottleneck.
 ARCHITECTURES: dict[Architecture, tuple[type[BasicBlock] | type[Bottleneck], list[int], int]] = {
@@ -56,12 +56,13 @@ class ResNetEncoder(Encoder):
     def __init__(self, *, architecture: Architecture, stem: Stem, width: int, latent_dim: int) -> None:
         super().__init__()
         block, depths, bottleneck = ARCHITECTURES[architecture]
+        stride, pool_stride = STEM_STRIDES[stem]
         if stem == "small":
-            self.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)
             self.maxpool: nn.Module = nn.Identity()
         else:
-            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+            self.conv1 = nn.Conv2d(3, width, 7, stride=stride, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=pool_stride, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
 
         channels, groups = width, []

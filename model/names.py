@@ -1,7 +1,4 @@
-"""Names that a config may choose from, without torch, so that a mistake in a config is answered at once.
-
-Each list has one table of the same names beside the code that it chooses.
-"""
+"""Names that a config may choose from, without torch, so that a mistake in a config is answered at once."""
 
 from typing import Literal
 
@@ -11,7 +8,7 @@ Architecture = Literal[
 """Encoders; the table is ENCODERS in model/encoder.py."""
 
 Stem = Literal["small", "imagenet"]
-"""First layers of a ResNet; their strides are STEM_STRIDE in model/sizes.py."""
+"""First layers of a ResNet; their strides are STEM_STRIDES in model/sizes.py."""
 
 Modulation = Literal["shared", "sectioned"]
 """How the latent modulates the decoder's layers (model/decoder.py)."""

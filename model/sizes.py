@@ -4,13 +4,13 @@ import math
 
 from model.names import Modulation, Stem
 
-STEM_STRIDE: dict[Stem, int] = {"small": 1, "imagenet": 4}  # a 3x3 convolution; a 7x7 convolution and max-pooling
+STEM_STRIDES: dict[Stem, tuple[int, int]] = {"small": (1, 1), "imagenet": (2, 2)}  # convolution, max-pooling
 GROUP_STRIDES = (1, 2, 2, 2)  # of the first block of each of a ResNet's four groups
 
 
 def last_strided_input(image_size: int, stem: Stem) -> int:
     """Height and width in pixels of the feature map that enters a ResNet's last strided convolution."""
-    return math.ceil(image_size / (STEM_STRIDE[stem] * math.prod(GROUP_STRIDES[:-1])))
+    return math.ceil(image_size / math.prod((*STEM_STRIDES[stem], *GROUP_STRIDES[:-1])))
 
 
 def num_sections(modulation: Modulation, num_levels: int, num_res_blocks: int) -> int:

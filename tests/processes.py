@@ -23,7 +23,8 @@ import train as train_program
 from config.errors import ConfigError
 from config.reading import load_config
 from datasets.views import Views
-from evaluation.judge import baselines, encode_with, judge
+from evaluation.encoders import baselines, encode_with
+from evaluation.judge import judge
 from evaluation.protocols import config_protocols
 from experiment.opening import Experiment, open_experiment
 from tests.conftest import digits_args
@@ -228,7 +229,7 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def on_cuda(folder: Path) -> dict[str, Any]:
-    """Training and BatchNorm on one GPU, which processes my_range, without TensorFloat-32."""
+    """Training and BatchNorm on one GPU, which processes share, without TensorFloat-32."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         overrides = ("device=cuda", "distributed.backend=gloo")
         found = {compiled: training(folder, 5, *overrides, compiled=compiled) for compiled in (False, True)}

@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import assert_equal_states
+from tests.conftest import assert_equal_states, experiment_of
 from training import saving
 from training.saving import CheckpointInterval
+from training.state import initial_state
 from utils.files import FolderError
+from utils.logging import PhaseTimer
 from utils.run_folder import checkpoint_writer
 from utils.run_folder.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from utils.run_folder.checkpoint_writer import CheckpointWriter, save_checkpoint, to_host
+from utils.run_folder.folder import RunFolder
 
 CONTENTS: dict[str, Any] = {
     "model": {"w": torch.arange(30_000.0)},
@@ -246,3 +250,27 @@ def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not minutes.overdue()
     now = 220.0
     assert minutes.overdue() and not minutes.overdue()
+
+
+def test_a_lost_peer_does_not_cost_the_checkpoint_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of training a last collective fails while a thread is still writing."""
+    experiment = experiment_of(tmp_path)
+    state, folder = initial_state(experiment), RunFolder(experiment.config)
+    (tmp_path / "checkpoints").mkdir()
+    write_slowly = CheckpointWriter._write
+
+    def write(*args: Any) -> None:
+        time.sleep(0.5)
+        write_slowly(*args)
+
+    def lost() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(CheckpointWriter, "_write", write)
+    with (
+        pytest.raises(RuntimeError, match="closed by peer"),
+        saving.Saver(experiment, state, folder, PhaseTimer()) as saver,
+    ):
+        saver.save()
+        monkeypatch.setattr(saver._delayed_max, "wait", lost)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 0

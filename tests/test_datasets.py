@@ -19,7 +19,7 @@ from config.schema import Data
 from datasets import cache, decoding
 from datasets.decoding import StreamedImages, decode_batches
 from datasets.images import DatasetError, StoredImages, Summary, from_arrays, summarize
-from datasets.listing import Listing
+from datasets.listing import Listing, list_folder
 from datasets.sources import SOURCES, DatasetInfo, build_dataset
 
 
@@ -185,19 +185,21 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_two_data_sets_on_one_root_keep_their_caches(
+def test_data_sets_on_one_root_keep_their_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Listings of one folder, with other files or labels."""
-    for index in range(3):
-        write_image(tmp_path / "root" / f"{index}.png", np.full((8, 8, 3), index, np.uint8))
-    names = [f"{index}.png" for index in range(3)]
-    listings = [
-        Listing(tmp_path / "root", names, None, [], "folder"),
-        Listing(tmp_path / "root", names[1:], [0, 0], ["a"], "tiny"),
-    ]
+    """One folder of classes, read with its classes, as a flat folder and as another data set."""
+    for name in ("a", "b"):
+        for index in range(2):
+            pixels = np.full((8, 8, 3), 10 * (name == "b") + index, np.uint8)
+            for split in ("train", "test"):
+                write_image(tmp_path / "root" / split / name / f"{index}.png", pixels)
+    write_image(tmp_path / "root" / "train" / "beside.png", np.full((8, 8, 3), 77, np.uint8))
+    train, flat = list_folder(tmp_path / "root")[0], list_folder(tmp_path / "root" / "train")[0]
+    listings = [train, flat, Listing(train.root, train.files[1:], [0] * 3, ["a"], "tiny")]
+    expected = [[0, 1, 10, 11], [0, 1, 10, 11, 77], [1, 10, 11]]
 
-    def open_both() -> list[list[int]]:
+    def open_all() -> list[list[int]]:
         opened = [
             cache.open_listing(listing, 8, tmp_path / "cache", stream=False, num_workers=1, processes=1)
             for listing in listings
@@ -205,9 +207,9 @@ def test_two_data_sets_on_one_root_keep_their_caches(
         return [next(images.batches([range(len(images))]))[:, 0, 0, 0].tolist() for images in opened]
 
     caplog.set_level("INFO")
-    assert open_both() == [[0, 1, 2], [1, 2]]
+    assert open_all() == expected
     monkeypatch.setattr(decoding, "decode", None)
-    assert open_both() == [[0, 1, 2], [1, 2]]
+    assert open_all() == expected
     assert "anew" not in caplog.text
 
 

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from config.schema import KNN, Probe, ProbeView, View
 from datasets.images import StoredImages
-from evaluation import features
+from evaluation import features, knn
 from evaluation.features import extract_features
 from evaluation.judge import accuracy_table
 from evaluation.knn import knn_votes, topk_accuracy
@@ -21,14 +21,15 @@ from evaluation.protocols import KNNProtocol, ProbeProtocol, Protocol
 
 @pytest.mark.parametrize("k", [1, 7, 50])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_knn_against_scikit_learn(k: int, offset: float) -> None:
+def test_knn_against_scikit_learn(k: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     bank, queries = rng.normal(offset, 1, (500, 16)), rng.normal(offset, 1, (200, 16))
     labels = rng.integers(0, 5, 500)
     theirs = KNeighborsClassifier(k, algorithm="brute").fit(bank, labels).predict_proba(queries)
-    ours = knn_votes(*as_tensors(bank, labels, queries), k, num_classes=5, max_distances=32_000)
-    in_chunks = [knn_votes(*as_tensors(bank, labels, queries), k, 5, max_distances=n) for n in (1, 3_000)]
-    assert all(torch.equal(votes, ours) for votes in in_chunks)
+    ours = knn_votes(*as_tensors(bank, labels, queries), k, num_classes=5)
+    for chunk in (1, 3_000, 32_000):
+        monkeypatch.setattr(knn, "MAX_DISTANCES", chunk)
+        assert torch.equal(knn_votes(*as_tensors(bank, labels, queries), k, 5), ours)
     np.testing.assert_array_equal(ours.numpy() / k, theirs.astype(np.float32))
 
 

@@ -213,7 +213,7 @@ def test_the_report_in_a_browser(
         assert abs(page.evaluate(brightness, selector) - sum(ground) / 3) > 90, selector
     texts = page.locator("svg text").all()
     colours = {text.evaluate("node => getComputedStyle(node).fill") for text in texts}
-    assert len(colours) == 1, "letters of all svg, legends too, are of one colour"
+    assert len(colours) == 1, "letters of all figures, legends too, are of one colour"
     shot = np.asarray(Image.open(page.screenshot(path=str(tmp_path / "shot.png")) and tmp_path / "shot.png"))
     assert (shot.mean() < 96) == is_dark
     page.locator("summary").first.click()

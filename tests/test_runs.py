@@ -354,7 +354,9 @@ def test_mixed_precision_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.
     hook = register_module_forward_hook(
         lambda module, args, out: dtypes.add((module.training, out.dtype)) if isinstance(module, Conv2d) else None
     )
-    args = digits_args(tmp_path, "--use_amp", "evaluation.every=1")
+    # bf16 is slow where it is emulated: one epoch of the probe on clean images.
+    probe = ("evaluation.probe.epochs=1", "evaluation.probe.transform=clean", "evaluation.probe.batch_size=512")
+    args = digits_args(tmp_path, "--use_amp", "evaluation.every=1", *probe)
     with hook:
         assert train_program.main(args) == 0
     # Training and evaluation are in bf16; only the untrained encoder settles its statistics in float32.

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evaluation.judge import baselines, encode_with, judge, raw_pixels
+from evaluation.encoders import baselines, encode_with, raw_pixels
+from evaluation.judge import judge
 from evaluation.protocols import config_protocols
 from experiment.models import initial_soda
 from tests.conftest import assert_equal_states, batch_of, experiment_of
@@ -371,6 +372,9 @@ def test_the_sums_of_a_checkpoint_have_names(tmp_path: Path) -> None:
         again = Tally(torch.device("cpu"), ["loss"])
         again.load_state_dict(state)
         assert torch.equal(again.values, tally.values) and again.take() == Summary({"loss": 0.5}, 2, 2)
+        more = Tally(torch.device("cpu"), ["loss", "a new term"])
+        more.load_state_dict(state)
+        assert more.take() == Summary({"loss": 0.5, "a new term": 0}, 2, 2)
 
 
 def test_the_average_of_an_earlier_checkpoint_is_taken_over(tmp_path: Path) -> None:

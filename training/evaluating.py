@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from evaluation.encoders import baselines, encode_with
 from evaluation.features import encode_clean, extract_latents
-from evaluation.judge import Table, baselines, encode_with, judge
+from evaluation.judge import Table, judge
 from evaluation.protocols import Protocol, config_protocols
 from experiment.opening import Experiment
 from model.soda import SODA
@@ -20,7 +21,7 @@ class Evaluation:
     Attributes:
         step: optimiser steps done.
         at_end: whether training is complete; only then are there baselines and test latents.
-        protocols: those judged by; none if the images have no labels.
+        protocols: the protocols applied; empty if the images have no labels.
         table: accuracies by protocol and encoder.
         grid: (3, H, W) uint8 image of samples; None if `sampling.num_images` is 0.
         test_z: (N, latent_dim) latents of the test images, or None.

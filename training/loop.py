@@ -40,23 +40,25 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
         Stopped: after a signal, once the state is saved.
     """
     config, total_steps = experiment.config.training, experiment.total_steps
-    if choose_compile(config.compile, experiment.device):
+    compiles = choose_compile(config.compile, experiment.device)
+    if compiles:
         state.soda.compile()  # in place, so that names stay; the EMA has copied the eager model
-        phase_log.info("the first steps compile the model")
     state.wrapped = data_parallel(state.soda)
     _log_circumstances(experiment)
     timer, reported_step = PhaseTimer(), state.step
+    log = folder.run_log(state.step) if rank() == 0 else None
     with (
         signals.deferred(),
         Saver(experiment, state, folder, timer) as saver,
-        folder.run_log(state.step) if rank() == 0 else nullcontext() as log,
+        log or nullcontext(),
         closing(training_pixels(experiment, state.step)) as pixels,
         _progress_bar(config.batch_size, state.step, total_steps) as bar,
     ):
         if log:
             log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
         _evaluate_if_due(experiment, state, folder, log, timer)  # on resume: an evaluation that was interrupted
-        phase_log.info("training from step %d to %d", state.step, total_steps)
+        first = ", compiling first" if compiles else ""
+        phase_log.info("training from step %d to %d%s", state.step, total_steps, first)
         while state.step < total_steps:
             try:
                 with memory_for(lambda: advice_for_less_memory(config)):

@@ -1,7 +1,7 @@
 """Loss terms: functions of one forward pass. They are summed here, and logged by name.
 
 To add a term, write a function, with its weight, and put it into TERMS. Parameters of a new module of SODA are trained
-without further change: the optimiser's groups cover the whole model.
+automatically: the optimiser's groups cover the whole model.
 """
 
 from collections.abc import Callable

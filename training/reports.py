@@ -57,7 +57,7 @@ def record_steps(
 def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, folder: Path) -> None:
     """Log the accuracies and write the grid of samples; after the last step also results.json and test latents.
 
-    What the log already has is not reported again. Raises FolderError.
+    Skips the report of an evaluation that the log already holds. Raises FolderError.
     """
     epoch = found.step // experiment.loader.steps_per_epoch
     values: dict[str, float] = {"epoch": epoch}

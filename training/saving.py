@@ -1,6 +1,7 @@
 """Checkpoints of a run under way: when one is due, what it holds, and the signals that stop the run."""
 
 import time
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ def checkpoint_contents(experiment: Experiment, state: TrainState, alone: bool =
 
 
 class Saver:
-    """Saves the state of a run where it is due; a context that waits in the end until all is on the disk."""
+    """Saves checkpoints when they are due. On exit, waits until the last one is on the disk."""
 
     def __init__(self, experiment: Experiment, state: TrainState, folder: RunFolder, timer: PhaseTimer) -> None:
         self._experiment, self._state, self._timer = experiment, state, timer
@@ -51,8 +52,8 @@ class Saver:
     def save_if_due(self, before_evaluation: bool) -> int:
         """Collective. Saves if a checkpoint is due, or if a signal stops the run. Returns the signal, or 0.
 
-        All processes decide alike without waiting for the device: each step learns what the others wanted at the step
-        before. Raises FolderError if the last checkpoint could not be written.
+        All processes decide alike without waiting for the device: a step acts on the requests that all ranks made at
+        the step before. Raises FolderError if the last checkpoint could not be written.
         """
         if self._writer:
             self._writer.check()
@@ -76,10 +77,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is None:
-            self._delayed_max.wait()
-        if self._writer:
-            self._writer.__exit__(kind, error, at)
+        with self._writer or nullcontext():  # waits for the last checkpoint whatever becomes of the other processes
+            if error is None:
+                self._delayed_max.wait()
 
 
 class CheckpointInterval:

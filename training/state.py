@@ -100,7 +100,7 @@ class Tally:
         return dict(zip(self.names, (self.values if alone else self._mean()).unbind(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Tensor) -> None:
-        """Take over what `state_dict` gave, or the vector in checkpoints of before the sums had names.
+        """Take over what `state_dict` gave, or the vector in checkpoints written before the sums had names.
 
         The sums of a loss term that the checkpoint does not know start at zero.
         """
@@ -119,7 +119,7 @@ class TrainState:
         step: optimiser steps done, skipped ones included.
     """
 
-    soda: Any  # model.soda.SODA
+    soda: Any  # model.soda.SODA, whose submodules a type checker does not know
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -155,10 +155,10 @@ class TrainState:
         settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
         self.soda.load_state_dict(state["model"])
         self.ema.ema_model.load_state_dict(state["ema"]["model"])
-        # Checkpoints of before ema-pytorch count "updates" instead of "step".
+        # Checkpoints written before ema-pytorch count "updates" instead of "step".
         updates = state["ema"]["step"] if "step" in state["ema"] else state["ema"]["updates"]
         self.ema.step.fill_(int(updates))
-        self.ema.initted.fill_(int(updates) > 0)
+        self.ema.initted.fill_(bool(state["ema"].get("initted", int(updates) > 0)))
         self.optimizer.load_state_dict(state["optimizer"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)

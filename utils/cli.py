@@ -93,8 +93,8 @@ def overrides(args: argparse.Namespace) -> list[str]:
 def gather_user_errors() -> Iterator[None]:
     """Collective. A UserError or OSError of any process inside ends all: rank 0 prints one line, the status is 2.
 
-    Inside, processes meet only through `all_gather_object` and what is built on it, so that wherever one of them fails,
-    the others learn of it where they meet next. No tensors travel inside; `open_tensor_group` may be called.
+    Inside, processes use `all_gather_object` and what is built on it, and no collective of tensors; `open_tensor_group`
+    may be called. If one process fails, the others raise at their next collective.
     """
     try:
         try:

@@ -58,7 +58,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Model, EMA, optimiser, scaler, tally, step, config, digest and statistics of the images, on the host.
+    """Model, EMA, optimiser, scaler, tally, step, config and digest of the images, on the host.
 
     "sha256" is the file's own digest. If the folder's SHA256SUMS lists the file, the digest must be one that it lists.
     Raises CheckpointError.
@@ -86,7 +86,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): remove it or name another") from None
     expected = {
         **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
-        **{"tally": dict | torch.Tensor, "step": int, "config": str, "data": str, "statistics": list},
+        **{"tally": dict | torch.Tensor, "step": int, "config": str, "data": str},
     }
     fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
     if not fits or state["step"] < 0:

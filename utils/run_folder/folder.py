@@ -105,10 +105,6 @@ class RunFolder:
         """Log of this run's reports, from `step` on, for rank 0; raises FolderError."""
         return RunLog(self.path, step)
 
-    def results(self) -> dict[str, Any]:
-        """Contents of results.json; empty if there is none."""
-        return read_results(self.path)
-
     def __enter__(self) -> Self:
         return self
 
