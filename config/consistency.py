@@ -1,4 +1,4 @@
-"""What must agree between keys of a config; each key's own range is in the schema."""
+"""Checks between keys of a config; the range of a single key is in the schema."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ from model.sizes import last_strided_input, num_decoder_blocks, resolutions
 
 
 def check_consistency(config: Any) -> None:
-    """Raise ValueError, with what to do, where keys of a `Config` contradict each other."""
+    """Raise ValueError, with advice, if keys of a `Config` contradict each other."""
     size, decoder, num_levels = config.decoder_size, config.decoder, len(config.decoder.channel_mult)
     halvings = num_levels - 1
     if size % 2**halvings:

@@ -171,7 +171,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "") -> str:
-    """Of every key that the closing table depends on, and of where the images are."""
+    """Digest of every key that the closing table depends on, and of the images' place."""
     judged_by = ("data.root", "views.probe.", "evaluation.", "training.micro_batch_size")
     kept = {name for name, _, run in all_keys() if not run or name.startswith(judged_by)}.difference(without)
     values = {name: value for name, value in flat(config).items() if name in kept}

@@ -68,28 +68,28 @@ class Data(Section):
 
 
 class View(Section):
-    """How one view of an image is drawn: crop and flip, RandAugment, colours, affine, in this order."""
+    """Augmentation of one view of an image: crop and flip, RandAugment, colours, affine move, in this order."""
 
-    crop_flip_probability: Probability = key(0.95, "of the crop and, after it, the flip, being applied at all")
+    crop_flip_probability: Probability = key(0.95, "probability of applying crop and flip")
     crop_scale: Pair = key([0.08, 1.0], "range of the crop's share of the area")
     crop_ratio: Pair = key([3 / 4, 4 / 3], "range of the crop's aspect ratio")
-    flip_probability: Probability = key(0.5, "of a horizontal flip, where crop and flip are applied")
-    randaugment_probability: Probability = key(0.65, "of RandAugment being applied")
+    flip_probability: Probability = key(0.5, "probability of a horizontal flip, if crop and flip are applied")
+    randaugment_probability: Probability = key(0.65, "probability of applying RandAugment")
     randaugment_num_ops: int = key(2, "operations that RandAugment applies", ge=1)
     randaugment_magnitude: int = key(9, "strength of the operations, of 31 bins", ge=0, le=30)
-    color_jitter_probability: Probability = key(0.0, "of changed colours")
+    color_jitter_probability: Probability = key(0.0, "probability of colour jitter")
     color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = key(
         [0.4, 0.4, 0.4, 0.1], "reach of brightness, contrast, saturation (about 1) and hue (about 0, at most 0.5)"
     )
-    grayscale_probability: Probability = key(0.0, "of no colour")
-    affine_probability: Probability = key(0.0, "of a random affine move being applied")
+    grayscale_probability: Probability = key(0.0, "probability of greyscale")
+    affine_probability: Probability = key(0.0, "probability of applying a random affine move")
     affine_degrees: float = key(0.0, "rotation up to this many degrees either way", ge=0, le=180)
     affine_translate: Probability = key(0.0, "shift up to this share of the image size, each axis")
     affine_scale: Pair = key([1.0, 1.0], "range of the zoom factor")
     affine_shear: float = key(0.0, "shear up to this many degrees either way", ge=0, lt=90)
 
     def __str__(self) -> str:
-        """What it does, in a few words for a table; views that differ (to six digits) have different words."""
+        """The augmentation in a few words, for tables; views that differ (to six digits) have different words."""
         parts = []
         if self.crop_flip_probability:
             (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
@@ -131,11 +131,11 @@ class SourceView(View):
 
 
 class ProbeView(View):
-    """Of the evaluation alone, so that every key of it may change when a run is resumed."""
+    """View of the evaluation; all its keys may change when a run is resumed, since training does not use them."""
 
     all_run: ClassVar[bool] = True
-    crop_flip_probability: Probability = key(0.65, "of the crop and, after it, the flip, being applied at all")
-    randaugment_probability: Probability = key(0.0, "of RandAugment being applied")
+    crop_flip_probability: Probability = key(0.65, "probability of applying crop and flip")
+    randaugment_probability: Probability = key(0.0, "probability of applying RandAugment")
 
 
 class Views(Section):
@@ -189,11 +189,11 @@ class Optimizer(Section):
 
 
 class Mask(Section):
-    """Which samples' latents are dropped in training: as a whole, and section by section on top of that."""
+    """Probabilities of dropping a sample's latent in training: as a whole, and section by section on top of that."""
 
-    latent_probability: Probability = key(0.1, "of replacing a sample's whole latent by the null latent")
+    latent_probability: Probability = key(0.1, "probability of replacing a sample's whole latent by the null latent")
     section_probability: Probability = key(
-        0.0, "of replacing each section of it, independently; needs decoder.modulation sectioned"
+        0.0, "probability of replacing each section of it, independently; needs decoder.modulation sectioned"
     )
 
 
@@ -229,7 +229,7 @@ class KNN(Section):
     weights: Literal["uniform", "temperature"] = key(
         "uniform", "votes: all alike, or exp(cosine / temperature)", run=True
     )
-    temperature: Positive = key(0.1, "of the `temperature` weights", run=True)
+    temperature: Positive = key(0.1, "temperature of the `temperature` weights", run=True)
     bank: Literal["clean", "augmented"] = key("clean", "training images as they are, or by `views.probe`", run=True)
 
 
@@ -280,7 +280,7 @@ class Sampling(Section):
 
 
 class Distributed(Section):
-    """How processes talk, where a launcher starts several."""
+    """Communication between processes, if a launcher starts several."""
 
     all_run: ClassVar[bool] = True
     backend: Literal["auto", "nccl", "gloo"] = key("auto", "auto: nccl where each process has a GPU, else gloo")
@@ -288,7 +288,7 @@ class Distributed(Section):
 
 
 class Config(Section):
-    seed: int = key(0, "of all randomness", ge=0)
+    seed: int = key(0, "seed of all randomness", ge=0)
     output_dir: PathText = key("", "folder of the run; empty: runs/<name of the config file>", run=True)
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto: cuda, else mps, else cpu", run=True)
     data: Data = Data()

@@ -180,7 +180,7 @@ class UNetDecoder(nn.Module):
                 yield Layer(name, module.resolution, channels, section, dims)
 
     def features(self, x_t: Tensor, timesteps: Tensor, z: Tensor, block: str) -> Tensor:
-        """What `block`, such as `up.3` or `middle.0`, makes of the same inputs: (N, C, h, w)."""
+        """The output of `block`, such as `up.3` or `middle.0`, for the same inputs: (N, C, h, w)."""
         found: list[Tensor] = []
         handle = self.get_submodule(block).register_forward_hook(lambda *call: found.append(call[-1]))
         try:

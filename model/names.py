@@ -11,7 +11,7 @@ Stem = Literal["small", "imagenet"]
 """First layers of a ResNet; their strides are STEM_STRIDES in model/sizes.py."""
 
 Modulation = Literal["shared", "sectioned"]
-"""How the latent modulates the decoder's layers (model/decoder.py)."""
+"""Ways in which the latent modulates the decoder's layers (model/decoder.py)."""
 
 Initialization = Literal["default", "paper"]
 """Initial weights (model/initialization.py)."""

@@ -38,7 +38,11 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(
     description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
 ) -> argparse.ArgumentParser:
-    """What all programs take; those `of_checkpoint` look at one, which holds its own config, and can do without it."""
+    """Parser of the options that all programs share.
+
+    Args:
+        of_checkpoint: the program looks at a checkpoint, which holds its own config; then --config is optional.
+    """
     parser = _Parser(
         prog=prog,
         description=description,
@@ -85,7 +89,7 @@ def read_config_if_named(args: argparse.Namespace) -> Config | None:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """What the command line says of the config, as key=value."""
+    """Overrides of the config on the command line, as key=value."""
     return [*args.overrides, *(["training.use_amp=true"] if args.use_amp else [])]
 
 

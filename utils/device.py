@@ -61,7 +61,7 @@ def compute_exactly() -> None:
 
 
 def choose_compile(setting: bool | None, device: torch.device) -> bool:
-    """Whether to compile the model: as asked, by default on CUDA; not, with a line, where that cannot be."""
+    """True if the model is to be compiled: as set, by default on CUDA; logs it if the machine cannot compile."""
     if not (device.type == "cuda" if setting is None else setting):
         return False
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]

@@ -1,4 +1,4 @@
-"""What a process tells: its log, the time of its phases, the closing table."""
+"""A process's log, the time of its phases, and the closing table."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class CheckpointError(UserError):
 
 
 def read_sums(folder: Path) -> dict[str, list[str]]:
-    """Of SHA256SUMS: the digests that each file may have, two while it is being replaced."""
+    """The digests that SHA256SUMS lists for each file: two while it is being replaced."""
     sums: dict[str, list[str]] = {}
     with suppress(OSError, UnicodeDecodeError):
         for line in (folder / SUMS).read_text().splitlines():

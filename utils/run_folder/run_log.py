@@ -30,7 +30,7 @@ def _say_nothing_of_tensorboard(args: threading.ExceptHookArgs) -> None:
 
 
 def read_reports(folder: Path, step: int) -> list[dict[str, Any]]:
-    """What the run in `folder` reported up to `step`; a line that a crash cut short is passed over."""
+    """Reports of the run in `folder` up to `step`; a line that a crash cut short is ignored."""
     entries, path = [], folder / METRICS
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -64,7 +64,7 @@ class RunLog:
 
     @contextmanager
     def _tensorboard(self) -> Iterator[None]:
-        """What fails inside ends TensorBoard, not the run."""
+        """An error inside ends the use of TensorBoard, not the run."""
         try:
             yield
         except Exception as error:  # whatever it is, it is not worth a run
@@ -84,7 +84,7 @@ class RunLog:
                 self._writer.flush()
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether this run, or the one that it resumes, has reported `kind` at `step`."""
+        """True if this run, or the one that it resumes, has reported `kind` at `step`."""
         return (kind, step) in self._reported
 
     def image(self, name: str, step: int, image: Tensor) -> None:
@@ -121,7 +121,7 @@ class RunLog:
                 self._writer.add_embedding(vectors, clean, thumbnails, step, name, header)
 
     def hyperparameters(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """What this run was, beside scalars that it reports. (SummaryWriter.add_hparams would make it a second run.)"""
+        """The run's settings, beside scalars that it reports. (SummaryWriter.add_hparams would make it a second run.)"""
         with self._tensorboard():
             if self._writer:
                 from torch.utils.tensorboard.summary import hparams
