@@ -121,7 +121,7 @@ class RunLog:
                 self._writer.add_embedding(vectors, clean, thumbnails, step, name, header)
 
     def hyperparameters(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """The run's settings, beside scalars that it reports. (SummaryWriter.add_hparams would make it a second run.)"""
+        """The settings, beside scalars that the run reports. (SummaryWriter.add_hparams would make it a second run.)"""
         with self._tensorboard():
             if self._writer:
                 from torch.utils.tensorboard.summary import hparams
