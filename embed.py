@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         config = read_config_if_named(args)
         files = export_paths(args.export) if args.export else [args.out] if args.out else []
-        require(*(package for file in files for package in NEEDS[file.suffix]))
+        require(*(package for file in files for package in NEEDS[file.suffix.lower()]))
 
     from analysis.export import export_encoder
     from analysis.feature_file import encode_images, images_of_files, images_of_folder, images_of_split, save_features
@@ -102,7 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def export_paths(path: Path) -> list[Path]:
     """The files that `--export` writes."""
-    return [path] if path.suffix in (".pt2", ".onnx") else [path / "encoder.pt2", path / "encoder.onnx"]
+    return [path] if path.suffix.lower() in (".pt2", ".onnx") else [path / "encoder.pt2", path / "encoder.onnx"]
 
 
 if __name__ == "__main__":

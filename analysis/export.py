@@ -50,7 +50,7 @@ def export_encoder(encoder: ImageEncoder, paths: list[Path], notes: dict[str, st
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = files.enter_context(replacing(path))
-            kind = FORMATS[path.suffix]
+            kind = FORMATS[path.suffix.lower()]
             kind.write(program, partial, notes)
             found = kind.load(partial)(pixels)
             off = [(f - e).abs().max().item() for f, e in zip(found, expected, strict=True)]
