@@ -29,7 +29,7 @@ test: .venv/requirements-dev.done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile
 
 test-long: .venv/requirements-dev.done
 	.venv/bin/python -m pytest -m long
