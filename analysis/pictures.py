@@ -303,10 +303,8 @@ class Arithmetic(Picture["list[Chosen | int]"]):
         from analysis.references import choose_images, find_class
 
         train, terms = experiment.train, self.terms or ["0", "1", "2"]
-        if (
-            self.terms is None and train.labels is not None
-        ):  # a training image of the second class, made one of the first
-            image = int((train.labels == 1).nonzero()[0])
+        if self.terms is None and train.labels is not None:
+            image = int((train.labels == 1).nonzero()[0])  # of the second class; a - b + c makes it one of the first
             terms = [*(f"class:{name}" for name in train.classes[:2]), f"train:{image}"]
         found: list[Chosen | int] = [
             find_class(experiment.info.classes, term.removeprefix("class:"))
@@ -506,9 +504,8 @@ class Nearest(PictureOfImages):
         train = codec.experiment.train
         bank, queries = F.normalize(codec.train_z), F.normalize(codec.encode(found.pixels))
         cells = []
-        for i, (distance, indices) in enumerate(
-            zip(*nearest_neighbours(bank, queries, self.num_neighbours), strict=True)
-        ):
+        neighbours = nearest_neighbours(bank, queries, self.num_neighbours)
+        for i, (distance, indices) in enumerate(zip(*neighbours, strict=True)):
             own = found.train_indices[i]
             if own is not None:  # before its copies, if there are any
                 indices = torch.cat([torch.tensor([own]), indices[indices != own]])[: self.num_neighbours]

@@ -1,4 +1,4 @@
-"""What test_distributed.py, test_mistakes.py and test_cuda.py run in two processes, as `-m tests.processes`."""
+"""Programs that test_distributed.py, test_mistakes.py and test_cuda.py run in two processes (`-m tests.processes`)."""
 
 import contextlib
 import io

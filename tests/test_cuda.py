@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show."""
+"""Tests that need a CUDA GPU."""
 
 import copy
 from pathlib import Path

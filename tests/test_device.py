@@ -1,4 +1,4 @@
-"""What is not there is replaced, with a line that says so. GPUs are imagined: these tests need none."""
+"""A device that is missing is replaced, which is logged. GPUs are faked: these tests need none."""
 
 import pytest
 import torch

@@ -153,7 +153,7 @@ def test_a_perfect_denoiser_gives_x_start_back(
 def test_sampling_stays_finite_at_both_ends(
     schedule: Schedule, num_timesteps: int, clip_denoised: bool, eta: float
 ) -> None:
-    """Where the network says nothing, something of the right size at random, or the opposite of what is there."""
+    """With a network that answers zeros, noise of the right size, or the negative of its input."""
     torch.manual_seed(0)
     beta_start = 1e-9 if schedule == "linear" else 1e-4  # 1 - 1e-9 is 1 in float32
     ours = GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=beta_start, beta_end=0.02)

@@ -25,7 +25,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes found, by rank."""
+    """Results of two processes, by rank."""
     folder = tmp_path_factory.mktemp("two")
     done = launch(*TWO_PROCESSES, "-m", "tests.processes", "numbers", str(folder))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What takes minutes: kills, hangs, a soak, full disks and two machines, with the scripts that users start."""
+"""Tests that take minutes: kills, hangs, a soak, full disks and two machines, with the scripts that users start."""
 
 import json
 import os
@@ -202,7 +202,7 @@ def test_torchrun_brings_back_a_killed_rank(tmp_path: Path) -> None:
 
 
 def test_two_processes_end_with_a_line_and_a_whole_checkpoint_when_numbers_go_bad(tmp_path: Path) -> None:
-    """Of one image of rank 1, while rank 0 is still writing."""
+    """One image of rank 1 causes it, while rank 0 is still writing."""
     settings = ("training.epochs=3", "training.checkpoint_every=26 steps", "training.log_every=30")
     done = launch(*TWO_PROCESSES, "-m", "tests.processes", "bad numbers", *digits_args(tmp_path, *settings))
     assert done.returncode == 1 and done.stderr.count("exitcode  : 2 ") == 2, done.stderr
@@ -274,7 +274,7 @@ def test_a_disk_that_goes_bad_ends_the_run_with_a_line(tmp_path: Path, disk: Pat
 
 @contextmanager
 def two_machines(folder: Path) -> Iterator[list[list[str]]]:
-    """What to put before a command for it to run on one machine or the other: namespaces, joined by a cable."""
+    """Prefixes of commands that run on one machine or the other: network namespaces, joined by a cable."""
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 soda-a\n10.77.0.2 soda-b\n")
     names = ("soda-a", "soda-b")
 

@@ -1,4 +1,4 @@
-"""What may befall a run, done to it; docs/reliability.md lists what is promised. test_endurance.py takes minutes."""
+"""Faults done to a run; docs/reliability.md lists what is promised. Those of test_endurance.py take minutes."""
 
 import errno
 import json

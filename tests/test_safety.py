@@ -1,4 +1,4 @@
-"""What comes from others, a checkpoint, a config, an archive, is read and nothing more."""
+"""Checkpoints, configs and archives of others are read, and never executed."""
 
 import pickle
 import re

@@ -61,7 +61,7 @@ def seen_by(decoder: UNetDecoder, of: Callable[[str, Any, tuple[Any, ...], Tenso
 
 
 def modulation(decoder: UNetDecoder, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What each block's latent projection is given, and what it gives."""
+    """Inputs and outputs of each block's latent projection."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = [
         stage.block.adagn.latent_proj.register_forward_hook(
@@ -91,7 +91,7 @@ def test_the_pairs_of_the_cifar10_config() -> None:
 
 @pytest.mark.parametrize(("channel_mult", "num_res_blocks"), SHAPES)
 def test_the_section_follows_the_skip(channel_mult: list[int], num_res_blocks: int) -> None:
-    """Which skip a block consumes is seen in its numbers: the last channels of its input are another layer's output."""
+    """The skip that a block consumes is seen in the last channels of its input: they are another layer's output."""
     decoder = decoder_of(channel_mult, num_res_blocks)
     outputs: list[tuple[str, Tensor]] = []
     consumed: dict[str, str] = {}

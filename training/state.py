@@ -106,7 +106,8 @@ class Tally:
         """
         if isinstance(state, Tensor):
             state = dict(zip(("loss", "steps", "skipped", "row", "longest_row"), state, strict=True))
-        self.values.copy_(torch.tensor([float(state.get(name, 0)) for name in self.names]))
+        known = dict.fromkeys(self._losses, torch.zeros(())) | dict(state)
+        self.values.copy_(torch.stack([known[name].cpu() for name in self.names]))
 
 
 @dataclass
