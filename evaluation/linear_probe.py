@@ -10,6 +10,7 @@ from torch.nn.utils import skip_init
 from utils.device import FUSED
 
 EPS = 1e-6  # of BatchNorm
+GATHERED = 2**24  # numbers that are gathered at once, 64 MB
 
 
 class LinearProbe:
@@ -51,12 +52,16 @@ class LinearProbe:
         self._optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * self._epoch / self.epochs)) / 2
         order = torch.randperm(len(features), generator=self._generator).to(features.device)
         self._model.train()
-        for batch in order.split(self.batch_size):
-            if len(batch) > 1:  # BatchNorm refuses to train on one
-                loss = F.cross_entropy(self._model(features[batch]), labels[batch])
-                self._optimizer.zero_grad()
-                loss.backward()
-                self._optimizer.step()
+        # Many batches are gathered at once, which is faster than one by one, and bounded, since it copies them.
+        batches_at_once = max(1, GATHERED // (self.batch_size * features.shape[1]))
+        for chosen in order.split(batches_at_once * self.batch_size):
+            batches = features[chosen].split(self.batch_size), labels[chosen].split(self.batch_size)
+            for x, y in zip(*batches, strict=True):
+                if len(x) > 1:  # BatchNorm refuses to train on one
+                    loss = F.cross_entropy(self._model(x), y)
+                    self._optimizer.zero_grad()
+                    loss.backward()
+                    self._optimizer.step()
         self._epoch += 1
 
     @torch.no_grad()

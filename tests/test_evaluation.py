@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from config.schema import KNN, Probe, ProbeView, View
 from datasets.images import StoredImages
-from evaluation import features, knn
+from evaluation import features, knn, linear_probe
 from evaluation.features import extract_features
 from evaluation.judge import accuracy_table
 from evaluation.knn import knn_votes, topk_accuracy
@@ -104,10 +104,14 @@ def test_probe_follows_its_protocol() -> None:
         probe.train_epoch(torch.randn(21, 4), torch.randint(0, 3, (21,)))
 
 
+@pytest.mark.parametrize("gathered", [2**24, 150])
 @pytest.mark.parametrize("batch_size", [8, 11, 19, 25, 100])
-def test_probe_is_the_classifier_of_the_reference(batch_size: int) -> None:
+def test_probe_is_the_classifier_of_the_reference(
+    batch_size: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference's modules and optimiser, trained on the same batches from the same start."""
     torch.manual_seed(0)
+    monkeypatch.setattr(linear_probe, "GATHERED", gathered)
     features, labels = 3 * torch.randn(77, 6) + torch.arange(6), torch.randint(0, 3, (77,))
     features[:, 0] /= 1000  # then BatchNorm's eps matters
     probe = make_probe(6, 3, epochs=4, lr=1e-2, batch_size=batch_size, seed=1)
