@@ -1,10 +1,16 @@
-# make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."]   train and evaluate; NPROC GPUs
-#                                                     the digits run ends with a report, others with REPORT=1
-# make test                                                                           lint, types and tests
-# make test-long                                                                      the tests that take minutes
-# make bundle DATA=folder [NAME="name of the images"] [BUNDLE_PYTHON=3.12]    code, images, and the packages that a bare
-#                                                     machine with torch lacks; `bash bundle/run.sh` runs an ablation there
-# All set up .venv by themselves. PYTHON names another interpreter (3.11 or newer).
+# make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."] [REPORT=1]
+#     Trains and evaluates a model, with NPROC processes (one per GPU). REPORT=1 also writes a report; it is the default
+#     for config/digits.yaml.
+# make test
+#     Checks the code style, the types and the tests.
+# make test-long
+#     Runs the tests that take minutes.
+# make bundle DATA=folder [NAME="name of the images"] [BUNDLE_PYTHON=3.12]
+#     Collects code, images and packages for an ablation on a machine that has torch but no network. There, run
+#     `bash bundle/run.sh`.
+# make clean
+#     Removes .venv and the caches of the tools.
+# Each of the first four creates .venv if it is missing. PYTHON=... chooses its interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
 NPROC ?= 1
@@ -34,10 +40,11 @@ test: .venv/requirements-dev.done
 test-long: .venv/requirements-dev.done
 	.venv/bin/python -m pytest -m long
 
-# The code is that of the last commit. The other machine has torch, torchvision, numpy and pyyaml (scikit-learn for the
-# plan's benchmarks). ema-pytorch and tqdm come without dependencies: ema-pytorch's are torch and numpy.
+# The bundle has the code of the last commit. The other machine must have torch, torchvision, numpy and pyyaml, and
+# scikit-learn for the benchmarks of the plan. ema-pytorch and tqdm are downloaded without dependencies, because
+# ema-pytorch needs only torch and numpy.
 bundle: .venv/requirements.done
-	@test -d "$(DATA)/train" || { echo "error: DATA is not a folder with train/ and test/: make bundle DATA=photos" >&2; exit 2; }
+	@test -d "$(DATA)/train" || { echo "error: DATA is not a folder with train/ and test/: name one, as in make bundle DATA=photos" >&2; exit 2; }
 	rm -rf bundle
 	mkdir -p bundle/wheels
 	git archive --format=tar.gz -o bundle/code.tar.gz HEAD
@@ -46,13 +53,13 @@ bundle: .venv/requirements.done
 	$(DOWNLOAD) pydantic
 	$(DOWNLOAD) --no-deps ema-pytorch tqdm
 	cp ablations/run_bundle.sh bundle/run.sh
-	@du -sm bundle | awk '{print "bundle/: " $$1 " MB"; if ($$1 >= $(BUNDLE_MB)) {print "error: $(BUNDLE_MB) MB or more" > "/dev/stderr"; exit 2}}'
+	@du -sm bundle | awk '{print "bundle/: " $$1 " MB"; if ($$1 >= $(BUNDLE_MB)) {print "error: the bundle must be smaller than $(BUNDLE_MB) MB: choose fewer images" > "/dev/stderr"; exit 2}}'
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is missing or older than 3.11: install Python 3.11, or name it: make PYTHON=..." >&2; exit 2; }
+	  { echo "error: $(PYTHON) is missing or older than 3.11: install Python 3.11 or newer, or name it: make PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || \
-	  { rm -rf .venv; echo "error: no venv module: apt-get install python3-venv" >&2; exit 2; }
+	  { rm -rf .venv; echo "error: Python has no venv module: apt-get install python3-venv" >&2; exit 2; }
 
 .venv/requirements.done: requirements.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --upgrade pip

@@ -1,4 +1,7 @@
-"""Features to take away: of a split, a folder or files; or the encoder itself, as a program that needs none of this."""
+"""Encodes images with a trained encoder and saves their features, or exports the encoder.
+
+The images are a split of the data set, a folder, or files. An exported encoder runs without this repository.
+"""
 
 import argparse
 from pathlib import Path
@@ -12,15 +15,16 @@ from utils.files import check_writable
 EXAMPLES = """\
   python embed.py --checkpoint runs/digits/checkpoints/last.pt --split test --out digits.npz
   python embed.py --config config/cifar10.yaml --folder photos --out photos.safetensors
-  python embed.py --config config/cifar10.yaml --files @list.txt          (a file's name in each line)
-  python embed.py --config config/cifar10.yaml --export encoder           (encoder/encoder.pt2 and encoder.onnx)
-  python embed.py --config config/cifar10.yaml --export encoder.pt2       (that file alone, without ONNX's packages)"""
+  python embed.py --config config/cifar10.yaml --files @list.txt      (list.txt: one file name per line)
+  python embed.py --config config/cifar10.yaml --export encoder       (writes encoder.pt2 and encoder.onnx in encoder/)
+  python embed.py --config config/cifar10.yaml --export encoder.pt2   (writes only this file; needs no ONNX packages)"""
 
-# Packages beyond requirements.txt that each kind of file needs.
+# Packages that each file format needs in addition to requirements.txt.
 NEEDS = {".npz": (), ".safetensors": ("safetensors",), ".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     # Parse.
     with gather_user_errors():
         args = parse(argv)
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                 check_writable(file)
             if rank() == 0:
                 for file, difference in export_encoder(encoder, files, {"checkpoint": trained.digest}).items():
-                    print(f"{file}  (off by at most {difference:.1g})")
+                    print(f"{file}  (its features differ from the model's by at most {difference:.1g})")
             return 0
 
         # Open the images.
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             experiment = open_experiment(config)
             split = experiment.train if args.split == "train" else experiment.test
             if split is None:
-                raise DatasetError(f"{config.data.root} has no {args.split} split: take --split train")
+                raise DatasetError(f"{config.data.root} has no {args.split} split: use --split train")
             device, amp_dtype, named = experiment.device, experiment.amp_dtype, images_of_split(split, args.split)
         else:
             device, amp_dtype = open_device(config)
@@ -76,32 +80,46 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options of the command line; raises ConfigError."""
+    """Returns the options of the command line. Raises ConfigError."""
     parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
     parser.fromfile_prefix_chars = "@"
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--split", choices=("train", "test"), help="images of the data set")
-    task.add_argument("--folder", type=Path, help="all images below it; sub-folders, if all lie in such, are classes")
-    task.add_argument("--files", nargs="+", metavar="FILE", help="images, or @LIST, a text file that names them")
+    task.add_argument("--split", choices=("train", "test"), help="encode the images of this split of the data set")
+    task.add_argument(
+        "--folder",
+        type=Path,
+        help="encode all images in this folder and its sub-folders; if all images are in sub-folders, the sub-folders "
+        "are the classes",
+    )
+    task.add_argument(
+        "--files",
+        nargs="+",
+        metavar="FILE",
+        help="encode these image files; @LIST reads their names from the text file LIST",
+    )
     task.add_argument(
         "--export",
         type=Path,
         metavar="PATH",
-        help="write the encoder: to PATH, if it ends in .pt2 or .onnx; else encoder.pt2 and encoder.onnx in a folder",
+        help="export the encoder: to the file PATH if it ends in .pt2 or .onnx, else to encoder.pt2 and encoder.onnx "
+        "in the folder PATH",
     )
     parser.add_argument(
-        "--out", type=Path, help="ends in .npz or .safetensors; default: features/NAME.npz in the run's folder"
+        "--out",
+        type=Path,
+        help="file for the features, ending in .npz or .safetensors; default: features/NAME.npz in the run folder, "
+        "with the split, the folder's name or `files` as NAME",
     )
     args = parser.parse_intermixed_args(argv)
     if args.out and args.export:
-        raise ConfigError(f"--out {args.out} is for features: --export names its own file or folder")
+        raise ConfigError(f"--out {args.out} is for features: remove it, because --export names its own file or folder")
     if args.out and args.out.suffix not in (".npz", ".safetensors"):
-        raise ConfigError(f"--out {args.out} ends in neither .npz nor .safetensors")
+        raise ConfigError(f"--out {args.out} ends in neither .npz nor .safetensors: choose one of these endings")
     return args
 
 
 def export_paths(path: Path) -> list[Path]:
-    """The files that `--export` writes."""
+    """Returns the files that `--export` writes."""
     return [path] if path.suffix.lower() in (".pt2", ".onnx") else [path / "encoder.pt2", path / "encoder.onnx"]
 
 

@@ -1,4 +1,7 @@
-"""Pictures of what the latents of a trained model hold, one a command: each a PNG that explains itself."""
+"""Draws pictures that show the content of a trained model's latents.
+
+Each picture is a PNG file that includes a title and an explanation.
+"""
 
 import argparse
 import sys
@@ -21,10 +24,13 @@ EXAMPLES = """\
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     # Parse.
     words = list(sys.argv[1:] if argv is None else argv)
     with gather_user_errors():
-        first = next((i for i, word in enumerate(words) if not word.startswith("--local")), None)  # from launchers
+        first = next(
+            (i for i, word in enumerate(words) if not word.startswith("--local")), None
+        )  # launchers add --local-rank
         name = None if first is None else words.pop(first)
         if name in ("-h", "--help"):
             if rank() == 0:
@@ -41,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     from experiment.trained import open_trained, read_trained
     from utils.device import compute_exactly
 
-    # Open the checkpoint and the images, and find those that are named.
+    # Open the checkpoint and the images, and find the images that the options name.
     with gather_user_errors():
         trained = read_trained(config, args.checkpoint, overrides(args))
         experiment, soda = open_trained(trained)
@@ -64,23 +70,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def usage() -> str:
-    lines = ["usage: sample.py PICTURE [options] [key=value ...]      (sample.py PICTURE --help shows its options)", ""]
+    """Returns the help text of the command without a picture: the list of pictures."""
+    lines = [
+        "usage: sample.py PICTURE [options] [key=value ...]\n\n"
+        "Draws a picture that shows the content of a trained model's latents, and saves it as a PNG file.\n"
+        "`sample.py PICTURE --help` lists the options of a picture. The pictures are:",
+        "",
+    ]
     lines += [f"  {name:<12} {picture.meaning}" for name, picture in PICTURES.items()]
     return "\n".join([*lines, "", "examples:", EXAMPLES.format(name="reconstruct")])
 
 
 def parse(kind: type[Picture[Any]], words: list[str]) -> tuple[argparse.Namespace, Picture[Any]]:
-    """The options of a command, and the picture that they describe; raises ConfigError."""
+    """Returns the options of a command, and the picture that they describe. Raises ConfigError."""
     meaning, examples = f"{kind.meaning[0].upper()}{kind.meaning[1:]}.", EXAMPLES.format(name=kind.name)
     parser = make_parser(meaning, examples, prog=f"sample.py {kind.name}", of_checkpoint=True)
-    parser.add_argument("--seed", type=int, help="seed of all noise; default: the run's")
-    parser.add_argument("--out", type=Path, help=f"the PNG; default: pictures/{kind.name}.png in the run's folder")
+    parser.add_argument("--seed", type=int, help="seed of the random noise; default: the seed of the run")
+    parser.add_argument(
+        "--out", type=Path, help=f"PNG file for the picture; default: pictures/{kind.name}.png in the run folder"
+    )
     kind.add_options(parser)
     args = parser.parse_intermixed_args(words)
     return args, kind.from_options(args)
 
 
 def describe_sampling(sampling: "Sampling") -> str:
+    """Returns the settings of the sampler in one line, for the caption of a picture."""
     scales = " ".join(f"{scale:g}" for scale in sampling.guidance_scale)
     text = f"{sampling.num_sampling_steps} DDIM steps; samples: guidance {scales}, eta {sampling.eta:g}"
     return text if sampling.sections is None else f"{text}, sections {sampling.sections}"

@@ -1,4 +1,7 @@
-"""Judge a checkpoint of train.py: k-NN and linear probe under every protocol, beside untrained and raw pixels."""
+"""Evaluates a checkpoint of train.py by k-NN and linear probe, under several protocols.
+
+The accuracies are compared with those of an untrained encoder and of raw pixels.
+"""
 
 import logging
 from pathlib import Path
@@ -18,11 +21,12 @@ EXAMPLES = """\
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     # Parse.
     with gather_user_errors():
         parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
-        parser.add_argument("--report", action="store_true", help="also write a report, one HTML file")
-        parser.add_argument("--out", type=Path, help="the report; default: report.html in the run's folder")
+        parser.add_argument("--report", action="store_true", help="also write a report as a single HTML file")
+        parser.add_argument("--out", type=Path, help="file for the report; default: report.html in the run folder")
         args = parser.parse_intermixed_args(argv)
         config = read_config_if_named(args)
         if args.out and not args.report:
@@ -45,13 +49,15 @@ def main(argv: list[str] | None = None) -> int:
         trained = read_trained(config, args.checkpoint, overrides(args))
         experiment, soda = open_trained(trained)
         if experiment.test is None:
-            raise DatasetError(f"{trained.config.data.root} has no labels, without which nothing can be judged")
+            raise DatasetError(
+                f"the images in {trained.config.data.root} have no labels: set data.root to images with labels"
+            )
         path = args.out or trained.folder / "report.html"
         if args.report:
             check_writable(path)
 
-    # Judge. "settled" has BatchNorm statistics made as those of the untrained encoder are.
-    logger.info("judging the EMA encoder of %s", trained.describe(experiment.loader.steps_per_epoch))
+    # Judge. "settled" is the trained encoder, with BatchNorm statistics computed as for the untrained encoder.
+    logger.info("evaluating the EMA encoder of %s", trained.describe(experiment.loader.steps_per_epoch))
     encoders = {
         "trained": encode_with(experiment, soda),
         "settled": encode_with(experiment, settled(experiment, soda)),

@@ -1,4 +1,7 @@
-"""Train SODA: encoder and decoder together, from one config file. The same command, given again, resumes."""
+"""Trains SODA, an image encoder together with a denoising decoder, as a config file describes.
+
+If a run was stopped, the same command resumes it from its last checkpoint.
+"""
 
 import logging
 from pathlib import Path
@@ -19,10 +22,13 @@ EXAMPLES = """\
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Parse the command line and the config. The heavy imports come after: a mistake is answered at once.
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
+    # Parse the command line and the config. Heavy imports come later, so that mistakes are reported immediately.
     with gather_user_errors():
         parser = make_parser(__doc__ or "", EXAMPLES)
-        parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the model's size")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the resolved config and the size of the model, and exit"
+        )
         args = parser.parse_intermixed_args(argv)
         config = read_config(args)
 
@@ -38,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             print(config.to_yaml(), describe_model(config), sep="\n")
         return 0
     with RunFolder(config) as folder:
-        # Open the run's folder, the images and the state. Nothing is written until all of it is good.
+        # Open the run folder, the images and the state. Nothing is written until all of them are valid.
         with gather_user_errors():
             check_shares(config.training)
             folder.open()
@@ -61,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(config: Config) -> None:
-    """Print, on rank 0, the closing table and the paths of checkpoint, sample grid and TensorBoard's files."""
+    """Prints on rank 0 the table of accuracies and the paths of checkpoint, sample grid and TensorBoard files."""
     if rank() > 0:
         return
     folder = Path(config.output_dir)
@@ -69,7 +75,7 @@ def report(config: Config) -> None:
     if table:
         print("", format_table(table), sep="\n")
     if config.data.name == "digits" and table:
-        print("Digits are nearly solved by their raw pixels: this run shows that training works, no more.")
+        print("Raw pixels alone nearly solve digits: this table shows only that training works.")
     grids = sorted((folder / "samples").glob("*.png"))
     print(f"\ncheckpoint   {folder / 'checkpoints' / 'last.pt'}")
     if grids:

@@ -1,12 +1,12 @@
-"""Train and judge the variants of a plan one after another, within a given time, and tabulate the results.
+"""Trains and judges the variants of a plan one after another, within a time limit, and tabulates the results.
 
-The same command resumes: complete runs are not repeated, and a run under way continues from its checkpoint. Each
-result is a JSON line in `<out>/results.jsonl`, written as soon as it is known; `<out>/table.md` is then written anew.
-To resume on another machine, copy `results.jsonl` there.
+Run the same command again to resume: complete runs are not repeated, and an incomplete run continues from its
+checkpoint. Each result is appended to `<out>/results.jsonl` as soon as it is known, as one JSON line. Then
+`<out>/table.md` is rewritten. To resume on another machine, copy `results.jsonl` there.
 
   python -m ablations.ablate ablations/plans/fashion_mnist.yaml --out runs/fashion
   python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --minutes 30 data.root=data
-  python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --table        # the table alone
+  python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --table        # only prints the table
 """
 
 import argparse
@@ -26,21 +26,22 @@ from utils import cli, signals
 from utils.files import write_text
 
 CALIBRATION_STEPS = 60
-FIRST_JUDGING_S, FIRST_STARTUP_S = 120.0, 30.0  # guesses, until each has been timed
+FIRST_JUDGING_S, FIRST_STARTUP_S = 120.0, 30.0  # estimates that are used until each has been measured
 
 logger = logging.getLogger(__name__)
 
 
 class Driver:
-    """Makes the runs of a plan until the deadline, or until a signal arrives.
+    """Driver that trains and judges the runs of a plan until the deadline, or until a signal arrives.
 
     Args:
+        plan: stages to run, in order.
         out: folder of the results.
-        deadline: in seconds of the monotonic clock.
-        data_name: name of the images in the tables; None: that of the config.
+        deadline: time of `time.monotonic()`, in seconds, at which the driver must have finished.
+        data_name: name of the data set in the tables; None: the config's `data.name`.
 
     Attributes:
-        failed: names of runs and stages that failed.
+        failed: names of the runs and stages that failed.
     """
 
     def __init__(self, plan: Plan, out: Path, deadline: float, data_name: str | None) -> None:
@@ -50,10 +51,11 @@ class Driver:
         self._startup_s: list[float] = []
 
     def run_stages(self) -> bool:
-        """Make all runs that are not complete yet; returns False if time or a signal ended it before the last one.
+        """Trains and judges all runs that are not complete yet.
 
-        A signal is noted, and obeyed at the next look at the clock; further ones change nothing, but for a second
-        Ctrl-C, which ends the program at once.
+        Returns False if the deadline or a signal stopped the driver before the last run was complete. The driver reacts
+        to a signal the next time that it checks the clock. Further signals change nothing, except that a second Ctrl-C
+        ends the program immediately.
         """
         with signals.deferred():
             for stage in self.ablation.plan.stages:
@@ -64,7 +66,7 @@ class Driver:
             return True
 
     def _run_variants(self, stage: Stage) -> bool:
-        """Make the runs of a stage; returns False if there was no time for all of them."""
+        """Trains and judges the runs of a stage. Returns False if the deadline or a signal stopped it early."""
         from utils.device import OutOfMemoryError
 
         try:
@@ -73,14 +75,14 @@ class Driver:
             self._log_failure(stage.name, error)
             return True
         if not runs:
-            self._log_failure(stage.name, ConfigError("no run of the stage that it builds on is complete"))
+            self._log_failure(stage.name, ConfigError("its base stage has no complete run: fix the failures there"))
         for run in runs:
             row = self.ablation.row_of(run)
             if row and row["complete"]:
                 continue
             try:
                 if not self._has_time_to_start() or not self._train_and_judge(run):
-                    logger.info("%s is left incomplete: %s", run.name, "a signal" if signals.received() else "no time")
+                    logger.info("%s is incomplete: %s", run.name, "a signal" if signals.received() else "no time left")
                     return False
             except (RuntimeError, ConfigError, OutOfMemoryError) as error:  # other variants may need less memory
                 self._log_failure(run.name, error)
@@ -89,7 +91,7 @@ class Driver:
         return True
 
     def _seconds_left(self) -> float:
-        """Seconds left for training; 1.5 times the longest judging so far is reserved."""
+        """Returns the seconds left for training: 1.5 times the longest evaluation so far is reserved for judging."""
         return self.deadline - 1.5 * max(self._judging_s, default=FIRST_JUDGING_S) - time.monotonic()
 
     def _must_stop(self) -> bool:
@@ -103,14 +105,17 @@ class Driver:
         logger.info("%s failed: %s", name, str(error).partition("\n")[0])
 
     def _run_command(self, stage: Stage) -> None:
-        """Run the command of a stage once, however it ends; its output goes to commands.txt as it comes."""
+        """Runs the command of a stage once. It is not repeated, even if it failed or was stopped at its time limit.
+
+        The output of the command is appended to commands.txt while it runs.
+        """
         assert stage.command is not None
         kept, head = self.out / "commands.txt", f"== {stage.name}: {stage.command}\n"
         limit = min(60 * (stage.minutes or float("inf")), self.deadline - time.monotonic())
         if self._must_stop() or limit <= 0 or (kept.exists() and head in kept.read_text(errors="replace")):
             return
         logger.info("%s: %s", stage.name, stage.command)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else its output is lost when it is stopped
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # otherwise buffered output is lost at a time-out
         with open(kept, "a") as file:
             print(head, end="", file=file, flush=True)
             try:
@@ -129,7 +134,7 @@ class Driver:
         logger.info("%s: %s", stage.name, end)
 
     def _train_and_judge(self, run: Run) -> bool:
-        """Train a run as far as the time allows, judge it and record the result; returns whether it is complete."""
+        """Trains a run as far as the time allows, judges it and records the result. Returns True if it is complete."""
         from ablations.trial import Trial, write_encoder_parts
 
         began = time.monotonic()
@@ -139,7 +144,7 @@ class Driver:
             return False
         training = run.config.training.model_copy(update={"epochs": epochs})
         trial = Trial(run.config.model_copy(update={"training": training}), folder / "last.pt")
-        logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "as it is")
+        logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "no overrides")
         trial.train(self._must_stop)
         self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)
         if signals.received():
@@ -155,9 +160,10 @@ class Driver:
         return trial.complete
 
     def _epochs_of(self, run: Run, folder: Path) -> int | None:
-        """Number of epochs of a run. If its stage gives minutes, a few steps are timed, once, and the number is kept.
+        """Returns the number of epochs of a run, or None if the time is up before this number is known.
 
-        None if the time is over before that is known.
+        If the stage gives minutes, a few training steps are timed to find the number. It is stored in the run's folder,
+        so that a resumed run has the same length. Raises ConfigError if the run that `images_of` names is not complete.
         """
         from ablations.trial import Trial
 
@@ -168,7 +174,9 @@ class Driver:
             name, variant = stage.images_of.split("/")
             rows = self.ablation.complete_rows(self.ablation.stage(name)).get(variant)
             if not rows:
-                raise ConfigError(f"it trains as long as {stage.images_of}, which is not complete")
+                raise ConfigError(
+                    f"its length is that of {stage.images_of}, which is not complete: fix the failure of that run"
+                )
             return max(1, round(rows[0]["epochs"]))
         assert stage.minutes
         kept = folder / f"epochs-{run.digest}"
@@ -184,15 +192,24 @@ class Driver:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status.
+
+    The status is 1 if a run or a stage failed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path, help="YAML file, as in ablations/plans")
+    parser.add_argument("plan", type=Path, help="YAML file of the plan, such as ablations/plans/cifar10.yaml")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of results and of the files that resuming needs"
+        "--out", type=Path, required=True, help="folder of the results and of the checkpoints needed to resume"
     )
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="in all; default: no limit")
-    parser.add_argument("--data", help="name of the images in the tables; default: data.name")
-    parser.add_argument("--table", action="store_true", help="print the table of the results so far, and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every run's config")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="time limit for the whole command, in minutes; default: no limit",
+    )
+    parser.add_argument("--data", help="name of the data set in the tables; default: the config's data.name")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results so far")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides that apply to every run")
     args = parser.parse_intermixed_args(argv)
     deadline = time.monotonic() + 60 * args.minutes
     with cli.gather_user_errors():
@@ -206,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     print(markdown_tables(driver.ablation))
     if driver.failed:
         print(f"failed: {', '.join(driver.failed)}")
-    print("all stages are done" if finished else "not all stages are done: the same command resumes")
+    print("all stages are done" if finished else "not all stages are done: run the same command again to resume")
     return 1 if driver.failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The plan of an ablation: stages of variants of a config, the runs that they make, and the results so far."""
+"""Ablation plans: stages that compare variants of a config, their runs, and the results so far."""
 
 import statistics
 from dataclasses import dataclass
@@ -17,14 +17,17 @@ SET_BY_STAGES = ("seed=", "training.epochs=")
 
 
 class Stage(BaseModel):
-    """Variants to compare, the first of them with each of the others; or a command.
+    """One stage of a plan: either variants of a config, each compared with the first one, or a command.
 
     Attributes:
-        command: arguments of Python, for at most `minutes`; its output goes to commands.txt.
-        epochs, minutes, images_of: length of each run, given in one of three ways. `images_of` names a stage and a
-            variant, `stage/variant`, whose number of epochs is taken.
-        base: the stage whose best variant these variants change.
-        keep: keep the encoders.
+        name: name of the stage, unique in its plan.
+        command: command-line arguments for the Python interpreter. The command runs for at most `minutes`, and its
+            output is appended to commands.txt.
+        epochs, minutes, images_of: length of each run; exactly one of the three is given. `images_of` is
+            `stage/variant`: the run has the same number of epochs as that variant of an earlier stage.
+        base: name of an earlier stage; its best variant is the starting point of these variants.
+        seeds: seeds that each variant is trained with.
+        keep: True keeps the trained encoders.
         variants: {name: overrides, as on the command line}.
     """
 
@@ -43,7 +46,7 @@ class Stage(BaseModel):
     @classmethod
     def _once_each(cls, seeds: list[int]) -> list[int]:
         if not seeds or len(set(seeds)) < len(seeds):
-            raise ValueError("give at least one seed, and each once")
+            raise ValueError("seeds are missing or repeated: give at least one seed, and each seed only once")
         return seeds
 
     @model_validator(mode="after")
@@ -51,16 +54,20 @@ class Stage(BaseModel):
         lengths = [name for name in ("epochs", "minutes", "images_of") if getattr(self, name) is not None]
         fits = len(lengths) == 1 if self.variants else lengths in ([], ["minutes"])
         if (self.command is None) != bool(self.variants) or not fits:
-            raise ValueError("a stage has variants and one of epochs, minutes and images_of; or a command")
+            raise ValueError(
+                "give a stage either variants and exactly one of epochs, minutes and images_of, "
+                "or a command and, if it needs a time limit, minutes"
+            )
         return self
 
 
 class Plan(BaseModel):
-    """Stages, the most important first, since the time may end after any of them.
+    """An ablation plan. Its most important stages come first, because the time may run out after any stage.
 
     Attributes:
         config: path of the config that all variants start from.
-        overrides: overrides of every run.
+        overrides: overrides that apply to every run.
+        stages: stages in the order in which they are run.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -70,40 +77,52 @@ class Plan(BaseModel):
 
 
 def read_plan(path: Path, overrides: list[str]) -> Plan:
-    """The plan in a file, with further `overrides` of every run; raises ConfigError.
+    """Reads and checks the plan in a file.
 
-    `base` and `images_of` of a stage name earlier stages.
+    Raises ConfigError if the file cannot be read, if a stage or config is not valid, or if `base` or `images_of` of a
+    stage does not name an earlier stage.
+
+    Args:
+        overrides: overrides that apply to every run, in addition to those of the plan.
     """
     try:
         plan = Plan.model_validate(parse_yaml(path.read_text(), str(path)))
     except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no plan: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not a valid plan: {' '.join(str(error).split())}") from None
     plan = plan.model_copy(update={"overrides": [*plan.overrides, *overrides]})
     earlier: dict[str, Stage] = {}
     for stage in plan.stages:
         if stage.name in earlier:
-            raise ConfigError(f"{path}: two stages are called {stage.name}")
+            raise ConfigError(f"{path}: two stages are called {stage.name}: give each stage a different name")
         if stage.base is not None and not (stage.base in earlier and earlier[stage.base].variants):
-            raise ConfigError(f"{path}: {stage.name} builds on {stage.base}, no stage of variants before it")
+            raise ConfigError(
+                f"{path}: {stage.name} builds on {stage.base}, but no earlier stage of that name has variants"
+            )
         if stage.images_of is not None:
             name, _, variant = stage.images_of.partition("/")
             if name not in earlier or variant not in earlier[name].variants:
-                raise ConfigError(f"{path}: {stage.name} trains as long as {stage.images_of}, which is not before it")
+                raise ConfigError(
+                    f"{path}: {stage.name} trains as long as {stage.images_of}, "
+                    "but no earlier stage has that variant: correct images_of"
+                )
         earlier[stage.name] = stage
         for own in [plan.overrides, *stage.variants.values()]:
             load_config(plan.config, [*plan.overrides, *own])
             if any(override.startswith(SET_BY_STAGES) for override in own):
-                raise ConfigError(f"{path}: {stage.name} decides on seeds and epochs by its own keys, not by overrides")
+                raise ConfigError(
+                    f"{path}: an override sets seed or training.epochs: "
+                    f"use the keys seeds and epochs of stage {stage.name} instead"
+                )
     return plan
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed.
+    """One variant trained with one seed.
 
     Attributes:
-        overrides: those of the base and of the variant, without the plan's own.
-        config: complete but for the number of epochs.
+        overrides: overrides of the base stages and of the variant, without those of the plan.
+        config: config of the run, except for its number of epochs, which the driver sets later.
     """
 
     stage: Stage
@@ -114,11 +133,12 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the run: stage, variant and seed."""
         return f"{self.stage.name}-{self.variant}-{self.seed}"
 
     @property
     def digest(self) -> str:
-        """Digest of all that the result depends on, except the images."""
+        """Digest of everything that the result depends on, except the images."""
         stage = self.stage
         length = f"{stage.epochs} {stage.minutes} {stage.images_of}"
         return result_digest(self.config, without=("data.root", "training.epochs"), also=length)
@@ -127,11 +147,11 @@ class Run:
 class Ablation:
     """A plan and the results of its runs so far.
 
-    A run may have several rows in the file, one for each time that it was judged; the last one counts. Rows whose
-    digest is not that of the run in the present plan are ignored.
+    A run has one row in the file for each time that it was judged or failed. Only the last row is used. A row is
+    ignored if its digest differs from that of the run in this plan.
 
     Args:
-        path: file of JSON lines.
+        path: file of the results, one JSON line each.
     """
 
     def __init__(self, plan: Plan, path: Path) -> None:
@@ -140,19 +160,20 @@ class Ablation:
         self._rows = {row["run"]: row for row in rows if "run" in row}
 
     def record(self, run: Run, result: dict[str, Any]) -> None:
-        """Write the result of a run to the file, at once."""
+        """Stores the result of a run and appends it to the file."""
         identity = {"run": run.name, "stage": run.stage.name, "variant": run.variant, "seed": run.seed}
         self._rows[run.name] = {**identity, "overrides": run.overrides, "digest": run.digest, **result}
         append_row(self.path, self._rows[run.name])
 
     def stage(self, name: str) -> Stage:
+        """Returns the plan's stage with this name."""
         return next(stage for stage in self.plan.stages if stage.name == name)
 
     def runs_of(self, stage: Stage) -> list[Run]:
-        """Runs of a stage in the order in which they are made: all variants with the first seed, then with the next.
+        """Returns the runs of a stage in training order: all variants with the first seed, then with the next seed.
 
-        Empty if no run of a stage that it builds on is complete. Raises ConfigError if a variant's overrides do not
-        go together with those of the best variant of that stage.
+        Returns an empty list if a stage that this one builds on has no complete run. Raises ConfigError if the
+        overrides of a variant do not give a valid config together with those of the best variants of these stages.
         """
         inherited: list[str] = []
         base = stage.base
@@ -171,19 +192,19 @@ class Ablation:
         return runs
 
     def row_of(self, run: Run) -> dict[str, Any] | None:
-        """Last result of a run, complete or not."""
+        """Returns the last result of a run, complete or not; None if there is no result."""
         row = self._rows.get(run.name)
         return row if row is not None and row["digest"] == run.digest else None
 
     def runs_with_rows(self, stage: Stage) -> list[tuple[Run, dict[str, Any]]]:
-        """Runs that have a result, with it; empty if the stage's overrides do not go together."""
+        """Returns (run, last result) for each run with a result; an empty list if a config in the stage is invalid."""
         try:
             return [(run, row) for run in self.runs_of(stage) if (row := self.row_of(run))]
         except ConfigError:
             return []
 
     def complete_rows(self, stage: Stage) -> dict[str, list[dict[str, Any]]]:
-        """Results of complete runs by variant, over seeds."""
+        """Returns {variant: results of its complete runs, one per seed}."""
         found: dict[str, list[dict[str, Any]]] = {}
         for _, row in self.runs_with_rows(stage):
             if row["complete"]:
@@ -191,17 +212,17 @@ class Ablation:
         return found
 
     def best_variant(self, stage: Stage) -> str | None:
-        """The variant with the highest mean score; None if no run is complete."""
+        """Returns the variant with the highest mean score over its seeds; None if no run is complete."""
         scores = {variant: statistics.mean(map(score, rows)) for variant, rows in self.complete_rows(stage).items()}
         return max(scores, key=lambda variant: scores[variant]) if scores else None
 
 
 def reference_accuracies(row: dict[str, Any]) -> tuple[float, float]:
-    """Top-1 of k-NN and linear probe under the reference implementation's own protocol, in per cent."""
+    """Returns top-1 of k-NN and of the linear probe, in per cent, under the reference implementation's protocols."""
     found = {name.split()[0]: cells["trained"]["top1"] for name, cells in row["table"].items() if "reference's" in name}
     return found["k-NN"], found["linear"]
 
 
 def score(row: dict[str, Any]) -> float:
-    """Mean of the two accuracies, by which variants are ranked."""
+    """Returns the mean of the two `reference_accuracies`. Variants are ranked by this score."""
     return statistics.mean(reference_accuracies(row))

@@ -1,4 +1,4 @@
-"""Results on the disk: JSON lines that survive a crash, in a folder that one process at a time writes to."""
+"""Results on disk: JSON lines that survive a crash, in a folder that only one process at a time may use."""
 
 import json
 from collections.abc import Iterator
@@ -14,20 +14,21 @@ RESULTS = "results.jsonl"
 
 @contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Inside, `folder` exists and no other process holds it; raises ConfigError if one does."""
+    """Creates `folder` and holds its lock inside the context. Raises ConfigError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = lock_file(folder / ".lock")
     except InUseError as holder:
-        raise ConfigError(f"{folder} is in use by {holder}: wait for it to end, or choose another") from None
+        raise ConfigError(f"{folder} is in use by {holder}: wait until it ends, or choose another --out") from None
     with lock:
         yield
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that `append_row` wrote, oldest first; empty if there is none. Lines cut by a crash are skipped.
+    """Returns the rows that `append_row` wrote to a file, oldest first; an empty list if the file does not exist.
 
-    Every row has a "digest" of all that its result depends on.
+    Every row must have a "digest" of everything that its result depends on. Other lines are skipped, for example
+    those that a crash has cut.
     """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -39,7 +40,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Write `row` at once, on a line of its own even if a crash has cut the last line."""
+    """Appends `row` to the file as one JSON line. Starts a new line first if a crash has cut the last one."""
     last_byte = path.read_bytes()[-1:] if path.exists() else b""
     with open(path, "a") as file:
         file.write(("" if last_byte in (b"", b"\n") else "\n") + json.dumps(row) + "\n")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Unpack a bundle of `make bundle` on a machine that has torch and no network, and run a plan of ablations.
+# Unpacks the bundle that `make bundle` made, on a machine that has torch but no network, and runs an ablation plan.
 #   bash bundle/run.sh MINUTES OUT [PLAN.yaml] [key=value ...]
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -24,11 +24,11 @@ fi
 cd "$here/code"
 export PYTHONPATH="$here/packages${PYTHONPATH:+:$PYTHONPATH}"
 python3 -c 'import torch, torchvision, numpy, yaml' || {
-  echo "error: this machine lacks torch, torchvision, numpy or PyYAML: install them" >&2
+  echo "error: torch, torchvision, numpy or PyYAML is missing on this machine: install it" >&2
   exit 2
 }
 python3 -c 'import pydantic, ema_pytorch, tqdm' || {
-  echo "error: the bundle is for another Python than $(python3 --version): make bundle BUNDLE_PYTHON=..." >&2
+  echo "error: the packages of this bundle do not work with $(python3 --version): make bundle BUNDLE_PYTHON=<this version>" >&2
   exit 2
 }
 exec python3 -m ablations.ablate "$plan" --minutes "$minutes" --out "$out" --data "$(cat "$here/name.txt")" \

@@ -1,6 +1,6 @@
-"""Measures of the sections of a latent: how much each one holds, and how much it decides in a decoded image.
+"""Measures of a latent's sections: the information in each section, and its effect on a decoded image.
 
-All draws come from one seed, whatever the seed of the run, so that all runs are measured alike.
+All random numbers come from one fixed seed, so that runs with different seeds are measured on the same draws.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,10 @@ COARSE = 4  # pixels
 
 
 def measure_sections(experiment: Experiment, soda: SODA) -> dict[str, Any]:
-    """All measures of ablations/sections.py by name: a number, or a list with a number for each section."""
+    """Returns the measures that ablations/sections.py explains, by name.
+
+    A measure is a number, or a list with one number per entry of `sections_of`.
+    """
     sections = sections_of(experiment.config)
     soda.eval()
     (knn, probe), probes = probe_sections(experiment, soda, sections)
@@ -51,14 +54,15 @@ def measure_sections(experiment: Experiment, soda: SODA) -> dict[str, Any]:
 
 
 def digest_of(config: Config) -> str:
-    """Digest of all that the measures of a run with this config depend on."""
+    """Returns the digest of everything that the measures of a run with this config depend on."""
     return result_digest(config, also=str((SEED, NUM_PAIRS, NUM_SAMPLING_STEPS)))
 
 
 def sections_of(config: Config) -> dict[str, slice]:
-    """Dimensions of each section, under its number and the feature maps that it modulates; "whole latent" comes last.
+    """Returns {name: dimensions of the latent} for each section. The last entry, "whole latent", has all dimensions.
 
-    A latent that all layers share is cut where its sections would be.
+    A name holds the number of the section and the sizes of the feature maps that it modulates. If the config has shared
+    modulation, the latent is split as sectioned modulation would split it.
     """
     decoder = config.decoder.model_copy(update={"modulation": "sectioned"})
     layers = list(build_on_meta(config.model_copy(update={"decoder": decoder})).decoder.layers())
@@ -72,7 +76,7 @@ def sections_of(config: Config) -> dict[str, slice]:
 
 
 def _clean_views(experiment: Experiment, indices: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """Clean views (N, 3, H, W) of the test images `indices`, batch by batch, with their positions in `indices`."""
+    """Yields one batch at a time: clean views (N, 3, H, W) of the test images `indices`, and their positions in it."""
     assert experiment.test is not None
     parts, start = indices.split(experiment.config.evaluation.batch_size), 0
     for part, pixels in zip(parts, experiment.test.batches(parts, pin_memory=False), strict=True):
@@ -81,9 +85,10 @@ def _clean_views(experiment: Experiment, indices: Tensor) -> Iterator[tuple[Tens
 
 
 def probe_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -> tuple[list[float], list[float]]:
-    """Top-1 accuracies: [k-NN, probe] of z by the config's protocols, and the same probe of each section.
+    """Returns two lists of top-1 accuracies in per cent.
 
-    Sections are not scaled to length 1.
+    The first is [k-NN, probe] of z under the config's protocols. The second is the probe of each section, with
+    features that are not scaled to length 1.
     """
     encode = encode_with(experiment, soda)
 
@@ -100,9 +105,10 @@ def probe_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice
 
 @torch.no_grad()
 def own_variance(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -> list[float]:
-    """Share of each section's variance that no linear function of the others explains; 1 for the whole latent.
+    """Returns the fraction of each section's variance that no linear function of the other sections explains.
 
-    Over the clean test images. The function is fitted to one half of them by least squares and judged on the other.
+    The fraction of the whole latent is 1. The latents are those of the clean test images. The linear function is fitted
+    to one half of these images by least squares, and evaluated on the other half.
     """
     assert experiment.test is not None
     order = torch.randperm(len(experiment.test), generator=generator(SEED, "halves"))
@@ -122,9 +128,9 @@ def own_variance(experiment: Experiment, soda: SODA, sections: dict[str, slice])
 
 @torch.no_grad()
 def losses_without(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -> list[float]:
-    """Loss with nothing dropped, then without each section.
+    """Returns the test loss with the whole latent, and then the loss with each section set to zero.
 
-    Over the clean test images, source and target alike, with timesteps spread evenly over the images.
+    Both source and target are the clean view of a test image. The timesteps are spread evenly over the images.
     """
     assert experiment.test is not None
     device = experiment.device
@@ -148,10 +154,11 @@ def losses_without(experiment: Experiment, soda: SODA, sections: dict[str, slice
 
 @torch.no_grad()
 def swap_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -> tuple[list[float], list[float]]:
-    """Change of decoded images when one section is taken from another image, with the same x_T.
+    """Measures how a decoded image changes if one section comes from another image, with the same x_T.
 
-    Returns the root mean square over pixels, as a share of that for the whole latent; and the share of the square that
-    lies in means over squares of COARSE pixels.
+    Returns two lists. The first is the root mean square of the change over all pixels, divided by that for the whole
+    latent. The second is the fraction of the squared change that remains after averaging over squares of
+    COARSE x COARSE pixels.
     """
     assert experiment.test is not None
     device, diffusion = experiment.device, experiment.diffusion
@@ -161,7 +168,7 @@ def swap_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice]
 
     chosen = torch.randperm(len(experiment.test), generator=generator(SEED, "pairs"))[: 2 * NUM_PAIRS]
     pairs = zip(*(_clean_views(experiment, half) for half in chosen.chunk(2)), strict=True)
-    squares = torch.zeros(2, len(sections), dtype=torch.float64)  # rows: the change, its coarse part
+    squares = torch.zeros(2, len(sections), dtype=torch.float64)  # (2, sections): the change, its coarse part
     for (views, here), (other_views, _) in pairs:
         x_T = image_noise(views.shape[1:], range(here.start, here.stop), SEED, "x_T", device=device)
         with autocast(device, experiment.amp_dtype):

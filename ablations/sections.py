@@ -1,19 +1,20 @@
-"""Measure what the sections of a latent hold, for three decoders: shared, sectioned, and sectioned with masking.
+"""Measures the sections of a latent for three variants: shared, sectioned, and sectioned with masking.
 
-Trains each variant for the same number of steps with each seed, then measures on the EMA model:
+Each variant is trained for the same number of steps with each seed. Then the EMA model is measured:
 
-- loss: over the test images, with nothing dropped;
-- k-NN, probe: accuracy of z, by the config's protocols;
-- probe of: accuracy of the same probe on one section alone, and on the whole latent, without scaling to length 1;
-- swapped: change of a decoded image when one section is taken from another image, as a share of the change when the
-  whole latent is;
-- coarse: share of that change (squared) that lies in means over squares of 4 px; white noise would have 0.06;
+- loss: test loss with the whole latent;
+- k-NN, probe: top-1 accuracy of z in per cent, under the config's protocols;
+- probe of: accuracy of the same probe on one section only, or on the whole latent, without scaling to length 1;
+- swapped: change of a decoded image if one section comes from another image, divided by the change if the whole latent
+  does;
+- coarse: fraction of the squared change that remains after averaging over squares of 4 x 4 px (white noise: 0.06);
 - own: variance of a section, in per cent, that no linear function of the other sections explains;
-- without: rise of the loss, in per cent, when one section is dropped. Only masked training has seen dropped sections:
-  for the other variants it is the rise for an input that the decoder does not know.
+- without: increase of the loss, in per cent, if one section is set to zero. Only masked training drops single
+  sections: the decoders of the other variants have never seen such an input.
 
-A shared latent has no sections; as a control it is cut at the same places. The same command resumes. Each run leaves a
-JSON line in `<out>/results.jsonl`, and its state, so that it can be measured again without training.
+A shared latent has no sections. As a control, it is split at the same positions. Run the same command again to resume.
+Each run leaves one JSON line in `<out>/results.jsonl`, and its checkpoint, so that it can be measured again without
+training.
 
   python -m ablations.sections --out runs/sections
 """
@@ -28,7 +29,7 @@ from ablations.tables import mean_and_deviation
 from config.reading import load_config
 from utils.cli import gather_user_errors, run
 
-# Networks for two CPU cores: seven sections of eight dimensions.
+# Networks that two CPU cores can train. The latent has seven sections of eight dimensions.
 SETTINGS = [
     "data.image_size=16",
     "encoder.width=16",
@@ -59,13 +60,13 @@ logger = logging.getLogger(__name__)
 
 
 def markdown_table(rows: list[dict[str, Any]], sections: list[str]) -> str:
-    """A column for each variant: mean ± standard deviation over seeds."""
+    """Returns the table of results: one column per variant, mean ± standard deviation over seeds."""
     found = {name: [row for row in rows if row["variant"] == name] for name in VARIANTS}
     steps = sorted({row["steps"] for row in rows})
     lines = [[f"{' or '.join(map(str, steps))} steps", *found], ["---"] * (1 + len(found))]
 
     def cell(values: list[float], form: str) -> str:
-        same = len(set(values)) == 1  # for every seed: a number that does not depend on it
+        same = len(set(values)) == 1  # such as the number of parameters, which does not depend on the seed
         return mean_and_deviation(values[:1] if same else values, form)
 
     for name, form in ROWS.items():
@@ -77,16 +78,24 @@ def markdown_table(rows: list[dict[str, Any]], sections: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of results and of the files that resuming needs"
+        "--out", type=Path, required=True, help="folder of the results and of the checkpoints needed to resume"
     )
-    parser.add_argument("--config", default="config/fashion_mnist.yaml")
-    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument(
-        "--seeds", type=int, default=3, choices=range(1, 100), metavar="N", help="number of seeds: 0..N-1"
+        "--config", default="config/fashion_mnist.yaml", help="YAML file of the experiment (%(default)s)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every run's config")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of each run (%(default)s)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        choices=range(1, 100),
+        metavar="N",
+        help="number of seeds; they are 0..N-1 (%(default)s)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides that apply to every run")
     args = parser.parse_intermixed_args(argv)
     path = args.out / RESULTS
     with gather_user_errors():

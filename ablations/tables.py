@@ -1,4 +1,4 @@
-"""Results of an ablation as Markdown."""
+"""Markdown tables of the results of an ablation."""
 
 import math
 import statistics
@@ -20,11 +20,12 @@ HEAD = [
 
 
 def markdown_tables(ablation: Ablation) -> str:
-    """A table for each stage that has a complete run, and a line for each run that is not complete.
+    """Returns one table per stage that has a complete run, and one line per run with a result that is not complete.
 
-    k-NN and linear probe are top-1 in per cent by the reference's protocol, mean ± standard deviation over seeds. A
-    difference of at most two standard deviations of a run is a tie. That deviation is pooled over the variants of the
-    stage that have several seeds; if there are none, over those of all stages.
+    k-NN and linear probe are top-1 accuracies in per cent under the reference implementation's protocols, as
+    mean ± standard deviation over seeds. A difference of at most two standard deviations is called a tie. This standard
+    deviation is that of single runs, pooled over the variants of the stage that have several seeds. If no variant of
+    the stage has several seeds, it is pooled over the variants of all stages.
     """
     rows = {stage.name: ablation.complete_rows(stage) for stage in ablation.plan.stages}
     scores = {name: [[score(row) for row in found] for found in of.values()] for name, of in rows.items()}
@@ -75,7 +76,7 @@ def _incomplete_runs(stage: Stage, ablation: Ablation) -> str:
 
 
 def mean_and_deviation(values: list[float], form: str = "{:.1f}") -> str:
-    """`mean ± standard deviation`; the mean alone of one value, and "" of none."""
+    """Returns `mean ± standard deviation`; only the mean if there is one value; "" if there is none."""
     if not values:
         return ""
     deviation = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
@@ -83,7 +84,7 @@ def mean_and_deviation(values: list[float], form: str = "{:.1f}") -> str:
 
 
 def pooled_deviation(groups: list[list[float]]) -> float | None:
-    """Standard deviation within groups, pooled over all of them; None if no group has two values."""
+    """Returns the standard deviation within groups, pooled over all groups; None if no group has two values."""
     freedom = sum(len(group) - 1 for group in groups)
     if freedom == 0:
         return None
@@ -91,17 +92,20 @@ def pooled_deviation(groups: list[list[float]]) -> float | None:
 
 
 def verdict(difference: float, deviation: float | None) -> str:
-    """The difference of two means, marked as a tie if it is at most two deviations; None: the deviation is unknown."""
+    """Returns the difference of two means as text, marked as a tie if it is at most two standard deviations.
+
+    `deviation` is None if the standard deviation is unknown.
+    """
     if deviation is None:
         return f"{difference:+.1f} (one seed)"
     return f"{difference:+.1f}" + (" (tie)" if abs(difference) <= 2 * deviation else "")
 
 
 def _effects(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: float | None) -> list[str]:
-    """Lines that compare the variants that share a setting of a key with the variants that leave the key alone.
+    """Returns one line per setting, which compares the variants that have it with those that do not override its key.
 
-    Variants with another setting of the key count on neither side. Settings that always occur together share a line.
-    A setting needs two variants on either side.
+    A setting is one override, or several overrides that always occur together. A variant that gives the key another
+    value is in neither group. A setting is left out if a group has fewer than two variants.
     """
     scores = {variant: [score(row) for row in found] for variant, found in rows.items()}
     settings: dict[frozenset[str], list[str]] = {}  # {variants that have them: overrides}

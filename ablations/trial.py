@@ -1,4 +1,4 @@
-"""One run of an ablation: trained until it is complete or told to stop, resumed at that step, judged as by test.py."""
+"""One run of an ablation. It can be stopped and resumed at any step, and is judged under the protocols of test.py."""
 
 import hashlib
 import io
@@ -33,36 +33,39 @@ from utils.run_folder.checkpoint import CheckpointError, load_checkpoint
 from utils.run_folder.checkpoint_writer import save_checkpoint
 
 SAVE_EVERY_S = 120
-WARMUP_STEPS = 30  # kernels are chosen and compiled in them: they do not count in images per second
-LOOK_EVERY = 10  # steps between looks at the clock, each of which synchronises with the device
-LOSSES = 100  # steps whose mean loss is reported
+WARMUP_STEPS = 30  # not part of images per second, because kernels are chosen and compiled in these steps
+LOOK_EVERY = 10  # steps between checks of the clock; each check synchronises with the device
+LOSSES = 100  # the reported loss is the mean over this number of last steps
 PART_BYTES = 12 * 2**20
 
 logger = logging.getLogger(__name__)
 
 
 class Trial:
-    """An experiment and its state, resumed from a checkpoint if there is one that fits.
+    """An experiment and its training state, resumed from the checkpoint if there is one of the same experiment.
 
     Args:
-        checkpoint: path that is resumed from and saved to; None: the state is not saved.
+        config: config of the run.
+        checkpoint: file to resume from and to save to; None: nothing is loaded or saved.
 
     Attributes:
-        seconds: time in training, over all starts.
-        seconds_after_first_step: time in training since the end of the first step of this start. The first step loads,
-            chooses kernels and compiles.
-        images_per_s: speed of this start without its first WARMUP_STEPS; None if there were no further steps.
+        seconds: training time, summed over all starts of the run.
+        seconds_after_first_step: training time of this start, without its first step. The first step also loads the
+            images, chooses kernels and compiles.
+        images_per_s: training speed of this start, without its first WARMUP_STEPS; None if there were no more steps.
 
     Raises:
         ConfigError, DatasetError, OutOfMemoryError
     """
 
     def __init__(self, config: Config, checkpoint: Path | None) -> None:
-        torch.compiler.reset()  # else variants count as recompilations of the first, and the ninth runs eagerly
+        torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
         self.config, self.checkpoint = config, checkpoint
         self.experiment: Experiment = open_experiment(config)
         if self.experiment.test is None:
-            raise DatasetError(f"{config.data.root} has no labels, without which nothing can be judged")
+            raise DatasetError(
+                f"{config.data.root} has no labels, but k-NN and linear probe need them: choose labelled images"
+            )
         if self.experiment.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.experiment.device)
         self.state: TrainState = initial_state(self.experiment)
@@ -75,26 +78,29 @@ class Trial:
             self.state.soda.compile()
 
     def _resume(self, checkpoint: Path) -> None:
-        """Load a checkpoint, or log why this run starts anew."""
+        """Loads the checkpoint, or logs why the run starts from scratch."""
         try:
             saved = load_checkpoint(checkpoint)
             changed = differences(parse_config(saved["config"], str(checkpoint)), self.config, run=False)
         except (CheckpointError, ConfigError) as error:
-            logger.info("%s; starting anew", error)
+            logger.info("%s; starting from scratch", error)
             return
         if changed or saved["data"] != self.experiment.data_digest:
-            logger.info("%s has another %s; starting anew", checkpoint, ", ".join(changed) or "data set")
+            logger.info(
+                "%s was saved with another %s: starting from scratch", checkpoint, ", ".join(changed) or "data set"
+            )
             return
         self.state.load_state_dict(saved)
         self.seconds = float(saved.get("seconds", 0))
-        logger.info("%s: at step %d of %d", checkpoint, self.state.step, self.experiment.total_steps)
+        logger.info("%s: resuming at step %d of %d", checkpoint, self.state.step, self.experiment.total_steps)
 
     @property
     def complete(self) -> bool:
+        """True after the last step."""
         return self.state.step == self.experiment.total_steps
 
     def train(self, must_stop: Callable[[], bool]) -> None:
-        """Train to the last step, or until `must_stop` returns True; then save the state.
+        """Trains to the last step, or until `must_stop` returns True. Then saves the state.
 
         `must_stop` is called after the first step and then every LOOK_EVERY steps.
         """
@@ -108,7 +114,7 @@ class Trial:
                 done = state.step - first_step
                 if done > 1 and done % LOOK_EVERY and not self.complete:
                     continue
-                loss.item()  # waits for the device, so that the clock counts steps that are done
+                loss.item()  # synchronises with the device, so that the clock measures finished steps
                 now = time.monotonic()
                 self.seconds = seconds_before + now - began
                 if done == 1:
@@ -133,7 +139,7 @@ class Trial:
         save_checkpoint(self.checkpoint, contents | {"seconds": self.seconds})
 
     def judged(self) -> dict[str, Any]:
-        """The result of the run: accuracies of the EMA encoder under every protocol of test.py, and how it was made."""
+        """Returns the result: accuracies of the EMA encoder under every protocol of test.py, speed and settings."""
         experiment, step, began = self.experiment, self.state.step, time.monotonic()
         encoders = {"trained": encode_with(experiment, self.state.ema.ema_model)}
         table = judge(experiment, encoders, all_protocols(self.config, len(experiment.train)))
@@ -156,9 +162,9 @@ class Trial:
 
 
 def write_encoder_parts(encoder: nn.Module, path: Path, config_yaml: str) -> None:
-    """Write the encoder's weights in bf16 as `path`.pt.part0, .part1, ..., each less than 16 MB.
+    """Writes the encoder's weights in bf16 to `path`.pt.part0, `path`.pt.part1, ..., each smaller than 16 MB.
 
-    `path`.yaml holds the config, the command that joins the parts, and the checksum of `path`.pt.
+    Also writes `path`.yaml: the command that joins the parts to `path`.pt, the SHA-256 of `path`.pt, and the config.
     """
     file = io.BytesIO()
     halved = {name: t.bfloat16() if t.is_floating_point() else t for name, t in encoder.state_dict().items()}

@@ -1,6 +1,7 @@
-"""Pictures of what a latent holds, the report, and the encoder to take away.
+"""Pictures of what a latent encodes, the HTML report, and export of the encoder and of its features.
 
-Packages beyond requirements.txt are imported where they are used; `require` checks for them before any work.
+Packages beyond requirements.txt are imported in the functions that use them. `require` checks that they are installed
+before any work starts.
 """
 
 from importlib.util import find_spec
@@ -9,8 +10,8 @@ from config.errors import ConfigError
 
 
 def require(*modules: str) -> None:
-    """Raise ConfigError, naming the missing ones, unless all modules are installed."""
+    """Raises ConfigError if a module is not installed. The message names all missing modules."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         verb = "are" if len(missing) > 1 else "is"
-        raise ConfigError(f"{', '.join(missing)} {verb} missing: pip install -r requirements-extra.txt")
+        raise ConfigError(f"{', '.join(missing)} {verb} not installed: run pip install -r requirements-extra.txt")

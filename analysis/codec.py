@@ -1,4 +1,4 @@
-"""Images to codes and back: the latent z, and x_T, which holds what z leaves open."""
+"""Encoding of images as a latent z and noise x_T, and decoding of both. x_T holds the details that z leaves out."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -20,19 +20,19 @@ from utils.distributed.processes import my_range, world_size
 from utils.logging import progress
 from utils.randomness import image_noise
 
-BATCH = 16  # images of one forward pass, however many processes there are, so that pixels do not depend on them
-INVERSION_PASSES = 2  # evaluations of the denoiser in each step of the inversion
+BATCH = 16  # images per forward pass; the same for any number of ranks, so that pixels do not depend on that number
+INVERSION_PASSES = 2  # evaluations of the denoiser per step of the inversion
 
 OnDone = Callable[[int], Any]
-"""Called with the number of images that are done."""
+"""Callback for the progress bar. It receives the number of images of one forward pass."""
 
 
 class Codec:
     """The EMA model as an encoder and a decoder of images (Preechakul et al. 2022, section 3).
 
-    Collective: call each method on all ranks. They share the work, and all get the same result. Pixels are
-    (N, 3, H, W) uint8. z is (N, latent_dim), x_T and images in [-1, 1] are (N, 3, decoder_size, decoder_size), float32
-    on the device.
+    Collective: call each method on all ranks. The ranks share the work, and each rank gets the full result. Pixels are
+    (N, 3, H, W) uint8. z is (N, latent_dim). x_T, and images in [-1, 1], are (N, 3, decoder_size, decoder_size). All
+    results are float32 on the device.
 
     Args:
         seed: seed of `noise`, and of the noise that `sample` adds if eta is above 0.
@@ -43,7 +43,7 @@ class Codec:
         self._batch = min(BATCH, experiment.config.evaluation.batch_size)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """z of images, not augmented."""
+        """Returns z of the images, without augmentation."""
         width = self.experiment.config.encoder.latent_dim
 
         def encode(positions: range, on_done: OnDone) -> Tensor:
@@ -54,12 +54,12 @@ class Codec:
 
     @cached_property
     def train_z(self) -> Tensor:
-        """z of the whole training split."""
+        """z of all training images, in the order of the split."""
         return self._latents(self.experiment.train, "training")
 
     @cached_property
     def test_z(self) -> Tensor:
-        """z of the whole test split, which must exist."""
+        """z of all test images, in the order of the split. The test split must exist."""
         assert self.experiment.test is not None
         return self._latents(self.experiment.test, "test")
 
@@ -73,12 +73,12 @@ class Codec:
         return encode_clean(self.soda, experiment.views, pixels, experiment.device, experiment.amp_dtype)
 
     def noise(self, count: int, purpose: str) -> Tensor:
-        """Random x_T of `count` images; the first n are the same for any count."""
+        """Returns random x_T for `count` images. The noise of each image is the same for any `count`."""
         size = self.experiment.config.decoder_size
         return image_noise((3, size, size), range(count), self.seed, purpose, device=self.experiment.device)
 
     def invert(self, pixels: Tensor, z: Tensor) -> Tensor:
-        """The x_T that `decode` turns back into the images, given their z."""
+        """Returns the x_T that `decode` maps back to the images, given their z (DDIM inversion)."""
         x_start, diffusion = scale(pixels).to(self.experiment.device), self.experiment.diffusion
         steps = self.experiment.config.sampling.num_sampling_steps
 
@@ -88,7 +88,7 @@ class Codec:
         return self._denoise("inverting", steps * INVERSION_PASSES, invert, z, x_start, self._unguided)
 
     def decode(self, z: Tensor, x_T: Tensor) -> Tensor:
-        """Images of z and an x_T from `invert`: without guidance, clipping and added noise."""
+        """Returns images decoded from z and an x_T from `invert`, without guidance, clipping or added noise."""
         diffusion, steps = self.experiment.diffusion, self.experiment.config.sampling.num_sampling_steps
 
         def decode(denoise: Denoiser, x_T: Tensor, positions: range) -> Tensor:
@@ -97,7 +97,7 @@ class Codec:
         return self._denoise("decoding", steps, decode, z, x_T, self._unguided)
 
     def sample(self, z: Tensor, x_T: Tensor) -> Tensor:
-        """Images of z and random x_T, with the settings of the config's `sampling` section."""
+        """Returns images sampled from z and random x_T, with the settings of the config's `sampling` section."""
         config, diffusion = self.experiment.config.sampling, self.experiment.diffusion
 
         def sample(denoise: Denoiser, x_T: Tensor, positions: range) -> Tensor:
@@ -123,8 +123,10 @@ class Codec:
         images: Tensor,
         condition: Callable[[Tensor], Denoiser],
     ) -> Tensor:
-        """`run(denoiser, images, positions)` for each batch of images, with the denoiser that `condition` makes of
-        their z."""
+        """Returns the results of `run(denoiser, images, positions)` on each batch of images.
+
+        `condition` makes the denoiser of a batch from its z.
+        """
 
         def work(positions: range, on_done: OnDone) -> Tensor:
             here = slice(positions.start, positions.stop)
@@ -140,10 +142,12 @@ class Codec:
 
     @torch.no_grad()
     def _fill(self, task: str, passes: int, out: Tensor, work: Callable[[range, OnDone], Tensor]) -> Tensor:
-        """`out`, zeros (N, ...), with each batch of positions replaced by `work(positions, on_done)` of one process.
+        """Fills `out`, zeros (N, ...), and returns it on all ranks.
+
+        One rank computes each batch of positions, as `work(positions, on_done)`.
 
         Args:
-            passes: forward passes for each image, for the progress bar.
+            passes: forward passes per image, for the progress bar.
         """
         self.soda.eval()
         batches = [range(start, min(start + self._batch, len(out))) for start in range(0, len(out), self._batch)]

@@ -1,4 +1,4 @@
-"""Export of an encoder as programs that need nothing of this repository: torch.export's .pt2, and ONNX."""
+"""Export of an encoder to files that run without this repository: .pt2 (torch.export) and ONNX."""
 
 import json
 import logging
@@ -17,28 +17,31 @@ from utils.files import replacing
 
 OPSET = 18
 TOLERANCE = 1e-4
-NAMES = ("z", "pooled")  # the outputs, in order
+NAMES = ("z", "pooled")  # names of the outputs, in order
 
 Run = Callable[[Tensor], list[Tensor]]
-"""An exported encoder: pixels (N, 3, H, W) uint8 -> features, as NAMES lists them."""
+"""An exported encoder: pixels (N, 3, H, W) uint8 -> features, in the order of NAMES."""
 
 
 class ExportError(UserError):
-    """An exported encoder gives other features than the module; nothing was written."""
+    """A difference between the features of an exported encoder and of the module. No file was written."""
 
 
 def export_encoder(encoder: ImageEncoder, paths: list[Path], notes: dict[str, str]) -> dict[Path, float]:
-    """Write the encoder to each path, for any number of images; raises ExportError.
+    """Writes the encoder to each path as a program that takes any number of images.
 
-    The programs take pixels (N, 3, image_size, image_size) uint8 and give (z, pooled).
+    The program takes pixels (N, 3, image_size, image_size) uint8 and returns (z, pooled).
 
     Args:
-        paths: their endings are keys of FORMATS.
-        notes: stored in the files with a description of input and outputs.
+        paths: files to write; their endings are keys of FORMATS.
+        notes: texts stored in each file, together with a description of its input and outputs.
 
     Returns:
-        For each path, the largest absolute difference of a feature from the module's, over random images. If one is
-        above TOLERANCE, ExportError is raised and no file is written.
+        For each path, the largest absolute difference between the program's and the module's features, over random
+        images.
+
+    Raises:
+        ExportError: a difference is above TOLERANCE. No file is written then.
     """
     size = encoder.image_size
     pixels = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -55,13 +58,13 @@ def export_encoder(encoder: ImageEncoder, paths: list[Path], notes: dict[str, st
             found = kind.load(partial)(pixels)
             off = [(f - e).abs().max().item() for f, e in zip(found, expected, strict=True)]
             if not max(off) <= TOLERANCE:
-                raise ExportError(f"the exported encoder is off by {max(off):.2g}: nothing was written")
+                raise ExportError(f"the exported encoder's features differ by {max(off):.2g}: nothing was written")
             differences[path] = max(off)
     return differences
 
 
 class _Tuple(nn.Module):
-    """`encoder` with its features as a tuple in the order of NAMES."""
+    """The encoder, with its features as a tuple in the order of NAMES."""
 
     def __init__(self, encoder: ImageEncoder) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ def _load_pt2(path: Path) -> Run:
 def _write_onnx(program: ExportedProgram, path: Path, notes: dict[str, str]) -> None:
     import onnx
 
-    for name in ("onnx_ir", "onnxscript", "torch.onnx"):  # they log each pass over the graph
+    for name in ("onnx_ir", "onnxscript", "torch.onnx"):  # they log every pass over the graph
         logging.getLogger(name).setLevel(logging.WARNING)
     torch.onnx.export(
         program,
@@ -113,8 +116,8 @@ class Format:
     """A file format.
 
     Attributes:
-        write: writes the program with notes: as the extra file notes.json in .pt2, as metadata in .onnx.
-        load: reads the file back, to compare.
+        write: writes the program and the notes: in .pt2 as the extra file notes.json, in .onnx as metadata.
+        load: reads the file back, so that its features can be compared with the module's.
     """
 
     write: Callable[[ExportedProgram, Path, dict[str, str]], None]

@@ -1,4 +1,4 @@
-"""Features of named images, and the file that keeps both."""
+"""Features of named images, and the file that stores names and features."""
 
 import json
 from collections.abc import Generator, Iterable
@@ -25,11 +25,13 @@ from utils.logging import progress
 
 @dataclass(frozen=True)
 class NamedImages:
-    """Images to encode, in order, with a name for each, and labels if there are any.
+    """Images to encode, in order, with their names, and with their labels if there are any.
 
     Attributes:
-        images: of known length; `batches(ranges, pin_memory)` yields the pixels of each.
-        labels: (N,) int64 or None.
+        images: an object with a length, and with `batches(ranges, pin_memory)`, which yields the pixels of each range.
+        names: a name for each image.
+        labels: (N,) int64, or None if the images have no labels.
+        classes: names of the classes, by label.
     """
 
     images: Any
@@ -39,33 +41,34 @@ class NamedImages:
 
 
 def images_of_split(images: Images, split: str) -> NamedImages:
-    """The images of a split; without file names they are called `split`:0 and so on."""
+    """Returns the images of a split. Images without file names are named `split`:0, `split`:1, and so on."""
     names = images.names or [f"{split}:{index}" for index in range(len(images))]
     return NamedImages(images, names, None if images.labels is None else images.labels.numpy(), images.classes)
 
 
 def images_of_folder(folder: Path, config: Config) -> NamedImages:
-    """Collective. All images below a folder; raises DatasetError.
+    """Collective. Returns all images below a folder.
 
-    If each lies in a sub-folder, the sub-folders are the classes.
+    If no image is directly in the folder, its sub-folders are the classes. Raises DatasetError if there are no images,
+    if the sub-folders are splits, or if the ranks find different images.
     """
     listing = list_images(folder)
     if {"train"} < set(listing.classes) <= {"train", "test", "val"}:
-        raise DatasetError(f"{folder} holds splits, not classes: give one of them, as in --folder {folder / 'train'}")
+        raise DatasetError(f"{folder} holds splits, not classes: choose one split, e.g. --folder {folder / 'train'}")
     return _images_of_listing(listing, config)
 
 
 def images_of_files(files: list[str], config: Config) -> NamedImages:
-    """Collective. Image files in the order given; raises DatasetError."""
+    """Collective. Returns image files in the given order. Raises DatasetError if a file does not exist."""
     files = [file for file in files if file]  # a list may end in an empty line
     missing = next((file for file in files if not Path(file).is_file()), None)
     if missing is not None:
-        raise DatasetError(f"no image {missing}: name files that exist")
+        raise DatasetError(f"the image {missing} does not exist: give paths of existing files")
     return _images_of_listing(Listing(Path(), files, None, []), config)
 
 
 class _DecodedImages:
-    """Images of a listing at the size that the encoder sees, decoded when they are asked for."""
+    """Images of a listing, decoded at the encoder's input size while they are read."""
 
     def __init__(self, listing: Listing, config: Config) -> None:
         self._listing, self._image_size = listing, config.encoder_size
@@ -78,20 +81,20 @@ class _DecodedImages:
         try:
             yield from decode_batches(self._listing, self._image_size, wanted, self._num_workers, pin_memory)
         except DatasetError as error:
-            raise DatasetError(f"{error}: mend or leave it out") from None
+            raise DatasetError(f"{error}: repair the file or leave it out") from None
 
 
 def _images_of_listing(listing: Listing, config: Config) -> NamedImages:
     if not all_equal((listing.files, listing.labels, listing.classes)):
-        raise DatasetError("the processes see different images: give them all the same")
+        raise DatasetError("the processes see different images: give all processes the same images")
     labels = None if listing.labels is None else np.array(listing.labels)
     return NamedImages(_DecodedImages(listing, config), listing.files, labels, listing.classes)
 
 
 def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype: torch.dtype | None) -> Features:
-    """Collective. z (N, latent_dim) and pooled (N, pooled_dim), float32, of `NamedImages.images`, on every rank.
+    """Collective. Encodes `NamedImages.images`; returns z (N, latent_dim) and pooled (N, pooled_dim) on every rank.
 
-    Raises DatasetError and OutOfMemoryError.
+    Features are float32. Raises DatasetError if an image cannot be read, and OutOfMemoryError.
     """
     device = encoder.mean.device
 
@@ -106,10 +109,14 @@ def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype
 
 
 def save_features(path: Path, features: Features, named: NamedImages, checkpoint: str) -> None:
-    """Write features of `named`, and the SHA-256 of the checkpoint, to a file.
+    """Writes the features of `named` to a .npz or .safetensors file.
 
-    .npz holds the arrays z, pooled, names, checkpoint and, if there are labels, labels and classes. .safetensors holds
-    the tensors z, pooled and labels; its metadata holds names and classes as JSON, and checkpoint.
+    .npz holds the arrays z, pooled, names and checkpoint, and labels and classes if there are labels. .safetensors
+    holds the tensors z and pooled, and labels if there are any. Its metadata holds names and classes as JSON, and
+    checkpoint.
+
+    Args:
+        checkpoint: SHA-256 of the checkpoint.
     """
     arrays = {str(name): values.cpu().numpy() for name, values in features.items()}
     arrays |= {} if named.labels is None else {"labels": named.labels}

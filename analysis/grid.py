@@ -1,4 +1,4 @@
-"""A grid of images with captions: its contents, and the PNG file that shows it."""
+"""A grid of images with captions, and the PNG file that shows it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from utils.files import replacing
 
-CELL = 72  # least width of an image in pixels; smaller ones are enlarged by a whole number
+CELL = 72  # smallest width of a shown image in pixels; smaller images are enlarged by an integer factor
 GAP, MARGIN, LINE = 8, 16, 15
-MAX_LABEL = 130  # pixels of a row's label
+MAX_LABEL = 130  # largest width of a row's label in pixels
 GREY = "#555555"
 
 
 @dataclass
 class Cell:
-    """An image (3, H, W) uint8 on the host, or None for an empty cell, and the caption below it."""
+    """An image (3, H, W) uint8 on the host (None: the cell is empty), and the caption below it."""
 
     image: Tensor | None = None
     caption: str = ""
@@ -30,13 +30,13 @@ class Cell:
 
 @dataclass
 class Grid:
-    """Cells by row and column, with the text that explains them.
+    """Cells by row and column, with a title, an explanation and labels.
 
     Attributes:
-        title: name of the grid.
-        explanation: how to read it, in a sentence or two.
-        columns: a label for each column, which may be empty.
-        rows: a label for each row; an empty list: none.
+        title: heading of the grid.
+        explanation: a few sentences that say how to read the grid.
+        columns: a label for each column; a label may be empty.
+        rows: a label for each row, or an empty list for no labels.
     """
 
     title: str
@@ -47,24 +47,24 @@ class Grid:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1], clipped to it, as uint8 on the host."""
+    """Clips images (N, 3, H, W) to [-1, 1] and converts them to uint8 on the host."""
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
 
 
 def to_cells(images: Tensor, captions: Sequence[str] | None = None) -> list[Cell]:
-    """A cell for each of the images (N, 3, H, W), uint8, or float32 in [-1, 1]."""
+    """Returns a cell for each image of (N, 3, H, W), which are uint8, or float32 in [-1, 1]."""
     pixels = images.cpu() if images.dtype == torch.uint8 else to_pixels(images)
     return [Cell(image, caption) for image, caption in zip(pixels, captions or [""] * len(pixels), strict=True)]
 
 
 def rows_of(columns: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
-    """Rows of cells from columns of cells, all of one length."""
+    """Converts columns of cells, all of the same length, to rows of cells."""
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 @cache
 def _font(size: int) -> Any:
-    """DejaVu Sans, which has most alphabets, if matplotlib brings it; else Pillow's font, which has ASCII."""
+    """Returns DejaVu Sans, which covers most alphabets, if matplotlib is installed; otherwise Pillow's ASCII font."""
     matplotlib = find_spec("matplotlib")
     if matplotlib is not None and matplotlib.origin is not None:
         path = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -74,9 +74,9 @@ def _font(size: int) -> Any:
 
 
 def save_grid(grid: Grid, path: Path, footer: str) -> None:
-    """Write the grid as a PNG with its title above and `footer`, a note on how it was made, below.
+    """Writes the grid as a PNG file, with `footer`, a note on how the picture was made, at the bottom.
 
-    Equal grids give equal bytes. The folder is made if need be.
+    Equal grids give identical bytes. Missing folders are created.
     """
     side = next(cell.image.shape[-1] for row in grid.cells for cell in row if cell.image is not None)
     scale = max(1, -(-CELL // side))
@@ -135,9 +135,9 @@ def _width(line: str, font: Any) -> int:
 
 
 def _lines(text: str, width: int, font: Any, at_most: int = 4) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken at spaces, or inside a word that is longer than a line.
+    """Breaks `text` into lines of at most `width` pixels: at spaces, or inside a word that is wider than a line.
 
-    If there are more than `at_most` lines, "..." takes the place of the last ones.
+    If there are more than `at_most` lines, "..." replaces line `at_most` and all lines after it.
     """
     lines: list[str] = []
     for part in text.split("\n"):

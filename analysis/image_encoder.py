@@ -1,4 +1,4 @@
-"""The encoder of a checkpoint as one module: from pixels to features."""
+"""The encoder of a checkpoint as one module that maps pixels to features."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from model.encoder import Encoder
 
 
 class ImageEncoder(nn.Module):
-    """Images, not augmented, to features: the EMA encoder after its normalisation.
+    """The EMA encoder with the normalisation of its input. Images are not augmented.
 
     Attributes:
-        encoder: takes normalised images (see its contract).
-        mean, std: (3, 1, 1) of the training images, on the scale of [0, 1].
-        image_size: height and width in pixels of the images that it was trained on.
+        encoder: maps normalised images to features (see the contract in `Encoder`).
+        mean, std: (3, 1, 1) mean and standard deviation of the training images per channel, for pixels in [0, 1].
+        image_size: height and width in pixels of the images that the encoder was trained on.
     """
 
     mean: Tensor
@@ -28,17 +28,23 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """(N, 3, image_size, image_size) uint8 -> {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, float32."""
+        """Maps (N, 3, image_size, image_size) uint8 to {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, float32."""
         views = pixels.float().div(255).sub(self.mean).div(self.std)
         return self.encoder.features(views)
 
 
 def trained_encoder(trained: Trained) -> ImageEncoder:
-    """The EMA encoder of a checkpoint that was read, on the host, in evaluation mode; raises CheckpointError."""
+    """Returns the EMA encoder of a checkpoint that has been read, on the host in evaluation mode.
+
+    Raises CheckpointError if the checkpoint does not fit its config, or holds no statistics of its images.
+    """
     mean, std = trained.statistics()
     return ImageEncoder(trained.soda().encoder, mean, std, trained.config.encoder_size).eval().requires_grad_(False)
 
 
 def load_encoder(checkpoint: str | Path) -> ImageEncoder:
-    """The EMA encoder of a checkpoint file, on the host, in evaluation mode; raises CheckpointError and ConfigError."""
+    """Returns the EMA encoder of a checkpoint file, on the host in evaluation mode.
+
+    Raises CheckpointError if the checkpoint cannot be used, and ConfigError if its config is not valid.
+    """
     return trained_encoder(read_trained(None, Path(checkpoint), []))

@@ -1,6 +1,6 @@
-"""Mathematics of latents: their principal components, directions of classes, a Gaussian mixture, paths between points.
+"""Mathematics of latents: principal components, class directions, Gaussian mixtures and interpolation.
 
-scikit-learn is imported where it is used: it takes a second.
+scikit-learn is imported in the functions that use it, because the import takes a second.
 """
 
 import numpy as np
@@ -10,21 +10,22 @@ from torch import Tensor
 
 from utils.randomness import generator
 
-MAX_FIT = 50_000  # latents that something is fitted to; float64 copies of more would take gigabytes
-RIDGE = 1e-3  # share of the latents' mean variance that is added to the covariance of each Gaussian
+MAX_FIT = 50_000  # largest number of latents used in a fit; float64 copies of more would take gigabytes
+RIDGE = 1e-3  # fraction of the latents' mean variance that is added to the diagonal of each Gaussian's covariance
 
 
 def subset_to_fit(latents: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-    """At most MAX_FIT of the latents (N, D), with their labels (N,), on the host; `seed` chooses them."""
+    """Returns at most MAX_FIT of the latents (N, D) on the host, with their labels (N,). They are chosen by `seed`."""
     chosen = torch.randperm(len(latents), generator=generator(seed, "fit"))[:MAX_FIT].sort().values
     return latents.cpu()[chosen], None if labels is None else labels[chosen]
 
 
 def principal_components(latents: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `count` principal components of latents (N, D), those of largest variance first.
+    """Computes the `count` principal components of latents (N, D) with the largest variance, largest first.
 
     Returns:
-        Unit directions (count, D), standard deviations along them (count,), shares of the total variance (count,).
+        Unit directions (count, D), the standard deviation along each (count,), and its fraction of the total variance
+        (count,).
     """
     from sklearn.decomposition import PCA
 
@@ -33,18 +34,18 @@ def principal_components(latents: Tensor, count: int) -> tuple[np.ndarray, np.nd
 
 
 def class_direction(latents: Tensor, labels: Tensor, label: int) -> tuple[np.ndarray, float]:
-    """The unit direction (D,) towards a class, and the standard deviation of the latents along it.
+    """Returns the unit direction (D,) towards a class, and the standard deviation of the latents along it.
 
-    The direction is that of the weights of a linear classifier, as in Diffusion Autoencoders (Preechakul et al. 2022):
-    scikit-learn's logistic regression, the class against all others, on latents scaled to deviation 1 in each
-    dimension.
+    The direction is given by the weights of a linear classifier, as in Diffusion Autoencoders (Preechakul et al. 2022).
+    The classifier is scikit-learn's logistic regression, the class against all others. It is trained on latents scaled
+    to standard deviation 1 in each dimension.
     """
     from sklearn.linear_model import LogisticRegression
 
     z = latents.cpu().double().numpy()
     std = z.std(axis=0).clip(1e-12)
     model = LogisticRegression(max_iter=1000).fit((z - z.mean(axis=0)) / std, labels.cpu().numpy() == label)
-    direction = model.coef_[0] * std  # from the scaled space back to z
+    direction = model.coef_[0] * std  # from the scaled space back to the space of z
     direction /= np.linalg.norm(direction)
     return direction, float((z @ direction).std())
 
@@ -52,11 +53,11 @@ def class_direction(latents: Tensor, labels: Tensor, label: int) -> tuple[np.nda
 def sample_mixture(
     latents: Tensor, num_components: int, num_samples: int, random_state: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points drawn from a mixture of Gaussians that is fitted to latents (N, D); the heaviest component is first.
+    """Fits a mixture of Gaussians to latents (N, D) and draws points from each component.
 
     Returns:
-        Points (num_components, num_samples, D), weights of the components (num_components,), and for each latent the
-        index of its component (N,).
+        Points (num_components, num_samples, D), weights of the components (num_components,), and the index of each
+        latent's component (N,). Components are sorted by weight, largest first.
     """
     from sklearn.mixture import GaussianMixture
 
@@ -73,7 +74,11 @@ def sample_mixture(
 
 
 def slerp(a: Tensor, b: Tensor, share_of_b: float) -> Tensor:
-    """A point on the arc from a (share 0) to b (share 1), for each sample of x_T (N, 3, H, W) (Shoemake 1985)."""
+    """Interpolates each sample of x_T (N, 3, H, W) on the arc from a to b (Shoemake 1985).
+
+    `share_of_b` is 0 at a and 1 at b. If the angle between a sample of a and of b is close to 0 or pi, the
+    interpolation is linear.
+    """
     cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
     angle = cosine.arccos()[:, None, None, None]
     weight_a, weight_b = ((share * angle).sin() / angle.sin() for share in (1 - share_of_b, share_of_b))

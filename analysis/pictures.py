@@ -1,7 +1,7 @@
-"""The pictures that sample.py and the report draw, one class each: options, checks, drawing.
+"""The pictures that sample.py and the report draw. A class defines the options, checks and drawing of each picture.
 
-To add one, write a subclass of Picture and put it into PICTURES, at the end of this file. Heavy modules are imported
-in the methods that use them, so that `sample.py --help` and errors in options need no torch.
+To add a picture, write a subclass of Picture and add it to PICTURES at the end of this file. Heavy modules are imported
+in the methods that use them, so that `sample.py --help` and errors in options do not wait for the import of torch.
 """
 
 from __future__ import annotations
@@ -29,42 +29,44 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Found = TypeVar("Found")
 
-INVERTED = "x_T is the DDIM-inverted noise"
+INVERTED = "x_T comes from DDIM inversion"
 
 
 def _splits(experiment: Experiment) -> dict[str, Any]:
-    """Images by the name of their split."""
+    """Returns the existing splits by name."""
     return {"train": experiment.train} | ({} if experiment.test is None else {"test": experiment.test})
 
 
 def _on_rank_0(fit: Callable[[], T]) -> T:
-    """Collective. The result of `fit()` on rank 0, for all ranks: on other machines rounding might differ."""
+    """Collective. Returns rank 0's result of `fit()` on all ranks: other machines might round differently."""
     return broadcast_object(fit() if rank() == 0 else None)  # type: ignore[return-value]
 
 
 def option(default: Any, help: str, *, flag: str | None = None, minimum: int | None = None, **settings: Any) -> Any:
-    """A field of a Picture that is an option on the command line.
+    """Returns a field of a Picture that is also a command-line option.
 
     Args:
-        flag: its spelling; default: -- and the field's name.
+        help: help text of the option.
+        flag: spelling of the option; default: -- and the field's name.
+        minimum: smallest value allowed.
         settings: further arguments of `ArgumentParser.add_argument`.
     """
     return field(default=default, metadata={"minimum": minimum, "flag": flag, "settings": {"help": help, **settings}})
 
 
 def number(default: int, help: str, *, minimum: int = 1) -> Any:
-    """An option that takes an integer."""
-    return option(default, f"{help} (%(default)s)", minimum=minimum, type=int, metavar="N")
+    """Returns a field for an option that takes an integer (see `option`)."""
+    return option(default, f"{help}; default: %(default)s", minimum=minimum, type=int, metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture(ABC, Generic[Found]):
-    """One kind of picture; its fields are its options. Raises ConfigError if a value is out of range.
+    """One kind of picture. The fields are its options. The constructor raises ConfigError if a value is out of range.
 
     Attributes:
-        name: the word after sample.py.
-        meaning: its content in one line.
-        needs: packages beyond requirements.txt.
+        name: name of the picture on the command line of sample.py.
+        meaning: content of the picture in one line, for `--help`.
+        needs: packages that the picture needs in addition to requirements.txt.
     """
 
     name: ClassVar[str]
@@ -75,38 +77,44 @@ class Picture(ABC, Generic[Found]):
         for each in fields(self):
             value, minimum = getattr(self, each.name), each.metadata["minimum"]
             if minimum is not None and value < minimum:
-                raise ConfigError(f"--{each.name} {value}: take at least {minimum}")
+                raise ConfigError(f"--{each.name} {value} is too small: use at least {minimum}")
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
+        """Adds the fields of the picture to `parser` as options."""
         for each in fields(cls):
             flag = each.metadata["flag"] or f"--{each.name}"
             parser.add_argument(flag, dest=each.name, default=each.default, **each.metadata["settings"])
 
     @classmethod
     def from_options(cls, args: Namespace) -> Self:
+        """Returns the picture with the parsed options. Raises ConfigError if a value is out of range."""
         return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
 
     @abstractmethod
     def find(self, experiment: Experiment) -> Found:
-        """The images and classes that the options name, for `draw`.
+        """Returns the images and classes that the options name, for `draw`.
 
-        Checks all options against the experiment, before any work; raises ConfigError and DatasetError.
+        Checks all options against the experiment before any work starts. Raises ConfigError if an option does not fit,
+        and DatasetError if an image cannot be read.
         """
 
     @abstractmethod
     def draw(self, codec: Codec, found: Found) -> Grid:
-        """Collective. Draws the picture; raises DatasetError and OutOfMemoryError."""
+        """Collective. Draws the picture. Raises DatasetError if an image cannot be read, and OutOfMemoryError."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureOfImages(Picture["Chosen"]):
-    """A picture of images that the user names, or of some test images."""
+    """A picture of images that the user names. Default: test images, or training images if there is no test split."""
 
     images: Sequence[str] | None = option(
-        None, "12 (of the test images), train:12 or a file; put key=value before it", nargs="+", metavar="IMAGE"
+        None,
+        "images: 12 (a test image), train:12 or a file; put key=value before this option",
+        nargs="+",
+        metavar="IMAGE",
     )
-    num_images: int = number(6, "number of images, if none are named")
+    num_images: int = number(6, "number of images, if --images is not given")
 
     def find(self, experiment: Experiment) -> Chosen:
         from analysis.references import choose_images
@@ -121,19 +129,19 @@ class PictureOfPairs(PictureOfImages):
     def find(self, experiment: Experiment) -> Chosen:
         chosen = super().find(experiment)
         if len(chosen) % 2:
-            raise ConfigError(f"{len(chosen)} images are no pairs: give one more")
+            raise ConfigError(f"{len(chosen)} images do not form pairs: use an even number of images")
         return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct(PictureOfImages):
-    """For each image: samples from z and random x_T, and the decode from z and its own x_T."""
+    """For each image: samples from its z and random x_T, and its reconstruction from its z and its own x_T."""
 
     name = "reconstruct"
-    meaning = "images, samples that share their z, the decode from z and x_T"
+    meaning = "images, samples from their z and random noise, and reconstructions from z and x_T"
     needs = ("torchmetrics",)
 
-    num_samples: int = number(3, "samples from random noise", minimum=0)
+    num_samples: int = number(3, "number of samples from random noise", minimum=0)
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
         import torch
@@ -149,16 +157,19 @@ class Reconstruct(PictureOfImages):
         decoded = codec.decode(z, x_T)
 
         sources = scale(found.pixels).to(z.device)
-        deviations = [f"deviation {value:.2f}" for value in x_T.std(dim=(1, 2, 3)).tolist()]
+        deviations = [f"std {value:.2f}" for value in x_T.std(dim=(1, 2, 3)).tolist()]
         columns = [to_cells(found.pixels)]
         columns += [to_cells(images, quality.captions(images, sources)) for images in sampled]
         columns += [to_cells(x_T / 3, deviations), to_cells(decoded, quality.captions(decoded, sources))]
-        of_samples = "Samples share the source's z and start from random noise: what they have in common is in z. "
+        of_samples = (
+            "All samples decode the source's z, each from new random noise: what they have in common comes from z. "
+        )
         return Grid(
-            title="What the latent holds, and what it leaves open",
+            title="What the latent z encodes, and what the noise x_T adds",
             explanation=(of_samples if noises else "")
-            + f"The last column starts from the x_T before it, {INVERTED.removeprefix('x_T is ')} of the source "
-            "(shown at a third of its size). PSNR is in dB.",
+            + f"The last column decodes z from the x_T beside it. This noise {INVERTED.removeprefix('x_T ')} of the "
+            "source. It is shown divided by 3; std is its standard deviation. PSNR (in dB) and SSIM compare an image "
+            "with its source.",
             columns=["source", *(f"sample {i + 1}" for i in range(len(noises))), "x_T", "decoded from z and x_T"],
             rows=found.names,
             cells=rows_of(columns),
@@ -167,12 +178,12 @@ class Reconstruct(PictureOfImages):
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolate(PictureOfPairs):
-    """Decodes between the images of each pair: linear in z, on the arc in x_T."""
+    """Images decoded between the two images of each pair: z is interpolated linearly, x_T on an arc."""
 
     name = "interpolate"
-    meaning = "from the first image of each pair to the second"
+    meaning = "interpolation from the first image of each pair to the second"
 
-    num_steps: int = number(9, "images from one end to the other", minimum=2)
+    num_steps: int = number(9, "number of images from one end to the other", minimum=2)
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
         import torch
@@ -191,9 +202,9 @@ class Interpolate(PictureOfPairs):
         decoded = codec.decode(zs, x_Ts).split(len(first))
         ends = to_cells(first.pixels, first.names), to_cells(second.pixels, second.names)
         return Grid(
-            title="From one image to another",
-            explanation=f"Linear in z, spherical in x_T; {INVERTED} of each end. 0 and 1 are the reconstructions of "
-            "the ends.",
+            title="Interpolation between two images",
+            explanation=f"z is interpolated linearly, x_T spherically. {INVERTED} of the two images. Columns 0 and 1 "
+            "show their reconstructions.",
             columns=["image", *(f"{share:.3g}" for share in shares), "image"],
             rows=[],
             cells=rows_of([ends[0], *map(to_cells, decoded), ends[1]]),
@@ -202,24 +213,26 @@ class Interpolate(PictureOfPairs):
 
 @dataclass(frozen=True, kw_only=True)
 class Directions(PictureOfImages):
-    """Each image's z moved both ways along principal components, or towards a class, with its x_T unchanged."""
+    """Images decoded from z moved both ways along principal components, or towards a class. x_T stays the same."""
 
     name = "directions"
-    meaning = "along the principal components of the latents, or towards a class"
+    meaning = "images while z moves along the principal components of the latents, or towards a class"
 
-    num_images: int = number(1, "number of images, if none are named")
-    num_steps: int = number(7, "images along each direction", minimum=2)
-    num_components: int = number(6, "principal components, each a direction")
+    num_images: int = number(1, "number of images, if --images is not given")
+    num_steps: int = number(7, "number of images along each direction", minimum=2)
+    num_components: int = number(6, "number of principal components to move along")
     class_name: str | None = option(
-        None, "move towards this class instead of along components", flag="--class", metavar="NAME"
+        None, "move towards this class instead of along principal components", flag="--class", metavar="NAME"
     )
-    reach: float = option(3.0, "largest distance, in deviations of the latents (%(default)g)", type=float)
-    random: bool = option(False, "start from random noise, not the image's own x_T", action="store_true")
+    reach: float = option(
+        3.0, "largest distance, in standard deviations of the latents; default: %(default)g", type=float
+    )
+    random: bool = option(False, "start from random noise instead of the image's own x_T", action="store_true")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.reach < math.inf:
-            raise ConfigError(f"--reach {self.reach:g}: take a number above 0")
+            raise ConfigError(f"--reach {self.reach:g} is not valid: use a finite number above 0")
 
     def find(self, experiment: Experiment) -> Chosen:
         from analysis.references import find_class
@@ -227,7 +240,9 @@ class Directions(PictureOfImages):
         count = len(experiment.train)
         most = min(experiment.config.encoder.latent_dim, count)
         if self.num_components > most:
-            raise ConfigError(f"--num_components {self.num_components}: {count} latents have {most} components")
+            raise ConfigError(
+                f"--num_components {self.num_components} is too large: use at most {most} for {count} latents"
+            )
         chosen = super().find(experiment)
         if self.class_name is not None:
             find_class(experiment.info.classes, self.class_name)
@@ -253,17 +268,21 @@ class Directions(PictureOfImages):
             cells.append([source, *to_cells(images)])
         title = "Along the principal components of the latents"
         return Grid(
-            title=title if self.class_name is None else f"Towards class {self.class_name}, and away",
-            explanation="z moves by so many deviations of the training latents along each direction; "
+            title=title if self.class_name is None else f"Towards class {self.class_name} and away from it",
+            explanation="z moves along the direction of the row. The number above a column is the distance, in "
+            "standard deviations of the training latents. "
             + ("x_T is random noise" if self.random else f"{INVERTED} of the image")
-            + ", the same in all columns.",
+            + " and is the same in all columns.",
             columns=["image", *(f"{amount:+.1f}" if amount else "0" for amount in amounts)],
             rows=names * len(found),
             cells=cells,
         )
 
     def _ways(self, codec: Codec) -> tuple[list[str], Tensor]:
-        """A name for each direction, and vectors (directions, D) as long as the latents' deviation along them."""
+        """Returns a name and a vector for each direction: a list, and (directions, D).
+
+        The length of a vector is the standard deviation of the latents along it.
+        """
         import numpy as np
         import torch
 
@@ -276,7 +295,7 @@ class Directions(PictureOfImages):
             units, deviations, shares = _on_rank_0(lambda: principal_components(latents, self.num_components))
             names = [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(shares)]
         else:
-            assert labels is not None, "a class has been found"
+            assert labels is not None, "find() accepts classes only if there are labels"
             label = find_class(train.classes, self.class_name)
             unit, deviation = _on_rank_0(lambda: class_direction(latents, labels, label))
             units, deviations, names = unit[None], np.array([deviation]), [f"towards class {self.class_name}"]
@@ -285,26 +304,26 @@ class Directions(PictureOfImages):
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic(Picture["list[Chosen | int]"]):
-    """z(a) - z(b) + z(c), each of one image or, if a class is named, the mean of its training latents.
+    """z(a) - z(b) + z(c). Each term is z of one image or, if a class is named, the mean of its training latents.
 
-    Decoded from the x_T of the image among c, a and b, in this order, if there is one, and from random x_T.
+    The result is decoded from the x_T of the first image among c, a and b, if there is one, and from random x_T.
     """
 
     name = "arithmetic"
-    meaning = "z(a) - z(b) + z(c), of images or means of classes"
+    meaning = "latent arithmetic z(a) - z(b) + z(c), for images or means of classes"
 
     terms: Sequence[str] | None = option(
-        None, "each class:NAME, or an image such as 12, train:12 or a file", nargs=3, metavar=("A", "B", "C")
+        None, "a, b and c: each is class:NAME, 12 (a test image), train:12 or a file", nargs=3, metavar=("A", "B", "C")
     )
-    num_samples: int = number(3, "samples from random noise", minimum=0)
+    num_samples: int = number(3, "number of samples from random noise", minimum=0)
 
     def find(self, experiment: Experiment) -> list[Chosen | int]:
-        """Images, and the numbers of classes."""
+        """Returns the image, or the index of the class, for each of the three terms."""
         from analysis.references import choose_images, find_class
 
         train, terms = experiment.train, self.terms or ["0", "1", "2"]
         if self.terms is None and train.labels is not None:
-            image = int((train.labels == 1).nonzero()[0])  # of the second class; a - b + c makes it one of the first
+            image = int((train.labels == 1).nonzero()[0])  # of the second class: a - b + c moves it to the first
             terms = [*(f"class:{name}" for name in train.classes[:2]), f"train:{image}"]
         found: list[Chosen | int] = [
             find_class(experiment.info.classes, term.removeprefix("class:"))
@@ -313,7 +332,7 @@ class Arithmetic(Picture["list[Chosen | int]"]):
             for term in terms
         ]
         if not self.num_samples and all(isinstance(term, int) for term in found):
-            raise ConfigError("--num_samples 0: means of classes have no x_T of their own, so take at least 1")
+            raise ConfigError("--num_samples 0: means of classes have no x_T of their own, so use at least 1")
         return found
 
     def draw(self, codec: Codec, found: list[Chosen | int]) -> Grid:
@@ -325,7 +344,7 @@ class Arithmetic(Picture["list[Chosen | int]"]):
         latents, names, sources = [], [], []
         for letter, term in zip("abc", found, strict=True):
             if isinstance(term, int):
-                assert train.labels is not None, "a class has been found"
+                assert train.labels is not None, "find() accepts classes only if there are labels"
                 latents.append(codec.train_z[train.labels.to(codec.train_z.device) == term].mean(dim=0, keepdim=True))
                 names.append(f"{letter}: mean of {train.classes[term]}")
                 sources.append(Cell())
@@ -341,16 +360,16 @@ class Arithmetic(Picture["list[Chosen | int]"]):
             if not isinstance(term, int):
                 x_T = codec.invert(term.pixels, latents[index])
                 cells += [[*sources, Cell()], to_cells(codec.decode(z, x_T.expand(4, -1, -1, -1)))]
-                rows += ["image", f"decoded, x_T of {'abc'[index]}"]
+                rows += ["image", f"decoded from the x_T of {'abc'[index]}"]
                 break
         if self.num_samples:
             noise = codec.noise(self.num_samples, "sample 0").repeat_interleave(4, dim=0)
             cells += [to_cells(images) for images in codec.sample(z.repeat(self.num_samples, 1), noise).split(4)]
-            rows += [f"sampled, random x_T {i + 1}" for i in range(self.num_samples)]
+            rows += [f"sampled from random x_T {i + 1}" for i in range(self.num_samples)]
         return Grid(
-            title="a - b + c, of latents",
-            explanation="A row decodes four latents from one x_T. Where that is the DDIM-inverted noise of an image, "
-            "the image itself comes back in its own column.",
+            title="Latent arithmetic: a - b + c",
+            explanation="Each row decodes the four latents from one x_T. If this x_T comes from DDIM inversion of an "
+            "image, the column of that image shows its reconstruction.",
             columns=[*names, "a - b + c"],
             rows=rows,
             cells=cells,
@@ -359,22 +378,32 @@ class Arithmetic(Picture["list[Chosen | int]"]):
 
 @dataclass(frozen=True, kw_only=True)
 class Mix(PictureOfPairs):
-    """z of a pair's first image with sections of the second's: more and more of them, or those named."""
+    """For each pair: z of the first image, with sections replaced by those of the second image's z.
+
+    By default more and more sections are replaced, from none to all. The user can name the sections instead.
+    """
 
     name = "mix"
-    meaning = "sections of the z of each pair's first image with those of the second"
+    meaning = "the first image of each pair, with sections of z from the second image"
 
-    random: bool = option(False, "start from random noise, not the image's own x_T", action="store_true")
+    random: bool = option(False, "start from random noise instead of the first image's x_T", action="store_true")
     sections: Sequence[int] | None = option(
-        None, "take these from the second image; default: for each section, it and all later ones", type=int, nargs="+"
+        None,
+        "sections to take from the second image; default: a column for none, the last, the last two, ..., all",
+        type=int,
+        nargs="+",
     )
 
     def find(self, experiment: Experiment) -> Chosen:
         count = experiment.config.decoder.num_sections
         if count == 1:
-            raise ConfigError("mix needs a model of decoder.modulation sectioned, as config/cifar10_paper.yaml trains")
+            raise ConfigError(
+                "mix needs a model with decoder.modulation=sectioned: train one, e.g. with config/cifar10_paper.yaml"
+            )
         if self.sections is not None and not {*self.sections} <= {*range(count)}:
-            raise ConfigError(f"--sections {list(self.sections)}: this model's go from 0 to {count - 1}")
+            raise ConfigError(
+                f"--sections {list(self.sections)} is out of range: use sections 0 to {count - 1} of this model"
+            )
         return super().find(experiment)
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
@@ -398,9 +427,9 @@ class Mix(PictureOfPairs):
         decoded = decode(torch.cat(mixed), x_T.repeat(len(sets), 1, 1, 1)).split(len(first))
         ends = to_cells(first.pixels, first.names), to_cells(second.pixels, second.names)
         return Grid(
-            title="Sections of two images' latents",
-            explanation="Each column decodes the first image's z with the sections named above it taken from the "
-            f"second's; {'x_T is random noise' if self.random else INVERTED + ' of the first'}. "
+            title="Mixing sections of two latents",
+            explanation="Each column decodes the first image's z, with the sections named above it taken from the "
+            f"second image's z. {'x_T is random noise' if self.random else INVERTED + ' of the first image'}. "
             + _section_legend(decoder),
             columns=["first", *(_section_names(taken, count) for taken in sets), "second"],
             rows=[],
@@ -417,30 +446,35 @@ def _section_names(sections: list[int], count: int) -> str:
 
 
 def _section_legend(decoder: UNetDecoder) -> str:
-    """The sizes of the feature maps that each section modulates."""
+    """Returns a sentence with the sizes of the feature maps that each section modulates."""
     sizes: dict[int, set[int]] = {}
     for layer in decoder.layers():
         sizes.setdefault(layer.section, set()).add(layer.resolution)
-    places = (f"{section}: {', '.join(map(str, sorted(at, reverse=True)))} px" for section, at in sorted(sizes.items()))
-    return f"Sections modulate layers of {'; '.join(places)}."
+    places = (
+        f"section {section} ({', '.join(map(str, sorted(at, reverse=True)))} px)"
+        for section, at in sorted(sizes.items())
+    )
+    return f"The sections modulate feature maps of these sizes: {', '.join(places)}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Picture[None]):
-    """New images: z from a Gaussian mixture that is fitted to the training latents, x_T at random."""
+    """New images: z is drawn from a Gaussian mixture fitted to the training latents, x_T is random."""
 
     name = "generate"
-    meaning = "new images, from a Gaussian mixture over the latents"
+    meaning = "new images: z from a Gaussian mixture fitted to the training latents"
 
-    num_components: int = number(10, "Gaussians of the mixture")
-    num_samples: int = number(8, "samples of each Gaussian, from random noise")
+    num_components: int = number(10, "number of Gaussians in the mixture")
+    num_samples: int = number(8, "number of samples from each Gaussian")
 
     def find(self, experiment: Experiment) -> None:
         from analysis.latent_space import MAX_FIT
 
         most = min(len(experiment.train), MAX_FIT)
         if self.num_components > most:
-            raise ConfigError(f"--num_components {self.num_components}: it goes up to {most}, the latents there are")
+            raise ConfigError(
+                f"--num_components {self.num_components} is too large: use at most {most}, the number of latents"
+            )
 
     def draw(self, codec: Codec, found: None) -> Grid:
         import numpy as np
@@ -469,9 +503,9 @@ class Generate(Picture[None]):
         sampled = codec.sample(z, codec.noise(len(z), "generated")).split(self.num_samples)
         return Grid(
             title="New images",
-            explanation=f"z is drawn from a mixture of {self.num_components} Gaussians, fitted to the training "
-            "latents; x_T is random. A row is a component, with its weight"
-            + (" and its most frequent class." if labels is not None else "."),
+            explanation=f"z is drawn from a mixture of {self.num_components} Gaussians fitted to the training latents; "
+            "x_T is random noise. Each row shows one component. Its label gives the weight of the component"
+            + (" and the percentage of its latents in the most frequent class." if labels is not None else "."),
             columns=[""] * self.num_samples,
             rows=names,
             cells=[to_cells(images) for images in sampled],
@@ -480,17 +514,19 @@ class Generate(Picture[None]):
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest(PictureOfImages):
-    """The training images nearest to each image in z, by the cosine, as k-NN sees them."""
+    """The training images nearest to each image in z, by cosine: the neighbours that k-NN finds on unit z."""
 
     name = "nearest"
-    meaning = "the training images nearest to each in z"
+    meaning = "the training images nearest to each image in z"
 
-    num_neighbours: int = number(8, "neighbours of each image")
+    num_neighbours: int = number(8, "number of neighbours of each image")
 
     def find(self, experiment: Experiment) -> Chosen:
         count = len(experiment.train)
         if self.num_neighbours > count:
-            raise ConfigError(f"--num_neighbours {self.num_neighbours}: there are {count} training images")
+            raise ConfigError(
+                f"--num_neighbours {self.num_neighbours} is too large: use at most {count} (all training images)"
+            )
         return super().find(experiment)
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
@@ -507,7 +543,7 @@ class Nearest(PictureOfImages):
         neighbours = nearest_neighbours(bank, queries, self.num_neighbours)
         for i, (distance, indices) in enumerate(zip(*neighbours, strict=True)):
             own = found.train_indices[i]
-            if own is not None:  # before its copies, if there are any
+            if own is not None:  # the image itself comes before its copies
                 indices = torch.cat([torch.tensor([own]), indices[indices != own]])[: self.num_neighbours]
                 distance = (bank[indices.to(bank.device)] - bank[own]).norm(dim=1).cpu()
             (pixels,) = train.batches([indices])
@@ -518,8 +554,9 @@ class Nearest(PictureOfImages):
             ]
             cells.append([Cell(found.pixels[i], found.names[i]), *to_cells(pixels, names)])
         return Grid(
-            title="Nearest training images in z",
-            explanation="By the distance of k-NN, Euclidean between latents of length 1; the number is their cosine.",
+            title="Nearest training images in the latent space",
+            explanation="Neighbours are sorted by the distance that k-NN uses: Euclidean, between latents scaled to "
+            "length 1. The number below a neighbour is the cosine between its latent and the query's.",
             columns=["query", *(f"{i + 1}" for i in range(self.num_neighbours))],
             rows=[],
             cells=cells,

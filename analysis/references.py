@@ -14,17 +14,17 @@ from datasets.decoding import decode
 from datasets.images import DatasetError, Images
 from utils.randomness import generator
 
-SYNTAX = "12 (of the test images), train:12, or a file"
+SYNTAX = "12 (a test image), train:12, or the path of a file"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Images with a name for each.
+    """Images with their names.
 
     Attributes:
         pixels: (N, 3, H, W) uint8 on the host.
-        names: captions.
-        train_indices: index of each in the training split, or None if it is not from there.
+        names: a caption for each image.
+        train_indices: index of each image in the training split, or None for an image that is not from this split.
     """
 
     pixels: Tensor
@@ -35,15 +35,15 @@ class Chosen:
         return len(self.names)
 
     def pairs(self) -> tuple["Chosen", "Chosen"]:
-        """The first image of each pair, and the second."""
-        assert len(self) % 2 == 0, "there are whole pairs"
+        """Returns the first images of all pairs, and the second images."""
+        assert len(self) % 2 == 0, "the number of images is even"
         halves = (slice(None, None, 2), slice(1, None, 2))
         first, second = (Chosen(self.pixels[h], self.names[h], self.train_indices[h]) for h in halves)
         return first, second
 
 
 def image_name(images: Images, split: str, index: int) -> str:
-    """A caption for an image: its class, if it has one, and its place, such as train:12."""
+    """Returns a caption for an image: its class, if there are labels, and its split and index, such as train:12."""
     if images.labels is None:
         return f"{split}:{index}"
     name = images.classes[int(images.labels[index])]
@@ -51,14 +51,16 @@ def image_name(images: Images, split: str, index: int) -> str:
 
 
 def choose_images(splits: Mapping[str, Images], references: Sequence[str] | None, count: int, seed: int) -> Chosen:
-    """The images that `references` name; without references the first `count` of those in the training's sample grids.
+    """Returns the images that `references` name.
 
     Args:
-        splits: "train" and, if there is one, "test", which is the default.
-        seed: the run's.
+        splits: "train" and, if it exists, "test". An index without a split means "test" if it exists.
+        references: texts such as 12, train:12 or a path. None: the first `count` images of the run's sample grids.
+        seed: seed of the run.
 
     Raises:
-        ConfigError, DatasetError: a reference names no image.
+        ConfigError: a reference names no image.
+        DatasetError: an image cannot be read.
     """
     default = "test" if "test" in splits else "train"
     if references is None:
@@ -69,16 +71,16 @@ def choose_images(splits: Mapping[str, Images], references: Sequence[str] | None
 
 
 def _read(reference: str, splits: Mapping[str, Images], default: str) -> tuple[Tensor, str, int | None]:
-    """Pixels, name, and index in the training split."""
+    """Returns pixels, name, and index in the training split (None for other images)."""
     place = re.fullmatch(r"(?:(train|test):)?(\d+)", reference)
     if place is None:
         return _read_file(reference, image_size=splits[default].shape[-1])
     split, index = place[1] or default, int(place[2])
     if split not in splits:
-        raise ConfigError(f"no image {reference}: these images have no test split; write train:{index}")
+        raise ConfigError(f"no image {reference}: the data set has no test split, so write train:{index}")
     images = splits[split]
     if index >= len(images):
-        raise ConfigError(f"no image {reference}: those of the {split} split go from 0 to {len(images) - 1}")
+        raise ConfigError(f"no image {reference}: the {split} images are numbered from 0 to {len(images) - 1}")
     (pixels,) = images.batches([range(index, index + 1)])
     return pixels[0].cpu(), image_name(images, split, index), index if split == "train" else None
 
@@ -86,20 +88,22 @@ def _read(reference: str, splits: Mapping[str, Images], default: str) -> tuple[T
 def _read_file(reference: str, image_size: int) -> tuple[Tensor, str, None]:
     path = Path(reference)
     if not path.is_file():
-        hint = "; key=value comes before it" if "=" in reference else ""
+        hint = "; put key=value before the images" if "=" in reference else ""
         raise ConfigError(f"no image {reference}: write {SYNTAX}{hint}")
     try:
         return torch.from_numpy(decode(path, image_size).copy()).permute(2, 0, 1), path.name, None
     except DatasetError as error:
-        raise DatasetError(f"{error}: name another") from None
+        raise DatasetError(f"{error}: choose another image") from None
 
 
 def find_class(classes: list[str], name: str) -> int:
-    """The number of a class by its name; raises ConfigError."""
+    """Returns the index of a class by its name. Raises ConfigError if there is no such class."""
     if not classes:
-        raise ConfigError(f"no class {name}: these images have no labels")
+        raise ConfigError(f"no class {name}: the images have no labels")
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
         known = ", ".join(classes) if len(classes) <= 20 else f"{', '.join(classes[:20])}, ..."
-        raise ConfigError(f"no class {name}: " + (f"did you mean {near[0]}? " if near else "") + f"there are {known}")
+        raise ConfigError(
+            f"no class {name}: " + (f"did you mean {near[0]}? " if near else "") + f"the classes are {known}"
+        )
     return classes.index(name)

@@ -1,4 +1,4 @@
-"""The report: one HTML file with the results of a run, which loads nothing from elsewhere."""
+"""The report: one HTML file with the results of a run. It loads no other files."""
 
 import base64
 import io
@@ -26,11 +26,11 @@ from utils.files import write_text
 from utils.randomness import derive_seed, generator
 from utils.run_folder.run_log import read_reports
 
-MAX_TSNE = 2000  # points; more cannot be told apart
-MAX_CELLS = 20  # classes up to which a confusion matrix is a table of numbers
-LOSSLESS = 64  # pixels a side up to which an image is not compressed
+MAX_TSNE = 2000  # largest number of points; more points cannot be distinguished
+MAX_CELLS = 20  # largest number of classes for which a confusion matrix is shown as a table of numbers
+LOSSLESS = 64  # longest side in pixels of an image that is stored without loss
 
-NEEDS = ("torchmetrics", "matplotlib", "jinja2")  # packages beyond requirements.txt
+NEEDS = ("torchmetrics", "matplotlib", "jinja2")  # packages needed in addition to requirements.txt
 
 
 @dataclass
@@ -38,8 +38,9 @@ class Confusions:
     """A confusion matrix of the test images.
 
     Attributes:
-        counts: (C, C) number of images by their class (row) and their predicted class (column).
-        protocol: description of the protocol that predicts.
+        counts: (C, C) number of images by true class (row) and predicted class (column).
+        protocol: description of the protocol that made the predictions.
+        classes: names of the classes.
     """
 
     counts: np.ndarray
@@ -47,7 +48,7 @@ class Confusions:
     classes: list[str]
 
     def most_frequent(self, count: int) -> list[tuple[str, str, int]]:
-        """The `count` most frequent confusions, as (class, predicted class, number of images)."""
+        """Returns up to `count` of the most frequent confusions, as (class, predicted class, number of images)."""
         off = self.counts * (1 - np.eye(len(self.counts), dtype=self.counts.dtype))
         places = np.argsort(-off, axis=None, kind="stable")[:count]
         rows, columns = np.unravel_index(places, off.shape)
@@ -56,29 +57,29 @@ class Confusions:
 
 
 def confusions(codec: Codec) -> Confusions:
-    """Collective. Confusions of the k-NN with 20 uniform votes on z, one of the protocols of the table."""
+    """Collective. Computes the confusion matrix of k-NN on z with k=20 and uniform votes, a protocol of the table."""
     train, test = codec.experiment.train, codec.experiment.test
-    assert train.labels is not None and test is not None and test.labels is not None, "what is judged has labels"
+    assert train.labels is not None and test is not None and test.labels is not None, "the evaluation needs labels"
     k, count, device = min(20, len(train)), len(train.classes), codec.train_z.device
     bank, queries = F.normalize(codec.train_z), F.normalize(codec.test_z)
     votes = knn_votes(bank, train.labels.to(device), queries, k, count)
-    guesses = votes.sort(dim=1, descending=True, stable=True).indices[:, 0].cpu()  # as the accuracy breaks ties
+    guesses = votes.sort(dim=1, descending=True, stable=True).indices[:, 0].cpu()  # breaks ties like the accuracy
     counts = torch.bincount(test.labels * count + guesses, minlength=count**2).view(count, count)
     return Confusions(counts.numpy(), str(KNNProtocol(settings=KNN(k=k))), train.classes)
 
 
 def draw_pictures(codec: Codec) -> dict[str, Grid]:
-    """Collective. The report's pictures by name."""
+    """Collective. Draws the report's pictures and returns them by name."""
     experiment = codec.experiment
     num_train, config = len(experiment.train), experiment.config
-    assert experiment.test is not None, "what is judged has test images"
+    assert experiment.test is not None, "the evaluation needs test images"
     num_images = min(6, len(experiment.test))
     even = num_images // 2 * 2
     components = min(5, config.encoder.latent_dim, num_train)
     pictures: list[Picture[Any]] = [
         Reconstruct(num_images=num_images),
         *([Interpolate(num_steps=7, num_images=even)] if num_images > 1 else []),
-        Directions(num_components=components, random=True),  # with random x_T, z shows more
+        Directions(num_components=components, random=True),  # the image's own x_T would hide part of z's effect
         Nearest(num_images=num_images, num_neighbours=min(7, num_train)),
         *([Mix(random=True, num_images=even)] if num_images > 1 and config.decoder.num_sections > 1 else []),
     ]
@@ -86,11 +87,11 @@ def draw_pictures(codec: Codec) -> dict[str, Grid]:
 
 
 def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
-    """t-SNE of unit test latents, (n, 2), and their labels, (n,), of at most MAX_TSNE images."""
+    """Returns the t-SNE, (n, 2), of at most MAX_TSNE test latents scaled to length 1, and their labels (n,)."""
     from sklearn.manifold import TSNE
 
     test = codec.experiment.test
-    assert test is not None and test.labels is not None, "what is judged has labels"
+    assert test is not None and test.labels is not None, "the evaluation needs labels"
     chosen = torch.randperm(len(test), generator=generator(codec.seed, "t-SNE images"))[:MAX_TSNE].sort().values
     z = F.normalize(codec.test_z)[chosen.to(codec.test_z.device)].cpu().numpy()
     if len(z) < 4:
@@ -101,7 +102,7 @@ def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
-    """Loss, gradient norm, learning rates and accuracies of a run's reports over epochs, each as an SVG element."""
+    """Draws loss, gradient norm, learning rates and accuracies of a run over epochs, each as an SVG element."""
 
     def series(kind: str, name: str) -> tuple[list[float], list[float]]:
         entries = [entry for entry in reports if entry["kind"] == kind and name in entry]
@@ -121,7 +122,10 @@ def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def data_uri(image: Tensor, lossless: bool = False) -> str:
-    """An image (3, H, W) uint8 as a data URI: PNG, or JPEG if it has more than LOSSLESS pixels a side."""
+    """Encodes an image (3, H, W) uint8 as a data URI.
+
+    The format is PNG if `lossless` is set or no side is longer than LOSSLESS pixels, otherwise JPEG.
+    """
     out = io.BytesIO()
     lossless = lossless or max(image.shape[1:]) <= LOSSLESS
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, format="PNG" if lossless else "JPEG", quality=90)
@@ -130,7 +134,7 @@ def data_uri(image: Tensor, lossless: bool = False) -> str:
 
 
 def heat_map(counts: np.ndarray) -> str:
-    """A confusion matrix of many classes as an image: the darker, the larger the share of the row."""
+    """Draws a confusion matrix as an image, returned as a data URI. Darker pixels are larger fractions of their row."""
     share = counts / counts.sum(axis=1, keepdims=True).clip(1)
     grey = torch.from_numpy((255 * (1 - np.sqrt(share))).round().astype(np.uint8))
     return data_uri(grey.expand(3, -1, -1), lossless=True)
@@ -139,7 +143,7 @@ def heat_map(counts: np.ndarray) -> str:
 def write_report(
     path: Path, trained: Trained, codec: Codec, table: Table, found: Confusions, pictures: dict[str, Grid]
 ) -> None:
-    """Write the HTML file. It is not collective: `codec` has already encoded the splits."""
+    """Writes the HTML file. Not collective: the ranks have already encoded both splits in `codec`."""
     import jinja2
 
     experiment, config = codec.experiment, trained.config
@@ -150,7 +154,7 @@ def write_report(
     environment.filters["data_uri"] = data_uri
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
     test = experiment.test
-    assert test is not None, "what is judged has test images"
+    assert test is not None, "the evaluation needs test images"
     html = environment.get_template("report.html").render(
         config=config,
         checkpoint=trained,

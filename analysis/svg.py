@@ -1,4 +1,4 @@
-"""Figures of the report as inline SVG. Their lines and letters take the colour of the text around them."""
+"""Figures of the report as inline SVG. Axes and text take the colour of the page's text, on light and dark pages."""
 
 import io
 import re
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-INK = "#010203"  # colour of axes and letters that is replaced by currentColor, which matplotlib does not know
-MAX_LEGEND = 20  # classes; more colours cannot be told apart
+INK = "#010203"  # colour of axes and text, later replaced by currentColor, which matplotlib does not know
+MAX_LEGEND = 20  # largest number of classes with a legend; more colours cannot be distinguished
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -27,7 +27,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, name: str, title: str) -> str:
-    """The figure as an element for HTML; its ids start with `name`."""
+    """Returns the figure as an SVG element for HTML. All its ids start with `name`."""
     import matplotlib
 
     out = io.StringIO()
@@ -35,7 +35,7 @@ def _svg(figure: Any, name: str, title: str) -> str:
         matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has other fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text with its own fonts
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
 
@@ -49,11 +49,14 @@ def _svg(figure: Any, name: str, title: str) -> str:
 def curves(
     name: str, ylabel: str, lines: dict[str, tuple[list[float], list[float]]], log: bool = False, from_0: bool = False
 ) -> str:
-    """Lines {label: (epochs, values)} over epochs. A value of None, which stands for one that was not finite, is a gap.
+    """Draws lines over epochs, as an SVG element.
 
     Args:
-        name: unique in the page.
-        from_0: start the axis at 0.
+        name: prefix of the element's ids, unique in the page.
+        ylabel: label of the vertical axis.
+        lines: {label: (epochs, values)}. A value of None leaves a gap; it stands for a value that was not finite.
+        log: make the vertical axis logarithmic.
+        from_0: start the vertical axis at 0.
     """
     figure, axes = _figure(5.2, 2.8)
     for label, (epochs, values) in lines.items():
@@ -72,7 +75,7 @@ def curves(
 
 
 def scatter(name: str, points: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
-    """Points (N, 2), coloured by class, with a legend if there are at most MAX_LEGEND classes."""
+    """Draws points (N, 2), coloured by class, as an SVG element; with a legend for at most MAX_LEGEND classes."""
     import matplotlib
 
     figure, axes = _figure(5.2, 4.6)
@@ -89,5 +92,5 @@ def scatter(name: str, points: np.ndarray, labels: np.ndarray, classes: list[str
         names = [name if len(name) <= 24 else f"{name[:23]}..." for name in classes]
         legend = axes.legend(handles, names, frameon=False, labelcolor=INK, markerscale=2, **place)
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a dollar in a name is no formula
+            text.set_parse_math(False)  # a dollar sign in a name does not start a formula
     return _svg(figure, name, "t-SNE of test latents, coloured by class")

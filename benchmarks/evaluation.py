@@ -1,4 +1,6 @@
-"""Speed of the evaluation on random features in clusters: k-NN against scikit-learn's, the linear probe, its views.
+"""Speed of the evaluation: our k-NN and scikit-learn's, the linear probe, and the views of the probe.
+
+The features are random and form one cluster per class. The images are random.
 
 python -m benchmarks.evaluation                    # CIFAR-10's sizes: 50,000 x 128, 10,000 queries
 python -m benchmarks.evaluation --device cuda
@@ -25,6 +27,7 @@ NUM_CLASSES, K = 10, 20
 
 
 def peak_mb(device: torch.device) -> float:
+    """Returns the peak memory in MB: of the GPU on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status").read_text()
@@ -32,6 +35,7 @@ def peak_mb(device: torch.device) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
+    """Resets the peak of `peak_mb`, so that only later allocations raise it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -39,13 +43,32 @@ def forget_peak(device: torch.device) -> None:
 
 
 def main() -> None:
+    """Runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", type=int, default=50_000)
-    parser.add_argument("--queries", type=int, default=10_000)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only_knn", action="store_true")
+    parser.add_argument(
+        "--bank",
+        type=int,
+        default=50_000,
+        help="number of training features for k-NN (its bank) and for the probe; default: %(default)s",
+    )
+    parser.add_argument(
+        "--queries", type=int, default=10_000, help="number of features that k-NN classifies; default: %(default)s"
+    )
+    parser.add_argument("--dim", type=int, default=128, help="dimensions of each feature vector; default: %(default)s")
+    parser.add_argument(
+        "--device", default="auto", help="device to compute on: auto, cpu, cuda or mps; default: %(default)s"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="number of rounds in which k-NN and the probe are timed; default: %(default)s",
+    )
+    parser.add_argument(
+        "--only_knn",
+        action="store_true",
+        help="only measure the memory that our k-NN needs; default: measure everything",
+    )
     args = parser.parse_args()
     device = choose_device(args.device)
     print(f"bank {args.bank:,} x {args.dim}, {args.queries:,} queries; {machine(device)}")
@@ -63,7 +86,7 @@ def main() -> None:
     forget_peak(device)
     before = peak_mb(device)
     votes = knn()
-    print(f"k-NN's own peak memory: {peak_mb(device) - before:.0f} MB")
+    print(f"memory that k-NN allocates itself, at its peak: {peak_mb(device) - before:.0f} MB")
     if args.only_knn:
         return
     theirs = KNeighborsClassifier(K, algorithm="brute").fit(bank.numpy(), labels.numpy())
@@ -80,7 +103,7 @@ def main() -> None:
     )
     for name, each in seconds.items():
         print(f"k-NN, {name:12s} {spread(each)}")
-    print(f"ours is {ratio(seconds['scikit-learn'], seconds['ours'])} as fast")
+    print(f"ours is {ratio(seconds['scikit-learn'], seconds['ours'])} as fast as scikit-learn")
 
     probe = LinearProbe(
         args.dim, NUM_CLASSES, epochs=args.rounds + 1, lr=1e-3, batch_size=128, generator=generator, device=device
@@ -88,7 +111,7 @@ def main() -> None:
     epoch = take_turns(
         {"": partial(probe.train_epoch, bank.to(device), labels.to(device))}, args.rounds, device, warmup=1
     )[""]
-    print(f"probe, an epoch in batches of 128: {spread(epoch)}")
+    print(f"linear probe, one epoch in batches of 128: {spread(epoch)}")
 
     views = Views(load_config("config/cifar10.yaml").views, 32, [0.5] * 3, [0.25] * 3, device)
     pixels = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8).to(device)
@@ -97,7 +120,8 @@ def main() -> None:
     augmented = take_turns({"": lambda: views.augmented(pixels, draw, probe_view)}, 20, device)[""]
     per_image = statistics.median(augmented) / 512
     print(
-        f"probe's views: {1 / per_image:,.0f} images/s; 15 epochs of {args.bank:,}: {15 * args.bank * per_image:.1f} s"
+        f"views of the probe: {1 / per_image:,.0f} images/s; "
+        f"15 epochs of {args.bank:,} images: {15 * args.bank * per_image:.1f} s"
     )
 
 

@@ -1,6 +1,12 @@
-"""Distance between test images and the decodes of their DDIM-inverted noise, by steps and by evaluations of each step.
+"""Accuracy of DDIM inversion, for several numbers of steps and of network evaluations per step.
 
-Each image is decoded from its own z, without guidance and clipping.
+Each test image is inverted to noise x_T. Then x_T is decoded with the image's z, without guidance and clipping. The
+printed table has these columns:
+
+- worst dB, median dB: PSNR of the decoded image against the original, over all images;
+- own z is nearer: per cent of the images for which decoding with their own z is nearer to the original than decoding
+  with another image's z;
+- standard deviation of x_T: over all numbers of all x_T.
 
   python -m benchmarks.inversion runs/digits/checkpoints/last.pt
 """
@@ -21,23 +27,39 @@ BATCH = 128
 
 @torch.no_grad()
 def main() -> int:
+    """Runs the benchmark and prints its results as a Markdown table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100])
+    parser.add_argument("checkpoint", type=Path, help="checkpoint file of train.py")
     parser.add_argument(
-        "--iterations", type=int, nargs="+", default=[1, 2, 3], help="evaluations of the network for each step"
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[20, 50, 100],
+        help="numbers of DDIM steps to compare; default: 20 50 100",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="numbers of network evaluations per inversion step to compare; default: 1 2 3",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replace the value of a key of the checkpoint's config, e.g. device=cpu",
+    )
     args = parser.parse_intermixed_args()
     experiment, soda = open_trained(read_trained(None, args.checkpoint, args.overrides))
     test, views, diffusion = experiment.test, experiment.views, experiment.diffusion
-    assert test is not None, "the data set has a test split"
+    assert test is not None, "the inversion needs test images"
 
     def decode(z: torch.Tensor, x_T: torch.Tensor, steps: int) -> torch.Tensor:
         return diffusion.ddim_sample(guided_denoiser(soda.decoder, z), x_T, steps, clip_denoised=False)
 
     print(machine(experiment.device))
-    print("| steps | evaluations a step | worst dB | median dB | own z is nearer, % | deviation of x_T |")
+    print("| steps | evaluations per step | worst dB | median dB | own z is nearer, % | standard deviation of x_T |")
     print("|---|---|---|---|---|---|")
     batches = [range(start, min(start + BATCH, len(test))) for start in range(0, len(test), BATCH)]
     for steps in args.steps:

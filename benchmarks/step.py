@@ -1,12 +1,15 @@
-"""The training step: where its time goes, and ours against a plain loop, in one run.
+"""Speed of our training step and of a plain loop, measured in one run, and the time of each phase of our step.
 
-The plain loop is like the reference implementation's: eager, float32, contiguous, with an unfused optimiser and EMA,
-timesteps drawn on the host, and a synchronisation with the device at each step. Its batch is given, so that it draws no
-views. On CUDA it shares the settings of the process: TensorFloat-32 and cuDNN's autotuning. Ours is the real step,
-views included. Each line gives the share of the machine's matrix rate, measured here by large products and
-convolutions in the same number format; a step is counted as three forward passes.
+The plain loop is similar to the reference implementation: eager, float32, contiguous memory layout, an optimiser and an
+EMA that are not fused, timesteps drawn on the host, and a synchronisation with the device at each step. All its steps
+use the same batch, so it draws no views. On CUDA, it runs with the same settings as our step: TensorFloat-32 and
+cuDNN's autotuning. Our step is the step of train.py, including the views.
 
-  python -m benchmarks.step --batch_sizes 8 32                              # two CPU cores: ten minutes
+For each variant, the benchmark also prints TFLOP/s, and the fraction of the machine's matrix rate that this is. The
+matrix rate is the speed of large matrix products or convolutions in the same number format. It is measured in the same
+run. The FLOPs of a step are counted as three forward passes.
+
+  python -m benchmarks.step --batch_sizes 8 32                              # ten minutes on two CPU cores
   python -m benchmarks.step --batch_sizes 128 512 1024 --rounds 20          # a data-centre GPU
 """
 
@@ -41,7 +44,7 @@ from utils.run_folder.checkpoint_writer import CheckpointWriter
 
 
 class SynchronizedTimer(PhaseTimer):
-    """Synchronises with the device around each phase, so that its seconds are those of the phase."""
+    """Timer that synchronises with the device around each phase, so that the seconds include its work on the device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -49,6 +52,7 @@ class SynchronizedTimer(PhaseTimer):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Context whose wall time is added to the phase `name`."""
         synchronize(self._device)
         with super().phase(name):
             yield
@@ -56,7 +60,7 @@ class SynchronizedTimer(PhaseTimer):
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of large matrix products, or of large convolutions if these are faster, as on some CPUs."""
+    """Returns the FLOP/s of large matrix products, or of large convolutions if they are faster, as on some CPUs."""
     size, images = (8192, 512) if device.type == "cuda" else (2048, 32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     x, w = (
@@ -72,12 +76,12 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experiment:
-    """The config's experiment on random images, so that no data set is needed."""
+    """Returns the experiment of a config, but with random images, so that no data set is needed."""
     size = load_config(config_path, overrides).data.image_size
     digits = ["data.name=digits", f"data.image_size={size}", f"training.batch_size={min(batch_size, 1024)}"]
     experiment = open_experiment(load_config(config_path, [*overrides, *digits]))
     training = experiment.config.training.model_copy(update={"batch_size": batch_size})
-    # On the device, like the images of a data set that fits there.
+    # On the device, because real runs also keep a small data set there.
     pixels = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8, device=experiment.device)
     return replace(
         experiment,
@@ -88,7 +92,7 @@ def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experi
 
 
 def plain_step(experiment: Experiment) -> Callable[[], object]:
-    """A function that takes one step of the plain loop, on a batch that is drawn once."""
+    """Returns a function that runs one step of the plain loop. All steps use the same batch."""
     device, config = experiment.device, experiment.config
     soda = initial_soda(config, device).to(memory_format=torch.contiguous_format)
     groups = [{"params": list(part.parameters())} for part in (soda.encoder, soda.decoder)]
@@ -116,7 +120,7 @@ def plain_step(experiment: Experiment) -> Callable[[], object]:
 
 
 def our_step(experiment: Experiment, compiled: bool) -> tuple[Callable[[PhaseTimer], object], TrainState]:
-    """A function that takes one step of training, and the state that it changes."""
+    """Returns (function that runs one training step of ours, state that this function changes)."""
     state = initial_state(experiment)
     if compiled:
         state.soda.compile()
@@ -125,14 +129,27 @@ def our_step(experiment: Experiment, compiled: bool) -> tuple[Callable[[PhaseTim
 
 
 def main() -> int:
+    """Runs the benchmark and prints its results. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="config/cifar10.yaml")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="time our step compiled, too; default: on CUDA"
+        "--config",
+        default="config/cifar10.yaml",
+        help="YAML file of the experiment; its data set is not used; default: %(default)s",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[32], help="global batch sizes to measure; default: 32"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="number of timed steps of each variant; default: %(default)s"
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also measure our step compiled by torch.compile; default: only on CUDA",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replace the value of a config key, e.g. decoder.dropout=0"
+    )
     args = parser.parse_intermixed_args()
 
     for batch_size in args.batch_sizes:
@@ -142,8 +159,8 @@ def main() -> int:
         flops = forward_flops(build_on_meta(exact.config), exact.config.encoder_size, exact.config.decoder_size)
         work = 3 * sum(flops) * batch_size
         rates = {dtype: matrix_rate(dtype, device) for dtype in {torch.float32, mixed.amp_dtype or torch.float32}}
-        print(f"\nbatches of {batch_size} images of {size} px, {work / 1e12:.2f} TFLOP a step; {machine(device)}")
-        print("matrix rate " + ", ".join(f"{str(d)[6:]} {rate / 1e12:.2f} TFLOP/s" for d, rate in rates.items()))
+        print(f"\nbatches of {batch_size} images of {size} px, {work / 1e12:.2f} TFLOP per step; {machine(device)}")
+        print("matrix rate: " + ", ".join(f"{str(d)[6:]} {rate / 1e12:.2f} TFLOP/s" for d, rate in rates.items()))
 
         named: dict[str, tuple[Callable[[PhaseTimer], object], torch.dtype]] = {}
         variants = [("ours, float32", exact, False)]
@@ -164,7 +181,8 @@ def main() -> int:
             rate = work / median
             print(
                 f"{name:24s} {spread(each):>42s} {batch_size / median:9.1f} images/s {rate / 1e12:7.2f} TFLOP/s "
-                f"({rate / rates[dtype]:4.0%}), {ratio(seconds['plain, float32'], each)} the plain loop's speed"
+                f"({rate / rates[dtype]:4.0%} of the matrix rate), "
+                f"{ratio(seconds['plain, float32'], each)} the speed of the plain loop"
             )
         for name, (step, _) in named.items():
             timer = SynchronizedTimer(device)
@@ -172,18 +190,19 @@ def main() -> int:
                 step(timer)
             total, phases = timer.take()
             shares = ", ".join(f"{phase} {s / 2 * 1000:.1f} ms ({s / total:.0%})" for phase, s in phases.items())
-            print(f"{name:24s} {shares}")
+            print(f"{name:24s} time of each phase: {shares}")
         with tempfile.TemporaryDirectory() as name, CheckpointWriter(Path(name), None, Path(name, "none")) as writer:
             stalls = []
-            for _ in range(2):  # the first save allocates memory, the second reuses it
+            for _ in range(2):  # the first save allocates memory that the second save uses again
                 start = time.perf_counter()
                 writer.save(state.state_dict())
                 stalls.append(time.perf_counter() - start)
                 writer.wait()
                 written = time.perf_counter() - start
         print(
-            f"saving a checkpoint stalls for {stalls[0]:.2f} s, then {stalls[1]:.2f} s, {stalls[1] / 600:.2%} of the "
-            f"time at one in ten minutes; it is on the disk after {written:.2f} s"
+            f"saving a checkpoint stalls training for {stalls[0]:.2f} s the first time, then for {stalls[1]:.2f} s "
+            f"({stalls[1] / 600:.2%} of the time at one checkpoint in ten minutes); the file is on the disk after "
+            f"{written:.2f} s"
         )
     return 0
 

@@ -1,10 +1,13 @@
-"""Images that do not fit in memory: decoded by our threads against a DataLoader's processes, ahead and when due.
+"""Speed of decoding images that do not fit in memory, by our threads and by the processes of a DataLoader.
 
-Makes JPEGs of ImageNet's usual size and takes all of them in batches, in a random order; the processes are started
-once. Then a pretended training step takes batches a quarter slower than they can be decoded. It sleeps, so that it
-leaves the cores and the GIL alone, as a real step does only while a GPU works.
+The benchmark writes JPEGs of ImageNet's usual size and decodes all of them in batches, in a random order. The processes
+of the DataLoader are started only once.
 
-  python -m benchmarks.streaming                             # decoding is the host's work, with a GPU or without
+Then the benchmark measures how long a training step waits for its batch, with and without reading ahead. The step is
+simulated: it takes a quarter longer than the decoding of a batch, and only sleeps. It uses neither the cores nor the
+GIL. A real step leaves them free only while a GPU works.
+
+  python -m benchmarks.streaming                             # does not use a GPU
   python -m benchmarks.streaming --image_size 224 --workers 16
 """
 
@@ -29,7 +32,10 @@ from datasets.listing import Listing
 
 
 def write_jpegs(folder: Path, count: int) -> Listing:
-    """Blurred noise of 500x375 pixels, about 94 kB each; ImageNet's files are 110 kB on average."""
+    """Writes JPEGs of blurred noise and returns their listing.
+
+    Each has 500x375 pixels and about 94 kB. The files of ImageNet have 110 kB on average.
+    """
     generator = np.random.default_rng(0)
     names = [f"{index:04}.jpg" for index in range(count)]
     for name in names:
@@ -39,6 +45,8 @@ def write_jpegs(folder: Path, count: int) -> Listing:
 
 
 class Files(Dataset[Tensor]):
+    """Data set for the DataLoader. Each item is decoded from its file: (3, image_size, image_size) uint8."""
+
     def __init__(self, listing: Listing, image_size: int) -> None:
         self._listing, self._image_size = listing, image_size
 
@@ -48,7 +56,11 @@ class Files(Dataset[Tensor]):
 
 
 def waits(batches: Iterator[Tensor], step_seconds: float) -> float:
-    """Share of the time that a step of `step_seconds` waits for its batch, from the fourth on."""
+    """Returns the fraction of the time that steps wait for their batches. The first three steps are not counted.
+
+    Args:
+        step_seconds: simulated time of a step, in which it does not wait.
+    """
     waited: list[float] = []
     while True:
         start = time.perf_counter()
@@ -59,14 +71,28 @@ def waits(batches: Iterator[Tensor], step_seconds: float) -> float:
 
 
 def main() -> None:
+    """Runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_size", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=num_cores())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=128,
+        help="height and width in pixels of the decoded images; default: %(default)s",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images per batch; default: %(default)s")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=num_cores(),
+        help="number of threads, and of processes of the DataLoader; default: the number of cores, %(default)s",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds; default: %(default)s")
     args = parser.parse_args()
     count = 12 * args.batch_size
-    print(f"{count} JPEGs of 500x375 to {args.image_size} px, {args.workers} workers; {machine(torch.device('cpu'))}")
+    print(
+        f"{count} JPEGs of 500x375 px, decoded to {args.image_size} px by {args.workers} workers; "
+        f"{machine(torch.device('cpu'))}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         listing = write_jpegs(Path(folder), count)
         size = statistics.mean(path.stat().st_size for path in Path(folder).iterdir())
@@ -86,10 +112,13 @@ def main() -> None:
         }
         work = {name: lambda batches=batches: [None for _ in batches()] for name, batches in everything.items()}
         seconds = take_turns(work, args.rounds, torch.device("cpu"), warmup=1)
-        print(f"{size / 1e3:.0f} kB a file")
+        print(f"{size / 1e3:.0f} kB per file")
         for name, each in seconds.items():
             rate = count / statistics.median(each)
-            print(f"{name:26s} {spread(each)}  {rate:7.0f} images/s, {ratio(seconds['one thread'], each)} one thread's")
+            print(
+                f"{name:26s} {spread(each)}  {rate:7.0f} images/s, "
+                f"{ratio(seconds['one thread'], each)} the speed of one thread"
+            )
 
         shares: dict[int, list[float]] = {decoding.AHEAD: [], 0: []}
         for _ in range(args.rounds):
@@ -98,7 +127,7 @@ def main() -> None:
                 found.append(waits(ours(iter(order), args.workers), 1.25 * threads / len(order)))
         for ahead, found in shares.items():
             spread_of = f"{statistics.median(found):.1%} of the time ({min(found):.1%} to {max(found):.1%})"
-            print(f"reading {ahead} batches ahead, the step waits {spread_of}")
+            print(f"if {ahead} batches are read ahead, the step waits for {spread_of}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Both views of a batch: ours, all samples at once, against torchvision's transforms on PIL images, one at a time.
+"""Speed of making both views of a batch: ours, in one batch, and torchvision's transforms on PIL images, one by one.
 
-torchvision's run as in a DataLoader's workers, one process a core, without the cost of handing their results over.
+torchvision's transforms run as in the workers of a DataLoader, in one process per core. The time to send their results
+to the main process is not included.
 
-  python -m benchmarks.views                                   # 512 images of 32 px, two CPU cores
+  python -m benchmarks.views                                   # 512 images of 32 px, on the CPU
   python -m benchmarks.views --device cuda --batch_size 2048
 """
 
@@ -25,6 +26,7 @@ from utils.randomness import uniforms
 
 
 def pil_augmentation(view: Any, image_size: int) -> v2.Compose:
+    """Returns torchvision's transforms for the crop, flip and RandAugment of `view`, for PIL images."""
     crop = v2.RandomResizedCrop(image_size, scale=view.crop_scale, ratio=view.crop_ratio)
     flip = v2.RandomHorizontalFlip(view.flip_probability)
     randaugment = v2.RandAugment(view.randaugment_num_ops, view.randaugment_magnitude)
@@ -37,7 +39,7 @@ def pil_augmentation(view: Any, image_size: int) -> v2.Compose:
 
 
 class OneByOne:
-    """A worker's share of the plain pipeline: both views of each image, as float tensors."""
+    """Work of one process of the plain pipeline: makes both views of each of its images, as float tensors."""
 
     def __init__(self, config: Any, pixels: Tensor, mean: list[float], std: list[float]) -> None:
         self.images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
@@ -67,20 +69,34 @@ def _work(_: int) -> int:
 
 
 def main() -> None:
+    """Runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=512)
-    parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--config", default="config/cifar10.yaml", help="its views are drawn")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch_size", type=int, default=512, help="images per batch; default: %(default)s")
+    parser.add_argument(
+        "--image_size", type=int, default=32, help="height and width of the images in pixels; default: %(default)s"
+    )
+    parser.add_argument(
+        "--config",
+        default="config/cifar10.yaml",
+        help="YAML file of the experiment whose views are made; default: %(default)s",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="device of our views: auto, cpu, cuda or mps; default: %(default)s"
+    )
+    parser.add_argument(
+        "--cores",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="number of processes that run torchvision's transforms; default: the number of cores, %(default)s",
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="number of timed rounds; default: %(default)s")
     args = parser.parse_args()
     config, device, size = load_config(args.config).views, choose_device(args.device), args.image_size
     mean, std = [0.5] * 3, [0.25] * 3
 
     coarse = torch.rand(args.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1).mul(255).byte()
-    share = pixels[: -(-args.batch_size // args.cores)].clone()  # as many images for each core
+    share = pixels[: -(-args.batch_size // args.cores)].clone()  # every process uses these images
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.cores, _start_worker, (config, share, mean, std)) as pool:
         views, on_device = Views(config, size, mean, std, device), pixels.to(device)
@@ -95,14 +111,14 @@ def main() -> None:
             views.pair(on_device, draw(seed, "source view"), draw(seed, "target view"), noise)
 
         seconds = take_turns(
-            {"one by one": lambda: pool.map(_work, range(args.cores), chunksize=1), "at once": at_once},
+            {"one by one": lambda: pool.map(_work, range(args.cores), chunksize=1), "in one batch": at_once},
             args.rounds,
             device,
         )
     print(f"both views of {args.batch_size} images of {size} px; {args.cores} cores; {machine(device)}")
     for name, each in seconds.items():
         print(f"{name:12s} {spread(each)}  {args.batch_size / sorted(each)[len(each) // 2]:,.0f} pairs/s")
-    print(f"at once is {ratio(seconds['one by one'], seconds['at once'])} as fast")
+    print(f"in one batch is {ratio(seconds['one by one'], seconds['in one batch'])} as fast as one by one")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks between keys of a config; the range of a single key is in the schema."""
+"""Checks of keys that depend on each other. The range of a single key is in the schema."""
 
 import math
 from typing import Any
@@ -7,18 +7,20 @@ from model.sizes import last_strided_input, num_decoder_blocks, resolutions
 
 
 def check_consistency(config: Any) -> None:
-    """Raise ValueError, with advice, if keys of a `Config` contradict each other."""
+    """Raises ValueError, with advice, if keys of a `Config` contradict each other."""
     size, decoder, num_levels = config.decoder_size, config.decoder, len(config.decoder.channel_mult)
     halvings = num_levels - 1
     if size % 2**halvings:
         raise ValueError(
-            f"data.image_size {size} cannot be halved {halvings} times, as decoder.channel_mult asks: "
-            f"take a multiple of {2**halvings}, or fewer levels"
+            f"data.image_size {size} cannot be halved {halvings} times, as decoder.channel_mult requires: "
+            f"take a multiple of {2**halvings}, or fewer levels in decoder.channel_mult"
         )
     levels = resolutions(size, num_levels)
     for resolution in decoder.attn_resolutions:
         if resolution not in levels:
-            raise ValueError(f"decoder.attn_resolutions: {resolution} is none of the decoder's {levels}")
+            raise ValueError(
+                f"decoder.attn_resolutions: {resolution} is none of the decoder's sizes: choose from {levels}"
+            )
     attended = [
         decoder.model_channels * multiple
         for multiple, resolution in zip(decoder.channel_mult, levels, strict=True)
@@ -26,49 +28,66 @@ def check_consistency(config: Any) -> None:
     ]
     for channels in attended:
         if decoder.num_head_channels and channels % decoder.num_head_channels:
-            raise ValueError(f"decoder.num_head_channels does not divide the {channels} channels that attend")
+            raise ValueError(
+                f"decoder.num_head_channels does not divide the {channels} channels of a level with self-attention: "
+                "choose a divisor"
+            )
     sections = decoder.num_sections
     if config.encoder.latent_dim < sections:
         raise ValueError(
-            f"encoder.latent_dim {config.encoder.latent_dim} is too few for the {sections} sections of "
-            f"decoder.modulation sectioned: take at least {sections}"
+            f"encoder.latent_dim {config.encoder.latent_dim} is too small for the {sections} sections of "
+            f"decoder.modulation=sectioned: take at least {sections}"
         )
     if config.training.mask.section_probability and decoder.modulation == "shared":
-        raise ValueError("training.mask.section_probability needs decoder.modulation sectioned")
+        raise ValueError("training.mask.section_probability needs decoder.modulation=sectioned: set both, or neither")
     by_section = len(config.sampling.guidance_scale) > 1 or config.sampling.sections is not None
     if by_section and decoder.modulation == "shared":
-        raise ValueError("sampling by sections (guidance_scale, sections) needs decoder.modulation sectioned")
+        raise ValueError(
+            "a list in sampling.sections or sampling.guidance_scale needs decoder.modulation=sectioned: remove the list"
+        )
     if len(config.sampling.guidance_scale) not in (1, sections):
-        raise ValueError(f"sampling.guidance_scale is one number, or one for each of the latent's {sections} sections")
+        raise ValueError(
+            f"sampling.guidance_scale must be one number, or a list of {sections}, one for each section of the latent"
+        )
     if not set(config.sampling.sections or []) <= set(range(sections)):
-        raise ValueError(f"sampling.sections {config.sampling.sections}: the latent's sections are 0 to {sections - 1}")
+        raise ValueError(
+            f"sampling.sections {config.sampling.sections} names a section that does not exist: the latent's sections "
+            f"are 0 to {sections - 1}"
+        )
     if config.evaluation.features.startswith("decoder."):
         _, part, rest = config.evaluation.features.split(".")
         index, timestep = map(int, rest.split("@"))
         blocks = num_decoder_blocks(part, num_levels, decoder.num_res_blocks)
         if index >= blocks or timestep >= config.diffusion.num_timesteps:
             raise ValueError(
-                f"evaluation.features {config.evaluation.features}: the decoder has {part}.0 to {part}.{blocks - 1}, "
-                f"and timesteps go from 0 to {config.diffusion.num_timesteps - 1}"
+                f"evaluation.features {config.evaluation.features} does not exist: the decoder has {part}.0 to "
+                f"{part}.{blocks - 1}, and timesteps go from 0 to {config.diffusion.num_timesteps - 1}"
             )
-    # On some CPUs the bf16 gradient of a strided 3x3 convolution on a 1x1 map is garbage.
+    # On some CPUs, the bf16 gradient of a strided 3x3 convolution on a 1x1 map is wrong.
     if "resnet" in config.encoder.architecture and last_strided_input(config.encoder_size, config.encoder.stem) == 1:
-        hint = "" if config.encoder.stem == "small" else ", or encoder.stem small"
+        hint = "" if config.encoder.stem == "small" else ", or set encoder.stem=small"
         raise ValueError(
-            f"data.image_size {config.encoder_size} leaves the encoder's last strided convolution a 1x1 map: "
-            f"take larger images{hint} (encoder.stem is {config.encoder.stem})"
+            f"data.image_size {config.encoder_size} is too small for encoder.stem={config.encoder.stem}, because the "
+            f"encoder's last strided convolution gets a 1x1 map: take larger images{hint}"
         )
     if config.data.stream and config.data.name not in ("tiny", "folder"):
-        raise ValueError(f"data.stream is for data sets of image files, tiny and folder, not for {config.data.name}")
+        raise ValueError(
+            f"data.stream is for data sets of image files, tiny and folder, not for {config.data.name}: remove it"
+        )
     if config.training.micro_batch_size and config.training.batch_size % config.training.micro_batch_size:
-        raise ValueError("training.micro_batch_size must divide training.batch_size")
+        raise ValueError("training.micro_batch_size must divide training.batch_size: change one of them")
     if config.sampling.num_sampling_steps > config.diffusion.num_timesteps:
-        raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps")
+        raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps: lower it")
     if config.diffusion.beta_end < config.diffusion.beta_start:
-        raise ValueError("diffusion.beta_end must be at least diffusion.beta_start")
+        raise ValueError("diffusion.beta_end must be at least diffusion.beta_start: raise beta_end")
     diffusion, mean_beta = config.diffusion, (config.diffusion.beta_start + config.diffusion.beta_end) / 2
-    # About log alphas_cumprod of the last timestep. The sampler divides by its root, and float32 ends at exp(-87).
+    # T log(1 - mean beta) is about log alphas_cumprod of the last timestep. The sampler divides by the square root of
+    # alphas_cumprod, and the smallest normal float32 is about exp(-87).
     if diffusion.schedule == "linear" and diffusion.num_timesteps * math.log1p(-mean_beta) < -150:
-        raise ValueError("diffusion: the linear schedule ends where float32 does: set beta_end lower")
+        raise ValueError(
+            "alphas_cumprod of the linear schedule's last timestep is too small for float32: lower diffusion.beta_end"
+        )
     if config.evaluation.knn.weights == "temperature" and not config.evaluation.normalize:
-        raise ValueError("evaluation.knn.weights temperature needs evaluation.normalize true")
+        raise ValueError(
+            "evaluation.knn.weights=temperature needs evaluation.normalize=true: set it, or choose uniform weights"
+        )

@@ -1,8 +1,8 @@
-"""Errors that the user of a program can mend."""
+"""Errors that the user of a program can fix."""
 
 
 class UserError(Exception):
-    """Base class: a program prints the message as one line and exits with status 2. The message says what to do."""
+    """Base class. The program prints the message as one line and exits with status 2. The message says what to do."""
 
 
 class ConfigError(UserError):

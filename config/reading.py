@@ -1,4 +1,4 @@
-"""Config files: read, override, check, compare."""
+"""Functions that read, override, check and compare configs."""
 
 import difflib
 import hashlib
@@ -15,7 +15,7 @@ from config.schema import Config, Section
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does. It raises ConfigError if a key is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = [self.construct_object(name) for name, _ in node.value if name.tag != "tag:yaml.org,2002:merge"]
@@ -31,17 +31,23 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Plain values, as YAML 1.2 reads numbers; raises ConfigError, also where a key is given twice."""
+    """Returns the plain values in a YAML text. Numbers are read as in YAML 1.2.
+
+    Raises ConfigError if the text is not valid YAML or gives a key twice.
+
+    Args:
+        where: origin of the text, for the error message.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two from scalars like 0x_, and nesting
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 0x_; RecursionError: deep nesting
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}, {error}") from None
 
 
 def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """(dotted name, pydantic field, whether it is a run key) of every key, in the order of the schema."""
+    """Yields (dotted name, pydantic field, True for a run key) of every key, in the order of the schema."""
     for name, field in section.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -52,8 +58,8 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tupl
 
 
 def describe_keys() -> str:
-    """A line a key for `--help`: its default, whether it may change on resume, what it means."""
-    lines = ["config keys (key=default; those marked * may change when a run is resumed):"]
+    """Returns a text for `--help`, one line per key: default, a * if it may change on resume, meaning."""
+    lines = ["config keys, as key=default; a key marked * may be changed when a run is resumed:"]
     for name, field, run in all_keys():
         default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
         choices = f" ({' | '.join(get_args(field.annotation))})" if get_origin(field.annotation) is Literal else ""
@@ -62,7 +68,7 @@ def describe_keys() -> str:
 
 
 def _nearest_key(name: str) -> str | None:
-    """The known key whose last part is nearest to that of `name`, in the same section or else in any."""
+    """Returns the key whose last part is spelled most like that of `name`: in the same section, else in any section."""
     section, _, last = name.rpartition(".")
     known = [dotted.rpartition(".") for dotted, _, _ in all_keys()]
     known += [("", "", part) for part in Config.model_fields]
@@ -74,7 +80,7 @@ def _nearest_key(name: str) -> str | None:
 
 
 def _an_example(section: str) -> str:
-    """Some key of a section, with its default."""
+    """Returns a key of the section with its default, as key=default."""
     name, field, _ = next(key for key in all_keys() if key[0].startswith(f"{section}."))
     return f"{name}={field.default}"
 
@@ -104,27 +110,30 @@ def _validate(raw: dict[str, Any], where: str) -> Config:
 
 
 def _unshared(node: Any) -> Any:
-    """A copy in which what YAML aliases share is apart, so that an override changes one place only."""
+    """Returns a copy that shares no sections through YAML aliases, so that an override changes only one section."""
     return {name: _unshared(value) for name, value in node.items()} if isinstance(node, dict) else node
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The config in a YAML file, with `key=value` overrides applied; raises ConfigError on any mistake."""
+    """Returns the config in a YAML file, with `key=value` overrides applied.
+
+    Raises ConfigError if the file cannot be read, or if a key or value is wrong.
+    """
     path = Path(path)
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.yaml")))
-        raise ConfigError(f"no config file {path}" + (f"; there are {there}" if there else "")) from None
+        raise ConfigError(f"no config file {path}" + (f": choose one of {there}" if there else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} does not hold `key: value` lines")
+        raise ConfigError(f"{path} is not a config file: it needs lines of the form `key: value`")
     try:
         raw = _unshared(raw)
     except RecursionError:
-        raise ConfigError(f"{path} holds an alias that refers to itself") from None
+        raise ConfigError(f"{path} has a YAML alias that refers to itself: remove it") from None
     config = _override(raw, overrides or [], str(path))
     if not config.output_dir:
         config = config.model_copy(update={"output_dir": str(Path("runs") / (path.stem.strip(".") or "run"))})
@@ -132,7 +141,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def override(config: Config, overrides: list[str], where: str) -> Config:
-    """`config`, read from `where`, with `key=value` overrides applied; raises ConfigError."""
+    """Returns a copy of `config` with `key=value` overrides applied. Raises ConfigError if one of them is wrong.
+
+    Args:
+        where: origin of `config`, for the error message.
+    """
     return _override(parse_yaml(config.to_yaml(), where), overrides, where)
 
 
@@ -154,7 +167,13 @@ def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
 
 
 def parse_config(text: str, where: str) -> Config:
-    """A config from the YAML text that `Config.to_yaml` wrote, as in a checkpoint; raises ConfigError."""
+    """Returns the config in a YAML text that `Config.to_yaml` wrote, for example in a checkpoint.
+
+    Raises ConfigError if a key or value is wrong.
+
+    Args:
+        where: origin of the text, for the error message.
+    """
     return _validate(parse_yaml(text, where), where)
 
 
@@ -166,12 +185,17 @@ def _value(config: Config, name: str) -> Any:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every key by its dotted name."""
+    """Returns the value of every key by its dotted name."""
     return {name: _value(config, name) for name, _, _ in all_keys()}
 
 
 def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "") -> str:
-    """Digest of every key that the closing table depends on, and of the images' place."""
+    """Returns a digest of all keys that the table of accuracies depends on, including data.root.
+
+    Args:
+        without: names of keys that are left out.
+        also: text that the digest includes as well.
+    """
     judged_by = ("data.root", "views.probe.", "evaluation.", "training.micro_batch_size")
     kept = {name for name, _, run in all_keys() if not run or name.startswith(judged_by)}.difference(without)
     values = {name: value for name, value in flat(config).items() if name in kept}
@@ -181,7 +205,12 @@ def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "")
 def differences(
     old: Config, new: Config, *, run: bool, prefixes: tuple[str, ...] = ("",)
 ) -> dict[str, tuple[Any, Any]]:
-    """{key: (old value, new value)} over the run keys, or over the experiment keys, that differ."""
+    """Returns {key: (old value, new value)} of the keys that differ.
+
+    Args:
+        run: True compares the run keys, False the experiment keys.
+        prefixes: only keys whose names begin with one of them are compared.
+    """
     return {
         name: (_value(old, name), _value(new, name))
         for name, _, is_run in all_keys()

@@ -1,7 +1,7 @@
-"""The experiment's definition: every key, its type, default, range and meaning, in one place.
+"""Schema of the config: type, default, range and meaning of every key.
 
-Keys are of two kinds. An *experiment* key defines what is computed and must agree when a run is resumed; a *run*
-key (paths, intervals, device, ...) may change from one start to the next.
+There are two kinds of keys. An *experiment* key defines the result of the run. It must have the same value when the run
+is resumed. A *run* key (paths, intervals, device, ...) may change whenever the run is started again.
 """
 
 import os
@@ -21,10 +21,10 @@ Positive = Annotated[float, Field(gt=0)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4)]
 
 
-# A path may start with ~, and never holds a null character.
+# A path may start with ~. It must not contain a null character.
 def _path(text: str) -> str:
     if any(len(os.fsencode(part)) > 255 for part in text.split("/")):
-        raise ValueError("a name in a path has at most 255 bytes")
+        raise ValueError("a name in a path has at most 255 bytes: choose a shorter one")
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
@@ -33,34 +33,57 @@ Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 def key(default: Any, meaning: str, *, run: bool = False, **bounds: Any) -> Any:
-    """One documented key; `run=True` lets it change when a run is resumed."""
+    """Returns the pydantic field of one documented key.
+
+    Args:
+        run: True for a run key, which may change when a run is resumed.
+        bounds: limits of the value, as arguments of pydantic's `Field`.
+    """
     return Field(default, description=meaning, json_schema_extra={"run": run}, **bounds)
 
 
 class Section(BaseModel):
+    """Base class of the sections of a config. Unknown keys, wrong types and later changes are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    all_run: ClassVar[bool] = False  # whether all its keys are run keys, whatever they say themselves
+    all_run: ClassVar[bool] = False  # True: all keys of the section are run keys, even those without run=True
 
     @model_validator(mode="before")
     @classmethod
     def _empty(cls, value: Any) -> Any:
-        return {} if value is None else value  # a section's name with nothing under it
+        return {} if value is None else value  # YAML gives None for a section name with nothing below it
 
 
 class Data(Section):
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key("cifar10", "data set")
-    root: PathText = key("data", "folder that holds the data set, or receives its download", run=True)
-    cache_dir: PathText = key("data/cache", "folder for decoded images of `tiny` and `folder`", run=True)
-    image_size: int = key(32, "height and width in pixels that images are decoded to and modelled at", ge=4, le=4096)
+    """The data set, and the decoding of its images."""
+
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key(
+        "cifar10", "data set; `tiny`: Tiny-ImageNet; `folder`: your own images"
+    )
+    root: PathText = key(
+        "data",
+        "folder of the data set; cifar10, cifar100 and fashion_mnist are downloaded to it if they are missing; "
+        "digits does not use it",
+        run=True,
+    )
+    cache_dir: PathText = key("data/cache", "folder for the decoded images of `tiny` and `folder`", run=True)
+    image_size: int = key(
+        32,
+        "height and width in pixels to which all images are resized; encoder and decoder work at this size",
+        ge=4,
+        le=4096,
+    )
     stream: bool | None = key(
         None,
-        "decode the files of `tiny` and `folder` while they are used; null: if they fill half of the memory",
+        "true: stream the files of `tiny` and `folder`, which means decode them each time they are used; false: decode "
+        "them once, to data.cache_dir; null: stream only if the decoded images would fill more than half of the memory",
         run=True,
     )
     num_workers: int | None = key(
         None,
-        "threads that decode images; null: one a core, of which processes have a share each while images stream",
+        "threads of each process that decode image files; null: one per core, divided among the processes of a machine "
+        "while images are streamed",
         run=True,
         ge=1,
         le=1024,
@@ -68,28 +91,45 @@ class Data(Section):
 
 
 class View(Section):
-    """Augmentation of one view of an image: crop and flip, RandAugment, colours, affine move, in this order."""
+    """Augmentation of one view of an image: crop and flip, RandAugment, colours, affine transform, in this order."""
 
-    crop_flip_probability: Probability = key(0.95, "probability of applying crop and flip")
-    crop_scale: Pair = key([0.08, 1.0], "range of the crop's share of the area")
-    crop_ratio: Pair = key([3 / 4, 4 / 3], "range of the crop's aspect ratio")
-    flip_probability: Probability = key(0.5, "probability of a horizontal flip, if crop and flip are applied")
-    randaugment_probability: Probability = key(0.65, "probability of applying RandAugment")
-    randaugment_num_ops: int = key(2, "operations that RandAugment applies", ge=1)
-    randaugment_magnitude: int = key(9, "strength of the operations, of 31 bins", ge=0, le=30)
-    color_jitter_probability: Probability = key(0.0, "probability of colour jitter")
-    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = key(
-        [0.4, 0.4, 0.4, 0.1], "reach of brightness, contrast, saturation (about 1) and hue (about 0, at most 0.5)"
+    crop_flip_probability: Probability = key(
+        0.95, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
     )
-    grayscale_probability: Probability = key(0.0, "probability of greyscale")
-    affine_probability: Probability = key(0.0, "probability of applying a random affine move")
-    affine_degrees: float = key(0.0, "rotation up to this many degrees either way", ge=0, le=180)
-    affine_translate: Probability = key(0.0, "shift up to this share of the image size, each axis")
-    affine_scale: Pair = key([1.0, 1.0], "range of the zoom factor")
-    affine_shear: float = key(0.0, "shear up to this many degrees either way", ge=0, lt=90)
+    crop_scale: Pair = key([0.08, 1.0], "[lowest, highest] area of the random crop, as a fraction of the image's area")
+    crop_ratio: Pair = key([3 / 4, 4 / 3], "[lowest, highest] aspect ratio (width / height) of the random crop")
+    flip_probability: Probability = key(
+        0.5, "probability of a horizontal flip of an image that is cropped; other images are never flipped"
+    )
+    randaugment_probability: Probability = key(0.65, "probability of applying RandAugment to an image")
+    randaugment_num_ops: int = key(2, "number of RandAugment operations per image", ge=1)
+    randaugment_magnitude: int = key(
+        9, "strength of the RandAugment operations, from 0 (weakest) to 30 (strongest)", ge=0, le=30
+    )
+    color_jitter_probability: Probability = key(0.0, "probability of applying colour jitter to an image")
+    color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = key(
+        [0.4, 0.4, 0.4, 0.1],
+        "strengths s of colour jitter, for brightness, contrast, saturation and hue; the first three are multiplied by "
+        "a random factor from max(0, 1 - s) to 1 + s; hue turns by up to s of the colour circle (s at most 0.5)",
+    )
+    grayscale_probability: Probability = key(0.0, "probability of converting an image to greyscale")
+    affine_probability: Probability = key(
+        0.0, "probability of applying a random affine transform (rotation, shift, zoom, shear) to an image"
+    )
+    affine_degrees: float = key(0.0, "largest rotation of the affine transform in degrees, either way", ge=0, le=180)
+    affine_translate: Probability = key(
+        0.0, "largest shift of the affine transform along each axis, as a fraction of the image size"
+    )
+    affine_scale: Pair = key([1.0, 1.0], "[lowest, highest] zoom factor of the affine transform")
+    affine_shear: float = key(
+        0.0, "largest horizontal shear of the affine transform in degrees, either way", ge=0, lt=90
+    )
 
     def __str__(self) -> str:
-        """The augmentation in a few words, for tables; views that differ (to six digits) have different words."""
+        """Returns a short description for tables.
+
+        Two views that augment differently have different descriptions. Numbers are given to six digits.
+        """
         parts = []
         if self.crop_flip_probability:
             (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
@@ -113,108 +153,203 @@ class View(Section):
     @classmethod
     def _rising(cls, pair: list[float], info: ValidationInfo) -> list[float]:
         if not 0 < pair[0] <= pair[1]:
-            raise ValueError("a range is [low, high] with 0 < low <= high")
+            raise ValueError("write the range as [low, high] with 0 < low <= high")
         if info.field_name == "crop_scale" and pair[1] > 1:
-            raise ValueError("a share of the area is at most 1")
+            raise ValueError("a fraction of the area is at most 1: lower the second number")
         return pair
 
     @field_validator("color_jitter")
     @classmethod
     def _hue(cls, reach: list[float]) -> list[float]:
         if reach[3] > 0.5:
-            raise ValueError("the reach of hue is at most 0.5")
+            raise ValueError("the strength of hue is at most 0.5: lower the fourth number")
         return reach
 
 
 class SourceView(View):
-    noise_std: float = key(0.10, "deviation of the Gaussian noise added to the normalised view", ge=0)
+    """Augmentation of the source view, which the encoder receives."""
+
+    noise_std: float = key(
+        0.10, "standard deviation of the Gaussian noise added to the normalised source view; 0: no noise", ge=0
+    )
 
 
 class ProbeView(View):
-    """View of the evaluation; all its keys may change when a run is resumed, since training does not use them."""
+    """Augmentation of the evaluation. Training does not use it, so all its keys may change when a run is resumed."""
 
     all_run: ClassVar[bool] = True
-    crop_flip_probability: Probability = key(0.65, "probability of applying crop and flip")
-    randaugment_probability: Probability = key(0.0, "probability of applying RandAugment")
+    crop_flip_probability: Probability = key(
+        0.65, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
+    )
+    randaugment_probability: Probability = key(0.0, "probability of applying RandAugment to an image")
 
 
 class Views(Section):
+    """Augmentations: of the encoder's source view, of the decoder's target view, and of the evaluation."""
+
     source: SourceView = SourceView()
     target: View = View()
     probe: ProbeView = ProbeView()
 
 
 class Encoder(Section):
-    architecture: Architecture = key("resnet18", "depth and kind of blocks")
-    stem: Stem = key("small", "`small`: 3x3, stride 1, no pooling; `imagenet`: 7x7 and pooling")
-    width: Channels = key(64, "channels of the first group of blocks; each group doubles them")
-    latent_dim: int = key(128, "width of the latent z", ge=1)
+    """Architecture of the encoder."""
+
+    architecture: Architecture = key("resnet18", "ResNet architecture of the encoder, by torchvision's names")
+    stem: Stem = key(
+        "small",
+        "first layers of the encoder; `small`: 3x3 convolution, stride 1, for images of about 32 px; `imagenet`: 7x7 "
+        "convolution, stride 2, then max-pooling, for larger images",
+    )
+    width: Channels = key(
+        64, "channels of the encoder's first group of blocks; each following group has twice as many; 64 is standard"
+    )
+    latent_dim: int = key(128, "number of dimensions of the latent z", ge=1)
 
 
 class Decoder(Section):
-    model_channels: Channels = key(128, "channels of the first level")
-    channel_mult: list[Annotated[int, Field(ge=1)]] = key([1, 2, 2, 2], "channel multiples, a level each", min_length=1)
-    num_res_blocks: int = key(2, "residual blocks a level going down; one more going up", ge=1)
-    attn_resolutions: list[int] = key([16], "feature-map sizes, in pixels, with self-attention")
-    num_head_channels: int | None = key(None, "channels of an attention head; null: one head", ge=1)
-    dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "dropout in the residual blocks")
-    scale_offset: float = key(1.0, "AdaGN's scales are this + linear(...); the reference implementation has 0", ge=0)
+    """Architecture of the denoising decoder."""
+
+    model_channels: Channels = key(
+        128, "base number of channels of the decoder; decoder.channel_mult multiplies it at each level"
+    )
+    channel_mult: list[Annotated[int, Field(ge=1)]] = key(
+        [1, 2, 2, 2],
+        "channels of each decoder level, as multiples of decoder.model_channels: one number per level, from the "
+        "highest resolution to the lowest; each level has half the resolution of the level before",
+        min_length=1,
+    )
+    num_res_blocks: int = key(
+        2, "residual blocks per decoder level on the way down; on the way up, each level has one more", ge=1
+    )
+    attn_resolutions: list[int] = key(
+        [16],
+        "feature-map sizes, in pixels, at which the decoder has self-attention; the middle of the decoder always has "
+        "it; []: only the middle",
+    )
+    num_head_channels: int | None = key(
+        None, "channels per head of the decoder's self-attention; null: one head with all channels", ge=1
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.1, "probability of dropout in the decoder's residual blocks; 0: no dropout"
+    )
+    scale_offset: float = key(
+        1.0,
+        "constant added to the learned scales of the decoder's AdaGN layers; 1: an untrained layer keeps the size of "
+        "its features; 0: as in the reference implementation",
+        ge=0,
+    )
     modulation: Modulation = key(
-        "shared", "the latent modulates every block as a whole, or a section of it each pair of blocks"
+        "shared",
+        "shared: the whole latent modulates every decoder block; sectioned: the latent is divided into sections, and "
+        "each section modulates one block on the way down and the matching blocks on the way up",
     )
 
     @property
     def num_sections(self) -> int:
-        """Sections of the latent."""
+        """Number of sections of the latent; 1 if the modulation is shared."""
         return num_sections(self.modulation, len(self.channel_mult), self.num_res_blocks)
 
 
 class Diffusion(Section):
-    schedule: Schedule = key("linear", "noise schedule")
-    num_timesteps: int = key(1000, "timesteps T", ge=1)
-    beta_start: Annotated[float, Field(ge=1e-12, lt=1)] = key(1e-4, "first beta of the linear schedule")
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = key(0.02, "last beta of the linear schedule")
+    """Noise schedule and timesteps."""
+
+    schedule: Schedule = key("linear", "noise schedule of training and sampling; docs/schedules.md compares them")
+    num_timesteps: int = key(1000, "number T of diffusion timesteps", ge=1)
+    beta_start: Annotated[float, Field(ge=1e-12, lt=1)] = key(
+        1e-4, "beta of the first timestep in the linear schedule; other schedules ignore it"
+    )
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = key(
+        0.02, "beta of the last timestep in the linear schedule; other schedules ignore it"
+    )
 
 
 class Optimizer(Section):
-    """AdamW. The learning rates belong to the global batch: nothing multiplies them."""
+    """Settings of AdamW. Learning rates are not scaled by the batch size or by the number of processes."""
 
-    encoder_lr: Positive = key(8e-4, "learning rate of the encoder")
-    decoder_lr: Positive = key(4e-4, "learning rate of the decoder")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's betas", min_length=2, max_length=2)
-    weight_decay: float = key(0.05, "AdamW's weight decay", ge=0)
-    warmup_epochs: float = key(20.0, "linear warm-up, a step at a time, over this many epochs", ge=0, le=1e6)
-    schedule: Literal["constant", "cosine"] = key("constant", "after the warm-up; cosine: to zero, after the last step")
-    max_grad_norm: Positive = key(1.0, "gradients are clipped to this norm")
+    encoder_lr: Positive = key(8e-4, "learning rate of the encoder, reached at the end of the warm-up")
+    decoder_lr: Positive = key(4e-4, "learning rate of the decoder, reached at the end of the warm-up")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
+        [0.9, 0.95],
+        "AdamW's two betas: decay of the running means of gradients and squares",
+        min_length=2,
+        max_length=2,
+    )
+    weight_decay: float = key(0.05, "AdamW's weight decay, applied to all parameters; 0: none", ge=0)
+    warmup_epochs: float = key(
+        20.0,
+        "epochs over which both learning rates rise linearly, step by step; may be a fraction; 0: no warm-up",
+        ge=0,
+        le=1e6,
+    )
+    schedule: Literal["constant", "cosine"] = key(
+        "constant", "learning rate after the warm-up: constant, or a cosine that reaches zero after the last step"
+    )
+    max_grad_norm: Positive = key(
+        1.0, "largest norm of the gradient over all parameters; a larger gradient is scaled down to it"
+    )
 
 
 class Mask(Section):
-    """Probabilities of dropping a sample's latent in training: as a whole, and section by section on top of that."""
+    """Probabilities of replacing latents by zeros in training: whole latents and, independently, single sections."""
 
-    latent_probability: Probability = key(0.1, "probability of replacing a sample's whole latent by the null latent")
+    latent_probability: Probability = key(
+        0.1,
+        "probability of replacing the whole latent of a sample by zeros (the null latent) in training; "
+        "classifier-free guidance needs a value above 0",
+    )
     section_probability: Probability = key(
-        0.0, "probability of replacing each section of it, independently; needs decoder.modulation sectioned"
+        0.0,
+        "probability of replacing a section of a sample's latent by zeros in training, drawn for each section; a value "
+        "above 0 needs decoder.modulation=sectioned",
     )
 
 
 class Training(Section):
-    epochs: int = key(800, "epochs of floor(images / batch_size) steps; may be raised on resume", ge=1)
-    batch_size: int = key(512, "images a step, over all processes", ge=4, multiple_of=4)
+    """Length of the training, batches, arithmetic, EMA, reports and checkpoints."""
+
+    epochs: int = key(
+        800,
+        "number of epochs, each of floor(training images / training.batch_size) steps; may be raised when a run is "
+        "resumed, if optimizer.schedule is constant",
+        ge=1,
+    )
+    batch_size: int = key(512, "images per training step, over all processes", ge=4, multiple_of=4)
     micro_batch_size: int | None = key(
         None,
-        "images a forward pass of each process, to save memory; BatchNorm sees no more of each; null: all at once",
+        "images per forward pass of each process; a smaller value saves memory, and each step adds up the gradients of "
+        "several passes; BatchNorm then normalises over one such pass of every process; null: one pass per step",
         run=True,
         ge=4,
         multiple_of=4,
     )
-    use_amp: bool = key(False, "mixed precision: bf16 where the hardware computes it, else fp16 on CUDA")
-    compile: bool | None = key(None, "torch.compile the model for training; null: on CUDA", run=True)
+    use_amp: bool = key(
+        False, "mixed precision: bf16 if the hardware computes it, else fp16 on CUDA and float32 on other devices"
+    )
+    compile: bool | None = key(
+        None, "true: compile the model with torch.compile for training; false: do not; null: only on CUDA", run=True
+    )
     mask: Mask = Mask()
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(0.9999, "cap of the EMA's decay, which warms up")
-    ema_power: Positive = key(2 / 3, "the EMA's decay at step n is 1 - (1 + n)^-ema_power, up to its cap")
-    log_every: int = key(50, "steps between reports", run=True, ge=1)
-    checkpoint_every: str = key("10 minutes", "`N steps`, `N epochs` or `N minutes`", run=True)
-    keep_every: int | None = key(None, "epochs between checkpoints kept for good; null: none", run=True, ge=1)
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.9999, "largest decay of the exponential moving average (EMA) of the weights; training.ema_power sets its rise"
+    )
+    ema_power: Positive = key(
+        2 / 3, "rise of the EMA's decay: at step n, it is 1 - (1 + n)^-ema_power, but at most training.ema_decay"
+    )
+    log_every: int = key(50, "training steps between reports of loss, learning rates and speed", run=True, ge=1)
+    checkpoint_every: str = key(
+        "10 minutes",
+        "interval between checkpoints: `N steps`, `N epochs` or `N minutes`; a checkpoint is also saved before each "
+        "evaluation and after the last step",
+        run=True,
+    )
+    keep_every: int | None = key(
+        None,
+        "epochs between checkpoints that are kept permanently, as epoch_<number>.pt; null: only the two newest "
+        "checkpoints are kept",
+        run=True,
+        ge=1,
+    )
 
     @field_validator("checkpoint_every", mode="before")
     @classmethod
@@ -225,32 +360,55 @@ class Training(Section):
 
 
 class KNN(Section):
-    k: int = key(20, "neighbours", run=True, ge=1)
+    """Settings of k-NN."""
+
+    k: int = key(20, "number of nearest training images that vote for the class of a test image", run=True, ge=1)
     weights: Literal["uniform", "temperature"] = key(
-        "uniform", "votes: all alike, or exp(cosine / temperature)", run=True
+        "uniform",
+        "weight of each neighbour's vote; uniform: 1; temperature: exp(cosine similarity / evaluation.knn.temperature)",
+        run=True,
     )
-    temperature: Positive = key(0.1, "temperature of the `temperature` weights", run=True)
-    bank: Literal["clean", "augmented"] = key("clean", "training images as they are, or by `views.probe`", run=True)
+    temperature: Positive = key(
+        0.1, "temperature of the votes if evaluation.knn.weights=temperature; otherwise ignored", run=True
+    )
+    bank: Literal["clean", "augmented"] = key(
+        "clean",
+        "training images that k-NN searches; clean: not augmented; augmented: augmented once by `views.probe`",
+        run=True,
+    )
 
 
 class Probe(Section):
+    """Settings of the linear probe."""
+
     transform: Literal["clean", "augmented"] = key(
-        "augmented", "training images as they are, or by `views.probe` anew each epoch", run=True
+        "augmented",
+        "training images of the linear probe; clean: not augmented; augmented: augmented by `views.probe`, with new "
+        "random draws in each epoch",
+        run=True,
     )
-    epochs: int = key(15, "epochs; the learning rate falls to zero by a cosine", run=True, ge=1)
-    lr: Positive = key(1e-3, "Adam's learning rate", run=True)
-    batch_size: int = key(128, "images a step", run=True, ge=2)
+    epochs: int = key(
+        15, "training epochs of the linear probe; a cosine lowers its learning rate to zero by the end", run=True, ge=1
+    )
+    lr: Positive = key(1e-3, "initial learning rate of the linear probe, which Adam trains", run=True)
+    batch_size: int = key(128, "images per training step of the linear probe", run=True, ge=2)
 
 
 class Evaluation(Section):
-    every: int = key(100, "epochs between evaluations of the EMA encoder; always at the end", run=True, ge=1)
-    batch_size: int = key(512, "images a forward pass", run=True, ge=1)
+    """Evaluation of the EMA model by k-NN and linear probe."""
+
+    every: int = key(
+        100, "epochs between evaluations of the EMA model; it is also evaluated after the last epoch", run=True, ge=1
+    )
+    batch_size: int = key(512, "images per forward pass of each process in the evaluation", run=True, ge=1)
     features: str = key(
         "z",
-        "z; pooled, before the encoder's last layer; decoder.<block>@<timestep>, of the decoder without a latent",
+        "features to evaluate; z: the latent; pooled: the input of the encoder's last layer; "
+        "decoder.<block>@<timestep>, such as decoder.up.5@20: the output of a decoder block without a latent, for "
+        "images with the noise of that timestep, averaged over the pixels",
         run=True,
     )
-    normalize: bool = key(True, "scale features to length 1", run=True)
+    normalize: bool = key(True, "scale each feature vector to length 1 before k-NN and linear probe", run=True)
     knn: KNN = KNN()
     probe: Probe = Probe()
 
@@ -258,20 +416,38 @@ class Evaluation(Section):
     @classmethod
     def _features(cls, name: str) -> str:
         if not re.fullmatch(r"z|pooled|decoder\.(down|middle|up)\.\d+@\d+", name):
-            raise ValueError(f"write z, pooled or decoder.<block>@<timestep>, as decoder.up.5@20, not {name}")
+            raise ValueError(f"write z, pooled or decoder.<block>@<timestep>, such as decoder.up.5@20, not {name}")
         return name
 
 
 class Sampling(Section):
-    num_images: int = key(16, "test images in the grid of samples; 0: no grid", run=True, ge=0)
-    num_sampling_steps: int = key(100, "DDIM steps", run=True, ge=1)
+    """DDIM sampling and guidance."""
+
+    num_images: int = key(
+        16,
+        "number of images in the grid of samples of each evaluation; test images, if there are any; 0: no grid",
+        run=True,
+        ge=0,
+    )
+    num_sampling_steps: int = key(
+        100, "number of DDIM steps per sample; at most diffusion.num_timesteps", run=True, ge=1
+    )
     guidance_scale: list[Annotated[float, Field(ge=0)]] = key(
-        [1.3], "classifier-free guidance, one scale or one for each section; 1: none", run=True, min_length=1
+        [1.3],
+        "scale of classifier-free guidance: one number, or a list with one for each section of the latent; 1: no "
+        "guidance; 0: the latent (or section) is ignored",
+        run=True,
+        min_length=1,
     )
     sections: list[int] | None = key(
-        None, "of the latent, that samples are conditioned on; null: all; for runs that mask sections", run=True
+        None,
+        "numbers, from 0, of the latent's sections that samples are conditioned on; null: all; a list needs "
+        "decoder.modulation=sectioned, and a model trained with training.mask.section_probability above 0",
+        run=True,
     )
-    eta: float = key(0.0, "0: deterministic DDIM; 1: as much noise as DDPM", run=True, ge=0, le=1)
+    eta: float = key(
+        0.0, "noise that each DDIM step adds; 0: none (deterministic); 1: as much as DDPM", run=True, ge=0, le=1
+    )
 
     @field_validator("guidance_scale", mode="before")
     @classmethod
@@ -280,24 +456,36 @@ class Sampling(Section):
 
 
 class Distributed(Section):
-    """Communication between processes, if a launcher starts several."""
+    """Communication between processes, if there are several."""
 
     all_run: ClassVar[bool] = True
-    backend: Literal["auto", "nccl", "gloo"] = key("auto", "auto: nccl where each process has a GPU, else gloo")
-    timeout_minutes: float = key(30.0, "a process that waits longer for the others ends", ge=0.2, le=1e5)
+    backend: Literal["auto", "nccl", "gloo"] = key(
+        "auto", "library that sends tensors between processes; auto: nccl if each process has its own GPU, else gloo"
+    )
+    timeout_minutes: float = key(
+        30.0, "minutes that a process waits for the other processes before it ends with an error", ge=0.2, le=1e5
+    )
 
 
 class Config(Section):
-    seed: int = key(0, "seed of all randomness", ge=0)
-    output_dir: PathText = key("", "folder of the run; empty: runs/<name of the config file>", run=True)
-    device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto: cuda, else mps, else cpu", run=True)
+    """The whole config."""
+
+    seed: int = key(0, "seed of all random numbers", ge=0)
+    output_dir: PathText = key(
+        "", "run folder, for checkpoints, logs and results; empty: runs/<name of the config file>", run=True
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = key(
+        "auto", "device to compute on; auto: cuda if available, else mps, else cpu", run=True
+    )
     data: Data = Data()
     views: Views = Views()
     encoder: Encoder = Encoder()
     decoder: Decoder = Decoder()
     initialization: Initialization = key(
         "default",
-        "default: torchvision's and torch's, branches start at zero; paper: Xavier, truncated normal, / sqrt 2",
+        "initial weights; default: as torchvision and torch draw them, with zeros in the last layer of the decoder and "
+        "of each of its residual branches; paper: Xavier in the encoder, truncated normal in the decoder, whose "
+        "residual sums are divided by sqrt 2",
     )
     diffusion: Diffusion = Diffusion()
     optimizer: Optimizer = Optimizer()
@@ -313,14 +501,14 @@ class Config(Section):
 
     @property
     def encoder_size(self) -> int:
-        """Height and width in pixels of the encoder's images."""
+        """Height and width in pixels of the images that the encoder receives."""
         return self.data.image_size
 
     @property
     def decoder_size(self) -> int:
-        """Height and width in pixels of the decoder's images."""
+        """Height and width in pixels of the images that the decoder denoises."""
         return self.data.image_size
 
     def to_yaml(self) -> str:
-        """The resolved config; reading it back gives an equal one."""
+        """Returns the config with all keys as YAML; `parse_config` reads back an equal config."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=100)

@@ -1,8 +1,8 @@
-"""Augmentation of a batch: parameters drawn on the host for each sample, then applied to the pixels on their device.
+"""Augmentation of a batch: parameters are drawn on the host for each sample and applied to the pixels on their device.
 
-Crop and flip, RandAugment, colours and affine moves, distributed as torchvision.transforms.v2's RandomResizedCrop and
-RandomHorizontalFlip, RandAugment, ColorJitter and RandomGrayscale, and RandomAffine. The operations on pixels are in
-operations.py.
+A view is made by crop and flip, RandAugment, colour jitter and greyscale, and an affine transform. The parameters have
+the distributions of these classes of torchvision.transforms.v2: RandomResizedCrop and RandomHorizontalFlip,
+RandAugment, ColorJitter and RandomGrayscale, and RandomAffine. The operations on pixels are in operations.py.
 """
 
 import math
@@ -19,20 +19,20 @@ from datasets.operations import OPERATIONS, crop, move, operate
 
 
 class Draw(Protocol):
-    """draw(columns, stream) -> (N, columns) uniforms in [0, 1); `stream` names an independent draw."""
+    """draw(columns, stream) -> (N, columns) uniforms in [0, 1). Draws with different `stream` are independent."""
 
     def __call__(self, columns: int, stream: str = "", /) -> Tensor: ...
 
 
-INDEX = {name: index for index, name in enumerate(OPERATIONS)}  # Identity's is 0
+INDEX = {name: index for index, name in enumerate(OPERATIONS)}  # Identity is 0, so zeros mean "no operation"
 NUM_BINS = 31
 CROP_ATTEMPTS = 10
 IDENTITY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def _ramp(first: float, last: float) -> Callable[[int, int], float]:
-    """Strength that goes from `first` to `last` over the bins."""
-    return lambda bin_, image_size: torch.linspace(first, last, NUM_BINS)[bin_].item()  # float32, as torchvision's
+    """Returns a strength that changes linearly from `first` to `last` over the bins."""
+    return lambda bin_, image_size: torch.linspace(first, last, NUM_BINS)[bin_].item()  # float32, as in torchvision
 
 
 def _pixels(bin_: int, image_size: int) -> float:
@@ -44,12 +44,13 @@ def _bits(bin_: int, image_size: int) -> float:
 
 
 def _level(bin_: int, image_size: int) -> float:
-    """Lowest whole level that is not below torchvision's threshold, computed in float32 as there."""
+    """Returns torchvision's threshold, computed in float32 as in torchvision, rounded up to a whole level."""
     return torch.tensor(255 * _ramp(1, 0)(bin_, image_size)).ceil().item()
 
 
-# RandAugment's operations (Cubuk et al. 2020) in the order of their draws: (bin, image size) -> strength; True if half
-# of the samples get the negative strength. Identity, the first, is also what samples without RandAugment get.
+# RandAugment's operations (Cubuk et al. 2020): name -> (function, signed). The function maps (bin, image size) to the
+# strength. If signed is True, half of the samples get the negative strength. The order matters: a random number selects
+# an operation by position. Samples without RandAugment get the operation at position 0, Identity.
 RANDAUGMENT: dict[str, tuple[Callable[[int, int], float], bool]] = {
     "Identity": (_ramp(0, 0), False),
     "ShearX": (_ramp(0, 0.3), True),  # slope
@@ -66,21 +67,22 @@ RANDAUGMENT: dict[str, tuple[Callable[[int, int], float], bool]] = {
     "AutoContrast": (_ramp(0, 0), False),
     "Equalize": (_ramp(0, 0), False),
 }
-JITTER = ("Brightness", "Contrast", "Color", "Hue")  # in the order of the key color_jitter
+JITTER = ("Brightness", "Contrast", "Color", "Hue")  # in the order of the values of the key color_jitter
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of the augmentation of N samples, on the host.
+    """Augmentation parameters of N samples, on the host.
 
-    Matrices lead from a pixel of the output to one of the input, both counted from the centre.
+    A matrix maps the position of an output pixel to a position in the input. Positions are in pixels, relative to the
+    centre of the image.
 
     Attributes:
-        boxes: (N, 5) float32: left, top, width and height of the crop in pixels, and 1 for a flip, else 0.
-        operations: (N, num_ops) int64, positions in OPERATIONS, applied from left to right.
+        boxes: (N, 5) float32: left, top, width and height of the crop in pixels, then 1 for a flip or 0 for none.
+        operations: (N, num_ops) int64, indices into OPERATIONS, applied from left to right.
         strengths: (N, num_ops) float32, signed.
-        matrices: (N, num_ops, 2, 3) float32, for the geometric operations.
-        moves: (N, 2, 3) float32, matrices of the affine move that comes last; or None.
+        matrices: (N, num_ops, 2, 3) float32, used by the geometric operations.
+        moves: (N, 2, 3) float32, matrices of the affine transform, which is applied last; None: no affine transform.
     """
 
     boxes: Tensor
@@ -98,9 +100,9 @@ class Parameters:
 
     @staticmethod
     def concatenate(first: "Parameters", second: "Parameters") -> "Parameters":
-        """Parameters of the samples of `first`, then of those of `second`."""
+        """Returns the parameters of the samples of `first`, followed by the parameters of the samples of `second`."""
         num_ops = max(first.operations.shape[1], second.operations.shape[1])
-        both = [(p, num_ops - p.operations.shape[1]) for p in (first, second)]  # filled up with Identity
+        both = [(p, num_ops - p.operations.shape[1]) for p in (first, second)]  # missing ones become Identity
         moves = [IDENTITY.expand(len(p), 2, 3) if p.moves is None else p.moves for p in (first, second)]
         return Parameters(
             torch.cat([p.boxes for p, _ in both]),
@@ -112,7 +114,7 @@ class Parameters:
 
 
 class Augmentation:
-    """Draws Parameters by the keys of one `views.*` section of the config."""
+    """Random augmentation that is described by one `views.*` section of the config."""
 
     def __init__(self, view: View, image_size: int) -> None:
         self._view, self._size = view, image_size
@@ -122,7 +124,7 @@ class Augmentation:
         self._indices = torch.tensor([INDEX[name] for name in RANDAUGMENT])
 
     def parameters(self, draw: Draw) -> Parameters:
-        """Parameters of the N samples of `draw`."""
+        """Draws the parameters of N samples; `draw` determines N."""
         view, num_ops = self._view, self._view.randaugment_num_ops
         jitters = view.color_jitter_probability > 0 or view.grayscale_probability > 0
         widths = [2 * CROP_ATTEMPTS + 4, 1 + 2 * num_ops, 6]
@@ -132,18 +134,19 @@ class Augmentation:
         signs = torch.where((ops[:, 1 + num_ops :] < 0.5) & self._signed[chosen], -1.0, 1.0)
         operations, strengths = self._indices[chosen], self._magnitudes[chosen] * signs
         if jitters:
-            more = self._colors(draw(2 + 2 * len(JITTER), " colours"))  # another stream: the crops stay the same
+            more = self._colors(draw(2 + 2 * len(JITTER), " colours"))  # own stream: colours do not change the crops
             operations, strengths = torch.cat([operations, more[0]], dim=1), torch.cat([strengths, more[1]], dim=1)
         matrices = operation_matrices(operations.flatten(), strengths.flatten(), self._size)
         matrices = matrices.view(*operations.shape, 2, 3)
         return Parameters(self._boxes(crop), operations, strengths, matrices, self._moves(moves))
 
     def _colors(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Operations and strengths, (N, 5) each: ColorJitter's four in random order, then RandomGrayscale."""
+        """Returns operations and strengths, (N, 5) each: ColorJitter's four in random order, then RandomGrayscale."""
         view, num = self._view, len(JITTER)
         apply, grey, order, strengths = uniforms.split([1, 1, num, num], dim=1)
         jitter = apply < view.color_jitter_probability
-        # Strengths are from -x to x. Those of the first three are factor - 1, and a factor is not negative.
+        # Strengths range from -reach to reach. The first three strengths are factor - 1. They are at least -1, because
+        # a factor cannot be negative.
         reach = torch.tensor(view.color_jitter)
         low = torch.cat([-reach[:3].clamp(max=1), -reach[3:]])
         strengths = (low + (reach - low) * strengths) * jitter
@@ -151,11 +154,15 @@ class Augmentation:
         is_grey = grey < view.grayscale_probability
         operations = torch.tensor([INDEX[name] for name in JITTER])[order] * jitter
         operations = torch.cat([operations, INDEX["Color"] * is_grey], dim=1)
-        strengths = torch.cat([strengths.gather(1, order), -is_grey.float()], dim=1)  # Color by -1 is grey
+        strengths = torch.cat([strengths.gather(1, order), -is_grey.float()], dim=1)  # Color by strength -1 gives grey
         return operations, strengths
 
     def _boxes(self, uniforms: Tensor) -> Tensor:
-        """RandomResizedCrop's boxes: the first of ten random ones that fits, else a central one of a legal shape."""
+        """Returns RandomResizedCrop's boxes and the flips, (N, 5).
+
+        A box is the first of ten random boxes that fits into the image. If none fits, a central box with an allowed
+        aspect ratio is used. Samples without crop and flip get the whole image.
+        """
         view, size = self._view, self._size
         attempts = uniforms[:, : 2 * CROP_ATTEMPTS].view(-1, CROP_ATTEMPTS, 2)
         apply, flip, where = uniforms[:, -4], uniforms[:, -3], uniforms[:, -2:]
@@ -180,7 +187,7 @@ class Augmentation:
         return torch.cat([torch.where(applied, boxes, whole), flips.float()], dim=1)
 
     def _moves(self, uniforms: Tensor) -> Tensor | None:
-        """RandomAffine's matrices."""
+        """Returns RandomAffine's matrices (N, 2, 3), or None if the config disables the affine transform."""
         view = self._view
         if view.affine_probability == 0:
             return None
@@ -198,7 +205,10 @@ class Augmentation:
 
 
 def affine_matrices(degrees: Tensor, x: Tensor, y: Tensor, scale: Tensor, shear_degrees: Tensor) -> Tensor:
-    """Inverses of: shear along x, then scale, rotate and move, all about the centre; (N,) each -> (N, 2, 3)."""
+    """Returns inverse affine matrices: (N,) each -> (N, 2, 3).
+
+    The forward transform shears along x, scales, rotates and shifts, in this order, about the centre of the image.
+    """
     angle, slope = degrees.double().deg2rad(), shear_degrees.double().deg2rad().tan()
     cosine, sine = angle.cos(), angle.sin()
     a, b = (cosine - slope * sine) / scale, (slope * cosine + sine) / scale
@@ -208,7 +218,10 @@ def affine_matrices(degrees: Tensor, x: Tensor, y: Tensor, scale: Tensor, shear_
 
 
 def operation_matrices(operations: Tensor, strengths: Tensor, image_size: int) -> Tensor:
-    """Matrices (N, 2, 3) of RandAugment's geometric operations; operations and strengths are (N,)."""
+    """Returns the matrices (N, 2, 3) of RandAugment's geometric operations; `operations` and `strengths` are (N,).
+
+    Every other operation gets the identity matrix.
+    """
 
     def strength(name: str) -> Tensor:
         return strengths * (operations == INDEX[name])
@@ -220,7 +233,7 @@ def operation_matrices(operations: Tensor, strengths: Tensor, image_size: int) -
         torch.ones(len(operations)),
         torch.zeros(len(operations)),
     )
-    # Shears keep the upper or left edge where it is, not the centre.
+    # As in torchvision, ShearX does not move the upper edge, and ShearY does not move the left edge.
     for name, row, column in (("ShearX", 0, 1), ("ShearY", 1, 0)):
         matrices[:, row, column] += strength(name)
         matrices[:, row, 2] += strength(name) * (image_size / 2)
@@ -228,16 +241,16 @@ def operation_matrices(operations: Tensor, strengths: Tensor, image_size: int) -
 
 
 def _copy(values: Tensor, device: torch.device) -> Tensor:
-    """Copies to `device` without synchronising with it."""
+    """Copies `values` to `device` without synchronising with the device."""
     if device.type == "cuda":
-        values = values.pin_memory()  # from other memory the copy is synchronous
+        values = values.pin_memory()  # the copy is synchronous if the memory is not pinned
     return values.to(device, non_blocking=True)
 
 
 def augment(pixels: Tensor, parameters: Parameters) -> Tensor:
-    """Images (N, 3, S, S) uint8 augmented by `parameters`: crop and flip, the operations, the affine move."""
+    """Augments images (N, 3, S, S) uint8: crop and flip first, then the operations, then the affine transform."""
     num_ops = parameters.operations.shape[1]
-    # Before each round samples are sorted by operation. `at` says which of the original samples is where.
+    # Before each round, samples are sorted by operation. at[i] is the original index of the sample at position i.
     at = torch.arange(len(pixels))
     orders: list[Tensor] = []
     counts: list[list[int]] = []
@@ -248,7 +261,7 @@ def augment(pixels: Tensor, parameters: Parameters) -> Tensor:
         counts.append(operations.bincount(minlength=len(OPERATIONS)).tolist())
         at = at[orders[-1]]
         columns += [parameters.strengths[at, round_, None], parameters.matrices[at, round_].flatten(1)]
-    orders.append(at.argsort())  # the original order again
+    orders.append(at.argsort())  # restores the original order
     if parameters.moves is not None:
         columns.append(parameters.moves.flatten(1))
 

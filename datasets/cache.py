@@ -1,4 +1,7 @@
-"""Opens a listing of image files: decoded once to a cache if they fit in memory, else summarised once and streamed."""
+"""Opening of a listing of image files: as stored images with a cache of their pixels, or as streamed images.
+
+In both cases, all files are decoded once before training starts: to cache their pixels, or only to summarise them.
+"""
 
 import errno
 import fcntl
@@ -23,46 +26,52 @@ from datasets.listing import Listing
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 3  # raise it when decoding gives other pixels, or when the mark holds other facts
-BLOCK_BYTES = 2**23  # pixels decoded at a time while the cache is written
+CACHE_VERSION = 3  # increase it if decoding gives different pixels or if the content of the mark changes
+BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or the container's limit if that is lower."""
+    """Returns the bytes of memory that this process may use: the machine's, or the container's limit if it is lower."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # `max` is no number
+        with suppress(OSError, ValueError):  # no such file, or `max`, which means no limit
             limits.append(int(Path(file).read_text()))
     return min(limits)
 
 
 def choose_stream(setting: bool | None, root: Path, count: int, image_size: int) -> bool:
-    """True if `count` images are to be streamed: as `setting` says; if it is None, if they fill half of the memory.
+    """Returns True if `count` images must be streamed.
 
-    Raises DatasetError if `setting` is False and the images are larger than the memory.
+    A `setting` of True or False is returned unchanged. If `setting` is None, the images are streamed if they need more
+    than half of the memory. Raises DatasetError if `setting` is False and the images are larger than the memory.
     """
     needed, there = count * 3 * image_size**2, memory_bytes()
     size = f"the {count:,} images in {root} take {needed / 1e9:.1f} GB at {image_size} px"
     if setting is None and needed > there / 2:
-        logger.info("%s, and there is %.1f GB of memory", size, there / 1e9)
+        logger.info("%s, which is more than half of the %.1f GB of memory: streaming them", size, there / 1e9)
         return True
     if setting is False and needed > there:
-        raise DatasetError(f"{size}, and there is {there / 1e9:.1f} GB of memory: remove data.stream=false")
+        raise DatasetError(f"{size}, but the memory is {there / 1e9:.1f} GB: remove data.stream=false")
     return bool(setting)
 
 
 def open_listing(
     listing: Listing, image_size: int, cache_dir: Path, stream: bool, num_workers: int | None, processes: int
 ) -> Images:
-    """The images of `listing`; every file is decoded the first time, and again if any of them has changed.
+    """Opens the images of `listing`, stored or streamed.
 
-    The cache of a split is at most two files. If images are stored: their pixels as a memory-mapped array, which the
-    processes of one machine share. Always, and written last: a mark with the fingerprint of the files and the summary
-    of their pixels. So a file that cannot be read is found before training starts, and statistics and digest are the
-    same for stored and streamed images.
+    All files are decoded the first time, and again if any file has changed or the cache is incomplete. So an unreadable
+    file is found before training starts, and stored and streamed images have the same statistics and digest.
+
+    The cache of a split has at most two files:
+    - The pixels, a memory-mapped array that the processes of one machine share. Only stored images have it.
+    - The mark, a JSON file with the fingerprint of the image files and the summary of their pixels. It is written last.
+
+    Raises DatasetError if an image cannot be read or the cache cannot be written.
 
     Args:
-        num_workers: threads that decode; None: one a core, of which `processes` have a share each once images stream.
+        num_workers: threads that decode; None: one per core, divided among `processes` while images are streamed.
+        processes: number of processes that share this machine's cores.
     """
     root = hashlib.blake2b(os.fsencode(listing.root.resolve()), digest_size=6).hexdigest()
     mark_file = cache_dir / f"{listing.kind}-{root}-{image_size}.json"
@@ -74,7 +83,7 @@ def open_listing(
     if summary is None or (pixels is None and not stream):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            if summary is None:  # else only the pixels are missing
+            if summary is None:  # otherwise the mark is valid, and only the pixels are missing
                 for outdated in (mark_file, pixels_file):
                     outdated.unlink(missing_ok=True)
             with _replacing(mark_file) as mark:
@@ -89,12 +98,18 @@ def open_listing(
                 mark.write_text(json.dumps({"version": CACHE_VERSION, "source": fingerprint, **known}))
         except OSError as error:
             full = error.errno == errno.ENOSPC and not stream
-            advice = "set data.cache_dir" + (", or data.stream=true, which needs next to no room" if full else "")
+            advice = "set data.cache_dir to another folder" + (
+                ", or set data.stream=true to cache no pixels" if full else ""
+            )
             raise DatasetError(f"cannot cache images in {cache_dir} ({error.strerror}): {advice}") from None
-        logger.info("cached %s of %s in %s", "a summary" if stream else "the images", listing.root, cache_dir)
+        logger.info("cached %s of %s in %s", "the statistics" if stream else "the images", listing.root, cache_dir)
         pixels = None if stream else _map_pixels(pixels_file, shape)
     if stream:
-        logger.info("the %d images of %s are decoded while they are used", len(listing.files), listing.root)
+        logger.info(
+            "streaming the %d images of %s: each batch is decoded shortly before its use",
+            len(listing.files),
+            listing.root,
+        )
         return StreamedImages(listing, image_size, num_workers or max(1, num_cores() // processes), summary)
     assert pixels is not None, "the cache has just been read or written"
     labels = None if listing.labels is None else torch.tensor(listing.labels)
@@ -105,18 +120,20 @@ def open_listing(
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """As `utils.files.replacing`, for a file that several processes may write at once, each under its own name.
+    """Yields a temporary file to write to, which replaces `path` at the end.
 
-    The temporary file is locked while it is written; those without a lock are left by killed processes and removed.
-    Raises OSError at once if the disk is full or read-only.
+    Unlike `utils.files.replacing`, several processes may write `path` at the same time. Each process has a temporary
+    file of its own and locks it. Temporary files without a lock were left by killed processes and are removed.
+
+    Raises OSError immediately if the disk is full or read-only.
     """
     _remove_leftovers(path.parent, f"{path.name}.*.partial")
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "xb") as file:
-            with suppress(OSError):  # storage without locks: nothing is removed there
+            with suppress(OSError):  # some storage has no locks; leftovers are not removed there
                 fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(bytes(4096))  # a disk that is full, or cannot be written to, is to be known before the work
+            file.write(bytes(4096))  # a full or read-only disk fails here, not after the decoding
             file.flush()
             yield partial
             os.fsync(file.fileno())
@@ -126,34 +143,41 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """An array in a file whose blocks are allocated on the disk; raises OSError if there is too little room."""
+    """Creates a file for an array and allocates its blocks on the disk. Raises OSError if there is no space."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # else a full disk kills the process (SIGBUS) while it decodes
+    if hasattr(os, "posix_fallocate"):  # without this, a full disk kills the process (SIGBUS) later
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 
 def _fingerprint(listing: Listing) -> str:
-    """Digest of every file's name, size and time of change, on which pixels depend. Raises DatasetError."""
+    """Returns a digest of the names, sizes and modification times of all files. It changes if any file changes.
+
+    Raises DatasetError if a file cannot be accessed or is not a regular file.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for file in listing.files:
         try:
             status = (listing.root / file).stat()
         except OSError as error:
-            raise DatasetError(f"cannot read {listing.root / file} ({error.strerror}): mend or remove it") from None
+            raise DatasetError(f"cannot read {listing.root / file} ({error.strerror}): repair or remove it") from None
         if not stat.S_ISREG(status.st_mode):
-            raise DatasetError(f"{listing.root / file} is no regular file: remove it")
+            raise DatasetError(f"{listing.root / file} is not a regular file: remove it")
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _decode_all(listing: Listing, image_size: int, num_workers: int, out: np.ndarray | None) -> Iterator[Tensor]:
-    """All pixels in order, a block at a time, with a progress bar; written to `out` (N, 3, size, size), if given."""
+    """Yields all pixels in order, one block at a time, and shows a progress bar.
+
+    If `out` (N, 3, size, size) is given, the pixels are also written to it. Raises DatasetError if an image cannot be
+    read.
+    """
     count, size = len(listing.files), max(1, BLOCK_BYTES // (3 * image_size**2))
     logger.info("decoding %d images of %s", count, listing.root)
     blocks = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    with tqdm(total=count, desc="decoding", unit="img", leave=False, disable=None) as bar:  # on a terminal only
+    with tqdm(total=count, desc="decoding", unit="img", leave=False, disable=None) as bar:  # None: only on a terminal
         decoded = decode_batches(listing, image_size, blocks, num_workers)
         try:
             for block, pixels in zip(blocks, decoded, strict=True):
@@ -162,11 +186,11 @@ def _decode_all(listing: Listing, image_size: int, num_workers: int, out: np.nda
                 bar.update(len(pixels))
                 yield pixels
         except DatasetError as error:
-            raise DatasetError(f"{error}: mend or remove it") from None
+            raise DatasetError(f"{error}: repair or remove it") from None
 
 
 def _remove_leftovers(folder: Path, pattern: str) -> None:
-    """Removes the files that no process holds a lock on."""
+    """Removes the files in `folder` that match `pattern` and that no process has locked."""
     for left in folder.glob(pattern):
         with suppress(OSError), open(left, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +198,10 @@ def _remove_leftovers(folder: Path, pattern: str) -> None:
 
 
 def _read_mark(path: Path, fingerprint: str, root: Path) -> Summary | None:
-    """Summary of the cached pixels; None if there is no cache, or if it is stale, which is logged."""
+    """Returns the summary of the pixels, or None if the cache is missing, stale or damaged.
+
+    Logs the reason if the cache is stale or damaged.
+    """
     try:
         mark = json.loads(path.read_text())
         mean, std = mark["statistics"]
@@ -191,14 +218,15 @@ def _read_mark(path: Path, fingerprint: str, root: Path) -> Summary | None:
         return None
     except (OSError, ValueError, TypeError, KeyError):
         reason = "is damaged"
-    logger.info("the cache %s of %s %s; decoding all of them anew", path, root, reason)
+    logger.info("the cache %s of %s %s: decoding all images again", path, root, reason)
     return None
 
 
 def _map_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The cached pixels; None if there are none, or if they are not whole, which is logged.
+    """Maps the cached pixels into memory; returns None if the file is missing, truncated or damaged.
 
-    Mapped copy-on-write, because torch wants writable memory; nothing writes, so the pages stay shared.
+    A truncated or damaged file is also logged. The mapping is copy-on-write, because torch requires writable memory.
+    Nothing writes to the mapping, so all processes share its pages.
     """
     try:
         pixels = np.load(path, mmap_mode="c")
@@ -208,5 +236,5 @@ def _map_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     except (OSError, ValueError, EOFError):
         pass
-    logger.info("the cached pixels %s are damaged; decoding all of them anew", path)
+    logger.info("the cached pixels in %s are truncated or damaged: decoding all images again", path)
     return None

@@ -1,4 +1,4 @@
-"""Image files decoded to uint8 squares: one, or batches of them by threads that read ahead."""
+"""Decoding of image files to uint8 squares: a single file, or batches of files by threads that read ahead."""
 
 import os
 import warnings
@@ -16,34 +16,37 @@ from torch import Tensor
 from datasets.images import DatasetError, Images, Indices, Summary
 from datasets.listing import Listing
 
-AHEAD = 3  # batches that are decoded while the one before them is used
-GROUP = 8  # images that a thread takes at a time
+AHEAD = 3  # number of batches that are decoded ahead of the batch in use
+GROUP = 8  # images that one thread decodes per job
 
 
 @cache
 def _silence_pil() -> None:
-    """Ignores PIL's warnings, as of a palette's transparency, from the first call on.
+    """Ignores PIL's warnings (for example about the transparency of a palette) from the first call on.
 
-    For good, because `warnings.catch_warnings` around each image changes the filters of all threads.
+    The filter is never removed: `warnings.catch_warnings` around each image would change the filters of all threads.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode(path: Path, image_size: int) -> np.ndarray:
-    """An image file as a (size, size, 3) uint8 square: shorter side resized, centre cropped, grey made colour.
+    """Decodes an image file to a (size, size, 3) uint8 square.
 
-    Its EXIF orientation is applied; 16-bit grey loses its low byte. Raises DatasetError.
+    The central square of the image is cropped and resized to `image_size`. The EXIF orientation is applied. Greyscale
+    becomes RGB, and 16-bit greyscale loses its low byte.
+
+    Raises DatasetError if the file cannot be read or has floating-point pixels.
     """
     _silence_pil()
     try:
         with Image.open(path) as image:
             if image.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
+                raise ValueError("the range of floating-point pixels is unknown")
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
@@ -62,12 +65,13 @@ def decode(path: Path, image_size: int) -> np.ndarray:
 def decode_batches(
     listing: Listing, image_size: int, wanted: Iterable[Indices], num_workers: int, pin_memory: bool = False
 ) -> Generator[Tensor, None, None]:
-    """Pixels (N, 3, size, size) uint8 of each batch of indices in turn, decoded ahead by `num_workers` threads.
+    """Yields the pixels (N, 3, size, size) uint8 of each batch of indices, decoded ahead by `num_workers` threads.
 
-    Threads and not processes: PIL releases the GIL while it decodes and resizes, pixels are written directly to the
-    batch (in pinned memory, if asked), no shared memory runs out, and exceptions keep their type.
+    Threads are used instead of processes because PIL releases the GIL while it decodes and resizes. Threads write the
+    pixels directly into the batch, which can be in pinned memory. They cannot run out of shared memory, and their
+    exceptions keep their type.
 
-    Raises DatasetError for a file that cannot be read, when its batch is due.
+    Raises DatasetError if a file cannot be read. The error is raised in place of the batch that contains the file.
     """
 
     def fill(out: np.ndarray, indices: list[int]) -> None:
@@ -85,7 +89,7 @@ def decode_batches(
             job.result()
         return pixels
 
-    _silence_pil()  # before the threads start
+    _silence_pil()  # before the threads start, because they share the filters
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
     try:
         in_work: deque[tuple[Tensor, list[Future[None]]]] = deque()
@@ -100,11 +104,11 @@ def decode_batches(
 
 
 class StreamedImages(Images):
-    """One split that stays on disk: its batches are decoded shortly before they are used.
+    """Images of one split that stay on the disk. Each batch is decoded shortly before it is used.
 
     Args:
         num_workers: threads that decode.
-        summary: summary of all decoded pixels, for which every file has been decoded once.
+        summary: summary of all decoded pixels. The caller decodes every file once to compute it.
     """
 
     def __init__(self, listing: Listing, image_size: int, num_workers: int, summary: Summary) -> None:
@@ -117,4 +121,4 @@ class StreamedImages(Images):
         try:
             yield from decode_batches(self._listing, self.shape[-1], wanted, self._num_workers, pin_memory)
         except DatasetError as error:
-            raise DatasetError(f"{error}: put back the file that was there, and start again") from None
+            raise DatasetError(f"{error}: restore the original file and run the command again") from None

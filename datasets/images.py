@@ -1,4 +1,4 @@
-"""Images of one split: uint8 squares by index, with labels if there are any."""
+"""Images of one split: uint8 squares that are read by index, and their labels if there are any."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from config.errors import UserError
 
-# Mean and deviation of each channel, on the scale of [0, 1].
+# Mean and standard deviation of each channel, for pixels on the scale of [0, 1].
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
-# Indices of images of a split: consecutive ones, or any (N,) int64.
+# Indices of images of a split: a range of consecutive indices, or a tensor (N,) int64 of any indices.
 Indices = range | Tensor
 
 
 class DatasetError(UserError):
-    """Images are missing or unusable."""
+    """Error about images that are missing or unusable."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Summary:
 
 
 def summarize(blocks: Iterable[Tensor]) -> Summary:
-    """Summary of pixels (N, 3, H, W) uint8 given in blocks; their sizes do not matter."""
+    """Returns the summary of pixels (N, 3, H, W) uint8. The sizes of the blocks do not change it."""
     digest = hashlib.blake2b(digest_size=16)
-    # Sums of integers, which are exact in any order.
+    # Sums are integers, because integer sums are exact in any order.
     count, total, squares = 0, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     for block in blocks:
         digest.update(block.contiguous().numpy().data)
@@ -46,13 +46,14 @@ def summarize(blocks: Iterable[Tensor]) -> Summary:
 
 
 class Images(ABC):
-    """One split, in memory or on disk.
+    """Images of one split, in memory or on the disk.
 
     Attributes:
         shape: (N, 3, size, size).
-        labels: (N,) int64 or None.
-        names: names of the files, in order; None if the images are not files.
+        labels: (N,) int64, indices into `classes`; None if the images have no labels.
+        classes: names of the classes.
         summary: summary of all pixels.
+        names: names of the files, in order; None if the images do not come from files.
     """
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor | None, classes: list[str], summary: Summary) -> None:
@@ -65,14 +66,14 @@ class Images(ABC):
 
     @abstractmethod
     def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
-        """Pixels (N, 3, size, size) uint8 of each batch of indices in turn.
+        """Yields the pixels (N, 3, size, size) uint8 of each batch of indices, in order.
 
-        `wanted` may be read ahead of the batches that are taken. `pin_memory` gives pixels on the host in pinned
-        memory, from which the copy to a GPU is asynchronous.
+        `wanted` may be read several batches ahead. If `pin_memory` is set, pixels on the host are in pinned memory, so
+        that they can be copied to a GPU asynchronously.
         """
 
     def digest(self) -> str:
-        """Digest of all pixels, labels and classes: it tells data sets apart."""
+        """Returns a digest of all pixels, labels and classes. Different data sets have different digests."""
         found = hashlib.blake2b(digest_size=16)
         found.update(f"{self.shape} {self.classes}".encode(errors="surrogateescape"))
         found.update(self.summary.digest.encode())
@@ -82,9 +83,11 @@ class Images(ABC):
 
 
 class StoredImages(Images):
-    """One split in memory, the host's or a GPU's: `pixels` (N, 3, size, size) uint8.
+    """Images of one split in the memory of the host or of a GPU.
 
-    A known `summary` saves a pass over all pixels.
+    Args:
+        pixels: (N, 3, size, size) uint8.
+        summary: summary of all pixels; None: it is computed by a pass over all pixels.
     """
 
     def __init__(
@@ -103,14 +106,17 @@ class StoredImages(Images):
             yield chosen.pin_memory() if pin_memory and chosen.device.type == "cpu" else chosen
 
     def to(self, device: torch.device) -> "StoredImages":
-        """The same images in the memory of `device`."""
+        """Returns the same images in the memory of `device`."""
         moved = StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
         moved.names = self.names
         return moved
 
 
 def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], image_size: int) -> StoredImages:
-    """Images from arrays (N, H, W) or (N, H, W, 3) uint8, resized with antialiasing if they have another size."""
+    """Makes images from arrays (N, H, W) or (N, H, W, 3) uint8.
+
+    Arrays of another size are resized to `image_size` with antialiasing.
+    """
     pixels = torch.from_numpy(np.ascontiguousarray(arrays))
     pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     if pixels.shape[-2:] != (image_size, image_size):

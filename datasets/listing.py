@@ -14,10 +14,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split, relative to `root`, in a fixed order, with their labels if there are any.
+    """Image files of one split in a fixed order, with their labels if there are any. Paths are relative to `root`.
 
     Attributes:
-        kind: word for how the files were found. Listings of one root that differ in it have caches of their own.
+        kind: word for the way in which the files were found. Listings of one root with different kinds have separate
+            caches.
     """
 
     root: Path
@@ -28,13 +29,13 @@ class Listing:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Paths of the images anywhere below `folder`, relative to it, sorted; without hidden files.
+    """Returns the sorted paths of all images below `folder`, relative to it. Hidden files and folders are skipped.
 
-    Links are followed, each real folder once.
+    Links are followed, but each real folder is read only once. Raises DatasetError if a folder cannot be read.
     """
 
     def unreadable(error: OSError) -> None:
-        raise DatasetError(f"cannot read the folder {error.filename}: {error.strerror}") from None
+        raise DatasetError(f"cannot read the folder {error.filename} ({error.strerror}): repair or remove it") from None
 
     found, seen = [], set()
     for base, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
@@ -56,53 +57,59 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _list_classes(folder: Path, classes: list[str], kind: str) -> Listing:
-    """`folder`/<class>/**/<image> for each of `classes`."""
+    """Lists `folder`/<class>/**/<image> for each of `classes`. Raises DatasetError if a class has no images."""
     files, labels = [], []
     for label, name in enumerate(classes):
         inside = _image_files(folder / name)
         if not inside:
-            raise DatasetError(f"no images in {folder / name} (known endings: {' '.join(IMG_EXTENSIONS)})")
+            raise DatasetError(f"no images in {folder / name}: add files that end in {' '.join(IMG_EXTENSIONS)}")
         files += [f"{name}/{file}" for file in inside]
         labels += [label] * len(inside)
     return Listing(folder, files, labels, classes, kind)
 
 
 def list_folder(root: Path) -> tuple[Listing, Listing | None]:
-    """Training and test files of `root`/train/<class>/* and `root`/test/<class>/* (or val), or of a flat folder.
+    """Lists the training and test files of a folder.
 
-    A flat folder, `root`/* or `root`/train/*, has no labels and no test split.
+    A folder with classes has the files `root`/train/<class>/* and `root`/test/<class>/*. The folder `test` may also be
+    called `val`. A flat folder has the files `root`/* or `root`/train/*. It has no labels and no test split.
+
+    Raises DatasetError if there are no images, or if the classes or the test split are unusable.
     """
     if not root.is_dir():
-        raise DatasetError(f"no folder {root}: set data.root to one that holds train/<class>/* and test/<class>/*")
+        raise DatasetError(f"no folder {root}: set data.root to a folder with train/<class>/* and test/<class>/*")
     train = root / "train" if (root / "train").is_dir() else root
     classes = _class_folders(train)
     if train == root or not classes:
         files = _image_files(train)
         if not files:
-            raise DatasetError(f"no images in {train} (known endings: {' '.join(IMG_EXTENSIONS)})")
+            raise DatasetError(f"no images in {train}: add files that end in {' '.join(IMG_EXTENSIONS)}")
         return Listing(train, files, None, [], "flat"), None
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test is None:
-        raise DatasetError(f"{root} has train/ but neither test/ nor val/, which the evaluation needs")
+        raise DatasetError(f"{root} has train/ but neither test/ nor val/: add test/, which the evaluation needs")
     if _class_folders(test) != classes:
         odd = sorted(set(classes) ^ set(_class_folders(test)))
-        raise DatasetError(f"{train} and {test} hold different classes: {', '.join(odd[:5])}")
+        raise DatasetError(f"{train} and {test} have different classes: add {', '.join(odd[:5])} to both or neither")
     if len(classes) == 1:
-        raise DatasetError(f"{train} holds one class only: give at least two, or put its images into {train} itself")
+        raise DatasetError(f"{train} has only one class: add another class, or move its images into {train} itself")
     for split in (train, test):
         beside = sum(_is_image(path.name) for path in split.iterdir())
         if beside:
-            logger.info("%d images in %s itself are left out: they belong to no class", beside, split)
+            logger.info("%d images in %s are left out because they are not in a class folder", beside, split)
     return _list_classes(train, classes, "classes"), _list_classes(test, classes, "classes")
 
 
 def list_images(folder: Path) -> Listing:
-    """All images below `folder`; if none lies directly in it, its sub-folders are the classes."""
+    """Lists all images below `folder`. If none is directly in `folder`, the sub-folders are the classes.
+
+    Raises DatasetError if there are no images.
+    """
     if not folder.is_dir():
-        raise DatasetError(f"no folder {folder}: name one of images")
+        raise DatasetError(f"no folder {folder}: name a folder with images")
     files = _image_files(folder)
     if not files:
-        raise DatasetError(f"no images in {folder} (known endings: {' '.join(IMG_EXTENSIONS)})")
+        raise DatasetError(f"no images in {folder}: add files that end in {' '.join(IMG_EXTENSIONS)}")
     inside = [Path(file).parts[0] for file in files if len(Path(file).parts) > 1]
     if len(inside) < len(files):
         return Listing(folder, files, None, [])
@@ -111,18 +118,22 @@ def list_images(folder: Path) -> Listing:
 
 
 def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
-    """Tiny-ImageNet's official layout; its validation split, labelled by val_annotations.txt, is the test split."""
+    """Lists the training and test files of Tiny-ImageNet in its official layout.
+
+    The official validation split, with the labels in val_annotations.txt, is the test split. Raises DatasetError if the
+    layout is not complete.
+    """
     base = next((f for f in (root, root / "tiny-imagenet-200") if (f / "wnids.txt").is_file()), None)
     if base is None:
         raise DatasetError(
-            f"no Tiny-ImageNet in {root}: unpack tiny-imagenet-200.zip there (it holds wnids.txt, train/ and val/)"
+            f"no Tiny-ImageNet in {root}: unpack tiny-imagenet-200.zip there (it contains wnids.txt, train/ and val/)"
         )
     try:
         classes = sorted((base / "wnids.txt").read_text().split())
         rows = [line.split("\t") for line in (base / "val" / "val_annotations.txt").read_text().splitlines()]
         labels = [classes.index(row[1]) for row in rows]
     except (OSError, ValueError, IndexError) as error:
-        raise DatasetError(f"{base} is not a complete Tiny-ImageNet ({error}): unpack it again") from None
+        raise DatasetError(f"{base} is not a complete Tiny-ImageNet ({error}): unpack the archive again") from None
     if not rows:
         raise DatasetError(f"{base / 'val' / 'val_annotations.txt'} is empty: unpack tiny-imagenet-200.zip again")
     test = Listing(base / "val" / "images", [row[0] for row in rows], labels, classes, "tiny")

@@ -1,4 +1,4 @@
-"""Indices of the images of each step: a pure function of the step, so that a run can resume at any of them."""
+"""Indices of the images of each step: a pure function of the step, so that a run can resume at any step."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 
 class Loader:
-    """Global batches of indices into a data set, addressed by the step.
+    """Global batches of indices into a data set, addressed by step.
 
-    Each epoch has its own permutation, of which floor(N / batch_size) steps are taken; the rest is left out.
+    Each epoch has its own permutation of the data set and floor(N / batch_size) steps. The rest of the permutation is
+    left out.
 
     Args:
         num_samples: N, at least `batch_size`.
-        batch_size: samples a step, over all processes.
-        epoch_generator: epoch -> the generator that its permutation is drawn from.
+        batch_size: samples per step, over all ranks.
+        epoch_generator: epoch -> generator that draws the permutation of this epoch.
     """
 
     def __init__(self, num_samples: int, batch_size: int, epoch_generator: Callable[[int], torch.Generator]) -> None:
@@ -27,7 +28,7 @@ class Loader:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def indices(self, step: int, positions: range) -> Tensor:
-        """Indices (len(positions),) int64 of the samples at `positions` of the global batch of `step`."""
+        """Returns the indices (len(positions),) int64 of the samples at `positions` of the global batch of `step`."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = torch.randperm(self.num_samples, generator=self._epoch_generator(epoch))

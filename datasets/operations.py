@@ -1,9 +1,10 @@
-"""Operations on the pixels of a batch, each sample with its own strength, on whatever device the pixels are on.
+"""Operations on the pixels of a batch, on the device of the pixels. Each sample has its own strength.
 
-They are those of torchvision.transforms.v2.functional on uint8 tensors; there one call serves one strength, here one
-call serves a batch. Nothing here synchronises with the device: no number is read from a tensor on it.
+The operations correspond to torchvision.transforms.v2.functional on uint8 tensors. A call in torchvision has one
+strength. A call here has one strength per sample, so one call can process a whole batch. No function here synchronises
+with the device, because none reads a value from a tensor on the device.
 
-To add an operation, write a function, give it an entry in OPERATIONS, and draw its strengths in augmentation.py.
+To add an operation, write a function, add it to OPERATIONS, and draw its strengths in augmentation.py.
 """
 
 from collections.abc import Callable
@@ -16,29 +17,35 @@ from torchvision.transforms.v2 import functional as tv
 
 
 def _read_at(pixels: Tensor, x: Tensor, y: Tensor, mode: str) -> Tensor:
-    """Images (N, 3, S, S) uint8 sampled at positions x, y (N, S, S), each axis from -1 to 1; black outside."""
+    """Samples images (N, 3, S, S) uint8 at positions x, y (N, S, S).
+
+    Positions range from -1 to 1 along each axis. Positions outside the image give black.
+    """
     grid = torch.view_as_real(torch.complex(x, y))  # (N, S, S, 2), cheaper than stacking
     values = F.grid_sample(pixels.float(), grid, mode, "zeros", align_corners=False)
-    return values.round_().to(torch.int32).byte()  # on CPUs float32 to uint8 is slow in one step
+    return values.round_().to(torch.int32).byte()  # on CPUs, a direct conversion to uint8 is slow
 
 
 def _per_sample(values: Tensor) -> Tensor:
-    """(N,) -> (N, 1, 1, 1), which broadcasts over the pixels of each sample."""
+    """Reshapes (N,) to (N, 1, 1, 1), which broadcasts over the pixels of each sample."""
     return values[:, None, None, None]
 
 
 def crop(pixels: Tensor, boxes: Tensor) -> Tensor:
-    """Images (N, 3, S, S) uint8 cropped to `boxes` (N, 5), flipped if the box says so, and resized to S bilinearly.
+    """Crops images (N, 3, S, S) uint8 to `boxes`, flips the marked samples, and resizes all to S bilinearly.
 
     Args:
-        boxes: left, top, width and height in pixels, and 1 for a flip, else 0.
+        boxes: (N, 5): left, top, width and height in pixels, then 1 for a horizontal flip or 0 for none.
     """
     size = pixels.shape[-1]
     left, top, width, height, flip = boxes[:, :, None].unbind(dim=1)  # (N, 1) each
     index = torch.arange(size, device=pixels.device, dtype=torch.float32)
 
     def positions(start: Tensor, length: Tensor, output: Tensor) -> Tensor:
-        """Input positions (N, S) of the output pixels, in the box, on grid_sample's scale of [-1, 1]."""
+        """Returns the input positions (N, S) of the output pixels, on grid_sample's scale of [-1, 1].
+
+        Positions stay inside the box, so that no pixel outside the box is used.
+        """
         inside = ((output + 0.5) * (length / size) - 0.5).clamp(min=0).minimum(length - 1)
         return (2 * (inside + start) + 1) / size - 1
 
@@ -48,10 +55,11 @@ def crop(pixels: Tensor, boxes: Tensor) -> Tensor:
 
 
 def move(pixels: Tensor, matrices: Tensor, mode: str) -> Tensor:
-    """Images (N, 3, S, S) uint8 moved by `matrices` (N, 2, 3); black where the input ends.
+    """Transforms images (N, 3, S, S) uint8 by affine `matrices`. Positions outside the input give black.
 
     Args:
-        matrices: lead from a pixel of the output to one of the input, both counted from the centre.
+        matrices: (N, 2, 3). A matrix maps the position of an output pixel to a position in the input. Positions are in
+            pixels, relative to the centre of the image.
         mode: interpolation, `nearest` or `bilinear`.
     """
     size = pixels.shape[-1]
@@ -62,13 +70,16 @@ def move(pixels: Tensor, matrices: Tensor, mode: str) -> Tensor:
 
 
 def _grey(values: Tensor) -> Tensor:
-    """(N, 3, S, S) float32 on the scale of 255 -> luminance (N, 1, S, S), whole numbers."""
+    """Converts (N, 3, S, S) float32 on the scale of 0 to 255 to luminance (N, 1, S, S), rounded down."""
     weights = (0.2989, 0.587, 0.114)
     return sum(w * values[:, c : c + 1] for c, w in enumerate(weights)).floor_()  # type: ignore[union-attr]
 
 
 def _blurred(values: Tensor) -> Tensor:
-    """(N, 3, S, S) float32 -> the same, smoothed by a 3x3 kernel of ones with 5 in the middle; borders stay."""
+    """Smooths (N, 3, S, S) float32 by a normalised 3x3 kernel with 5 in the middle and 1 around it.
+
+    Pixels at the border do not change.
+    """
     out = values.clone()
     if min(values.shape[-2:]) > 2:
         rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
@@ -78,54 +89,59 @@ def _blurred(values: Tensor) -> Tensor:
 
 
 def _blend(other: Tensor, values: Tensor, strengths: Tensor) -> Tensor:
-    """values + strength x (values - other), on the scale of 255, as uint8."""
+    """Returns values + strength x (values - other) as uint8; inputs are on the scale of 0 to 255."""
     return torch.lerp(other, values, _per_sample(1 + strengths)).clamp_(0, 255).byte()
 
 
-# The operations: (pixels (N, 3, S, S) uint8, strengths (N,) float32, matrices (N, 2, 3) float32) -> pixels.
+# Each operation is (pixels (N, 3, S, S) uint8, strengths (N,) float32, matrices (N, 2, 3) float32) -> pixels.
 
 
 def identity(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
+    """Returns the pixels unchanged."""
     return pixels
 
 
 def warp(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
-    """All geometric operations: their strengths are in the matrices."""
+    """Applies any geometric operation. Its strength is part of the matrix, so `strengths` is not used."""
     return move(pixels, matrices, "nearest")
 
 
 def brightness(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
+    """Changes the brightness by the factor 1 + strength; strength -1 gives black."""
     values = pixels.float()
     return _blend(torch.zeros_like(values), values, strengths)
 
 
 def color(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
+    """Changes the saturation by the factor 1 + strength; strength -1 gives greyscale."""
     values = pixels.float()
     return _blend(_grey(values), values, strengths)
 
 
 def contrast(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
+    """Changes the contrast by the factor 1 + strength; strength -1 gives the mean luminance everywhere."""
     values = pixels.float()
     return _blend(_grey(values).mean(dim=(1, 2, 3), keepdim=True), values, strengths)
 
 
 def sharpness(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
+    """Changes the sharpness by the factor 1 + strength; strength -1 gives the smoothed image."""
     values = pixels.float()
     return _blend(_blurred(values), values, strengths)
 
 
 def posterize(pixels: Tensor, bits: Tensor, matrices: Tensor) -> Tensor:
-    """Keeps the upper `bits` of each level."""
+    """Keeps the `bits` highest bits of each level."""
     return pixels & _per_sample((256 - 2 ** (8 - bits)).round().byte())
 
 
 def solarize(pixels: Tensor, levels: Tensor, matrices: Tensor) -> Tensor:
-    """Inverts pixels from `levels` on."""
+    """Inverts the levels that are equal to or above `levels`."""
     return torch.where(pixels >= _per_sample(levels.byte()), 255 - pixels, pixels)
 
 
 def autocontrast(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
-    """Stretches each channel to 0..255; a channel of a single level stays as it is."""
+    """Stretches the levels of each channel to 0..255. A channel with a single level does not change."""
     values = pixels.float()
     low, high = values.amin(dim=(2, 3), keepdim=True), values.amax(dim=(2, 3), keepdim=True)
     flat = high == low
@@ -133,23 +149,24 @@ def autocontrast(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
 
 
 def equalize(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:
+    """Equalises the histogram of each channel."""
     return tv.equalize(pixels)
 
 
 def hue(pixels: Tensor, turns: Tensor, matrices: Tensor) -> Tensor:
-    """Turns colours on HSV's circle of hues; 1 is a whole turn."""
+    """Turns the hue of each pixel on the colour circle of HSV; 1 is a full turn."""
     red, green, blue = pixels.float().unbind(dim=1)  # (N, S, S) each
     value = red.maximum(green).maximum(blue)
     reach = value - red.minimum(green).minimum(blue)
     by = reach.masked_fill(reach == 0, 1)
     angle = torch.where(value == green, 2 + (blue - red) / by, 4 + (red - green) / by)
-    angle = torch.where(value == red, (green - blue) / by, angle)  # 0..6
+    angle = torch.where(value == red, (green - blue) / by, angle)  # in sixths of a turn, -1..5
     k = torch.stack([5 + angle, 3 + angle, 1 + angle], dim=1).add_(6 * _per_sample(turns)).remainder_(6)
     out = value[:, None] - reach[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return (out * (255.999 / 255)).clamp_(0, 255).byte()  # as torchvision turns [0, 1] into levels
+    return (out * (255.999 / 255)).clamp_(0, 255).byte()  # as torchvision converts [0, 1] to levels
 
 
-# In the order that samples are sorted by; Identity is the first. Neighbours with the same function share one call.
+# Samples are sorted in this order, and neighbours with the same function share one call. Identity must be the first.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Identity": identity,
     "ShearX": warp,
@@ -170,12 +187,12 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def operate(pixels: Tensor, counts: list[int], strengths: Tensor, matrices: Tensor) -> Tensor:
-    """One operation on each sample (N, 3, S, S) uint8.
+    """Applies one operation to each sample of (N, 3, S, S) uint8. The samples must be sorted by operation.
 
     Args:
-        counts: samples of each of OPERATIONS; samples are sorted by operation.
-        strengths: (N,), of all but the geometric operations.
-        matrices: (N, 2, 3), of the geometric operations.
+        counts: number of samples for each entry of OPERATIONS.
+        strengths: (N,), used by all operations except the geometric ones.
+        matrices: (N, 2, 3), used only by the geometric operations.
     """
     done, start = [], 0
     for function, entries in groupby(zip(OPERATIONS.values(), counts, strict=True), key=lambda entry: entry[0]):

@@ -1,4 +1,4 @@
-"""Data sets by name. To add one, write a function that returns its splits and put it into SOURCES."""
+"""Data sets by name. To add a data set, write a function that returns its splits and add it to SOURCES."""
 
 import gzip
 import logging
@@ -24,10 +24,10 @@ from utils.files import replacing
 logger = logging.getLogger(__name__)
 
 Splits = tuple[Images, Images | None]
-"""Training split and test split; no test split if the images have no labels."""
+"""Training split and test split. The test split is None if the images have no labels."""
 
-# Mean and deviation over all pixels of the training split. For CIFAR-10 the widely copied deviations
-# (0.2023, 0.1994, 0.2010) are averages of per-image deviations and not these.
+# Mean and standard deviation over all pixels of the training split. The widely copied values for CIFAR-10,
+# (0.2023, 0.1994, 0.2010), are different: they are averages of the standard deviations of single images.
 STATISTICS: dict[str, Statistics] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -38,9 +38,9 @@ DOWNLOAD_TIMEOUT_S = 30
 
 
 def load_digits(image_size: int) -> tuple[StoredImages, StoredImages]:
-    """UCI handwritten digits as scikit-learn ships them: 1,797 of 8x8 in 17 grey levels.
+    """Loads the UCI handwritten digits that scikit-learn contains: 1,797 images of 8x8 with 17 grey levels.
 
-    A fifth of each class, always the same, is the test split.
+    The test split is a fixed fifth of each class.
     """
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
@@ -56,7 +56,10 @@ def load_digits(image_size: int) -> tuple[StoredImages, StoredImages]:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Default time-out of sockets. torchvision's downloads have none: a silent server would hang the run for ever."""
+    """Sets the default time-out of sockets.
+
+    torchvision's downloads have no time-out, so a server that does not answer would block the run forever.
+    """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -66,12 +69,15 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _open(build: Callable[..., Any], root: Path, what: str, url: str, advice: str) -> tuple[Any, Any]:
-    """Both splits from a copy on disk if there is one, else downloaded; raises DatasetError, which ends in `advice`."""
+    """Opens both splits from a copy on disk, or downloads them if there is no copy.
+
+    Raises DatasetError with a message that ends with `advice`.
+    """
     try:
         try:
             return build(root=root, train=True, download=False), build(root=root, train=False, download=False)
         except RuntimeError:
-            logger.info("unpacking or downloading %s into %s from %s (if that is slow: %s)", what, root, url, advice)
+            logger.info("unpacking or downloading %s into %s from %s (if this is slow: %s)", what, root, url, advice)
         with _socket_timeout(DOWNLOAD_TIMEOUT_S):
             return build(root=root, train=True, download=True), build(root=root, train=False, download=False)
     except (OSError, RuntimeError) as error:
@@ -83,20 +89,20 @@ def _open(build: Callable[..., Any], root: Path, what: str, url: str, advice: st
 
 
 def load_cifar(root: Path, image_size: int, num_classes: int) -> tuple[StoredImages, StoredImages]:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), 50,000 and 10,000 of 32x32, through torchvision."""
+    """Loads CIFAR-10 or CIFAR-100 (Krizhevsky 2009) through torchvision: 50,000 + 10,000 images of 32x32."""
     build = torchvision_datasets.CIFAR10 if num_classes == 10 else torchvision_datasets.CIFAR100
-    advice = f"put {build.filename} (md5 {build.tgz_md5}) into {root}, or give its folder as data.root"
+    advice = f"put {build.filename} (md5 {build.tgz_md5}) into {root}, or set data.root to the folder that contains it"
     splits = _open(build, root, f"CIFAR-{num_classes}", build.url, advice)
     train, test = (from_arrays(s.data, s.targets, list(s.classes), image_size) for s in splits)
     return train, test
 
 
 def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, StoredImages]:
-    """Fashion-MNIST (Xiao et al. 2017), 60,000 and 10,000 of 28x28 grey, through torchvision."""
+    """Loads Fashion-MNIST (Xiao et al. 2017) through torchvision: 60,000 + 10,000 greyscale images of 28x28."""
     build = torchvision_datasets.FashionMNIST
     raw = root / "FashionMNIST" / "raw"
     names = [name for name, _ in build.resources]
-    # Debian's archives hold the same files in another compression, so torchvision's digests do not know them.
+    # Unpacked here, because torchvision rejects Debian's archives: they hold the same files, compressed differently.
     for folder in (raw, root, DEBIAN_FASHION_MNIST):
         for name in names:
             unpacked = raw / Path(name).stem
@@ -106,7 +112,9 @@ def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, Store
                     with gzip.open(folder / name) as source, replacing(unpacked) as partial, open(partial, "wb") as out:
                         shutil.copyfileobj(source, out)
                 except (OSError, EOFError, zlib.error) as error:
-                    raise DatasetError(f"cannot unpack {folder / name} into {raw}: {error}") from None
+                    raise DatasetError(
+                        f"cannot unpack {folder / name} into {raw} ({error}): check this file and this folder"
+                    ) from None
     advice = f"put {', '.join(names)} into {root}, or install Debian's package dataset-fashion-mnist"
     splits = _open(build, root, "Fashion-MNIST", build.mirrors[0], advice)
     train, test = (from_arrays(s.data.numpy(), s.targets.numpy(), list(s.classes), image_size) for s in splits)
@@ -114,7 +122,7 @@ def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, Store
 
 
 def open_listings(listings: tuple[Listing, Listing | None], data: Data, processes: int) -> Splits:
-    """The images of training and test files, stored or streamed; raises DatasetError."""
+    """Opens the images of the training and test files, stored or streamed. Raises DatasetError."""
     train, test = listings
     count = len(train.files) + len(test.files if test else [])
     stream = choose_stream(data.stream, Path(data.root), count, data.image_size)
@@ -130,12 +138,12 @@ SOURCES: dict[str, Callable[[Data, int], Splits]] = {
     "tiny": lambda data, processes: open_listings(list_tiny_imagenet(Path(data.root)), data, processes),
     "folder": lambda data, processes: open_listings(list_folder(Path(data.root)), data, processes),
 }
-"""`data.name` -> function of (`data` section of the config, processes that share this machine's cores) -> splits."""
+"""Maps `data.name` to (`data` section of the config, number of processes that share this machine's cores) -> splits."""
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a data set for the views and the evaluation; mean and std are on the scale of [0, 1]."""
+    """Facts about a data set for the views and the evaluation. `mean` and `std` are on the scale of [0, 1]."""
 
     image_size: int
     classes: list[str]
@@ -144,7 +152,7 @@ class DatasetInfo:
 
 
 def build_dataset(data: Data, processes: int = 1) -> tuple[Images, Images | None, DatasetInfo]:
-    """(training split, test split or None, info); raises DatasetError.
+    """Returns (training split, test split or None, info). Raises DatasetError if images are missing or unusable.
 
     Args:
         processes: number of processes that share this machine's cores.

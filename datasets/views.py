@@ -1,4 +1,4 @@
-"""The views of an image: source and target for training, the probe's augmentation, and the plain test view."""
+"""Views of images: source and target views for training, augmented and plain views for the evaluation."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from config import schema
 from datasets.augmentation import Augmentation, Draw, Parameters, augment
 
-CPU_CHUNK = 512  # samples augmented at once; more would not fit in the caches
+CPU_CHUNK = 512  # samples augmented at the same time; more would not fit in the CPU's caches
 
 
 def scale(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1], as the decoder sees images."""
+    """Converts uint8 pixels to float32 in [-1, 1], the scale of the decoder's images."""
     return pixels.float().div_(127.5).sub_(1)
 
 
 class Views:
-    """Batches of uint8 images (N, 3, S, S) -> batches of float32 views on `device`.
+    """Maker of views: batches of uint8 images (N, 3, S, S) -> batches of float32 views on `device`.
 
     Args:
-        config: the `views` section, of which `source` and `target` are used.
+        config: the `views` section; only `source` and `target` are used.
         mean, std: statistics of the data set's channels, on the scale of [0, 1].
     """
 
@@ -45,18 +45,23 @@ class Views:
         return pixels.to(self._device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
 
     def denormalize(self, views: Tensor) -> Tensor:
-        """Normalised views back on the scale of [0, 1], for pictures."""
+        """Converts normalised views back to the scale of [0, 1], for pictures."""
         return views * self._std + self._mean
 
     def source(self, pixels: Tensor, draw: Draw, noise: Tensor) -> Tensor:
-        """x_source: augmented, normalised, plus `noise` (N, 3, S, S), standard normal, times `noise_std`."""
+        """Returns x_source: augmented and normalised pixels plus `noise_std` times `noise`.
+
+        Args:
+            noise: (N, 3, S, S), standard normal.
+        """
         views = self._normalize(self._augment(pixels, self._source.parameters(draw)))
         return views.add_(noise, alpha=self._noise_std)
 
     def pair(self, pixels: Tensor, draw_source: Draw, draw_target: Draw, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_source, x_start): x_source as by `source`; x_start augmented and scaled to [-1, 1].
+        """Returns (x_source, x_start).
 
-        Both views are augmented as one batch, which halves the number of calls.
+        x_source is made as in `source`. x_start is augmented and scaled to [-1, 1]. Both views are augmented as one
+        batch, because this halves the number of calls.
         """
         parameters = self._source.parameters(draw_source), self._target.parameters(draw_target)
         pixels = pixels.to(self._device, non_blocking=True)
@@ -64,9 +69,9 @@ class Views:
         return self._normalize(source).add_(noise, alpha=self._noise_std), scale(target)
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
-        """Training view of the evaluation: augmented by the keys of `view`, such as `views.probe`, and normalised."""
+        """Returns the training view of the evaluation: augmented by `view`, such as `views.probe`, and normalised."""
         return self._normalize(self._augment(pixels, Augmentation(view, self._image_size).parameters(draw)))
 
     def evaluation(self, pixels: Tensor) -> Tensor:
-        """Test view of the evaluation: normalised only."""
+        """Returns the test view of the evaluation: normalised, not augmented."""
         return self._normalize(pixels)

@@ -1,6 +1,6 @@
-"""Draw the model of a config, docs/model.svg: its shapes, the two views, the sections of z, a masked section.
+"""Draws the model of a config as docs/model.svg: shapes, the two views, the sections of z, and a masked section.
 
-Blocks and sections are those of the decoder that the config builds.
+The blocks and sections are read from the decoder that the config builds.
 
   python -m docs.draw_model
 """
@@ -18,56 +18,63 @@ from config.schema import Config
 from experiment.models import build_on_meta
 from model.decoder import Layer, UNetDecoder
 
-DOWN, UP, WIDTH, HEIGHT = 6.2, 9.6, 1.7, 0.62  # x of the UNet's two columns, size of a block
+DOWN, UP, WIDTH, HEIGHT = 6.2, 9.6, 1.7, 0.62  # x of the two columns of the UNet; width and height of a block
 
 
 class Picture:
-    """Boxes and arrows on axes with one unit for each row; the y axis points down."""
+    """Boxes and arrows on axes with one unit per row. The y axis points down."""
 
     def __init__(self, rows: int, sections: int) -> None:
         self.figure = Figure(figsize=(12.5, 0.47 * (max(rows, 10) + 3)), layout="constrained")
         self.axes = self.figure.subplots()
         self.axes.set(xlim=(-0.1, 12.2), ylim=(max(rows, 10) + 0.9, -1.5))
         self.axes.axis("off")
-        self.dropped = min(3, sections - 1)  # the section that the picture shows as masked
+        self.dropped = min(3, sections - 1)  # index of the section that is drawn as masked
 
     def box(self, x: float, y: float, text: str, color: Any = "white", hatch: str | None = None, **size: float) -> None:
+        """Draws a box with its centre at (x, y) and a text in it. `size` may give `width` and `height`."""
         width, height = size.get("width", WIDTH), size.get("height", HEIGHT)
         corner = x - width / 2, y - height / 2
         self.axes.add_patch(
             Rectangle(corner, width, height, facecolor=color, edgecolor="0.35", lw=0.8, hatch=hatch, zorder=2)
         )
-        if hatch:  # else the text is lost in it
+        if hatch:  # a plain background keeps the text readable
             self.axes.add_patch(Rectangle((x - width * 0.46, y - 0.2), width * 0.92, 0.4, facecolor=color, zorder=3))
         self.text(x, y, text)
 
     def text(self, x: float, y: float, text: str, **more: Any) -> None:
+        """Writes a text centred at (x, y). `more` are further arguments of matplotlib's `Axes.text`."""
         self.axes.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 9, "zorder": 4, **more})
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], **more: Any) -> None:
+        """Draws an arrow. `more` are further arrow properties of matplotlib's `Axes.annotate`."""
         style = {"arrowstyle": "-|>", "color": "0.25", "lw": 1.1, "shrinkA": 0, "shrinkB": 0, **more}
         self.axes.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
 
     def color(self, section: int) -> Any:
+        """Returns the colour of a section."""
         return matplotlib.colormaps["tab20"]((2 * section + 1 - section // 10) % 20)
 
     def block(self, x: float, y: float, layer: Layer, attends: bool) -> None:
+        """Draws a residual block in the colour of its section, hatched if the section is drawn as masked."""
         hatch = "////" if layer.section == self.dropped else None
         text = f"{layer.name}{'  + attention' if attends else ''}   $z_{{{layer.section}}}$"
         self.box(x, y, text, self.color(layer.section), hatch)
 
 
 def draw(config: Config) -> Figure:
+    """Returns a figure of the model that the config describes."""
     soda, size = build_on_meta(config), config.data.image_size
     decoder: UNetDecoder = soda.decoder
     layers = {layer.name: layer for layer in decoder.layers()}
     going_up = [layer for name, layer in layers.items() if name.startswith("up.")]
-    rows = len(going_up)  # as many as there are skips
+    rows = len(going_up)  # each of these blocks consumes one skip connection
     attends = {name: decoder.get_submodule(name).attention is not None for name in layers}
     picture = Picture(rows, len(decoder.section_dims))
     bottom, left_bottom = float(rows), max(float(rows), 10.0)
 
-    # The UNet. Row i holds the i-th skip: its maker on the left, the block that consumes it on the right.
+    # The UNet. In row i, the layer on the left produces the i-th skip connection, and the block on the right consumes
+    # it.
     resolution, above = size, going_up[-1]
     makers = [("conv_in", None), *((f"down.{i}", layers.get(f"down.{i}")) for i in range(len(decoder.down)))]
     for row, ((name, layer), consumer) in enumerate(zip(makers, reversed(going_up), strict=True)):
@@ -131,19 +138,19 @@ def draw(config: Config) -> Figure:
         picture.box(x_z, y, text, picture.color(section), hatch, width=1.5, height=height)
     row = next(row for row in range(rows // 2, rows) if makers[row][1] is not None)
     picture.arrow((x_z + 0.75, row), (DOWN - WIDTH / 2 - 0.45, row))
-    picture.text(x_z + 0.8, row - 0.12, "a section\nfor each", ha="left", va="bottom", fontsize=7.5)
+    picture.text(x_z + 0.8, row - 0.12, "one section\nper block", ha="left", va="bottom", fontsize=7.5)
     y = top + height * (picture.dropped + 0.5)
-    picture.text(x_z - 0.85, y + 0.3, "masked: zeros for\nthe hatched blocks", ha="right", fontsize=8)
+    picture.text(x_z - 0.85, y + 0.3, "masked: hatched blocks\nget zeros", ha="right", fontsize=8)
     picture.text(
         -0.1,
         left_bottom - 0.3,
-        "A block is "
+        "Each block computes "
         + (r"$\frac{1}{\sqrt{2}}$ [ " if config.initialization == "paper" else "")
         + "skip(x) + conv(dropout(silu(AdaGN(conv(silu(norm(x)))))))"
         + (" ]" if config.initialization == "paper" else "")
         + ".\n"
-        r"AdaGN(h) = $z_s$ ($t_s$ GroupNorm(h) + $t_b$) + $z_b$, with $t_s, t_b$ from the timestep and" + "\n"
-        r"$z_s, z_b$ from the section of z that has the block's colour.",
+        r"AdaGN(h) = $z_s$ ($t_s$ GroupNorm(h) + $t_b$) + $z_b$. $t_s, t_b$ come from the timestep," + "\n"
+        r"$z_s, z_b$ from the section of z in the colour of the block.",
         ha="left",
         va="top",
         fontsize=8.5,
@@ -153,11 +160,14 @@ def draw(config: Config) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draws the figure with the arguments `argv` (None: those of the command line)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="config/cifar10_paper.yaml")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("model.svg"))
+    parser.add_argument("--config", default="config/cifar10_paper.yaml", help="config file of the model (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("model.svg"), help="SVG file for the figure (%(default)s)"
+    )
     args = parser.parse_args(argv)
-    matplotlib.rcParams["svg.hashsalt"] = "SODA"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "SODA"  # makes the file reproducible
     matplotlib.rcParams["hatch.linewidth"] = 0.5
     figure = draw(load_config(args.config))
     figure.savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)

@@ -1,4 +1,4 @@
-"""Draw the noise schedules, docs/schedules.svg, and print the numbers of docs/schedules.md.
+"""Draws the noise schedules as docs/schedules.svg, and prints the numbers of docs/schedules.md.
 
 python -m docs.draw_schedules
 """
@@ -25,7 +25,7 @@ LABELS: dict[Schedule, str] = {
 
 
 def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
-    """alphas_cumprod and log-SNR of each schedule, (T,) float64, over time."""
+    """Returns a figure of alphas_cumprod, (T,) float64 per schedule, and its log-SNR over (t + 1/2) / T."""
     steps = len(curves["linear"])
     time = (torch.arange(steps) + 0.5) / steps
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -33,7 +33,7 @@ def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
     for name, curve in curves.items():
         left.plot(time, curve, label=LABELS.get(name, name))
         right.plot(time, (curve / (1 - curve)).log())
-    left.set(title="alphas_cumprod: share of the image's variance left")
+    left.set(title="alphas_cumprod: remaining fraction of the variance")
     right.set(title="log-SNR = log(alphas_cumprod / (1 - alphas_cumprod))", ylim=(-15, 12))
     for axes in (left, right):
         axes.set(xlabel="(t + 1/2) / T", xlim=(0, 1))
@@ -50,29 +50,36 @@ def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draws the figure with the arguments `argv` (None: those of the command line), and prints the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("schedules.svg"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).with_name("schedules.svg"),
+        help="SVG file for the figure (%(default)s)",
+    )
     args = parser.parse_args(argv)
     config = Diffusion()
     curves: dict[Schedule, torch.Tensor] = {
         name: make(config.num_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
         for name, make in SCHEDULES.items()
     }
-    matplotlib.rcParams["svg.hashsalt"] = "SODA"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "SODA"  # makes the file reproducible
     draw(curves).savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)
 
     print(f"| (t + 1/2) / T | {' | '.join(f'{u:g}' for u in SHARES)} | amplitude at T-1 | log-SNR there |")
     print(f"| {' | '.join(['---'] * (len(SHARES) + 3))} |")
     for name, curve in curves.items():
-        # u T is halfway between two timesteps.
+        # No timestep has (t + 1/2) / T = u: the cell is the mean of the two nearest timesteps.
         cells = [f"{curve[round(u * len(curve)) - 1 :][:2].mean().item():.3g}" for u in SHARES]
         last = curve[-1].item()
         print(f"| `{name}` | {' | '.join(cells)} | {math.sqrt(last):.4f} | {math.log(last / (1 - last)):.1f} |")
-    # An image of brightness b is b sqrt(3 size^2) times a pattern of length 1, along which noise has deviation 1.
+    # An image with all values equal to b is b sqrt(3 size^2) times a vector of length 1. Projected on this vector,
+    # standard normal noise has standard deviation 1.
     last = curves["inverted_cosine"][-1].item()
     for size in (8, 32, 64):
         shift = 0.5 * math.sqrt(3 * size**2) * math.sqrt(last / (1 - last))
-        print(f"inverted cosine, {size} px: at T-1 brightness 0.5 is {shift:.1f} deviations of the noise")
+        print(f"inverted cosine, {size} px: at T-1, brightness 0.5 is {shift:.1f} standard deviations of noise")
 
 
 if __name__ == "__main__":

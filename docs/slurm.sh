@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run on Slurm that is put back into the queue when its time is up, and goes on:
+# Runs train.py on Slurm. When the time limit is near, the job saves, goes back into the queue, and later resumes:
 #   sbatch docs/slurm.sh --config config/imagenet.yaml --use_amp data.root=/datasets/imagenet output_dir=/shared/runs/imagenet
-# output_dir, and the folder that this is sent from, are storage that all nodes see. What a preempting Slurm does by itself
-# (SIGTERM, then requeueing) needs nothing more than --requeue.
+# All nodes must see output_dir and the folder in which sbatch is called. For preemption, --requeue is enough: Slurm itself
+# sends SIGTERM and puts the job back into the queue.
 #SBATCH --job-name=soda
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,7 +13,8 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 
-# 120 s before the end, Slurm tells this shell, which tells torchrun, which tells its processes: they save and end.
+# 120 s before the time limit, Slurm sends SIGUSR1 to this shell. The shell passes it to torchrun, and torchrun to its
+# processes, which save and end.
 stopped=
 stop() {
   stopped=yes
@@ -29,7 +30,7 @@ job=$!
 
 wait "$job"
 status=$?
-while kill -0 "$job" 2>/dev/null; do # a signal ended the wait, not the job
+while kill -0 "$job" 2>/dev/null; do # a signal has ended `wait`, but not the job
   wait "$job"
   status=$?
 done

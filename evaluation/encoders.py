@@ -1,4 +1,4 @@
-"""Encoders as the judge takes them: of a model, with settled statistics, untrained, and the raw pixels."""
+"""Encoders for the judge: a trained model, a model with settled BatchNorm statistics, and the two baselines."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -16,16 +16,17 @@ from utils.device import autocast
 from utils.randomness import image_noise
 
 SETTLING_PASSES = 20
-MAX_RAW_PIXELS = 2**30  # numbers of a whole data set, 4 GB in float32
+MAX_RAW_PIXELS = 2**30  # largest number of raw-pixel values of a complete split: 4 GB in float32
 
 Encode = Callable[[Tensor, range], Mapping[str, Tensor]]
-"""(views (N, 3, H, W), their indices in the split) -> features (N, D) by name."""
+"""Function (views (N, 3, H, W), their indices in the split) -> {name of the features: (N, D)}."""
 
 
 def encode_with(experiment: Experiment, soda: SODA) -> Encode:
-    """The features of `soda` for the judge: in evaluation mode, under the experiment's autocast.
+    """Returns a function that computes the features of `soda`, in evaluation mode and under the experiment's autocast.
 
-    "z" and "pooled" of the encoder; features of the decoder if `evaluation.features` names them.
+    The features are "z" and "pooled" of the encoder. If `evaluation.features` names features of the decoder, these are
+    added.
     """
     features = experiment.config.evaluation.features
 
@@ -41,14 +42,14 @@ def encode_with(experiment: Experiment, soda: SODA) -> Encode:
 
 
 def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor, indices: range, name: str) -> Tensor:
-    """Activations of the decoder without a latent, averaged over the pixels: views (N, 3, H, W) -> (N, C) float32.
+    """Maps views (N, 3, H, W) to the output of a decoder block, averaged over its pixels: (N, C) float32.
 
-    The probe of Denoising Diffusion Autoencoders (Xiang et al. 2023), on a decoder that trains without a latent with
-    probability `training.mask.latent_probability`. The noise belongs to a sample's index, in either split, and is the
-    same each time.
+    The decoder denoises the views with the null latent. In training, it receives the null latent with probability
+    `training.mask.latent_probability`. These are the features of Denoising Diffusion Autoencoders (Xiang et al. 2023).
+    The noise depends only on the seed and the sample's index in its split, so it is the same in every call.
 
     Args:
-        name: decoder.<block>@<timestep>: the block whose activations are taken, and the timestep of the noise.
+        name: decoder.<block>@<timestep>: name of the block, and timestep of the noise that is added to the views.
     """
     block, timestep = name.removeprefix("decoder.").split("@")
     x_start = experiment.views.denormalize(views) * 2 - 1
@@ -61,9 +62,10 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
 
 @torch.no_grad()
 def settled(experiment: Experiment, soda: SODA) -> SODA:
-    """`soda` with the BatchNorm statistics of forward passes over source views in training mode; shares the decoder.
+    """Returns a model with the decoder of `soda` and a copy of its encoder that has settled BatchNorm statistics.
 
-    Each process sees whole batches: split ones would give numbers that depend on how many processes there are.
+    The running statistics are settled by SETTLING_PASSES forward passes over batches of source views, in training mode.
+    Every rank encodes complete global batches, because statistics of shares would depend on the number of ranks.
     """
     encoder = copy.deepcopy(soda.encoder).train()
     positions = range(experiment.config.training.batch_size)
@@ -74,7 +76,11 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
 
 
 def raw_pixels(views: Tensor, num_images: int) -> Tensor:
-    """(N, 3, H, W) -> (N, 3 * size * size), averaged down to 32 px, or to less for a data set of very many images."""
+    """Returns the pixels of views (N, 3, H, W) as features (N, 3 * size * size).
+
+    Views larger than 32 px are reduced to 32 px by averaging. For very large data sets, the size is halved until the
+    features of `num_images` images are at most MAX_RAW_PIXELS values in total.
+    """
     size = min(views.shape[-1], 32)
     while 3 * size**2 * num_images > MAX_RAW_PIXELS:
         size //= 2
@@ -82,10 +88,11 @@ def raw_pixels(views: Tensor, num_images: int) -> Tensor:
 
 
 def baselines(experiment: Experiment) -> dict[str, Encode]:
-    """The model as this run started it, and the raw pixels under the name of the config's features.
+    """Returns the baselines: the untrained model, with the initial weights of this run, and the raw pixels.
 
-    BatchNorm's running statistics start at mean 0 and variance 1. They are settled first: without that, the untrained
-    encoder would be too weak a baseline.
+    BatchNorm's running statistics start at mean 0 and variance 1. With these, the untrained model would be too weak a
+    baseline, so its statistics are settled first. The raw pixels are named as the features in `evaluation.features`, so
+    that the same protocols apply to them.
     """
     untrained = settled(experiment, initial_soda(experiment.config, experiment.device))
     features = experiment.config.evaluation.features

@@ -1,4 +1,4 @@
-"""Features of whole splits, encoded by all processes together and placed by sample index."""
+"""Features of complete splits, in the order of the samples. All ranks share the work of encoding."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -13,26 +13,27 @@ from utils.device import autocast
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range
 
-# Features of one batch, (N, D) each, by name: several encoders can share one pass over the views.
+# Features by name, (N, D) each. A name may contain the encoder, so that several encoders share one pass over the views.
 Features = dict[Hashable, Tensor]
 
 
 def extract_features(
     encode: Callable[[Tensor, range], Features], images: Any, batch_size: int, device: torch.device
 ) -> Features:
-    """Collective. Features of all `images`, float32 on `device`, on every rank.
+    """Collective. Returns the features of all `images`, float32 on `device`, on all ranks.
 
-    Each batch is encoded whole by one process, so that features do not depend on the number of processes.
+    Each batch is encoded by one rank and not divided, so that features do not depend on the number of ranks.
 
     Args:
-        encode: pixels and their indices -> their features, (len(range), D) each.
-        images: of known length; `batches(ranges, pin_memory)` yields the pixels of each.
+        encode: function (pixels, indices) -> features, (len(indices), D) each.
+        images: object that has a length. Its method `batches(ranges, pin_memory)` yields the pixels of each range.
+        batch_size: images per batch; the last batch may be smaller.
     """
     features: Features = {}
     count = len(images)
     times_encoded = torch.zeros(count, device=device)
     mine = [range(b * batch_size, min((b + 1) * batch_size, count)) for b in my_range(-(-count // batch_size))]
-    # A process without a batch needs the names and widths of the features all the same.
+    # A rank without batches encodes one image, only to know the names and widths of the features. It discards them.
     batches = mine or [range(1)]
     for batch, pixels in zip(batches, images.batches(batches, pin_memory=device.type == "cuda"), strict=True):
         if mine:
@@ -42,8 +43,8 @@ def extract_features(
                 features[name] = torch.zeros(count, values.shape[1], device=device)
             if mine:
                 features[name][batch.start : batch.stop] = values
-    assert all_reduce(times_encoded).eq(1).all(), "each batch is encoded by one process"
-    # Sorted, so that the n-th all_reduce is of the same features on all ranks.
+    assert all_reduce(times_encoded).eq(1).all(), "each image must be encoded exactly once"
+    # Sorted, so that all ranks reduce the features in the same order.
     return {name: all_reduce(features[name]) for name in sorted(features, key=str)}
 
 
@@ -51,7 +52,7 @@ def extract_features(
 def encode_clean(
     soda: SODA, views: Views, pixels: Tensor, device: torch.device, amp_dtype: torch.dtype | None
 ) -> Tensor:
-    """z (N, latent_dim) float32 of images (N, 3, H, W) uint8, not augmented."""
+    """Returns z (N, latent_dim) float32 of images (N, 3, H, W) uint8, without augmentation, in evaluation mode."""
     soda.eval()
     with autocast(device, amp_dtype):
         return soda.encoder(views.evaluation(pixels)).float()
@@ -64,11 +65,11 @@ def extract_latents(
     device: torch.device,
     on_batch: Callable[[int], Any] = lambda count: None,
 ) -> Tensor:
-    """Collective. z (N, latent_dim) float32 of a whole split, on the device.
+    """Collective. Returns z (N, latent_dim) float32 of all `images`, on `device`, on all ranks.
 
     Args:
-        encode: pixels -> z.
-        on_batch: called before each batch of this process with its number of images.
+        encode: function pixels -> z.
+        on_batch: function that is called before each batch of this rank, with the number of images in the batch.
     """
 
     def run(pixels: Tensor, indices: range) -> Features:

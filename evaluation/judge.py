@@ -1,4 +1,4 @@
-"""The judge: applies named protocols to encoders and gives their accuracies."""
+"""The judge, which applies named protocols to encoders and returns their accuracies."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from experiment.opening import Experiment
 from utils.randomness import generator
 
 MakeView = Callable[[Tensor, range, View | None, int], Tensor]
-"""(pixels (N, 3, H, W) uint8, their indices in the split, augmentation, epoch) -> views (N, 3, H, W)."""
+"""Function (pixels (N, 3, H, W) uint8, their indices in the split, augmentation or None, epoch) -> (N, 3, H, W)."""
 
 Table = dict[str, dict[str, dict[str, float]]]
 """Accuracies in per cent: {protocol: {encoder: {"top1": ..., "top3": ...}}}."""
@@ -26,7 +26,12 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class _Cell:
-    """One cell of the table under way: a protocol applied to an encoder, by name, and the key of its features."""
+    """A cell of the table whose classifier is still trained: one protocol applied to one encoder.
+
+    Attributes:
+        encoder: name of the encoder.
+        key: key of the cell's features: (name of the encoder, name of the features, normalize).
+    """
 
     protocol: Protocol
     encoder: str
@@ -35,7 +40,7 @@ class _Cell:
 
 
 def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: list[Protocol]) -> Table:
-    """Collective. Accuracies of encoders on the experiment's test images."""
+    """Collective. Returns the accuracies of `encoders` on the experiment's test images, under each protocol."""
     config, views = experiment.config, experiment.views
 
     def make_view(pixels: Tensor, indices: range, view: View | None, epoch: int) -> Tensor:
@@ -43,7 +48,7 @@ def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: lis
             return views.evaluation(pixels)
         return views.augmented(pixels, view_draw(config.seed, indices, "probe view", epoch), view)
 
-    assert experiment.test is not None, "images that are judged have labels"
+    assert experiment.test is not None, "the judge needs test images with labels"
     return accuracy_table(
         encoders,
         experiment.train,
@@ -69,12 +74,17 @@ def accuracy_table(
     source: Callable[[], torch.Generator],
     device: torch.device,
 ) -> Table:
-    """Collective. Accuracies of encoders under protocols, which share each pass over the views.
+    """Collective. Returns the accuracies of `encoders` under `protocols`.
 
-    An encoder that lacks a protocol's features is left out under it.
+    The views of an epoch are made only once. All encoders use them, and all protocols that have this view. If an
+    encoder does not return the features of a protocol, the table has no cell for this pair.
 
     Args:
-        source: makes each classifier's source of randomness, the same for all.
+        train: images that the classifiers are trained on.
+        test: images that the accuracies are measured on, always without augmentation.
+        batch_size: images per forward pass of each encoder.
+        source: function that returns a generator of random numbers for one classifier. All generators have the same
+            seed.
     """
     wanted = list(dict.fromkeys((protocol.features, protocol.normalize) for protocol in protocols))
 
@@ -92,7 +102,7 @@ def accuracy_table(
 
         return extract_features(encode, split, batch_size, device)
 
-    assert train.labels is not None and test.labels is not None, "images that are judged have labels"
+    assert train.labels is not None and test.labels is not None, "the judge needs images with labels"
     train_labels, test_labels = train.labels.to(device), test.labels.to(device)
     queries = extract(test, None, 0)
     table: Table = {str(protocol): {} for protocol in protocols}
@@ -105,18 +115,18 @@ def accuracy_table(
         ]
         features: Features = {}
         for epoch in range(max((cell.protocol.epochs for cell in cells), default=0)):
-            if epoch == 0 or view is not None:  # views that are not augmented are the same in each epoch
-                features = {}  # frees the last epoch's before the next takes as much memory
+            if epoch == 0 or view is not None:  # clean views are the same in each epoch
+                features = {}  # frees the features of the last epoch before new ones are allocated
                 features = extract(train, view, epoch)
             for cell in cells:
                 cell.classifier.train_epoch(features[cell.key], train_labels)
                 if epoch == cell.protocol.epochs - 1:
                     scores = cell.classifier.scores(queries[cell.key])
                     table[str(cell.protocol)][cell.encoder] = topk_accuracy(scores, test_labels)
-            cells = [cell for cell in cells if epoch < cell.protocol.epochs - 1]  # frees those that are done
+            cells = [cell for cell in cells if epoch < cell.protocol.epochs - 1]  # frees finished classifiers
     return table
 
 
 def unique(views: list[View | None]) -> list[View | None]:
-    """Views that differ, in their order (they hold lists, and have no hash)."""
+    """Returns the views without repetitions, in the same order. Views contain lists, so they cannot be hashed."""
     return [view for i, view in enumerate(views) if view not in views[:i]]

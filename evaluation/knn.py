@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of features: pure functions of tensors."""
+"""k-nearest-neighbour (k-NN) search and classification of features, as functions of tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-MAX_DISTANCES = 2**25  # distances, or neighbours times classes, that are held at once
+MAX_DISTANCES = 2**25  # largest number of distances, or of neighbours times classes, in memory at the same time
 
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """Products of float32 matrices without TensorFloat-32, whatever the training has asked for."""
+    """Context in which products of float32 matrices do not use TensorFloat-32, whatever the precision outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -21,17 +21,23 @@ def true_float32() -> Iterator[None]:
 
 
 class _Bank:
-    """Features (N, D), laid out for true float32 distances to them, whatever autocast or the features' type."""
+    """Features (N, D), prepared for a search by distance.
+
+    Distances are computed in float32 without TensorFloat-32, even under autocast, for features of any dtype.
+    """
 
     def __init__(self, features: Tensor) -> None:
-        # |q - b|^2 = |q|^2 - 2 (q b - |b|^2 / 2): the nearest have the largest q b - |b|^2 / 2. Distances do
-        # not change with the origin, and about the bank's mean less is lost in the difference.
+        # |q - b|^2 = |q|^2 - 2 (q b - |b|^2 / 2). The nearest features b therefore have the largest q b - |b|^2 / 2.
+        # The bank's mean is subtracted from q and b. This does not change distances, but reduces rounding errors.
         self._origin = features.float().mean(dim=0)
         self._centred = features.float() - self._origin
         self._half_squares = torch.linalg.vector_norm(self._centred, dim=1).square() / 2  # (N,)
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Nearness, which grows as distance falls, and index of the k nearest to each of (Q, D): (Q, k) each."""
+        """Returns (nearness, index) of the k features nearest to each of `queries` (Q, D): (Q, k) each.
+
+        The nearness of q and b is q b - |b|^2 / 2. It grows as the distance falls.
+        """
         with torch.autocast(queries.device.type, enabled=False), true_float32():
             products = (queries.float() - self._origin) @ self._centred.T
             nearness, neighbours = products.sub_(self._half_squares).topk(k, dim=1)
@@ -40,12 +46,12 @@ class _Bank:
 
 @torch.no_grad()
 def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and indices, (Q, k) each, of the k nearest of `bank` (N, D) to each of `queries` (Q, D), in order.
+    """Returns (distances, indices) of the k entries of `bank` (N, D) nearest to each of `queries` (Q, D): (Q, k) each.
 
-    Entries at the same distance, such as copies of an image, are in the order of their indices, provided at most 2k + 8
-    entries tie. The result is on the host.
+    The nearest entry is first. Ties, such as copies of an image, go to the lower index, provided at most 2k + 8 entries
+    tie. The results are on the host.
     """
-    assert 1 <= k <= len(bank), "k is at most the size of the bank"
+    assert 1 <= k <= len(bank), "k must be between 1 and the size of the bank"
     _, candidates = _Bank(bank).nearest(queries, min(2 * k + 8, len(bank)))
     candidates = candidates.sort(dim=1).values
     near, queries, candidates = bank[candidates].cpu(), queries.cpu(), candidates.cpu()
@@ -63,17 +69,19 @@ def knn_votes(
     num_classes: int,
     temperature: float | None = None,
 ) -> Tensor:
-    """Votes (Q, num_classes) of the k Euclidean nearest neighbours of each query.
+    """Returns the votes (Q, num_classes) of the k nearest neighbours of each query, by Euclidean distance.
+
+    Distances are computed in float32 without TensorFloat-32, even under autocast, for features of any dtype.
 
     Args:
-        bank: (N, D) features, N >= k; bank_labels: (N,) int64.
+        bank: (N, D) features, N >= k.
+        bank_labels: (N,) int64.
         queries: (Q, D) features.
-        temperature: None lets every neighbour vote alike (Cover & Hart 1967); a number weighs it by
-            exp(cosine / temperature), for features of length 1 (Wu et al. 2018, section 3.4).
-
-    Distances are true float32, whatever autocast or the features' type.
+        temperature: None: every neighbour has one vote (Cover & Hart 1967). A number: the vote of a neighbour has a
+            weight proportional to exp(cosine / temperature), for features of length 1 (Wu et al. 2018, section 3.4).
+            The nearest neighbour has weight 1.
     """
-    assert 1 <= k <= len(bank), "k is at most the size of the bank"
+    assert 1 <= k <= len(bank), "k must be between 1 and the size of the bank"
     votes = torch.zeros(len(queries), num_classes, device=bank.device)
     classes = torch.arange(num_classes, device=bank.device)
     laid_out = _Bank(bank)
@@ -83,19 +91,23 @@ def knn_votes(
             nearness, neighbours = laid_out.nearest(queries[start : start + chunk_size], k)  # (q, k) each
             weights = torch.ones_like(nearness)
             if temperature is not None:
-                # At length 1, cosines differ as nearness does. Relative to the nearest, no weight overflows
-                # and not all underflow.
+                # For features of length 1, differences in nearness are differences in cosine. Weights relative to the
+                # nearest neighbour are at most 1, so they cannot overflow, and they cannot all underflow.
                 weights = ((nearness - nearness[:, :1]) / temperature).exp()
             is_class = bank_labels[neighbours][:, :, None] == classes  # (q, k, num_classes)
-            # A product, since the order in which a scatter adds is not determined on CUDA.
+            # A matrix product, because on CUDA a scatter adds in an undefined order.
             votes[start : start + chunk_size] = (weights[:, None] @ is_class.float())[:, 0]
     return votes
 
 
 def topk_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Per cent of samples whose label is among the 1 and 3 highest of scores (N, C): {"top1": ..., "top3": ...}.
+    """Returns {"top1": ..., "top3": ...}: per cent of samples whose label is among the 1 and the 3 highest scores.
 
-    Of equal scores that of the lower class counts as the higher.
+    Ties go to the lower class.
+
+    Args:
+        scores: (N, C), one per class.
+        labels: (N,) int64.
     """
     ranked = scores.sort(dim=1, descending=True, stable=True).indices  # (N, C)
     hits = ranked == labels[:, None]

@@ -1,7 +1,7 @@
 """Evaluation protocols: named ways to turn features into accuracies.
 
-To add one, write a subclass of Protocol and put it into `all_protocols`, for the table of test.py and of ablations.
-Those in `config_protocols` also judge a run while it trains.
+To add a protocol, write a subclass of Protocol and add it to `all_protocols`. It then appears in the tables of test.py
+and of the ablations. The protocols in `config_protocols` are also used for the evaluations during training.
 """
 
 import typing
@@ -18,25 +18,25 @@ from evaluation.linear_probe import LinearProbe
 
 
 class Classifier(typing.Protocol):
-    """A classifier that sees the training features once or in several epochs, then scores test features."""
+    """Interface of a classifier that is trained on features for one or more epochs and then scores test features."""
 
     def train_epoch(self, features: Tensor, labels: Tensor) -> None:
-        """See the training features (N, D) float32 and labels (N,) int64 of one epoch."""
+        """Trains on the features (N, D) float32 and labels (N,) int64 of one epoch."""
 
     def scores(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, num_classes); the highest score is the guess."""
+        """Returns the scores (N, num_classes) of features (N, D). The highest score is the predicted class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(ABC):
-    """One way to turn features into accuracies; `str` describes it in one line.
+    """A named way to turn features into accuracies. Its name is `str(protocol)`: its settings, in one line.
 
     Attributes:
-        metric: its name in metrics.jsonl and TensorBoard.
-        view: augmentation of the training images, drawn anew each epoch; None: none.
+        metric: name of its accuracies in metrics.jsonl and TensorBoard.
+        view: augmentation of the training images, drawn again in each epoch; None: no augmentation.
         features: name of the features, such as "z".
-        normalize: scale features to length 1.
-        note: printed behind the description.
+        normalize: True scales each feature vector to length 1.
+        note: text that is added to the name in parentheses.
     """
 
     metric: ClassVar[str]
@@ -48,21 +48,21 @@ class Protocol(ABC):
     @property
     @abstractmethod
     def epochs(self) -> int:
-        """Number of times that the training features are extracted and shown to the classifier."""
+        """Number of epochs that the classifier is trained for. Augmented features are extracted again in each epoch."""
 
     @abstractmethod
     def classifier(
         self, num_features: int, num_classes: int, generator: torch.Generator, device: torch.device
     ) -> Classifier:
-        """An untrained classifier."""
+        """Returns an untrained classifier."""
 
     @abstractmethod
     def describe(self, features: str, view: str) -> str:
-        """The settings in one line, which includes the given words for features and view."""
+        """Returns the settings in one line, which includes the descriptions `features` and `view`."""
 
     @property
     def view_name(self) -> str:
-        """The view in a few words; views that differ have different names."""
+        """Short description of the view. Different views have different descriptions."""
         return "clean" if self.view is None else str(self.view)
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Protocol(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class KNNProtocol(Protocol):
-    """k-nearest-neighbour classification by the training features, in Euclidean distance."""
+    """k-NN classification: the nearest training features, by Euclidean distance, vote for the class."""
 
     metric = "knn"
     settings: KNN
@@ -106,7 +106,7 @@ class _Neighbours:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeProtocol(Protocol):
-    """A linear probe, trained by Adam for some epochs."""
+    """Linear probe, trained by Adam for several epochs."""
 
     metric = "probe"
     settings: Probe
@@ -135,7 +135,7 @@ class ProbeProtocol(Protocol):
 
 
 def config_protocols(config: Config) -> list[Protocol]:
-    """The k-NN and the probe that the config's `evaluation` section asks for."""
+    """Returns the k-NN and the linear-probe protocol that the `evaluation` section of the config describes."""
     evaluation, augmented = config.evaluation, config.views.probe
     features, normalize = evaluation.features, evaluation.normalize
     return [
@@ -155,10 +155,11 @@ def config_protocols(config: Config) -> list[Protocol]:
 
 
 def all_protocols(config: Config, num_train: int) -> list[Protocol]:
-    """The protocols of test.py: the reference's, the config's own, and the usual ones of the field.
+    """Returns the protocols of test.py: the reference implementation's, the config's, and common ones.
 
-    The reference implementation's bank and probe see the views that are the defaults of `views.probe`. k = 200 with
-    temperature 0.1 is lightly's benchmark (Wu et al. 2018). k is at most `num_train`, the number of training images.
+    The k-NN bank and the probe of the reference implementation use the augmentation that is the default of
+    `views.probe`. k = 200 with temperature 0.1 is the protocol of lightly's benchmark (Wu et al. 2018). k is limited to
+    `num_train`, the number of training images.
     """
     few = KNN(k=min(20, num_train))
     many = KNN(k=min(200, num_train), weights="temperature", temperature=0.1)
@@ -173,5 +174,5 @@ def all_protocols(config: Config, num_train: int) -> list[Protocol]:
             KNNProtocol(settings=many, features=features),
             ProbeProtocol(settings=Probe(), features=features),
         ]
-    # The config's own may be one of the others: the first of equal ones stays.
+    # The config's protocols may equal others. Of equal protocols, only the first is kept, because it may have a note.
     return list({str(replace(protocol, note="")): protocol for protocol in reversed(protocols)}.values())[::-1]

@@ -1,4 +1,4 @@
-"""One batch drawn: images, views, timesteps, noise and dropped sections, all functions of (seed, purpose, step)."""
+"""Construction of a batch: images, views, timesteps, noise and drop mask, all functions of (seed, purpose, step)."""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from utils.randomness import generator, image_noise, uniforms
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a forward pass for N samples of the global batch.
+    """One micro-batch: inputs of a forward pass for N samples of the global batch.
 
     Attributes:
-        x_source: (N, 3, H, W) source view, normalised, with its noise.
-        x_start: (N, 3, H, W) target view in [-1, 1].
+        x_source: (N, 3, H, W) source view, normalised, with Gaussian noise added.
+        x_start: (N, 3, H, W) target view in [-1, 1], without noise.
         timesteps: (N,) int64.
-        noise: (N, 3, H, W) standard normal.
-        drop_mask: (N, sections) bool; True drops a section of the sample's latent.
+        noise: (N, 3, H, W) standard normal; x_t is made from x_start and this noise.
+        drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros.
     """
 
     x_source: Tensor
@@ -32,15 +32,24 @@ class Batch:
 
 
 def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> Generator[Tensor, None, None]:
-    """Training images (N, 3, H, W) uint8 of each (step, positions in its global batch) in turn, read ahead."""
+    """Yields the training images (N, 3, H, W) uint8 of each pair in `wanted`, in order.
+
+    Args:
+        wanted: pairs (step, positions in the global batch of this step). Several pairs may be read ahead.
+    """
     indices = (experiment.loader.indices(step, positions) for step, positions in wanted)
     return experiment.train.batches(indices, pin_memory=experiment.device.type == "cuda")
 
 
 def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Batch:
-    """The samples at `positions` of the global batch of `step`, made from their images `pixels`."""
+    """Returns the micro-batch of the samples at `positions` of the global batch of `step`.
+
+    Args:
+        pixels: (N, 3, H, W) uint8 images of these samples.
+    """
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
-    # Small draws are made for the whole batch, so that each sample gets the same however the batch is split.
+    # Timesteps and drop mask are drawn for the whole global batch and then sliced. A sample's values therefore do not
+    # depend on how the batch is divided.
     here = slice(positions.start, positions.stop)
     x_source, x_start = experiment.views.pair(
         pixels,
@@ -58,25 +67,33 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
-    """Source views (N, 3, H, W) of the images `pixels` at `positions` of the global batch of `step`."""
+    """Returns x_source (N, 3, H, W) alone, drawn as in `draw_batch`, for the same arguments."""
     seed = experiment.config.seed
     noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=experiment.device)
     return experiment.views.source(pixels, view_draw(seed, positions, "source view", step), noise)
 
 
 def view_draw(seed: int, positions: range, purpose: str, *counters: int) -> Draw:
-    """The uniform numbers that decide how the samples at `positions` are augmented."""
+    """Returns the function that draws the random numbers for augmenting the samples at `positions`.
+
+    Args:
+        seed, purpose, counters: together, the name of the random stream. Different streams are independent.
+    """
     return lambda columns, stream="": uniforms(positions, columns, seed, purpose + stream, *counters)
 
 
 def _draw_timesteps(config: Config, step: int) -> Tensor:
-    """(batch_size,) int64, uniform over 0..T-1."""
+    """Returns timesteps (batch_size,) int64, uniform over 0..T-1, for the global batch."""
     source = generator(config.seed, "timesteps", step)
     return torch.randint(config.diffusion.num_timesteps, (config.training.batch_size,), generator=source)
 
 
 def _draw_drop_mask(config: Config, step: int) -> Tensor:
-    """(batch_size, sections) bool: whole latents, and on top of that single sections, each at its rate."""
+    """Returns the drop mask (batch_size, sections) bool of the global batch.
+
+    Whole latents are dropped with `latent_probability`. In addition, each section is dropped with
+    `section_probability`.
+    """
     mask, batch_size = config.training.mask, config.training.batch_size
     whole = torch.rand(batch_size, generator=generator(config.seed, "drop mask", step)) < mask.latent_probability
     sections = torch.rand(

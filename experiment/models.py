@@ -1,4 +1,4 @@
-"""SODA as a config describes it: built without numbers, described, with its initial weights, on a device."""
+"""Construction of SODA from a config: on the meta device, or with initial weights on a device, and its description."""
 
 import torch
 
@@ -14,32 +14,41 @@ def _build(config: Config) -> SODA:
 
 
 def build_on_meta(config: Config) -> SODA:
-    """SODA on the meta device: names and shapes without numbers, which cost nothing."""
+    """Returns SODA on the meta device: its weights have names and shapes, but no values, and use no memory."""
     with torch.device("meta"):
         return _build(config)
 
 
 def initial_soda(config: Config, device: torch.device) -> SODA:
-    """SODA with its initial weights, which depend only on the config and its seed."""
+    """Returns SODA on `device` with its initial weights. They depend only on the config, which includes the seed.
+
+    Seeds torch's default generators.
+    """
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     return to_device(_build(config), device)
 
 
 def to_device(soda: SODA, device: torch.device) -> SODA:
-    """`soda` on `device`, channels last on CUDA and contiguous elsewhere, as is fastest."""
+    """Moves `soda` to `device` and returns it.
+
+    The memory layout is channels-last on CUDA and contiguous on other devices, because this is fastest.
+    """
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return soda.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def describe_model(config: Config) -> str:
-    """Parameters of encoder and decoder, their work per image, and the section of z that modulates each layer."""
+    """Returns a text with the number of parameters and the FLOPs per image of encoder and decoder.
+
+    If decoder.modulation is sectioned, the text also lists the section of z that modulates each layer of the decoder.
+    """
     soda = build_on_meta(config)
     flops = forward_flops(soda, config.encoder_size, config.decoder_size)
     lines = []
     for name, module, work in zip(("encoder", "decoder"), (soda.encoder, soda.decoder), flops, strict=True):
         parameters = sum(p.numel() for p in module.parameters())
-        lines.append(f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP forward an image")
-    lines.append(f"training: about {3 * sum(flops) / 1e9:.2f} GFLOP an image, forward and backward")
+        lines.append(f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP per image in a forward pass")
+    lines.append(f"training: about {3 * sum(flops) / 1e9:.2f} GFLOP per image, forward and backward")
     if config.decoder.modulation == "sectioned":
         row = "{:<10}{:>5}{:>10}{:>9}  {}".format
         lines += ["", row("layer", "px", "channels", "section", "dimensions of z (width)")]

@@ -1,4 +1,4 @@
-"""A config opened: its images, views, order of images, diffusion and device."""
+"""Opening of a config: its images, views, loader, diffusion and device."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,12 @@ from utils.randomness import generator
 
 @dataclass(frozen=True)
 class Experiment:
-    """All that training and evaluation only read.
+    """Everything that training and evaluation read, but do not change.
 
     Attributes:
         amp_dtype: number format of autocast; None: float32.
-        test: None if the images have no labels.
-        data_digest: digest of the training images and their labels.
+        test: test images; None if the images have no labels.
+        data_digest: digest of the training images, their labels and the names of their classes.
     """
 
     config: Config
@@ -40,22 +40,32 @@ class Experiment:
 
     @property
     def total_steps(self) -> int:
+        """Number of training steps of the complete run."""
         return self.config.training.epochs * self.loader.steps_per_epoch
 
 
 def open_experiment(config: Config) -> Experiment:
-    """Collective. Loads the images and puts everything on the device; raises ConfigError and DatasetError."""
+    """Collective. Loads the images and returns the experiment.
+
+    Raises:
+        ConfigError: the ranks would compute on different types of device or in different number formats.
+        DatasetError: the images cannot be used, are too few, or differ between ranks.
+    """
     device, amp_dtype = open_device(config)
     train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
     data_digest = train.digest()
     if not all_equal((data_digest, test and test.digest())):
-        raise DatasetError(f"the machines hold different images in {config.data.root}: give them all the same")
+        raise DatasetError(
+            f"the machines hold different images in {config.data.root}: copy the same images to all machines"
+        )
     train, test = to_gpu_if_small(train, device), test and to_gpu_if_small(test, device)
     batch_size, k = config.training.batch_size, config.evaluation.knn.k
     if len(train) < batch_size:
-        raise DatasetError(f"{len(train)} training images are fewer than a batch: set training.batch_size lower")
+        raise DatasetError(f"{len(train)} training images are fewer than a batch: lower training.batch_size")
     if test is not None and len(train) < k:
-        raise DatasetError(f"evaluation.knn.k {k} is more than the {len(train)} training images: set it lower")
+        raise DatasetError(
+            f"evaluation.knn.k {k} is more than the {len(train)} training images: lower evaluation.knn.k"
+        )
     return Experiment(
         config=config,
         device=device,
@@ -71,18 +81,27 @@ def open_experiment(config: Config) -> Experiment:
 
 
 def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:
-    """Collective. Chooses this process's device and autocast and opens the tensor group; raises ConfigError."""
+    """Collective. Returns (device, number format of autocast) of this rank and opens the tensor group.
+
+    Raises ConfigError if the type of device or the number format is not the same on all ranks.
+    """
     device = choose_device(config.device)
     amp_dtype = choose_amp_dtype(config.training.use_amp, device)
     arithmetic = [f"{kind} in {dtype or 'float32'}" for kind, dtype in all_gather_object((device.type, amp_dtype))]
     if len(set(arithmetic)) > 1:
-        raise ConfigError(f"the processes compute differently ({', '.join(arithmetic)}): set device, training.use_amp")
+        raise ConfigError(
+            f"the processes compute differently ({', '.join(arithmetic)}): "
+            "set device and training.use_amp to values that all processes support"
+        )
     open_tensor_group(config.distributed.backend, device)
     return device, amp_dtype
 
 
 def to_gpu_if_small(images: Images, device: torch.device) -> Images:
-    """The images in the GPU's memory if they fill at most a quarter of what is free there; else as they are."""
+    """Returns the images in the GPU's memory if they fill at most a quarter of its free memory, else unchanged.
+
+    Streamed images are always returned unchanged.
+    """
     if device.type != "cuda" or not isinstance(images, StoredImages):
         return images
     return images if images.pixels.numel() > torch.cuda.mem_get_info(device)[0] / 4 else images.to(device)

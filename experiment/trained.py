@@ -1,4 +1,4 @@
-"""A checkpoint of train.py opened by the programs that look at it: test.py, sample.py, embed.py."""
+"""Opening of a checkpoint of train.py, for programs that use the trained model: test.py, sample.py, embed.py."""
 
 import json
 import logging
@@ -21,14 +21,20 @@ from utils.run_folder.checkpoint import CheckpointError, load_checkpoint, newest
 
 logger = logging.getLogger(__name__)
 
-# Keys that must have the checkpoint's values, since they give the weights their meaning. Seed, views, diffusion and
-# training are taken from the checkpoint; all other keys may differ.
+# Prefixes of the experiment keys that must have the values of the checkpoint, because they define the model and its
+# data. Seed, views (except `views.probe`), diffusion and training (except `training.use_amp`) are always taken from the
+# checkpoint. All other keys may differ.
 MUST_AGREE = ("data.", "encoder.", "decoder.", "initialization")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint that was read: its path, its contents, and the config to look at it with."""
+    """A checkpoint that has been read.
+
+    Attributes:
+        contents: contents of the file, as returned by `load_checkpoint`.
+        config: config to use the model with. It combines the checkpoint's config and the user's.
+    """
 
     path: Path
     contents: dict[str, Any]
@@ -36,25 +42,29 @@ class Trained:
 
     @property
     def folder(self) -> Path:
-        """Folder for reports: the run's, or the checkpoint's own if it was moved out of a run."""
+        """Folder for reports: the run folder, or the checkpoint's own folder if that is not named `checkpoints`."""
         inside = self.path.parent
         return inside.parent if inside.name == "checkpoints" else inside
 
     @property
     def step(self) -> int:
+        """Training step at which the checkpoint was saved."""
         return int(self.contents["step"])
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file, as SHA256SUMS lists it."""
+        """SHA-256 of the checkpoint file, in hexadecimal digits, as in SHA256SUMS."""
         return str(self.contents["sha256"])
 
     def describe(self, steps_per_epoch: int) -> str:
-        """The checkpoint's name, epoch and step."""
+        """Returns the last three parts of the checkpoint's path, its epoch and its step, in one line."""
         return f"{Path(*self.path.parts[-3:])}, epoch {self.step / steps_per_epoch:g}, step {self.step}"
 
     def soda(self) -> SODA:
-        """The EMA model on the host, in evaluation mode; raises CheckpointError."""
+        """Returns the EMA model on the host, in evaluation mode and without gradients.
+
+        Raises CheckpointError if the weights do not fit the model that the config describes.
+        """
         soda, weights = build_on_meta(self.config).to_empty(device="cpu"), self.contents["ema"].get("model", {})
         check_weights(weights, soda)
         check_weights(self.contents["model"], soda)
@@ -62,26 +72,34 @@ class Trained:
         return soda.eval().requires_grad_(False)
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of the training images' channels, which normalise the encoder's input.
+        """Returns (mean, standard deviation) of the training images' channels. They normalise the encoder's input.
 
-        Raises CheckpointError if the checkpoint has none, as those of ablations written before they had.
+        Raises CheckpointError if the checkpoint has none. Checkpoints of older versions may have none.
         """
         if "statistics" not in self.contents:
-            raise CheckpointError(f"{self.path} holds no mean and deviation of its images: resume its run once")
+            raise CheckpointError(
+                f"{self.path} has no mean and standard deviation of its images: resume its run (with a larger "
+                "training.epochs if it has finished) to save a new checkpoint"
+            )
         mean, std = self.contents["statistics"]
         return mean, std
 
 
 def read_trained(config: Config | None, checkpoint: Path | None, overrides: list[str]) -> Trained:
-    """Collective. Reads a checkpoint; raises ConfigError and CheckpointError.
+    """Collective. Reads a checkpoint and combines its config with the user's config.
 
     Args:
-        config: the config to look at it with; None: the checkpoint's own, in float32, changed by `overrides`, which
-            any other config already includes.
-        checkpoint: None: the newest in the config's output_dir.
+        config: the user's config, which already includes `overrides`; None: the config that is stored in the checkpoint
+            is used, with float32 arithmetic, and changed by `overrides`.
+        checkpoint: path of the checkpoint; None: the newest checkpoint in the output_dir of `config`.
+
+    Raises:
+        ConfigError: the config is not valid, describes another model than the checkpoint, or is not the same on all
+            ranks. Also raised if the ranks read different checkpoints.
+        CheckpointError: the checkpoint is missing or cannot be used.
     """
     if checkpoint is None:
-        assert config is not None, "config or checkpoint is given"
+        assert config is not None, "a config or a checkpoint must be given"
         folder = Path(config.output_dir) / "checkpoints"
         checkpoint, contents = newest_checkpoint(folder) or (folder / "last.pt", None)
         contents = contents or load_checkpoint(checkpoint)
@@ -96,55 +114,67 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
     training = trained_with.training.model_copy(update={"use_amp": config.training.use_amp})
     as_trained = {"seed": trained_with.seed, "diffusion": trained_with.diffusion, "views": views, "training": training}
     config = config.model_copy(update=as_trained)
-    config = parse_config(config.to_yaml(), f"the command line with the config of {checkpoint}")  # checked anew
+    # Checks the combined config, because model_copy does not.
+    config = parse_config(config.to_yaml(), f"the command line with the config of {checkpoint}")
     data = config.data.model_copy(update={"root": "", "cache_dir": ""})
     if not all_equal((contents["sha256"], config.model_copy(update={"data": data, "output_dir": ""}))):
-        raise ConfigError(f"the processes read different checkpoints or configs from {checkpoint}: give them the same")
+        raise ConfigError(
+            f"the processes read different checkpoints or configs from {checkpoint}: give all of them the same files"
+        )
     return Trained(checkpoint, contents, config)
 
 
 def _check_agreement(trained_with: Config, config: Config, checkpoint: Path, weights: dict[str, Any]) -> None:
-    """Raise ConfigError, naming what to add to the command line, if `config` describes another model."""
+    """Raises ConfigError if `config` describes another model. The message says what to add to the command line."""
     changed = differences(trained_with, config, run=False, prefixes=MUST_AGREE)
     if not changed:
         return
     to_add = dict(changed)
-    if "decoder.modulation" in changed:  # these keys would be refused without it
+    if "decoder.modulation" in changed:
+        # The present values of these keys may not be valid with the modulation of the checkpoint.
         to_add |= differences(trained_with, config, run=False, prefixes=("training.mask.",))
         to_add |= differences(trained_with, config, run=True, prefixes=("sampling.sections", "sampling.guidance"))
     hint = " ".join(shlex.quote(f"{name}={json.dumps(old)}") for name, (old, _) in to_add.items())
     shapes = first_difference(weights, build_on_meta(config))
     reason = f" ({shapes})" if shapes else ""
-    raise ConfigError(f"{checkpoint} was trained with another config{reason}: add {hint}")
+    raise ConfigError(f"{checkpoint} was trained with another config{reason}: add {hint} to the command")
 
 
 def check_weights(weights: dict[str, Any], model: nn.Module) -> None:
-    """Raise CheckpointError if a checkpoint's weights differ from those of `model` in name or shape."""
+    """Raises CheckpointError if the names or shapes of a checkpoint's weights differ from those of `model`."""
     difference = first_difference(weights, model)
     if difference:
-        raise CheckpointError(f"the checkpoint does not fit the model: {difference}; name another")
+        raise CheckpointError(f"the checkpoint does not fit the model ({difference}): name another checkpoint")
 
 
 def first_difference(weights: dict[str, Any], model: nn.Module) -> str | None:
-    """The first name or shape in which a checkpoint's weights differ from `model` (meta or not); None if none does."""
+    """Returns a text about the first weight whose name or shape differs between a checkpoint and `model`.
+
+    Returns None if all names and shapes are the same. `model` may be on the meta device.
+    """
     here = model.state_dict()
     for name in (*here, *weights):
         if name not in here:
-            return f"its {name} is not in the model"
+            return f"the model has no {name}"
         if not isinstance(weights.get(name), torch.Tensor):
-            return f"it has no {name}"
+            return f"the checkpoint has no {name}"
         if weights[name].shape != here[name].shape:
-            return f"{name} is {tuple(weights[name].shape)} there and {tuple(here[name].shape)} here"
+            return (
+                f"{name} is {tuple(weights[name].shape)} in the checkpoint and {tuple(here[name].shape)} in the model"
+            )
     return None
 
 
 def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
-    """Collective. Opens the images, and the EMA model on the device; raises ConfigError, DatasetError, CheckpointError.
+    """Collective. Loads the images and returns (experiment, EMA model on the device).
 
-    Logs it if the images are not those that the checkpoint was trained on.
+    Logs it if the training images are not the images that the checkpoint was trained on. Raises ConfigError,
+    DatasetError and CheckpointError.
     """
     soda = trained.soda()
     experiment = open_experiment(trained.config)
     if trained.contents["data"] != experiment.data_digest:
-        logger.info("the training images in %s are not those of the checkpoint", trained.config.data.root)
+        logger.info(
+            "the training images in %s are not the images that the checkpoint was trained on", trained.config.data.root
+        )
     return experiment, to_device(soda, experiment.device)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of integer timesteps 0..T-1, fed raw: (N,) -> (N, dim), cosines before sines.
+    """Returns the sinusoidal embedding of integer timesteps 0..T-1: (N,) -> (N, dim), cosines before sines.
 
-    Source: Vaswani et al. 2017, section 3.5, as used by DDPM. The frequencies assume positions that count in
-    ones: timesteps scaled to [0, 1] would leave most dimensions constant.
+    Pass the timesteps unscaled. The frequencies assume that neighbouring timesteps differ by 1. If the timesteps were
+    scaled to [0, 1], most dimensions would be almost constant. Source: Vaswani et al. 2017, section 3.5, as used by
+    DDPM.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device) / half)
@@ -20,18 +21,24 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with up to 32 groups of at least 4 channels each; `channels` is a multiple of 4."""
+    """Returns a GroupNorm with at most 32 groups of at least 4 channels each. `channels` is a multiple of 4."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def residual(x: Tensor, branch: Tensor, rescale: bool) -> Tensor:
-    """x + branch; divided by sqrt 2 if `rescale`, so that summands of variance 1 make one of 1 (NCSN++)."""
+    """Returns x + branch, divided by sqrt(2) if `rescale` is True.
+
+    With the division, two uncorrelated summands of variance 1 give a sum of variance 1 (NCSN++).
+    """
     h = x + branch
     return h / math.sqrt(2) if rescale else h
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """Start `layer` at zero, so that the branch it ends adds nothing at first (ADM's habit)."""
+    """Sets the weight and bias of `layer` to zero and returns the layer.
+
+    A residual branch that ends with this layer adds nothing at the start of training. Source: ADM.
+    """
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -39,11 +46,14 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class AdaGN(nn.Module):
-    """AdaGN(h, t, z) = z_s * (t_s * GroupNorm(h) + t_b) + z_b, time inside, latent outside (SODA, section 3).
+    """AdaGN(h, t, z) = z_s * (t_s * GroupNorm(h) + t_b) + z_b (SODA, section 3).
 
-    (t_s, t_b) and (z_s, z_b) are linear in the activated time embedding and latent, or section of the latent. The
-    scales are `scale_offset + linear(...)`: with 1, an untrained layer passes features on at their own size; the
-    reference implementation has 0.
+    The timestep is applied first, then the latent. A linear layer computes the scale t_s and the shift t_b from the
+    time embedding. Another linear layer computes z_s and z_b from the latent, or from one section of the latent. Both
+    inputs have already passed through SiLU.
+
+    The scales t_s and z_s are `scale_offset + linear(...)`. With an offset of 1, an untrained layer approximately keeps
+    the size of the features. The reference implementation uses 0.
     """
 
     def __init__(self, channels: int, time_dim: int, latent_dim: int, scale_offset: float) -> None:
@@ -62,7 +72,11 @@ class AdaGN(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(dropout(silu(AdaGN(conv(silu(norm(x))), t, z)))), with a 1x1 convolution on a skip that widens."""
+    """Residual block: skip(x) + conv(dropout(silu(AdaGN(conv(silu(norm(x))), t, z)))).
+
+    `skip` is a 1x1 convolution if the number of channels changes, and the identity otherwise. The sum is divided by
+    sqrt(2) if `rescale_residual` is True.
+    """
 
     def __init__(
         self,
@@ -92,7 +106,10 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over the pixels of a feature map, added to it. One head unless `num_head_channels` is set."""
+    """Self-attention over the pixels of a feature map, with a residual connection.
+
+    There is one head if `num_head_channels` is None, and `channels // num_head_channels` heads otherwise.
+    """
 
     def __init__(self, channels: int, num_head_channels: int | None, *, rescale_residual: bool) -> None:
         super().__init__()
@@ -112,14 +129,14 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halve the resolution with a strided 3x3 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
+    """3x3 convolution with stride 2, to halve the resolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
 class Upsample(nn.Conv2d):
-    """Double the resolution (nearest), then a 3x3 convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
+    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)

@@ -1,4 +1,4 @@
-"""SODA from the settings of a config, and its work per image."""
+"""Construction of SODA from the keys of a config, and its FLOPs per image."""
 
 from typing import Any
 
@@ -15,11 +15,12 @@ from model.soda import SODA
 def build_soda(
     decoder_size: int, encoder: dict[str, Any], decoder: dict[str, Any], initialization: Initialization = "default"
 ) -> SODA:
-    """SODA with the initial weights that torch's default generator draws.
+    """Builds SODA. Its initial weights are drawn from torch's default generator.
 
     Args:
         decoder_size: height and width in pixels of the images that the decoder denoises.
-        encoder, decoder: the keys of the config's sections.
+        encoder, decoder: keys and values of the `encoder` and `decoder` sections of the config.
+        initialization: `default` or `paper` (model/initialization.py).
     """
     as_paper = initialization == "paper"
     latent_dim = encoder["latent_dim"]
@@ -33,15 +34,15 @@ def build_soda(
 
 
 def forward_flops(soda: SODA, encoder_size: int, decoder_size: int) -> tuple[int, int]:
-    """FLOPs of one image's forward pass in the encoder and in the decoder; a multiply-add counts as two.
+    """Returns the FLOPs of a forward pass for one image: (encoder, decoder). A multiply-add counts as two FLOPs.
 
-    `soda` may lie on the meta device: nothing is computed there, only counted.
+    `soda` may be on the meta device. In that case, operations are counted but not computed.
     """
     device = next(soda.parameters()).device
     x_source, x_t = (torch.zeros(1, 3, size, size, device=device) for size in (encoder_size, decoder_size))
     z = torch.zeros(1, soda.encoder.latent_dim, device=device)
     was_training = soda.training
-    soda.eval()  # BatchNorm over one image on a 1x1 map refuses to train
+    soda.eval()  # in training mode, BatchNorm raises an error for a single image with a 1x1 feature map
     counts = []
     for module, inputs in [(soda.encoder, (x_source,)), (soda.decoder, (x_t, torch.zeros(1, device=device), z))]:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

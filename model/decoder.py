@@ -1,4 +1,4 @@
-"""The denoising decoder: a DDPM UNet whose every residual block is modulated by the timestep and the latent."""
+"""The denoising decoder: a DDPM UNet. The timestep and the latent modulate each of its residual blocks."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -16,7 +16,15 @@ IMAGE_CHANNELS = 3
 
 
 class Layer(NamedTuple):
-    """A residual block of the decoder: its name, its feature map (pixels, channels), its section's number and place."""
+    """A residual block of the decoder, with the section of z that modulates it.
+
+    Attributes:
+        name: name of the submodule, such as `up.3`.
+        resolution: height and width of the feature map in pixels.
+        channels: channels of the block's output.
+        section: index of the section of z.
+        dims: dimensions of z that form the section.
+    """
 
     name: str
     resolution: int
@@ -26,7 +34,7 @@ class Layer(NamedTuple):
 
 
 class Stage(nn.Module):
-    """A residual block modulated by one section of the latent, and self-attention where the resolution asks for it."""
+    """A residual block modulated by one section of the latent, followed by `attention` if it is not None."""
 
     def __init__(self, block: ResBlock, attention: SelfAttention | None, resolution: int, section: int) -> None:
         super().__init__()
@@ -35,36 +43,47 @@ class Stage(nn.Module):
         self.resolution, self.section = resolution, section
 
     def forward(self, x: Tensor, time: Tensor, latents: Sequence[Tensor]) -> Tensor:
-        """x (N, C_in, H, W), time (N, time_dim), a latent (N, width) for each section -> (N, C_out, H, W)."""
+        """x (N, C_in, H, W), time (N, time_dim), `latents` one (N, width) per section -> (N, C_out, H, W)."""
         h = self.block(x, time, latents[self.section])
         return h if self.attention is None else self.attention(h)
 
 
 class UNetDecoder(nn.Module):
-    """x_t, timesteps, z -> eps (Ho et al. 2020 with the AdaGN of SODA).
+    """UNet that predicts eps from x_t, timesteps and z (Ho et al. 2020, with the AdaGN of SODA).
 
-    Each level has `num_res_blocks` blocks going down and one more going up, where every block consumes one
-    skip: those of the blocks, of the downsamplings, and of the input projection.
+    Each level has `num_res_blocks` blocks in the downward path and one more in the upward path. Each block in the
+    upward path consumes one skip connection. Skip connections come from the blocks in the downward path, from the
+    downsamplings and from the input convolution.
 
-    Layer modulation (SODA, section 3): a UNet of 2m + 1 layers h_0 .. h_2m has m + 1 sections of z, section i for the
-    pair h_i and h_(2m - i). The paper leaves open how layers pair up where there are more going up than down. Here
-    *the section follows the skip connection*: each block going down has a section of its own; a block going up has that
-    of the block whose skip it consumes, a downsampling counting as its level's last block and the input projection
-    as the first block; the blocks in the middle share the last section.
+    Layer modulation (SODA, section 3): a UNet with 2m + 1 layers h_0 .. h_2m splits z into m + 1 sections. Section i
+    modulates the layers h_i and h_(2m - i). This UNet has more blocks in the upward path than in the downward path, and
+    the paper does not say how to pair them. Here *the section follows the skip connection*:
+
+    - Each block in the downward path has its own section.
+    - A block in the upward path uses the section of the block whose skip connection it consumes. For the skip
+      connection of a downsampling, it uses the section of the last block before the downsampling. For the skip
+      connection of the input convolution, it uses the section of the first block.
+    - The two blocks in the middle share the last section.
 
     Args:
-        image_size: height and width of the images; divisible by 2 ** (levels - 1).
+        image_size: height and width of the images in pixels; divisible by 2 ** (levels - 1).
         latent_dim: width of z; at least the number of sections.
-        model_channels: channels of the first level, a multiple of 4; `channel_mult` times as many at each level.
-        attn_resolutions: feature-map sizes, in pixels, that get self-attention; the middle always does.
+        model_channels: base number of channels, a multiple of 4.
+        channel_mult: one factor per level; a level has `model_channels` times this number of channels.
+        num_res_blocks: residual blocks per level in the downward path.
+        attn_resolutions: feature-map sizes in pixels with self-attention. The middle always has self-attention.
         num_head_channels: channels of an attention head; None means one head.
-        dropout: probability, inside the residual blocks.
-        scale_offset: what AdaGN adds to its linear scales.
-        modulation: `sectioned`, as above; `shared`: z is one section, which modulates every block.
-        rescale_residual: divide the sum of each residual connection by sqrt 2.
+        dropout: dropout probability inside the residual blocks.
+        scale_offset: constant that AdaGN adds to its linear scales.
+        modulation: `sectioned`: each section of z modulates its own blocks, as described above; `shared`: z is one
+            section, and it modulates every block.
+        rescale_residual: if True, the sum of each residual connection is divided by sqrt(2).
 
     Attributes:
-        section_dims: width of each section of z, first to last; they differ by at most 1.
+        section_dims: widths of the sections of z, first to last. The widths differ by at most 1.
+
+    Raises:
+        ValueError: `latent_dim` is smaller than the number of sections.
     """
 
     def __init__(
@@ -87,11 +106,11 @@ class UNetDecoder(nn.Module):
         time_dim = 4 * model_channels
         count = num_sections(modulation, len(channel_mult), num_res_blocks)
         if latent_dim < count:
-            raise ValueError(f"{count} sections need a latent of at least as many dimensions, not {latent_dim}")
+            raise ValueError(f"latent_dim is {latent_dim}: set it to at least {count}, the number of sections")
         self.section_dims = [latent_dim // count + (i < latent_dim % count) for i in range(count)]
 
         def stage(in_channels: int, out_channels: int, resolution: int, section: int, attend: bool) -> Stage:
-            section = min(section, count - 1)  # 0, where all blocks share the latent
+            section = min(section, count - 1)  # always 0 if all blocks share the latent
             block = ResBlock(
                 in_channels,
                 out_channels,
@@ -113,7 +132,7 @@ class UNetDecoder(nn.Module):
 
         widths = [model_channels * multiple for multiple in channel_mult]
         channels, resolution, section = model_channels, image_size, 0
-        skips = [(channels, section)]  # of each skip, its channels and the section of the block that consumes it
+        skips = [(channels, section)]  # for each skip: its channels, and the section of the block that consumes it
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -147,11 +166,11 @@ class UNetDecoder(nn.Module):
     def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
         """x_t (N, 3, H, W), timesteps (N,) int64, z (N, latent_dim) -> eps (N, 3, H, W).
 
-        A row of zeros in `z` is the null latent: its sample is denoised unconditionally. A section of zeros gives the
-        layers that it modulates what the null latent gives them.
+        A row of zeros in `z` is the null latent: the sample is denoised unconditionally. If only one section of a row
+        is zero, the layers of that section are modulated as by the null latent.
         """
         time = self.time_mlp(timestep_embedding(timesteps, self.model_channels))  # (N, time_dim)
-        latents = F.silu(z).split(self.section_dims, dim=1)  # (N, width) each, 0 where z is
+        latents = F.silu(z).split(self.section_dims, dim=1)  # (N, width) each; zeros in z stay zero
 
         h = self.conv_in(x_t)
         skips = [h]
@@ -165,13 +184,13 @@ class UNetDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def mask(self, z: Tensor, drop_mask: Tensor) -> Tensor:
-        """z (N, latent_dim) with zeros for the sections that drop_mask (N, sections) bool marks."""
+        """Returns z (N, latent_dim) with zeros in the sections for which `drop_mask` (N, sections) is True."""
         drops = drop_mask.split(1, dim=1)
         wide = [drop.expand(-1, width) for drop, width in zip(drops, self.section_dims, strict=True)]
         return z.masked_fill(torch.cat(wide, dim=1), 0)
 
     def layers(self) -> Iterator[Layer]:
-        """The residual blocks in the order in which they run, each with what modulates it."""
+        """Yields the residual blocks in the order in which they run."""
         ends = list(accumulate(self.section_dims))
         for name, module in self.named_modules():
             if isinstance(module, Stage):
@@ -180,7 +199,7 @@ class UNetDecoder(nn.Module):
                 yield Layer(name, module.resolution, channels, section, dims)
 
     def features(self, x_t: Tensor, timesteps: Tensor, z: Tensor, block: str) -> Tensor:
-        """The output of `block`, such as `up.3` or `middle.0`, for the same inputs: (N, C, h, w)."""
+        """Runs the decoder and returns the output (N, C, h, w) of the block named `block` (`up.3`, `middle.0`)."""
         found: list[Tensor] = []
         handle = self.get_submodule(block).register_forward_hook(lambda *call: found.append(call[-1]))
         try:

@@ -1,6 +1,6 @@
 """Gaussian diffusion: the noise schedule, the forward process, the DDPM loss and the DDIM sampler.
 
-Further loss terms are in training/losses.py.
+Other loss terms are in training/losses.py.
 """
 
 import math
@@ -12,36 +12,37 @@ from torch import Tensor
 from model.names import Schedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (N, C, H, W), timesteps (N,) int64) -> eps (N, C, H, W)."""
+"""Function (x_t (N, C, H, W), timesteps (N,) int64) -> eps (N, C, H, W)."""
 
 
-# Each schedule is called with the keys of the config's `diffusion` section, and takes those that it uses. It returns
-# alphas_cumprod, the share of the signal's variance left at each timestep: (num_timesteps,) float64, falling.
+# Each schedule function is called with all keys of the config's `diffusion` section and ignores the keys that it does
+# not need. It returns alphas_cumprod, the fraction of the signal's variance that remains at each timestep:
+# (num_timesteps,) float64, decreasing.
 
 
 def linear(num_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
-    """The product of 1 - beta_t, with beta_t linear from `beta_start` to `beta_end` (Ho et al. 2020)."""
+    """Returns the cumulative product of 1 - beta_t, beta_t linear from `beta_start` to `beta_end` (Ho et al. 2020)."""
     return (1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)).cumprod(0)
 
 
 def cosine(num_timesteps: int, **_: float) -> Tensor:
-    """cos^2(pi/2 (u + s)/(1 + s)) over its value at u = 0, s = 0.008 (Nichol & Dhariwal 2021, eq. 17)."""
+    """Returns f(u) / f(0), f(u) = cos^2(pi/2 (u + s)/(1 + s)), s = 0.008 (Nichol & Dhariwal 2021, eq. 17)."""
     u, s = midpoints(num_timesteps), 0.008
     return (torch.cos(math.pi / 2 * (u + s) / (1 + s)) / math.cos(math.pi / 2 * s / (1 + s))) ** 2
 
 
 def inverted_cosine(num_timesteps: int, **_: float) -> Tensor:
-    """arccos(2u - 1) / pi (SODA, section 3)."""
+    """Returns arccos(2u - 1) / pi (SODA, section 3)."""
     return torch.arccos(2 * midpoints(num_timesteps) - 1) / math.pi
 
 
 def linear_alphas_cumprod(num_timesteps: int, **_: float) -> Tensor:
-    """1 - u (Chen et al. 2024, "Deconstructing Denoising Diffusion Models for SSL")."""
+    """Returns 1 - u (Chen et al. 2024, "Deconstructing Denoising Diffusion Models for SSL")."""
     return 1 - midpoints(num_timesteps)
 
 
 def midpoints(num_timesteps: int) -> Tensor:
-    """u = (t + 1/2) / T for t = 0..T-1, (T,) float64: where schedules that are continuous in (0, 1) are taken."""
+    """Returns u = (t + 1/2) / T for t = 0..T-1: (T,) float64. Schedules defined on (0, 1) are evaluated at these u."""
     return (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps
 
 
@@ -51,22 +52,26 @@ SCHEDULES: dict[Schedule, Callable[..., Tensor]] = {
     "inverted_cosine": inverted_cosine,
     "linear_alphas_cumprod": linear_alphas_cumprod,
 }
-"""Names that `diffusion.schedule` takes."""
+"""Schedule function of each value of `diffusion.schedule`."""
 
 
 def eps_loss(eps: Tensor, noise: Tensor) -> Tensor:
-    """mean (eps - noise)^2 over predicted and true noise (N, C, H, W): a scalar in float32 (DDPM, eq. 14)."""
+    """Returns mean (eps - noise)^2, a float32 scalar, for predicted and true noise (N, C, H, W) (DDPM, eq. 14)."""
     return (eps.float() - noise).square().mean()
 
 
 class GaussianDiffusion:
-    """One schedule array for training and sampling, in float64 on the host; its roots in float32 on `device`.
+    """Gaussian diffusion with one noise schedule, used for both training and sampling.
 
-    It has no parameters and knows no network: any Denoiser will do. Its arithmetic is float32 whatever the denoiser's
-    autocast.
+    The class has no parameters, and its methods accept any Denoiser. Tensors are computed in float32, even if the
+    denoiser runs under autocast.
 
     Args:
-        settings: those of the schedule, such as the linear one's `beta_start` and `beta_end`.
+        settings: keys of the schedule, such as `beta_start` and `beta_end` of the linear schedule.
+
+    Attributes:
+        alphas_cumprod: (num_timesteps,) float64, on the CPU.
+        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod: (num_timesteps,) float32, on `device`.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class GaussianDiffusion:
         self.sqrt_one_minus_alphas_cumprod = (1 - exact).sqrt().float().to(device)
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """x_t = sqrt(alphas_cumprod_t) x_start + sqrt(1 - alphas_cumprod_t) noise (DDPM, eq. 4).
+        """Returns x_t = sqrt(alphas_cumprod_t) x_start + sqrt(1 - alphas_cumprod_t) noise (DDPM, eq. 4).
 
         x_start and noise (N, C, H, W), timesteps (N,) int64 -> x_t (N, C, H, W).
         """
@@ -88,18 +93,21 @@ class GaussianDiffusion:
         return signal * x_start + deviation * noise
 
     def predict_start_from_eps(self, x_t: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
-        """x_start = (x_t - sqrt(1 - alphas_cumprod_t) eps) / sqrt(alphas_cumprod_t), the inverse of `q_sample`."""
+        """Returns x_start = (x_t - sqrt(1 - alphas_cumprod_t) eps) / sqrt(alphas_cumprod_t).
+
+        This is the inverse of `q_sample`. x_t and eps (N, C, H, W), timesteps (N,) int64 -> x_start (N, C, H, W).
+        """
         signal, deviation = self._roots(timesteps)
         return (x_t - deviation * eps) / signal
 
     def _roots(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at timesteps (N,), (N, 1, 1, 1) each."""
+        """Returns sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at timesteps (N,), (N, 1, 1, 1) each."""
         roots = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         signal, deviation = (root[timesteps][:, None, None, None] for root in roots)
         return signal, deviation
 
     def sampling_timesteps(self, num_sampling_steps: int) -> list[int]:
-        """round(T (1 - i/n)) - 1 for i = 0..n-1: from T-1 down, exactly n steps (diffusers' `trailing`)."""
+        """Returns round(T (1 - i/n)) - 1 for i = 0..n-1: n timesteps, from T-1 down (diffusers' `trailing` spacing)."""
         steps = range(num_sampling_steps)
         return [round(self.num_timesteps * (1 - i / num_sampling_steps)) - 1 for i in steps]
 
@@ -113,15 +121,15 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         draw_noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Denoise x_T (N, C, H, W) to images in [-1, 1] (Song et al. 2021, eq. 12).
+        """Denoises x_T (N, C, H, W) and returns images (N, C, H, W) on the scale [-1, 1] (Song et al. 2021, eq. 12).
 
         Args:
             denoise: (x_t, timesteps) -> eps.
             num_sampling_steps: 1..T.
-            eta: 0 is deterministic DDIM, 1 has the variance of DDPM.
-            clip_denoised: clip the predicted x_start to [-1, 1] and recompute eps from it at each step; for
-                random x_T. Inversion and its decode must not clip.
-            draw_noise: timestep -> standard normal noise (N, C, H, W); eta > 0 needs it.
+            eta: 0 is deterministic DDIM; 1 adds noise with the variance of DDPM.
+            clip_denoised: if True, each step clips the predicted x_start to [-1, 1] and recomputes eps from it. Use
+                True for random x_T. Use False to decode an x_T from `ddim_invert`.
+            draw_noise: timestep -> standard normal noise (N, C, H, W). Required if eta > 0.
         """
         assert eta == 0 or draw_noise is not None
         visited = self.sampling_timesteps(num_sampling_steps)
@@ -134,7 +142,7 @@ class GaussianDiffusion:
                 x_start = x_start.clamp(-1, 1)
                 signal, deviation = self._roots(timesteps)
                 eps = (x_t - signal * x_start) / deviation
-            # In float64, as 1 - alphas_cumprod may be 0 in float32; after the last step comes the image itself.
+            # In float64, because 1 - alphas_cumprod may be 0 in float32. The last step produces the image (alpha 1).
             alpha = self.alphas_cumprod[t].item()
             alpha_next = 1.0 if t_next is None else self.alphas_cumprod[t_next].item()
             variance = eta**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
@@ -147,16 +155,25 @@ class GaussianDiffusion:
     def ddim_invert(
         self, denoise: Denoiser, x_start: Tensor, num_sampling_steps: int, num_iterations: int = 2
     ) -> Tensor:
-        """The x_T (N, C, H, W) that `ddim_sample`, unclipped and with eta 0, takes to x_start (N, C, H, W) in [-1, 1].
+        """Inverts `ddim_sample` (unclipped, eta 0): returns the x_T (N, C, H, W) that it denoises to `x_start`.
 
-        Each of its steps is undone: x_t is the fixed point of x_t = signal_t x_start + deviation_t eps(x_t, t), where
-        x_start is what the next, less noisy image is made of together with that same eps (Song et al. 2021, eq. 13).
-        With one iteration, from the next image, it is the inversion of Dhariwal & Nichol (2021, appendix F) and
-        diffusers' DDIMInverseScheduler; a second one costs as much again and brings the decode 3 to 11 dB nearer
-        (docs/results.md; the idea is Pan et al.'s, 2023).
+        The steps of the sampler are undone one by one, from the image to the noise. Each step computes the noisier
+        image x_t from the less noisy image y. To find x_t, the step solves the fixed-point equation
+
+            x_t = sqrt(alphas_cumprod_t) clean + sqrt(1 - alphas_cumprod_t) eps(x_t, t)
+
+        by iteration, starting from x_t = y. Here, `clean` is the predicted x_start that follows from y and the same
+        eps(x_t, t) (Song et al. 2021, eq. 13).
+
+        One iteration is the inversion of Dhariwal & Nichol (2021, appendix F) and of diffusers' DDIMInverseScheduler. A
+        second iteration doubles the cost and improves the reconstruction by 3 to 11 dB (docs/results.md). The idea of
+        more iterations is from Pan et al. (2023).
 
         Args:
-            num_iterations: evaluations of `denoise` for each step.
+            denoise: (x_t, timesteps) -> eps.
+            x_start: (N, C, H, W) images in [-1, 1].
+            num_sampling_steps: 1..T.
+            num_iterations: evaluations of `denoise` per step.
         """
         alpha, x_t = 1.0, x_start.float()
         for t in reversed(self.sampling_timesteps(num_sampling_steps)):

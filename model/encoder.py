@@ -1,4 +1,4 @@
-"""The image encoder: its contract, and ResNets of torchvision's blocks with a width and a stem of choice."""
+"""The image encoder: its interface, and ResNets built from torchvision's blocks with a configurable width and stem."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from model.names import Architecture, Stem
 from model.sizes import GROUP_STRIDES, STEM_STRIDES
 
-# Kind of block, blocks in each group, and torchvision's base width of a bottleneck.
+# (type of block, number of blocks in each group, torchvision's `base_width` of a bottleneck)
 ARCHITECTURES: dict[Architecture, tuple[type[BasicBlock] | type[Bottleneck], list[int], int]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2], 64),
     "resnet34": (BasicBlock, [3, 4, 6, 3], 64),
@@ -20,36 +20,41 @@ ARCHITECTURES: dict[Architecture, tuple[type[BasicBlock] | type[Bottleneck], lis
 
 
 class Encoder(nn.Module):
-    """Contract of an encoder: all that SODA, the evaluation and the exports use of it.
+    """Interface of an encoder. SODA, the evaluation and the exports use only these attributes and methods.
 
-    Its parameters are trained with `optimizer.encoder_lr`. An entry in ENCODERS gives it a name; it is called with the
-    keys of the config's `encoder` section.
+    The parameters of an encoder are trained with `optimizer.encoder_lr`. ENCODERS maps a name to the class. The class
+    is called with the keys of the config's `encoder` section.
 
     Attributes:
         latent_dim: width of z.
-        pooled_dim: width of the features before the layer that gives z.
+        pooled_dim: width of the features before the layer that computes z.
     """
 
     latent_dim: int
     pooled_dim: int
 
     def forward(self, x_source: Tensor) -> Tensor:
-        """(N, 3, H, W), normalised by the data set's mean and deviation -> z (N, latent_dim)."""
+        """Returns z (N, latent_dim) for images (N, 3, H, W).
+
+        The images are normalised by the data set's mean and standard deviation.
+        """
         raise NotImplementedError
 
     def features(self, x_source: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, for the evaluation."""
+        """Returns {"pooled": (N, pooled_dim), "z": (N, latent_dim)} for images (N, 3, H, W), for the evaluation."""
         raise NotImplementedError
 
 
 class ResNetEncoder(Encoder):
-    """x_source -> z (He et al. 2016, Zagoruyko & Komodakis 2016; state_dict keys and initialisation are torchvision's).
+    """ResNet that maps x_source to z (He et al. 2016, Zagoruyko & Komodakis 2016).
+
+    The state_dict keys and the initialisation are those of torchvision.
 
     Args:
-        architecture: a key of ARCHITECTURES, torchvision's names.
-        stem: `small` is a 3x3 convolution of stride 1 and no max-pooling, for images of about 32 px;
-            `imagenet` is the 7x7 convolution of stride 2 with max-pooling.
-        width: channels of the first group of blocks; each group doubles them. ResNets have 64.
+        architecture: a key of ARCHITECTURES. The names are torchvision's.
+        stem: `small` is a 3x3 convolution with stride 1 and without max-pooling, for images of about 32 px;
+            `imagenet` is a 7x7 convolution with stride 2, followed by max-pooling.
+        width: channels of the first group of blocks. Each following group has twice as many. Standard ResNets have 64.
         latent_dim: width of z.
     """
 
@@ -89,20 +94,23 @@ class ResNetEncoder(Encoder):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def pooled(self, x_source: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, pooled_dim): the globally averaged features before the last layer."""
+        """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
         h = self.maxpool(F.relu(self.bn1(self.conv1(x_source))))
         h = self.layer4(self.layer3(self.layer2(self.layer1(h))))  # (N, pooled_dim, h, w)
         return h.mean(dim=(2, 3))
 
     def forward(self, x_source: Tensor) -> Tensor:
-        """(N, 3, H, W), normalised by the data set's mean and deviation -> z (N, latent_dim)."""
+        """Returns z (N, latent_dim) for images (N, 3, H, W).
+
+        The images are normalised by the data set's mean and standard deviation.
+        """
         return self.fc(self.pooled(x_source))
 
     def features(self, x_source: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, for the evaluation."""
+        """Returns {"pooled": (N, pooled_dim), "z": (N, latent_dim)} for images (N, 3, H, W), for the evaluation."""
         pooled = self.pooled(x_source)
         return {"pooled": pooled, "z": self.fc(pooled)}
 
 
 ENCODERS: dict[Architecture, type[Encoder]] = dict.fromkeys(ARCHITECTURES, ResNetEncoder)
-"""Names that `encoder.architecture` takes, and what builds each."""
+"""Encoder class of each value of `encoder.architecture`."""

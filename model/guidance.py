@@ -1,4 +1,4 @@
-"""Conditioning of the decoder on a latent for sampling: classifier-free guidance, with a scale for each section."""
+"""Classifier-free guidance for sampling, with a separate scale for each section of the latent."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -17,36 +17,46 @@ def guided_denoiser(
     guidance_scale: float | Sequence[float] = 1.0,
     sections: Collection[int] | None = None,
 ) -> Denoiser:
-    """A function (x_t, timesteps) -> eps for the sampler, conditioned on z (N, latent_dim).
+    """Returns a function (x_t, timesteps) -> eps for the sampler, conditioned on z (N, latent_dim).
 
-    With one scale s and all sections this is classifier-free guidance (Ho & Salimans 2022), eps_uncond +
-    s (eps_cond - eps_uncond), where 1 is the conditional model alone and costs one pass instead of two. With a
-    scale s_i for each section it is, eps(S) being conditioned on the sections in S with all others dropped,
+    With one scale s for all sections, this is classifier-free guidance (Ho & Salimans 2022):
+    eps_uncond + s (eps_cond - eps_uncond). A scale of 1 is the conditional model alone. It costs one forward pass
+    instead of two.
 
-        eps({}) + integral over s > 0 of eps({i: s_i >= s}) - eps({}).
+    With a scale s_i for each section, the function returns
 
-    That is ordinary guidance if all scales agree, and eps(S) itself if they are 1 in S and 0 elsewhere. The formula
-    is this project's: the paper's is not known, and eps({}) + sum of s_i (eps({i}) - eps({})) in general has neither
-    property. It costs a pass for each different scale above 0, and the unconditional one.
+        eps({}) + integral over s > 0 of [eps({i: s_i >= s}) - eps({})],
+
+    where eps(S) is conditioned on the sections in S, and all other sections are dropped. This is ordinary guidance if
+    all scales are equal. It is eps(S) if the scales are 1 for the sections in S and 0 for the others. The formula is
+    the choice of this project, because the paper's formula is not known. The simpler formula
+    eps({}) + sum over i of s_i (eps({i}) - eps({})) does not have these two properties in general.
+
+    The cost is one forward pass for each distinct scale above 0. An unconditional pass is added unless the largest
+    scale is 1.
 
     Args:
-        guidance_scale: one for all sections, or one for each; 0 leaves a section out.
-        sections: those to condition on; None: all.
+        guidance_scale: one value for all sections, or one value per section. A section with scale 0 is dropped.
+        sections: indices of the sections to condition on. None means all sections.
 
     Raises:
-        ValueError: scales or sections do not fit the latent's sections.
+        ValueError: the number of scales does not match the number of sections, a scale is negative, or a section index
+            is out of range.
     """
     count = len(decoder.section_dims)
     scales = [guidance_scale] if isinstance(guidance_scale, int | float) else list(guidance_scale)
     scales = scales * count if len(scales) == 1 else scales
     chosen = set(range(count)) if sections is None else set(sections)
     if len(scales) != count or min(scales) < 0:
-        raise ValueError(f"guidance_scale {guidance_scale}: give one, or one for each of {count}, none below 0")
+        raise ValueError(
+            f"guidance_scale is {guidance_scale}: give one value, or {count} values (one per section), all at least 0"
+        )
     if not chosen <= set(range(count)):
-        raise ValueError(f"sections {sorted(chosen)}: the latent's go from 0 to {count - 1}")
+        raise ValueError(f"sections are {sorted(chosen)}: use only section numbers from 0 to {count - 1}")
     scales = [scale if i in chosen else 0.0 for i, scale in enumerate(scales)]
 
-    # One pass for each of the nested sets, as (which sections are dropped, its weight); the weights sum to 1.
+    # The sets {i: s_i >= s} change only at the scales, so the integral is a weighted sum with one pass per set. Each
+    # pass is (for each section, True if it is dropped; weight of the pass). The weights sum to 1.
     levels = sorted({*scales, 0.0}, reverse=True)
     passes = [([s < level for s in scales], level - below) for level, below in pairwise(levels)]
     passes = [each for each in [*passes, ([True] * count, 1 - levels[0])] if each[1]]

@@ -1,4 +1,4 @@
-"""The paper's initial weights, beside the default ones that the modules give themselves."""
+"""The initial weights of the paper, an alternative to the default weights of the modules."""
 
 import math
 
@@ -7,16 +7,19 @@ from torch import nn
 from model.soda import SODA
 
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
-"""Standard deviation, 0.8796, of a standard normal that is cut off at 2 on either side."""
+"""Standard deviation, 0.8796, of a standard normal distribution truncated to [-2, 2]."""
 
 
 def initialize_as_paper(soda: SODA) -> None:
-    """Xavier for the encoder, a truncated normal for the decoder; biases are zero.
+    """Initialises the encoder with Xavier, the decoder with a truncated normal distribution, and all biases with zero.
 
-    What is known of the paper's is these names, and that residual connections are rescaled by sqrt 2, which the
-    decoder's `rescale_residual` does. Taken here: Xavier's uniform distribution (Glorot & Bengio 2010); a normal one
-    cut off at two of its deviations, of deviation 1 / sqrt(fan in) after the cut (JAX's lecun_normal). No convolution
-    starts at zero: the ends of the residual branches have the size that dividing by sqrt 2 presumes.
+    Two facts are known of the paper's initialisation: the names of these two methods, and the division of residual sums
+    by sqrt(2). The decoder divides them if `rescale_residual` is True. The details are choices of this project:
+
+    - Encoder: the uniform version of Xavier (Glorot & Bengio 2010).
+    - Decoder: a normal distribution truncated at two of its standard deviations. After the truncation, the standard
+      deviation is 1 / sqrt(fan in) (lecun_normal in JAX).
+    - No convolution starts at zero, because the division by sqrt(2) assumes that both summands have a similar size.
     """
     for part, is_encoder in ((soda.encoder, True), (soda.decoder, False)):
         for module in part.modules():

@@ -1,20 +1,20 @@
-"""Names that a config may choose from, without torch, so that a mistake in a config is answered at once."""
+"""Names that a config can choose from. This module does not import torch, so that config errors appear immediately."""
 
 from typing import Literal
 
 Architecture = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"
 ]
-"""Encoders; the table is ENCODERS in model/encoder.py."""
+"""Names of the encoders. ENCODERS in model/encoder.py maps each name to its class."""
 
 Stem = Literal["small", "imagenet"]
-"""First layers of a ResNet; their strides are STEM_STRIDES in model/sizes.py."""
+"""Names of the stems, the first layers of a ResNet. STEM_STRIDES in model/sizes.py has their strides."""
 
 Modulation = Literal["shared", "sectioned"]
-"""Ways in which the latent modulates the decoder's layers (model/decoder.py)."""
+"""Names of the ways in which the latent modulates the decoder's layers (model/decoder.py)."""
 
 Initialization = Literal["default", "paper"]
-"""Initial weights (model/initialization.py)."""
+"""Names of the initialisations (model/initialization.py)."""
 
 Schedule = Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]
-"""Noise schedules; the table is SCHEDULES in model/diffusion.py."""
+"""Names of the noise schedules. SCHEDULES in model/diffusion.py maps each name to its function."""

@@ -1,30 +1,37 @@
-"""Sizes and counts that follow from the settings of encoder and decoder, without torch."""
+"""Sizes and numbers of modules, computed from the config of the encoder and decoder without importing torch."""
 
 import math
 
 from model.names import Modulation, Stem
 
 STEM_STRIDES: dict[Stem, tuple[int, int]] = {"small": (1, 1), "imagenet": (2, 2)}  # convolution, max-pooling
-GROUP_STRIDES = (1, 2, 2, 2)  # of the first block of each of a ResNet's four groups
+GROUP_STRIDES = (1, 2, 2, 2)  # stride of the first block in each of a ResNet's four groups
 
 
 def last_strided_input(image_size: int, stem: Stem) -> int:
-    """Height and width in pixels of the feature map that enters a ResNet's last strided convolution."""
+    """Returns the height and width in pixels of the feature map that enters a ResNet's last strided convolution."""
     return math.ceil(image_size / math.prod((*STEM_STRIDES[stem], *GROUP_STRIDES[:-1])))
 
 
 def num_sections(modulation: Modulation, num_levels: int, num_res_blocks: int) -> int:
-    """Sections of the latent: one for each residual block going down and one for the middle; one if it is shared."""
+    """Returns the number of sections of the latent.
+
+    With `sectioned` modulation, there is one section for each residual block in the downward path and one for the
+    middle. With `shared` modulation, there is one section in total.
+    """
     return 1 if modulation == "shared" else num_levels * num_res_blocks + 1
 
 
 def resolutions(image_size: int, num_levels: int) -> list[int]:
-    """Feature-map sizes of the decoder's levels in pixels, first to last."""
+    """Returns the feature-map sizes of the decoder's levels in pixels, first to last."""
     return [image_size // 2**level for level in range(num_levels)]
 
 
 def num_decoder_blocks(part: str, num_levels: int, num_res_blocks: int) -> int:
-    """Modules in the decoder's `down`, `middle` or `up`, down- and upsampling included."""
+    """Returns the number of modules in `down`, `middle` or `up` of the decoder, including down- and upsamplings.
+
+    `part` is the name of one of these three module lists.
+    """
     if part == "middle":
         return 2
     per_level = {"down": num_res_blocks, "up": num_res_blocks + 1}[part]

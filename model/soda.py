@@ -1,4 +1,4 @@
-"""SODA: encoder, decoder and the latent between them, as one module."""
+"""SODA: the encoder and the decoder as one module."""
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ from model.encoder import Encoder
 class SODA(nn.Module):
     """eps = decoder(x_t, timesteps, encoder(x_source)) (Hudson et al., CVPR 2024, figure 2).
 
-    The only way from the source view to the decoder is z, so the denoising loss shapes what z holds.
+    The decoder receives the source view only through z. Therefore, the denoising loss determines what z encodes.
     """
 
     def __init__(self, encoder: Encoder, decoder: UNetDecoder) -> None:
@@ -18,14 +18,15 @@ class SODA(nn.Module):
         self.decoder = decoder
 
     def forward(self, x_source: Tensor, x_t: Tensor, timesteps: Tensor, drop_mask: Tensor) -> Tensor:
-        """Predict the noise in x_t from a source view of the same image.
+        """Predicts the noise in x_t, given a source view of the same image.
 
         Args:
             x_source: (N, 3, H, W) source view, normalised.
             x_t: (N, 3, H, W) noised target view.
             timesteps: (N,) int64.
-            drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros (layer masking,
-                SODA, section 3). A row of True gives the null latent, which classifier-free guidance needs.
+            drop_mask: (N, sections) bool. True replaces a section of the sample's latent by zeros (layer masking, SODA,
+                section 3). A row of True gives the null latent. The decoder must be trained with the null latent for
+                classifier-free guidance.
 
         Returns:
             eps (N, 3, H, W).

@@ -1,3 +1,5 @@
+"""Fixtures and helpers that several tests share."""
+
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from experiment.opening import open_experiment
 from model.build import build_soda
 from model.soda import SODA
 
-# Networks this small are faster on one thread, and far faster where something else is using the cores.
+# Networks this small are faster on one thread, and much faster if other programs use the cores.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +30,7 @@ TINY_MODEL = [
     "decoder.attn_resolutions=[4]",
     "decoder.dropout=0.1",
 ]
-# Digits, 22 steps an epoch, about a second.
+# A run on digits: 22 steps per epoch, about one second.
 TINY_RUN = [
     *TINY_MODEL,
     "device=cpu",
@@ -44,18 +46,18 @@ TINY_RUN = [
 
 
 def digits_args(folder: Path, *overrides: str) -> list[str]:
-    """Arguments of train.py and test.py for a tiny run on digits in `folder`; later overrides win."""
+    """Returns arguments of train.py and test.py for a tiny run on digits in `folder`. Later overrides win."""
     return ["--config", str(ROOT / "config" / "digits.yaml"), *TINY_RUN, f"output_dir={folder}", *overrides]
 
 
 def pytest_configure() -> None:
-    """The tests are one process, whatever a cluster says of the machine that they run on."""
+    """Removes the variables of launchers, which some clusters set, so that the tests are a single process."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
 
 
 def launch(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`python args`, as a user types it; each launch costs seconds, so there are few."""
+    """Runs `python args` in a new process. Each launch takes seconds, so few tests use it."""
     return subprocess.run(
         [sys.executable, *args],
         cwd=ROOT,
@@ -68,17 +70,22 @@ def launch(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]
 
 
 def experiment_of(tmp_path: Path, *overrides: str) -> Any:
+    """Returns the opened experiment of a tiny run on digits."""
     _, path, *rest = digits_args(tmp_path, *overrides)
     return open_experiment(load_config(path, rest))
 
 
 def batch_of(experiment: Any, step: int, positions: range) -> Batch:
+    """Returns the samples at `positions` of the global batch of `step`."""
     (pixels,) = read_pixels(experiment, [(step, positions)])
     return draw_batch(experiment, pixels, step, positions)
 
 
 def small_soda(**decoder: Any) -> SODA:
-    """8 px images, a latent of 8, no dropout; every parameter random, so that nothing is hidden by a zero."""
+    """Returns a small SODA for images of 8 px, with a latent of 8 dimensions and no dropout.
+
+    All parameters of the decoder are random, because layers that start at zero would hide errors.
+    """
     torch.manual_seed(0)
     encoder = {"architecture": "resnet18", "stem": "small", "width": 4, "latent_dim": 8}
     sizes = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4]}
@@ -91,16 +98,22 @@ def small_soda(**decoder: Any) -> SODA:
 
 @pytest.fixture
 def tiny_soda() -> SODA:
+    """A small SODA with shared modulation."""
     return small_soda()
 
 
 @pytest.fixture
 def sectioned_soda() -> SODA:
-    """Sections of 3, 3 and 2 dimensions."""
+    """A small SODA whose latent has sections of 3, 3 and 2 dimensions."""
     return small_soda(modulation="sectioned")
 
 
 def assert_equal_states(a: Any, b: Any, where: str = "") -> None:
+    """Asserts that two nested states of tensors and plain values are equal.
+
+    Args:
+        where: path of the values in the state, for the error message.
+    """
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""Programs that test_distributed.py, test_mistakes.py and test_cuda.py run in two processes (`-m tests.processes`)."""
+"""Programs that tests run in two processes: `torchrun -m tests.processes <program> <folder or arguments>`."""
 
 import contextlib
 import io
@@ -45,8 +45,8 @@ PROGRAMS = {
     "embed.py": embed_program,
 }
 
-# Steps are small because AdamW and ReLU magnify rounding: of a gradient near zero, AdamW keeps only the sign. Nothing
-# is clipped, so that gradients are compared as they are.
+# Learning rates are low because AdamW and ReLU amplify rounding errors. AdamW divides by the gradient's size, so only
+# the sign of a near-zero gradient matters. max_grad_norm is high so that the gradients are compared without clipping.
 COMPARABLE = (
     "decoder.dropout=0.0",
     "encoder.width=16",
@@ -57,10 +57,13 @@ COMPARABLE = (
 
 
 def prepare(folder: Path, *overrides: str) -> tuple[Experiment, TrainState]:
-    """A tiny run whose every parameter is random, so that no gradient is zero."""
+    """Opens a tiny run on digits and returns (experiment, initial state).
+
+    Random numbers are added to all parameters, so that no gradient is zero.
+    """
     _, path, *rest = digits_args(folder, *COMPARABLE, *overrides)
     experiment = open_experiment(load_config(path, rest))
-    torch.set_float32_matmul_precision("highest")  # choose_device allows TensorFloat-32
+    torch.set_float32_matmul_precision("highest")  # on a GPU, choose_device allows TensorFloat-32
     torch.backends.cudnn.benchmark = False
     state = initial_state(experiment)
     generator = torch.Generator().manual_seed(0)
@@ -71,13 +74,24 @@ def prepare(folder: Path, *overrides: str) -> tuple[Experiment, TrainState]:
 
 
 def digest(values: dict[str, Tensor]) -> bytes:
+    """Returns the bytes of all tensors, joined."""
     return b"".join(value.cpu().numpy().tobytes() for value in values.values())
 
 
 def training(
     folder: Path, steps: int, *overrides: str, fixed_statistics: bool = False, compiled: bool = False
 ) -> dict[str, Any]:
-    """Losses over the global batch of `steps` steps, gradients and buffers of the first, keys, and EMA."""
+    """Trains for `steps` steps and returns the values that the tests compare.
+
+    Args:
+        fixed_statistics: keep the model in evaluation mode, so that BatchNorm uses its running statistics.
+        compiled: compile the model.
+
+    Returns:
+        The loss of each global batch, the gradients and buffers of the first step, and the keys of the state dict.
+        Also the number of compiled graphs and the graph breaks, DDP's settings, and whether the EMA is the same on all
+        ranks.
+    """
     experiment, state = prepare(folder, *overrides)
     if fixed_statistics:
         state.soda.eval()
@@ -110,7 +124,10 @@ def training(
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:
-    """20 steps with fixed statistics, the share of a process in 1, 2 and 4 parts."""
+    """Trains for 20 steps with fixed BatchNorm statistics, with each share split into 1, 2 and 4 micro-batches.
+
+    Adds to each result of `training` the key "unreduced": the number of backward passes without a reduction.
+    """
     found, unreduced = [], 0
     no_sync = DistributedDataParallel.no_sync
 
@@ -130,7 +147,7 @@ def micro_batches(folder: Path) -> list[dict[str, Any]]:
 
 
 def unsynchronised(folder: Path) -> dict[str, Any]:
-    """5 steps with torch's own BatchNorm, whose statistics are those of one process."""
+    """Trains for 5 steps with torch's own BatchNorm, whose statistics cover the samples of one process only."""
     convert = data_parallel.convert_batch_norm
     data_parallel.convert_batch_norm = lambda module: None
     try:
@@ -150,7 +167,11 @@ LAYOUTS = [  # dtype and memory format
 def batch_norm(
     make: type[nn.BatchNorm2d], dtype: torch.dtype, layout: torch.memory_format, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Two steps on this process's share of 8 samples, put together: the first on values far from zero."""
+    """Runs BatchNorm forward and backward twice, on this process's share of 8 samples.
+
+    The values of the first pass are far from zero. Returns outputs, gradients and buffers for all 8 samples, and an
+    output in evaluation mode.
+    """
     norm = make(6)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -181,11 +202,12 @@ def batch_norm(
 
 
 def batch_norms(make: type[nn.BatchNorm2d], device: str = "cpu") -> list[dict[str, Tensor]]:
+    """Returns the results of `batch_norm` for every number format and memory layout."""
     return [batch_norm(make, dtype, layout, device) for dtype, layout in LAYOUTS]
 
 
 def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor]:
-    """Accuracies of an encoder and of the baselines, and a grid of samples."""
+    """Judges a random encoder and the baselines. Returns (table of accuracies, sample grid)."""
     experiment, state = prepare(folder, *overrides)
     encoders = {"random": encode_with(experiment, state.soda), **baselines(experiment)}
     table = judge(experiment, encoders, config_protocols(experiment.config))
@@ -193,7 +215,10 @@ def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor]:
 
 
 def turns(folder: Path) -> dict[str, Any]:
-    """The order in which processes work, and what they learn of one that fails."""
+    """Runs `first_on_each_node` with work that writes the rank to a file, then with work that fails on the last rank.
+
+    Returns the result of the first work, the ranks in the order of work, the exit status, and the printed text.
+    """
     log = folder / "turns"
 
     def work() -> int:
@@ -216,11 +241,12 @@ def turns(folder: Path) -> dict[str, Any]:
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """All that does not depend on the number of processes."""
+    """Returns all results that must not depend on the number of processes."""
     return {
         "micro-batches": micro_batches(folder),
         "training": training(folder, 5),
-        # 15 and 4 batches of features, and one of each; samples in a chunk and a half.
+        # A batch size of 100 gives 15 training and 4 test batches, and 2000 gives one of each. Six images are one and a
+        # half chunks.
         "judging": [
             judging(folder, f"evaluation.batch_size={size}", "sampling.num_images=6", "sampling.eta=1.0")
             for size in (100, 2000)
@@ -229,7 +255,7 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def on_cuda(folder: Path) -> dict[str, Any]:
-    """Training and BatchNorm on one GPU, which processes share, without TensorFloat-32."""
+    """Trains, eagerly and compiled, and runs BatchNorm on one GPU that all processes share, without TensorFloat-32."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         overrides = ("device=cuda", "distributed.backend=gloo")
         found = {compiled: training(folder, 5, *overrides, compiled=compiled) for compiled in (False, True)}
@@ -241,7 +267,7 @@ def on_cuda(folder: Path) -> dict[str, Any]:
 
 
 def bad_numbers(arguments: list[str]) -> None:
-    """train.py with a disk that takes seconds for a checkpoint, and a NaN in one image of rank 1 from step 8 on."""
+    """Runs train.py with a slow disk (3 s per checkpoint) and, from step 8 on, a NaN in one image of rank 1."""
     write, pair, calls = CheckpointWriter._write, Views.pair, itertools.count()
 
     def slowly(*args: Any) -> None:
@@ -260,12 +286,15 @@ def bad_numbers(arguments: list[str]) -> None:
 
 
 def mistakes(cases: list[tuple[str, list[str]]]) -> list[tuple[Any, str]]:
-    """(exit status, what was printed) of each (program, arguments), where `{rank}` stands for this process's."""
+    """Runs each (program, arguments) and returns its (exit status, printed text).
+
+    `{rank}` in the arguments is replaced by the rank of this process.
+    """
     found = []
     for program, arguments in cases:
         printed = io.StringIO()
         status: Any = None
-        logging.root.handlers.clear()  # else they print to where the first one did
+        logging.root.handlers.clear()  # the handlers of the previous program write to its stream
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             try:
                 status = PROGRAMS[program].main([argument.replace("{rank}", str(rank())) for argument in arguments])
@@ -282,7 +311,7 @@ if __name__ == "__main__":
     if what == "cuda":
         results = on_cuda(place)
     elif what == "compiled":
-        # Several buckets of gradients, as a large model has, for which the graph is split.
+        # Small buckets: DDP gets several of them, as for a large model, and the compiler splits the graph between them.
         patch = partial(data_parallel._DataParallel, bucket_cap_mb=1)
         data_parallel._DataParallel = patch  # type: ignore[misc,assignment]
         results = training(place, 20, compiled=True)

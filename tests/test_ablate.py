@@ -1,4 +1,4 @@
-"""Ablations: plans, results that survive a crash, ties, runs that stop and resume."""
+"""Ablations: plans, results that survive a crash, ties, and runs that are stopped and resumed."""
 
 import json
 import os
@@ -28,6 +28,7 @@ X1, Y2, Z3 = "decoder.dropout=0.25", "encoder.latent_dim=32", "training.ema_deca
 
 
 def row_of(knn: float, linear: float, complete: bool = True, **more: Any) -> dict[str, Any]:
+    """Returns the result of a run with these accuracies under the reference's protocols."""
     table = {
         "k-NN k=20 uniform, unit z, bank: crop (the reference's)": {"trained": {"top1": knn, "top3": 99.0}},
         "linear 15 epochs (the reference's)": {"trained": {"top1": linear, "top3": 99.0}},
@@ -46,6 +47,7 @@ def row_of(knn: float, linear: float, complete: bool = True, **more: Any) -> dic
 
 
 def two_stages(**changes: Any) -> Plan:
+    """Returns a plan: a screen (with `changes`), and two later stages, each based on the stage before it."""
     screen = Stage(name="screen", epochs=1, seeds=[0, 1], variants={"a": [], "b": [X1], "c": [X1, Y2]})
     then = Stage(name="then", images_of="screen/a", base="screen", variants={"d": [Z3]})
     last = Stage(name="last", epochs=2, base="then", variants={"e": []})
@@ -55,7 +57,7 @@ def two_stages(**changes: Any) -> Plan:
 
 @pytest.fixture
 def ablation(tmp_path: Path) -> Ablation:
-    """The screen done: a with 60 and 62, b with 50 and 90, c with 40 and 20."""
+    """Results of a complete screen: variant a scores 60 and 62, b scores 50 and 90, c scores 40 and 20."""
     ablation = Ablation(two_stages(), tmp_path / "results.jsonl")
     for run, knn in zip(ablation.runs_of(ablation.stage("screen")), (60, 50, 40, 62, 90, 20), strict=True):
         ablation.record(run, row_of(knn, knn))
@@ -74,7 +76,7 @@ def test_the_plans_that_are_there_load(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_screen_of_cifar10_is_balanced() -> None:
-    """Within each schedule, each of the other factors is as often there as not."""
+    """Within each schedule, half of the variants have each of the other factors."""
     screen = next(s for s in read_plan(ROOT / "ablations/plans/cifar10.yaml", []).stages if s.name == "screen")
     keys = ("decoder.scale_offset", "views.source.crop_scale", "views.target.crop_scale", "views.target.randaugment")
     by_schedule: dict[str, list[list[bool]]] = {}
@@ -92,11 +94,11 @@ def test_the_screen_of_cifar10_is_balanced() -> None:
     ("stage", "expected"),
     [
         ("{name: a, epochs: 1, variants: {x: [training.epoch=2]}}", "did you mean training.epochs"),
-        ("{name: a, epochs: 1, variants: {x: [training.epochs=2]}}", "decides on seeds and epochs"),
+        ("{name: a, epochs: 1, variants: {x: [training.epochs=2]}}", "use the keys seeds and epochs of stage a"),
         ("{name: a, epochs: 1, minutes: 2.0, variants: {x: []}}", "one of epochs, minutes and images_of"),
         ("{name: a, variants: {x: []}}", "one of epochs, minutes and images_of"),
         ("{name: a, epochs: 1, command: x}", "or a command"),
-        ("{name: a, epochs: 1, seeds: [1, 1], variants: {x: []}}", "each once"),
+        ("{name: a, epochs: 1, seeds: [1, 1], variants: {x: []}}", "each seed only once"),
         ("{name: a, epochs: 1, variants: {x/y: []}}", "pattern"),
         ("{name: a, epochs: 1, variants: {x: []}, epochs: 2}", "given twice"),
         ("{name: a, epochs: 1, base: b, variants: {x: []}}", "builds on b"),
@@ -117,7 +119,7 @@ def test_mistakes_in_a_plan_are_explained(tmp_path: Path, stage: str, expected: 
 def test_a_stage_builds_on_the_best_of_another(ablation: Ablation) -> None:
     screen, then, last = ablation.plan.stages
     assert [run.name for run in ablation.runs_of(screen)] == [f"screen-{v}-{seed}" for seed in (0, 1) for v in "abc"]
-    assert ablation.best_variant(screen) == "b", "61 is less than the mean of 50 and 90"
+    assert ablation.best_variant(screen) == "b", "a has a mean of 61, b has 70"
     (run,) = ablation.runs_of(then)
     assert run.overrides == [X1, Z3] and run.config.decoder.dropout == 0.25 and run.config.training.ema_decay == 0.5
     ablation.record(run, row_of(1, 1, complete=False))
@@ -185,11 +187,13 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     assert f"| 61.0 ± {deviation:.1f} | 60.0 ± {deviation:.1f} | 60.5 ± {deviation:.1f} |" in cells["a"]
     assert "| 0, 1 | 1,000 | 1.0 | 5 ± 0 |" in cells["a"]
     assert "| +1.0 (tie) |" in cells[f"b: {X1}"] and "| +21.0 |" in cells[f"c: {X1} {Y2}"]
-    assert not any(line.startswith("- `") for line in lines), "one variant with it or without is no average"
+    assert not any(line.startswith("- `") for line in lines), (
+        "one variant with or without a setting is not enough for a line"
+    )
     assert "- then-d-0 was stopped after 1,000 images: 30.0 / 20.0" in lines
     ablation.record(then, {"complete": False, "failed": "out of memory"})
     assert "- then-d-0 failed: out of memory" in markdown_tables(ablation)
-    # One seed in that stage: how much runs vary is what the screen says.
+    # That stage has only one seed, so the standard deviation is that of the screen.
     ablation.record(then, row_of(30, 20))
     two = ablation.stage("then").model_copy(update={"variants": {"d": [Z3], "f": []}})
     plan = ablation.plan.model_copy(update={"stages": [ablation.stage("screen"), two]})
@@ -199,7 +203,7 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
 
 
 def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
-    """Three schedules at 50, 60 and 70, a factor of two keys worth 4; two variants each way, as in a fraction."""
+    """Known effects are found: the three schedules score 50, 60 and 70, and the crop, a setting of two keys, adds 4."""
     both = ["views.source.crop_scale=[0.2, 1.0]", "views.target.crop_scale=[0.2, 1.0]"]
     schedules = {"linear": 50, "linear_alphas_cumprod": 60, "inverted_cosine": 70}
     variants, truth = {}, {}
@@ -218,7 +222,7 @@ def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
         f"- `{' '.join(both)}`: +4.0, 3 variants against 3 without",
         "- `diffusion.schedule=linear_alphas_cumprod`: +10.0, 2 variants against 2 without",
         "- `diffusion.schedule=inverted_cosine`: +20.0, 2 variants against 2 without",
-    ], "deviations of 2.1 are 1.2 between means of six runs, 1.5 between means of four"
+    ], "single runs have a standard deviation of 2.1; a difference of means has 1.2 (six runs each) or 1.5 (four each)"
 
 
 def test_parts_of_an_encoder_go_together_again(tmp_path: Path) -> None:
@@ -236,18 +240,19 @@ def test_parts_of_an_encoder_go_together_again(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Time that goes on by a second with each look."""
+    """Clock that advances by one second each time that it is read."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def monotonic(self) -> float:
+        """Advances the clock and returns the time, like `time.monotonic`."""
         self.now += 1.0
         return self.now
 
 
 class Bench:
-    """A plan of two short runs, one of minutes and one as long as that, made with a clock of its own."""
+    """A plan, run on a `Clock`: a command, two short runs, a run whose length is given in minutes, and its control."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
@@ -263,26 +268,29 @@ class Bench:
         }
 
     def make(self, out: str, minutes: float | None = None, *more: str, status: int = 0) -> str:
+        """Runs the driver on the plan, checks its exit status, and returns what it printed."""
         path, clock = self.folder / "plan.yaml", Clock()
         path.write_text(json.dumps(self.plan))  # JSON is YAML
         with self.patch.context() as patch:
-            patch.setattr(ablate.time, "monotonic", clock.monotonic)  # the module, which both use
+            patch.setattr(ablate.time, "monotonic", clock.monotonic)  # `ablate` and `trial` share this module
             limit = [] if minutes is None else ["--minutes", str(minutes)]
             assert ablate.main([str(path), "--out", str(self.folder / out), *limit, *more]) == status
         return self.capsys.readouterr().out
 
     def rows(self, out: str) -> dict[str, dict[str, Any]]:
+        """Returns the last result of each run, by the name of the run."""
         lines = (self.folder / out / "results.jsonl").read_text().splitlines()
         return {row["run"]: row for row in map(json.loads, lines)}
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """A `Bench` in a temporary folder."""
     return Bench(tmp_path, monkeypatch, capsys)
 
 
 def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
-    """The clock runs out time and again, within a run too; another data.root changes nothing."""
+    """A plan whose time runs out again and again, even within a run, gives the same results, whatever data.root is."""
     bench.patch.setattr(ablate, "FIRST_JUDGING_S", 4.0)
     bench.patch.setattr(ablate, "FIRST_STARTUP_S", 2.0)
     bench.patch.setattr(trial, "SAVE_EVERY_S", 3)
@@ -299,7 +307,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     assert [row["complete"] for row in rows.values()] == [True] * 4 and len(rows) == 4
     commands = (tmp_path / "broken" / "commands.txt").read_text().splitlines()
     assert commands == ["== hello: -c 'print(6 * 7)'", "42", "== hello: status 0"]
-    # 0.2 minutes are 12 seconds, in which the clock is looked at about five times, every ten steps of 64 images.
+    # 0.2 minutes are 12 seconds of the clock: it is read about five times, every ten steps of 64 images.
     assert 1 <= rows["long-best-0"]["epochs"] == rows["control-a-0"]["epochs"] <= 10
     assert not list(tmp_path.rglob("last.pt")) and (tmp_path / "broken" / "long-best-0.yaml").exists()
     table = (tmp_path / "broken" / "table.md").read_text()
@@ -308,7 +316,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     bench.plan["stages"] = bench.plan["stages"][1:2]
     bench.make("whole")
     for name in ("screen-a-0", "screen-b-0"):
-        assert bench.rows("whole")[name]["table"] == rows[name]["table"], "as if it had not been stopped"
+        assert bench.rows("whole")[name]["table"] == rows[name]["table"], "the results of an uninterrupted run"
         assert len(rows[name]["table"]) >= 8
 
 
@@ -324,7 +332,7 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
 
     def failing(self: Trial, stop: Any) -> None:
         if "huge" in str(self.checkpoint):
-            raise OutOfMemoryError("out of memory: 3 GiB was asked for; take a smaller model")
+            raise OutOfMemoryError("out of memory: 3 GiB was requested; take a smaller model")
         if "screen" in str(self.checkpoint):
             raise RuntimeError("out of memory\nand more" if "large" in str(self.checkpoint) else "")
         train(self, stop)
@@ -345,7 +353,7 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
 def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     bench.plan["stages"] = bench.plan["stages"][1:2]
     step, steps = trial.train_step, iter(range(10**6))
-    bench.patch.setattr(signals, "_received", 0)  # and set back after the test
+    bench.patch.setattr(signals, "_received", 0)  # monkeypatch restores it after the test
     handler = signal.signal(signal.SIGTERM, signals._note)
 
     def signalled(*args: Any) -> Any:
@@ -362,9 +370,9 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     bench.patch.setattr(signals, "_received", 0)
     checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
     saved = torch.load(checkpoint, weights_only=True)
-    assert saved["step"] == 20, "the next look"
+    assert saved["step"] == 20, "the next check of the clock"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "\nall stages are done" in bench.make("out"), "a checkpoint that is damaged costs what was in it, no more"
+    assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint is lost"
 
 
 def test_a_folder_is_for_one_driver(bench: Bench, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pictures show what they say: on a model that is trained far enough for it to be visible."""
+"""Tests of the pictures, on a model that is trained long enough to show the expected effects."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -33,7 +33,7 @@ SIZE = 8
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained on squares of scikit-learn's two photographs, which have colours and textures as real images do."""
+    """Run folder of a model trained on squares of scikit-learn's two photographs, with real colours and textures."""
     place = tmp_path_factory.mktemp("photographs")
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         half = Image.fromarray(photograph).reduce(2)
@@ -54,22 +54,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def codec_of(run: Path, num_sampling_steps: int) -> Codec:
+    """Returns a codec of the trained model that samples, inverts and decodes in `num_sampling_steps` steps."""
     steps = f"sampling.num_sampling_steps={num_sampling_steps}"
     return Codec(*open_trained(read_trained(None, run / "checkpoints" / "last.pt", [steps])), seed=0)
 
 
 @pytest.fixture(scope="module")
 def codec(run: Path) -> Codec:
+    """A codec with 100 sampling steps."""
     return codec_of(run, 100)
 
 
 @pytest.fixture(scope="module")
 def quick(run: Path) -> Codec:
+    """A codec with 10 sampling steps."""
     return codec_of(run, 10)
 
 
 def choose(codec: Codec, references: list[str] | None, count: int = 0) -> Chosen:
-    """Images of the data set by reference, or the first `count` that the programs take by default."""
+    """Returns images of the data set by reference; if `references` is None, the first `count` default images."""
     experiment = codec.experiment
     assert experiment.test is not None
     splits = {"train": experiment.train, "test": experiment.test}
@@ -77,6 +80,7 @@ def choose(codec: Codec, references: list[str] | None, count: int = 0) -> Chosen
 
 
 def all_test_pixels(codec: Codec) -> Tensor:
+    """Returns all test images, (N, 3, H, W) uint8."""
     assert codec.experiment.test is not None
     (pixels,) = codec.experiment.test.batches([range(len(codec.experiment.test))])
     return pixels
@@ -84,7 +88,7 @@ def all_test_pixels(codec: Codec) -> Tensor:
 
 @pytest.fixture(scope="module")
 def inverted(codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
-    """All test images in [-1, 1], their z, their x_T."""
+    """All test images in [-1, 1], their z and their x_T."""
     pixels = all_test_pixels(codec)
     z = codec.encode(pixels)
     return pixels.float() / 127.5 - 1, z, codec.invert(pixels, z)
@@ -103,7 +107,11 @@ def test_inverted_noise_decodes_to_the_image(run: Path, codec: Codec, inverted: 
 def test_an_images_own_z_decodes_nearer_to_it_than_anothers(
     codec: Codec, quick: Codec, inverted: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Nearly always from the image's own x_T; from random noise, which places things otherwise, more often than not."""
+    """An image's own z decodes nearer to the image than another image's z does.
+
+    From the image's own x_T this holds for at least 90 % of the images. From random noise it holds for at least 60 %,
+    because random noise puts the content of an image in other places.
+    """
     sources, z, x_T = inverted
 
     def share_nearer(decode: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, times: int) -> float:
@@ -116,7 +124,7 @@ def test_an_images_own_z_decodes_nearer_to_it_than_anothers(
 
 
 def column(picture: Grid, index: int) -> Tensor:
-    """Images (rows, 3, H, W) uint8."""
+    """Returns the images in a column, (rows, 3, H, W) uint8."""
     found = [row[index].image for row in picture.cells]
     return torch.stack([image for image in found if image is not None])
 
@@ -130,7 +138,8 @@ def test_reconstruct_shows_source_samples_and_decode_with_their_figures(codec: C
         shown = column(picture, index).float() / 127.5 - 1
         for row, noise, similarity in zip(picture.cells, psnr(shown, sources), ssim(shown, sources), strict=True):
             decibels, index_of_ssim = row[index].caption.removeprefix("PSNR ").split("\nSSIM ")
-            # Captions are of the images before they are rounded to bytes, which counts above 40 dB and rules above 50.
+            # Captions are computed before the images are rounded to bytes. Rounding changes the PSNR noticeably above
+            # 40 dB, and determines it above 50 dB.
             assert min(float(decibels), 50) == pytest.approx(min(noise.item(), 50), abs=3 if noise > 40 else 0.2)
             assert float(index_of_ssim) == pytest.approx(similarity.item(), abs=0.02)
     assert not torch.equal(column(picture, 1), column(picture, 2))
@@ -145,7 +154,7 @@ def test_psnr_and_ssim_by_hand() -> None:
     for size in (4, 8, 13, 32):
         images = torch.rand(2, 3, size, size, generator=generator)
         torch.testing.assert_close(ssim(images, images), torch.ones(2))
-    flat = torch.full((1, 3, 8, 8), 0.5)  # no variance: means alone (Wang et al. 2004, eq. 6), with C1 = (0.01 * 2)^2
+    flat = torch.full((1, 3, 8, 8), 0.5)  # no variance, only means (Wang et al. 2004, eq. 6); C1 = (0.01 * 2)^2
     expected = (2 * 0.5 * 0.25 + 0.02**2) / (0.5**2 + 0.25**2 + 0.02**2)
     torch.testing.assert_close(ssim(flat, flat / 2), torch.tensor([expected]), atol=1e-4, rtol=0)
 
@@ -159,7 +168,7 @@ def test_an_interpolations_ends_are_its_reconstructions(codec: Codec) -> None:
     assert (ends.int() - column(rebuilt, 2).int()).abs().max() <= 1
     assert torch.equal(column(picture, 0), first.pixels) and torch.equal(column(picture, 6), second.pixels)
 
-    # In between, x_T keeps its size.
+    # Spherical interpolation preserves the standard deviation of x_T; linear interpolation does not.
     a, b = codec.noise(2, "a"), codec.noise(2, "b")
     middle = slerp(a, b, 0.5)
     assert middle.std().item() == pytest.approx(a.std().item(), rel=0.1) and (a.lerp(b, 0.5).std() < 0.8 * a.std())
@@ -167,7 +176,7 @@ def test_an_interpolations_ends_are_its_reconstructions(codec: Codec) -> None:
     torch.testing.assert_close(slerp(a, b, 1.0), b)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
     angle = torch.acos(F.cosine_similarity(a.flatten(1), b.flatten(1)))
-    b *= (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1))[:, None, None, None]  # on one sphere
+    b *= (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1))[:, None, None, None]  # a and b have the same norm
     turned = torch.acos(F.cosine_similarity(a.flatten(1), slerp(a, b, 0.25).flatten(1)))
     torch.testing.assert_close(turned, angle / 4, atol=1e-3, rtol=0)
     z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
@@ -210,7 +219,7 @@ def test_towards_a_class_is_where_a_classifiers_score_rises(codec: Codec) -> Non
         judge = LogisticRegression(max_iter=1000).fit(scaler.transform(z_train), labels.numpy() == label)
         assert judge.score(scaler.transform(z_train), labels.numpy() == label) > 0.9
         unit, deviation = latent_space.class_direction(codec.train_z, labels, label)
-        # A step towards it is the judge's coefficients, in the space where it judges.
+        # In the scaled space of the classifier, a step towards the class is parallel to its coefficients.
         step = scaler.transform(z_train[:1] + unit) - scaler.transform(z_train[:1])
         assert F.cosine_similarity(torch.tensor(step), torch.tensor(judge.coef_)).item() > 1 - 1e-6
         assert np.linalg.norm(unit) == pytest.approx(1) and deviation == pytest.approx((z_train @ unit).std())
@@ -239,14 +248,14 @@ def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> 
 def test_arithmetic_of_means_and_images(codec: Codec) -> None:
     image = choose(codec, ["2"])
     same = Arithmetic(num_samples=1).draw(codec, [0, 0, image])
-    assert same.rows == ["image", "decoded, x_T of c", "sampled, random x_T 1"]
+    assert same.rows == ["image", "decoded from the x_T of c", "sampled from random x_T 1"]
     for row in same.cells[1:]:  # a - a + c is c
         assert row[2].image is not None and row[3].image is not None
         assert (row[2].image.int() - row[3].image.int()).abs().max() <= 1
     back = same.cells[1][2].image
     assert back is not None and psnr(back[None].float() / 127.5 - 1, image.pixels.float() / 127.5 - 1) > 30
 
-    # Of means alone, from noise: the last column is that of the latent worked out by hand.
+    # With class means only, decoded from noise: the last column decodes the latent that is computed by hand here.
     picture = Arithmetic(num_samples=2).draw(codec, [0, 1, 0])
     labels = codec.experiment.train.labels
     assert labels is not None and len(picture.cells) == 2
@@ -287,7 +296,8 @@ def test_new_images_are_drawn_from_the_mixture_and_show_their_latents(
     picture = Generate(num_components=3, num_samples=80).draw(quick, None)
     z = drawn["z"]
     assert len(picture.cells) == 3 and len(picture.cells[0]) == 80 and z.shape == (240, codec.train_z.shape[1])
-    # As likely under another mixture, fitted to the same latents, as these are; noise of their deviation is not.
+    # Under another mixture fitted to the same latents, the drawn z are about as likely as the latents. Noise with the
+    # mean and standard deviation of the latents is not.
     latents = codec.train_z.double().numpy()
     other = GaussianMixture(3, reg_covar=1e-3 * latents.var(axis=0).mean(), random_state=7).fit(latents)
     strangers = latents.mean(axis=0) + latents.std(axis=0) * np.random.default_rng(0).standard_normal(
@@ -297,10 +307,11 @@ def test_new_images_are_drawn_from_the_mixture_and_show_their_latents(
     assert abs(new - real) < 0.2 * abs(real - strange)
     weights = [float(row.split(": ")[1].split(" %")[0]) for row in picture.rows]
     assert weights == sorted(weights, reverse=True) and 98 <= sum(weights) <= 102
-    # The z of what an image shows is nearer to its own z than to the others', more often than not: x_T says much here.
+    # An image is encoded nearer to the z that it was sampled from than to most other z. The margin is small, because
+    # x_T has a large effect on the images of this model.
     seen = quick.encode(torch.stack([cell.image for row in picture.cells for cell in row if cell.image is not None]))
     distances = torch.cdist(seen, z)
-    nearer = (distances.diagonal()[:, None] < distances).sum(dim=1) / (len(z) - 1)  # share of the others, for each
+    nearer = (distances.diagonal()[:, None] < distances).sum(dim=1) / (len(z) - 1)  # fraction of z farther away
     assert nearer.mean() >= 0.58
 
 
@@ -340,7 +351,7 @@ def test_every_picture_checks_its_numbers() -> None:
         numbers = {option: minimum for option, minimum in minimums.items() if minimum is not None}
         for option, minimum in numbers.items():
             picture(**{option: minimum})
-            with pytest.raises(ConfigError, match=f"--{option} {minimum - 1}: take at least {minimum}"):
+            with pytest.raises(ConfigError, match=f"--{option} {minimum - 1} is too small: use at least {minimum}"):
                 picture(**{option: minimum - 1})
 
 
@@ -356,7 +367,7 @@ COMMANDS: list[list[str]] = [
 
 
 def test_two_processes_draw_the_same_file_as_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another seed draws another."""
+    """The files are identical in every byte. Another seed gives another picture."""
     photograph = next((run.parent / "images" / "test" / "flower").iterdir())
     quick = ["sampling.num_sampling_steps=3", "sampling.eta=0.5", "--checkpoint", str(run / "checkpoints" / "last.pt")]
     cases = [[word.replace("{photograph}", str(photograph)) for word in words] for words in COMMANDS]

@@ -1,4 +1,4 @@
-"""Batched augmentation against torchvision's, which goes a sample at a time."""
+"""Tests of the batched augmentation against torchvision, which augments one sample at a time."""
 
 import math
 from collections.abc import Callable
@@ -54,11 +54,12 @@ def _seeded() -> None:
 
 
 def random(count: int) -> Draw:
+    """Returns a draw of random uniforms for `count` samples."""
     return lambda columns, stream="": torch.rand(count, columns)
 
 
 def pictures(count: int, size: int) -> Tensor:
-    """Smooth ones, noise, dark ones and flat ones, (count, 3, size, size) uint8."""
+    """Returns images (count, 3, size, size) uint8: smooth ones, noise, dark ones, and one of a single level."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     images = (F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255).byte()
@@ -69,6 +70,7 @@ def pictures(count: int, size: int) -> Tensor:
 
 
 def unchanged(count: int, size: int) -> Parameters:
+    """Returns parameters that do not change the images."""
     return Parameters(
         torch.tensor([[0.0, 0.0, size, size, 0.0]]).expand(count, 5),
         torch.zeros(count, 1, dtype=torch.int64),
@@ -79,6 +81,7 @@ def unchanged(count: int, size: int) -> Parameters:
 
 
 def operating(count: int, size: int, operations: Tensor, strengths: Tensor) -> Parameters:
+    """Returns parameters that apply one operation to each sample; `operations` and `strengths` are (count,)."""
     matrices = operation_matrices(operations, strengths, size)[:, None]
     return replace(
         unchanged(count, size), operations=operations[:, None], strengths=strengths[:, None], matrices=matrices
@@ -107,7 +110,7 @@ def test_turning_the_hue_is_torchvisions(turns: float) -> None:
 
 
 def test_colours_are_changed_as_torchvision_would() -> None:
-    """In an order of each sample's own, by factors of its own; grey where it should be."""
+    """Each sample gets torchvision's operations in its own order and with its own factors. Some become grey."""
     images = pictures(60, 16)
     view = View(
         crop_flip_probability=0.0,
@@ -140,7 +143,9 @@ def test_colours_follow_torchvisions_distribution() -> None:
     jittered = rounds.any(dim=1)
     assert abs(jittered.float().mean() - 0.8) < 0.02
     orders = rounds[jittered].unique(dim=0, return_counts=True)[1]
-    assert len(orders) == 24 and (orders / jittered.sum() - 1 / 24).abs().max() < 0.01, "every order alike"
+    assert len(orders) == 24 and (orders / jittered.sum() - 1 / 24).abs().max() < 0.01, (
+        "all 24 orders are equally likely"
+    )
     theirs = v2.ColorJitter(0.4, 1.5, 0.2, 0.1)
     for name, (low, high), centre in (
         ("Brightness", theirs.brightness, 1),
@@ -154,7 +159,7 @@ def test_colours_follow_torchvisions_distribution() -> None:
     assert abs((drawn.operations[:, 6] == INDEX["Color"]).float().mean() - 0.2) < 0.02
     assert drawn.strengths[:, 6].unique().tolist() == [-1, 0]
     plain = Augmentation(View(randaugment_probability=0.0), 16).parameters(random(9))
-    assert plain.operations.shape == (9, 2), "no rounds that change nothing"
+    assert plain.operations.shape == (9, 2), "no rounds for colours if the config has none"
 
 
 def test_strengths_are_torchvisions() -> None:
@@ -191,12 +196,12 @@ def test_operations_of_a_batch_are_applied_in_order_to_the_right_samples() -> No
         expected = images[sample]
         for operation, m in zip(drawn.operations[sample].tolist(), drawn.strengths[sample].tolist(), strict=True):
             expected = THEIRS[NAMES[operation]](expected, m)
-        # A grey level's difference may be widened by what follows it.
+        # Later operations may amplify a difference of one level, so only the mean difference is limited.
         assert (ours[sample].int() - expected.int()).abs().float().mean() < 1
 
 
 def test_operating_once_on_all_samples_is_operating_on_each() -> None:
-    """Every operation in one batch, some of them absent: groups that share a call do not mix."""
+    """A call on a whole batch gives the same pixels as a call per sample, even if an operation does not occur."""
     images, generator = pictures(60, 16), torch.Generator().manual_seed(0)
     operations = torch.randint(0, len(OPERATIONS), (60,), generator=generator).sort().values
     operations[operations == INDEX["Rotate"]] = INDEX["TranslateY"]
@@ -215,7 +220,8 @@ def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None
     shares = drawn.operations.flatten().bincount(minlength=14) / 200_000
     expected = torch.full((14,), 0.65 / 14)
     expected[0] += 0.35
-    # Three and more deviations: the largest is that of Identity, 0.0015, since a sample has both operations or neither.
+    # The tolerance is more than three standard deviations. Identity has the largest, 0.0015, because a sample gets both
+    # operations or none.
     torch.testing.assert_close(shares, expected, atol=0.005, rtol=0)
     same = (drawn.operations[:, 0] == drawn.operations[:, 1]) & (drawn.operations[:, 0] > 0)
     assert abs(same.float().mean() - 0.65 * 13 / 14**2) < 0.003, "drawn with replacement"
@@ -227,6 +233,7 @@ def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None
 
 
 def boxes_of(count: int, size: int, **keys: Any) -> Tensor:
+    """Returns `count` random boxes (count, 5); `keys` are keys of the view."""
     view = View(**{"crop_flip_probability": 1.0, **keys})
     return Augmentation(view, size).parameters(random(count)).boxes
 
@@ -312,7 +319,7 @@ def test_images_too_small_to_blur_are_left() -> None:
 
 
 def test_nothing_is_read_from_the_pixels() -> None:
-    """On the meta device there are none to read: a number asked for, or a shape that depends on them, raises."""
+    """augment() works on the meta device, where reading a value or using a shape that depends on values would raise."""
     view = View(randaugment_probability=1.0, affine_probability=1.0, color_jitter_probability=0.5)
     drawn = Augmentation(view, 16).parameters(random(200))
     assert drawn.operations.unique().numel() == len(OPERATIONS)

@@ -1,3 +1,5 @@
+"""Tests of checkpoints: writing, reading, digests, fallback to an older checkpoint, and unusable files."""
+
 import hashlib
 import os
 import pickle
@@ -30,10 +32,12 @@ CONTENTS: dict[str, Any] = {
 
 
 def contents(step: int) -> dict[str, Any]:
+    """Returns the contents of a checkpoint whose step and weights are all `step`."""
     return CONTENTS | {"step": step, "model": {"w": torch.full((30_000,), float(step))}}
 
 
 def write(folder: Path, *steps: int, keep_as: str | None = None) -> None:
+    """Saves one checkpoint for each of `steps`, as a run does that resumes from last.pt if it exists."""
     folder.mkdir(exist_ok=True)
     resumed_from = folder / "last.pt" if (folder / "last.pt").exists() else None
     with CheckpointWriter(folder, resumed_from, folder / "metrics.jsonl") as writer:
@@ -42,6 +46,7 @@ def write(folder: Path, *steps: int, keep_as: str | None = None) -> None:
 
 
 def newest_step(folder: Path) -> int | None:
+    """Returns the step of the newest usable checkpoint, after a check of its weights; None if there is none."""
     newest = newest_checkpoint(folder)
     if newest is None:
         return None
@@ -62,6 +67,7 @@ def test_the_last_two_checkpoints_come_back_and_sha256sum_agrees(tmp_path: Path)
 
 
 def test_what_is_saved_is_what_it_was_then(tmp_path: Path) -> None:
+    """A checkpoint holds the values at the time of `save`, even if they change before it is written."""
     weights = torch.zeros(10**6)
     with CheckpointWriter(tmp_path, None, tmp_path / "none") as writer:
         writer.save(CONTENTS | {"model": {"w": weights}, "optimizer": {"groups": [{"betas": (0.9, 0.95)}]}})
@@ -75,6 +81,7 @@ def test_what_is_saved_is_what_it_was_then(tmp_path: Path) -> None:
 def test_of_a_damaged_checkpoint_the_one_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
+    """If last.pt is damaged or missing, previous.pt is used and a warning is logged."""
     write(tmp_path, 1, 2)
     last = tmp_path / "last.pt"
     content = bytearray(last.read_bytes())
@@ -90,10 +97,10 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
     else:
         os.truncate(last, 0 if damage == "empty" else len(content) // 2)
     assert newest_step(tmp_path) == 1
-    assert "going back to" in caplog.text and "previous.pt, of step 1" in caplog.text
-    assert f"last.pt{'; going' if damage == 'missing' else ' is damaged'}" in caplog.text
+    assert "Using " in caplog.text and "previous.pt of step 1 instead" in caplog.text
+    assert f"last.pt{'. Using' if damage == 'missing' else ' is damaged'}" in caplog.text
 
-    # The damaged one does not take the place of the good one, whatever happens while the next is saved.
+    # The next save must not replace the intact previous.pt by the damaged last.pt.
     with CheckpointWriter(tmp_path, tmp_path / "previous.pt", tmp_path / "none") as writer:
         writer.save(contents(3))
     assert [load_checkpoint(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 1]
@@ -102,6 +109,10 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
 
 
 def test_where_both_are_damaged_the_newest_kept_one_is_used_else_nothing(tmp_path: Path) -> None:
+    """If last.pt and previous.pt are damaged, the newest intact epoch_*.pt is used.
+
+    If no checkpoint is intact, CheckpointError is raised. If there is none at all, the result is None.
+    """
     assert newest_step(tmp_path) is None
     write(tmp_path, 900, keep_as="epoch_0900.pt")
     write(tmp_path, 1000, keep_as="epoch_1000.pt")
@@ -110,7 +121,7 @@ def test_where_both_are_damaged_the_newest_kept_one_is_used_else_nothing(tmp_pat
     for name in ("last.pt", "previous.pt", "epoch_10000.pt"):
         os.truncate(tmp_path / name, 1000)
     assert newest_step(tmp_path) == 1000
-    shutil.copy(tmp_path / "epoch_0900.pt", tmp_path / "last.pt")  # a user's way of going back
+    shutil.copy(tmp_path / "epoch_0900.pt", tmp_path / "last.pt")  # a user goes back to an earlier checkpoint
     assert newest_step(tmp_path) == 900
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
@@ -121,7 +132,10 @@ def test_where_both_are_damaged_the_newest_kept_one_is_used_else_nothing(tmp_pat
 def test_a_process_killed_between_any_two_changes_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All calls that change what is on the disk are counted; the process ends before each of them in turn."""
+    """A process killed during a save leaves an intact checkpoint.
+
+    The test counts the calls that change the disk, and simulates a kill before each of them in turn.
+    """
 
     class Killed(BaseException):
         pass
@@ -157,7 +171,7 @@ def test_a_process_killed_between_any_two_changes_leaves_a_whole_checkpoint(
                 reached = moment
         found.append(newest_step(folder) or 0)
         assert found[-1] in (2, 3)
-        # Whoever goes on from after step 3 does not write it again.
+        # A run that resumes from step 3 does not write epoch_0002.pt again, so this file must exist by then.
         assert found[-1] == 2 or load_checkpoint(folder / "epoch_0002.pt")["step"] == 3
         for path in folder.glob("*.pt"):
             load_checkpoint(path)
@@ -165,10 +179,11 @@ def test_a_process_killed_between_any_two_changes_leaves_a_whole_checkpoint(
         assert [load_checkpoint(folder / name)["step"] for name in ("last.pt", "previous.pt")] == [4, found[-1]]
         if reached < moment:
             break
-    assert reached > 8 and found == sorted(found), "it goes over at one moment"
+    assert reached > 8 and found == sorted(found), "the newest step must change from 2 to 3 once, and not back"
 
 
 def test_a_save_that_fails_leaves_the_last_ones_and_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that fails raises FolderError and leaves the earlier checkpoints unchanged."""
     write(tmp_path, 1, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     full = OSError(28, "No space left on device")
@@ -192,7 +207,7 @@ def test_a_save_that_fails_leaves_the_last_ones_and_is_told_of(tmp_path: Path, m
                     pass
                 with pytest.raises(FolderError):
                     writer.check()
-                writer.check()  # told once
+                writer.check()  # the error is raised only once
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     shutil.rmtree(tmp_path)
     with (
@@ -200,10 +215,12 @@ def test_a_save_that_fails_leaves_the_last_ones_and_is_told_of(tmp_path: Path, m
         CheckpointWriter(tmp_path, tmp_path / "last.pt", tmp_path / "none") as writer,
     ):
         writer.save(contents(3))
-    assert not tmp_path.exists(), "a folder that is gone may be a disk that is, and comes back"
+    assert not tmp_path.exists(), "a missing folder must not be created again: its disk may come back"
 
 
 class Malicious:
+    """Object that creates the folder `owned` when it is unpickled."""
+
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, ("owned",)
 
@@ -222,7 +239,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     elif kind == "malicious":
         torch.save({**CONTENTS, "config": Malicious()}, path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        (tmp_path / "SHA256SUMS").write_text(f"{digest}  last.pt\n")  # who can write one can write the other
+        (tmp_path / "SHA256SUMS").write_text(f"{digest}  last.pt\n")  # an attacker can write both files
     elif kind == "malicious pickle":
         path.write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(CheckpointError) as caught:
@@ -253,7 +270,7 @@ def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_peer_does_not_cost_the_checkpoint_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of training a last collective fails while a thread is still writing."""
+    """A checkpoint is completed even if the last collective of training fails while the thread is still writing."""
     experiment = experiment_of(tmp_path)
     state, folder = initial_state(experiment), RunFolder(experiment.config)
     (tmp_path / "checkpoints").mkdir()

@@ -1,3 +1,5 @@
+"""Tests of the config: files, overrides, error messages and comparison."""
+
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
 
 @pytest.fixture
 def write(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Function that writes a text to a config file and returns the path."""
+
     def _write(text: str) -> Path:
         path = tmp_path / "experiment.yaml"
         path.write_text(text)
@@ -89,12 +93,12 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("optimizer.encoder_lr=-1", "optimizer.encoder_lr"),
         ("optimizer.encoder_lr=.nan", "optimizer.encoder_lr"),
         ("decoder.dropout=1.5", "decoder.dropout"),
-        ("views.source.crop_scale=[0.5, 2]", "share of the area"),
+        ("views.source.crop_scale=[0.5, 2]", "fraction of the area"),
         ("views.source.crop_scale=[0.5, 0.2]", "low <= high"),
         ("views.source.crop_scale=[1]", "views.source.crop_scale"),
         ("training.checkpoint_every=10min", "training.checkpoint_every"),
         ("data.image_size=30", "cannot be halved 3 times"),
-        ("decoder.attn_resolutions=[15]", "none of the decoder's [32, 16, 8, 4]"),
+        ("decoder.attn_resolutions=[15]", "none of the decoder's sizes: choose from [32, 16, 8, 4]"),
         ("decoder.num_head_channels=48", "decoder.num_head_channels"),
         ("encoder.stem=imagenet data.image_size=16", "encoder.stem"),
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
@@ -192,7 +196,7 @@ def test_keys_of_the_evaluation_may_change_on_resume(write) -> None:  # type: ig
 
 
 def test_views_that_differ_in_a_key_have_different_names() -> None:
-    """Tables of accuracies name protocols by their views."""
+    """Views that differ in any key have different names, because tables of accuracies name protocols by their views."""
     used: Any = {name: 0.5 for name in View.model_fields if name.endswith("_probability")}
     base = View(**used)
     for name in View.model_fields:

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
-    """DDP, BatchNorm and EMA through gloo, against one process on the same GPU and against torch's BatchNorm."""
+    """Two processes that share a GPU through gloo train like one process.
+
+    Their BatchNorm agrees with torch's BatchNorm, and their EMA is the same on both ranks.
+    """
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     done = launch(*TWO_PROCESSES, "-m", "tests.processes", "cuda", str(tmp_path / "two"))
@@ -48,10 +51,10 @@ def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
 def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> None:
     experiment, state = processes.prepare(tmp_path, "device=cuda", "training.use_amp=true")
     if experiment.amp_dtype != torch.bfloat16:
-        pytest.skip("fp16 needs a scaler, which looks at the gradients")
+        pytest.skip("fp16 needs a gradient scaler, which synchronises with the GPU")
     if compiled:
         if not choose_compile(True, experiment.device):
-            pytest.skip("needs a compiler")
+            pytest.skip("this machine cannot compile the model")
         state.soda.compile()
     pixels, timer = training_pixels(experiment, 0), PhaseTimer()
     losses = [train_step(experiment, state, pixels, timer)[0] for _ in range(3)]
@@ -87,7 +90,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_the_gpu_and_waits_for_noth
 
 
 def test_a_checkpoint_comes_from_the_gpu_whole(tmp_path: Path) -> None:
-    """Through pinned memory, while the next steps change the weights."""
+    """A checkpoint copied through pinned memory is correct, although the next step changes the weights meanwhile."""
     experiment, state = processes.prepare(tmp_path, "device=cuda")
     pixels = training_pixels(experiment, 0)
     with CheckpointWriter(tmp_path, None, tmp_path / "none") as writer:
@@ -110,6 +113,7 @@ def test_streamed_images_are_pinned(tmp_path: Path) -> None:
 
 
 def test_images_lie_on_the_gpu_or_are_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are kept on the GPU if they fit there. If not, batches come from pinned host memory."""
     near, _ = processes.prepare(tmp_path, "device=cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     far, _ = processes.prepare(tmp_path, "device=cuda")
@@ -130,4 +134,4 @@ def test_pictures_and_features_on_the_gpu(tmp_path: Path, capsys: pytest.Capture
             == 0
         )
     there, here = np.load(tmp_path / "cuda.npz"), np.load(tmp_path / "cpu.npz")
-    np.testing.assert_allclose(there["z"], here["z"], atol=0.02 * np.abs(here["z"]).max())  # TensorFloat-32
+    np.testing.assert_allclose(there["z"], here["z"], atol=0.02 * np.abs(here["z"]).max())  # CUDA uses TensorFloat-32

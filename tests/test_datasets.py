@@ -1,3 +1,5 @@
+"""Tests of the data sets: listing, decoding, cache, streaming, digests and the messages about unusable images."""
+
 import errno
 import gzip
 import os
@@ -24,13 +26,17 @@ from datasets.sources import SOURCES, DatasetInfo, build_dataset
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
+    """Writes an array as an image file, and creates the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Two classes, told apart by their colour: 3 + 2 training images, 1 + 1 test images, of several kinds."""
+    """Folder with two classes of different brightness: 3 + 3 training images and 1 + 1 test images.
+
+    One training image is greyscale and in a deeper folder. A text file and a hidden folder must be ignored.
+    """
     root = tmp_path / "photos"
     for split, counts in (("train", (3, 2)), ("test", (1, 1))):
         for label, (name, count) in enumerate(zip(("ant", "bee"), counts, strict=True)):
@@ -43,6 +49,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def open_data(name: Any, root: object, cache_dir: object, size: int) -> tuple[StoredImages, StoredImages, DatasetInfo]:
+    """Opens a data set of stored images by name."""
     data = Data(name=name, root=str(root), cache_dir=str(cache_dir), image_size=size)
     train, test, info = build_dataset(data, processes=1)
     assert isinstance(train, StoredImages) and isinstance(test, StoredImages)
@@ -50,6 +57,7 @@ def open_data(name: Any, root: object, cache_dir: object, size: int) -> tuple[St
 
 
 def open_folder(root: Path, tmp_path: Path, size: int = 8, **how: Any) -> tuple[Any, Any]:
+    """Opens both splits of a folder; `how` sets further keys of the section `data`."""
     data = Data(name="folder", root=str(root), cache_dir=str(tmp_path / "cache"), image_size=size, **how)
     return build_dataset(data, processes=1)[:2]
 
@@ -93,7 +101,7 @@ def test_16_bit_grey_and_orientation_are_read_right(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     write_image(tmp_path / "flat" / "a.png", ramp)
     turned = np.zeros((8, 8, 3), np.uint8)
-    turned[0] = 255  # the top row is bright, and EXIF says: turn by 180 degrees
+    turned[0] = 255  # the top row is bright, and EXIF asks for a turn by 180 degrees
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(turned).save(tmp_path / "flat" / "b.png", exif=exif)
@@ -103,14 +111,14 @@ def test_16_bit_grey_and_orientation_are_read_right(tmp_path: Path) -> None:
 
 
 def test_a_palettes_transparency_raises_no_warning(tmp_path: Path) -> None:
-    decoding._silence_pil.cache_clear()  # pytest restores the filters after every test
+    decoding._silence_pil.cache_clear()  # pytest removes the filter after every test
     image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
     image.save(tmp_path / "a.png", transparency=bytes(range(256)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Image.open(tmp_path / "a.png") as opened:
             opened.convert("RGB")
-        assert len(caught) == 1, "PIL still warns"
+        assert len(caught) == 1, "PIL itself gives this warning"
         assert decoding.decode(tmp_path / "a.png", 8).shape == (8, 8, 3)
         assert len(caught) == 1
 
@@ -172,7 +180,7 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     assert len(decoded) == 6 and third.pixels[0].eq(50).all()
 
     for mark in (tmp_path / "cache").glob("*.json"):
-        mark.write_text("")  # as a full disk leaves it
+        mark.write_text("")  # a full disk can leave an empty file
     assert torch.equal(open_folder(tree, tmp_path)[0].pixels, third.pixels)
 
     for pixels_file in (tmp_path / "cache").glob("*.npy"):
@@ -188,7 +196,7 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
 def test_data_sets_on_one_root_keep_their_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One folder of classes, read with its classes, as a flat folder and as another data set."""
+    """The same folder is read with its classes, as a flat folder and as another data set. Each has its own cache."""
     for name in ("a", "b"):
         for index in range(2):
             pixels = np.full((8, 8, 3), 10 * (name == "b") + index, np.uint8)
@@ -210,7 +218,7 @@ def test_data_sets_on_one_root_keep_their_caches(
     assert open_all() == expected
     monkeypatch.setattr(decoding, "decode", None)
     assert open_all() == expected
-    assert "anew" not in caplog.text
+    assert "decoding all images again" not in caplog.text
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -222,9 +230,9 @@ def test_a_stale_cache_is_named_with_the_reason(
     def reasons() -> list[str]:
         caplog.clear()
         open_folder(tree, tmp_path, stream=stream)
-        return [line for line in caplog.messages if line.endswith("decoding all of them anew")]
+        return [line for line in caplog.messages if line.endswith("decoding all images again")]
 
-    assert reasons() == [] == reasons(), "neither the first time nor from the cache"
+    assert reasons() == [] == reasons(), "no message the first time, and none from a valid cache"
     (tree / "train" / "ant" / "2.png").unlink()
     (line,) = reasons()
     assert str(tree / "train") in line and "files were added, removed or changed" in line
@@ -240,7 +248,7 @@ def test_a_stale_cache_is_named_with_the_reason(
         pixels_file = mark.with_suffix(".npy")
         os.truncate(pixels_file, pixels_file.stat().st_size - 100)
         (line,) = reasons()
-        assert f"{pixels_file} are damaged" in line
+        assert f"{pixels_file} are truncated or damaged" in line
         pixels_file.unlink()
     assert reasons() == []
 
@@ -248,7 +256,10 @@ def test_a_stale_cache_is_named_with_the_reason(
 def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second process decodes the same folder while the first does."""
+    """The partial file of a killed process is removed. A partial file that another process is writing is kept.
+
+    A second call decodes the same folder before the first call has finished.
+    """
     open_folder(tree, tmp_path)
     (pixels_file, *_) = sorted((tmp_path / "cache").glob("*.npy"))
     left = pixels_file.with_name(f"{pixels_file.name}.0.partial")
@@ -310,13 +321,14 @@ def test_streamed_images_are_the_stored_ones(tree: Path, tmp_path: Path, monkeyp
 
 @pytest.fixture
 def numbered(tmp_path: Path) -> Listing:
-    """20 images, each of the colour of its index."""
+    """Listing of 20 images; all pixels of an image have the value of its index."""
     for index in range(20):
         write_image(tmp_path / "numbered" / f"{index:02}.png", np.full((4, 4, 3), index, np.uint8))
     return Listing(tmp_path / "numbered", [f"{index:02}.png" for index in range(20)], None, [])
 
 
 def decoding_threads() -> list[str]:
+    """Returns the names of the decoding threads that are alive."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
@@ -324,7 +336,7 @@ def decoding_threads() -> list[str]:
 def test_a_batch_is_decoded_by_as_many_threads_as_there_should_be(
     numbered: Listing, monkeypatch: pytest.MonkeyPatch, num_workers: int, together: bool
 ) -> None:
-    """Three groups of one batch meet at a barrier, if they are decoded at once."""
+    """A barrier opens only if the three groups of a batch are decoded at the same time, which needs three threads."""
     barrier, decode = threading.Barrier(3), decoding.decode
 
     def meet(path: Path, size: int) -> np.ndarray:
@@ -369,7 +381,7 @@ def test_an_image_that_goes_bad_is_named_when_its_batch_is_due(numbered: Listing
 
 @pytest.mark.parametrize("then", [True, False])
 def test_pixels_are_those_of_the_files_however_they_were_held_before(tree: Path, tmp_path: Path, then: bool) -> None:
-    """Stored, changed, streamed or not, stored again."""
+    """Files are stored, then changed, then streamed or stored (`then`), then stored: the new pixels are found twice."""
     open_folder(tree, tmp_path, stream=False)
     for path in tree.rglob("*.png"):
         write_image(path, 255 - np.asarray(Image.open(path)))
@@ -382,10 +394,11 @@ def test_pixels_are_those_of_the_files_however_they_were_held_before(tree: Path,
 def test_what_was_looked_through_is_still_known_when_storing_fails(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The cached statistics of streamed images stay valid if the pixels cannot be written to the cache later."""
     open_folder(tree, tmp_path, stream=True)
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_allocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
-        with pytest.raises(DatasetError, match=r"\(Read-only\): set data\.cache_dir$"):
+        with pytest.raises(DatasetError, match=r"\(Read-only\): set data\.cache_dir to another folder$"):
             open_folder(tree, tmp_path, stream=False)
     monkeypatch.setattr(decoding, "decode", None)
     assert len(open_folder(tree, tmp_path, stream=True)[0]) == 6
@@ -404,16 +417,17 @@ def test_large_images_are_decoded_few_at_a_time(tree: Path, tmp_path: Path, monk
     images, _ = open_folder(tree, tmp_path, size=64, stream=False)
     assert sizes == [2, 2, 2, 2] and images.summary == summarize([images.pixels])
     open_folder(tree, tmp_path, size=128, stream=True)
-    assert sizes[4:] == [1] * 8, "larger than a block"
+    assert sizes[4:] == [1] * 8, "an image that is larger than a block is a block of its own"
 
 
 def test_pipes_are_refused(tree: Path, tmp_path: Path) -> None:
     os.mkfifo(tree / "train" / "ant" / "pipe.png")
-    with pytest.raises(DatasetError, match=r"pipe\.png is no regular file: remove it"):
+    with pytest.raises(DatasetError, match=r"pipe\.png is not a regular file: remove it"):
         open_folder(tree, tmp_path)
 
 
 def test_the_digest_of_what_runs_were_trained_on_stays() -> None:
+    """The digest of a data set never changes, because checkpoints store it."""
     assert open_data("digits", "", "", 8)[0].digest() == "4693b1156cb4fd053639a6059230c3b9"
 
 
@@ -449,6 +463,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
+    """Writes an array as a compressed file in the IDX format of Fashion-MNIST."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     with gzip.open(path, "wb") as file:

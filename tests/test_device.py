@@ -1,4 +1,4 @@
-"""A device that is missing is replaced, which is logged. GPUs are faked: these tests need none."""
+"""Tests of the choice of device, number format, backend and compilation. GPUs are faked, so that none is needed."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ def _logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems to have two GPUs and NCCL."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -25,6 +26,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def be_process(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    """Sets the environment variables of a launcher for one of `world_size` processes on this machine."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, str(rank))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -38,7 +40,7 @@ def test_without_cuda_another_device_is_taken(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu") and caplog.text == ""
     assert choose_device("cuda") == torch.device("cpu")
-    assert "device is cuda, which is not available here: taking cpu" in caplog.text
+    assert "device=cuda is not available here: using cpu" in caplog.text
 
 
 def test_each_process_has_its_gpu(
@@ -54,7 +56,7 @@ def test_more_processes_than_gpus_share_them(
 ) -> None:
     be_process(monkeypatch, 3, 4)
     assert choose_device("cuda") == torch.device("cuda", 1)
-    assert "4 processes share the GPUs, of which there are 2" in caplog.text
+    assert "4 processes share 2 GPU(s)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,9 @@ def test_more_processes_than_gpus_share_them(
         (2, "cuda", "auto", "nccl", ""),
         (2, "cuda", "gloo", "gloo", ""),
         (4, "cuda", "auto", "gloo", ""),
-        (4, "cuda", "nccl", "gloo", "needs a GPU for each process: taking gloo"),
+        (4, "cuda", "nccl", "gloo", "needs one GPU per process: using gloo instead"),
         (2, "cpu", "auto", "gloo", ""),
-        (2, "cpu", "nccl", "gloo", "needs a GPU for each process: taking gloo"),
+        (2, "cpu", "nccl", "gloo", "needs one GPU per process: using gloo instead"),
     ],
 )
 def test_the_backend_is_what_the_gpus_allow(
@@ -93,8 +95,8 @@ def test_the_backend_is_what_the_gpus_allow(
         ("cuda", True, torch.bfloat16, ""),
         ("cuda", False, torch.float16, "mixed precision is fp16"),
         ("cpu", True, torch.bfloat16, ""),
-        ("cpu", False, None, "taking float32"),
-        ("mps", True, None, "taking float32"),
+        ("cpu", False, None, "using float32"),
+        ("mps", True, None, "using float32"),
     ],
 )
 def test_mixed_precision_is_what_the_hardware_computes(
@@ -119,10 +121,10 @@ def test_mixed_precision_is_what_the_hardware_computes(
             {"RANK": "0", "WORLD_SIZE": "2"},
             "MASTER_ADDR or MASTER_PORT is missing: start several processes with torchrun",
         ),
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x WORLD_SIZE=2 makes no sense"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "makes no sense"),
-        ({"RANK": "1", "WORLD_SIZE": "1"}, "makes no sense"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "makes no sense"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "invalid launcher variables RANK=x WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "invalid launcher variables"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "invalid launcher variables"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "invalid launcher variables"),
     ],
 )
 def test_an_environment_that_no_launcher_made_is_refused(
@@ -131,7 +133,7 @@ def test_an_environment_that_no_launcher_made_is_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
-        run(lambda: pytest.fail("the program does not start"))
+        run(lambda: pytest.fail("the program must not start"))
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and expected in printed
 
@@ -167,4 +169,4 @@ def test_the_model_is_compiled_where_it_can_be(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_compile(setting, torch.device(kind)) == expected
     wanted = setting or (setting is None and kind == "cuda")
-    assert ("training eagerly" in caplog.text) == (wanted and not expected)
+    assert ("training without torch.compile" in caplog.text) == (wanted and not expected)

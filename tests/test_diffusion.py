@@ -1,3 +1,5 @@
+"""Tests of the diffusion process against closed forms, diffusers and float64."""
+
 import functools
 import math
 from collections.abc import Callable
@@ -17,10 +19,12 @@ TEN_POINTS = [0, 1, 7, 50, 249, 500, 666, 900, 998, 999]
 
 
 def diffusion(schedule: Schedule = "linear", num_timesteps: int = 1000) -> GaussianDiffusion:
+    """Returns a diffusion process with the default betas."""
     return GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=1e-4, beta_end=0.02)
 
 
 def closed_form(schedule: Schedule, t: int) -> float:
+    """Returns alphas_cumprod at timestep `t` of 1000, from the definition of the schedule."""
     u = (t + 0.5) / 1000
     if schedule == "linear":
         return math.exp(math.fsum(math.log1p(-(1e-4 + (0.02 - 1e-4) * s / 999)) for s in range(t + 1)))
@@ -28,7 +32,7 @@ def closed_form(schedule: Schedule, t: int) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     if schedule == "linear_alphas_cumprod":
         return 1 - u
-    assert schedule == "inverted_cosine", f"give {schedule} a closed form here"
+    assert schedule == "inverted_cosine", f"add a closed form of {schedule} to this function"
     return 2 / math.pi * math.acos(math.sqrt(u))  # equal to arccos(2u - 1) / pi
 
 
@@ -53,6 +57,7 @@ def test_q_sample_against_diffusers() -> None:
 
 
 def denoise_somehow(x_t: Tensor, timesteps: Tensor) -> Tensor:
+    """Returns a smooth function of x_t and the timesteps, in place of a network."""
     return (0.7 * x_t + timesteps[:, None, None, None] / 1000).sin()
 
 
@@ -93,7 +98,7 @@ def test_inversion_by_one_iteration_against_diffusers(num_sampling_steps: int) -
     x_start = torch.rand(2, 3, 4, 4) * 2 - 1
     noisier = x_start
     for t in theirs.timesteps:
-        # Theirs takes a timestep for the one that it comes from.
+        # The scheduler expects the timestep of the noisier image, together with the less noisy image.
         step = theirs.step(denoise_somehow(noisier, t.expand(2)), int(t), noisier)
         noisier = step.prev_sample
     ours = diffusion().ddim_invert(denoise_somehow, x_start, num_sampling_steps, num_iterations=1)
@@ -153,7 +158,7 @@ def test_a_perfect_denoiser_gives_x_start_back(
 def test_sampling_stays_finite_at_both_ends(
     schedule: Schedule, num_timesteps: int, clip_denoised: bool, eta: float
 ) -> None:
-    """With a network that answers zeros, noise of the right size, or the negative of its input."""
+    """Samples are finite if the network returns zeros, standard normal noise, or the negative of its input."""
     torch.manual_seed(0)
     beta_start = 1e-9 if schedule == "linear" else 1e-4  # 1 - 1e-9 is 1 in float32
     ours = GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=beta_start, beta_end=0.02)
@@ -182,7 +187,10 @@ def test_loss_is_the_mean_squared_error_of_the_noise() -> None:
 
 
 def test_x_start_is_predicted_at_the_timestep_of_each_sample() -> None:
-    """The inverse of q_sample, for a batch as large as its images are wide."""
+    """`predict_start_from_eps` inverts `q_sample` with a different timestep for each sample.
+
+    The batch size equals the image width, so that broadcasting over the wrong dimension raises no error.
+    """
     x_start, noise = torch.randn(2, 4, 3, 4, 4).unbind()
     ours, timesteps = diffusion(), torch.tensor([0, 5, 500, 900])
     found = ours.predict_start_from_eps(ours.q_sample(x_start, timesteps, noise), timesteps, noise)

@@ -1,4 +1,4 @@
-"""Two processes compute what one computes. What they run is in tests/processes.py."""
+"""Tests that two processes compute the same results as one process. tests/processes.py holds their programs."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,7 @@ from utils.distributed.rendezvous import _call_roll
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of one process."""
     return processes.numbers(tmp_path_factory.mktemp("one"))
 
 
@@ -33,26 +34,31 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Returns the norm of the difference, divided by the norm of the expected tensor."""
     return ((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
 
 
 def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """To 1e-5: losses, and after one step every gradient and every buffer, each relative to its own norm."""
+    """Checks that the losses, and the gradients and buffers of the first step, agree to 1e-5.
+
+    The error of a gradient or buffer is relative to its own norm.
+    """
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     for kind in ("gradients", "buffers"):
         assert found[kind].keys() == expected[kind].keys()
         for name, value in expected[kind].items():
-            assert value.abs().max() > 0, f"{name} says nothing"
+            assert value.abs().max() > 0, f"{name} is zero, so comparing it proves nothing"
             assert relative_error(found[kind][name], value) < 1e-5, name
 
 
 def test_the_number_of_processes_does_not_change_training(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
         assert_same_training(rank["training"], one["training"])
-        assert rank["training"]["keys"] == one["training"]["keys"], "no prefix, nothing added"
+        assert rank["training"]["keys"] == one["training"]["keys"], "DDP must not change the keys of the state dict"
 
 
 def test_batch_norm_of_one_process_would_change_it(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """Training in two processes differs from training in one if each process normalises over its own samples only."""
     for rank in two:
         found, expected = rank["unsynchronised"], one["training"]
         assert found["losses"] != pytest.approx(expected["losses"], rel=1e-5)
@@ -65,30 +71,33 @@ def test_with_fixed_statistics_neither_processes_nor_micro_batches_matter(
     one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
     expected = one["micro-batches"][0]
-    assert abs(expected["losses"][-1] / expected["losses"][0] - 1) > 0.01, "something was learned"
+    assert abs(expected["losses"][-1] / expected["losses"][0] - 1) > 0.01, "the loss has not changed"
     for found in (*one["micro-batches"][1:], *two[0]["micro-batches"], *two[1]["micro-batches"]):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6) and len(found["losses"]) == 20
-        # AdamW forgets the scale of gradients, which therefore are compared themselves.
+        # Gradients are compared directly, because AdamW's updates hardly depend on their scale.
         for name, gradient in expected["gradients"].items():
             assert relative_error(found["gradients"][name], gradient) < 1e-5, name
 
 
 def test_gradients_are_reduced_once_a_step(two: list[dict[str, Any]]) -> None:
-    """In the very first backward pass DDP must reduce them, whatever is to come."""
+    """Gradients are reduced in the last backward pass of each step, and in the very first, because DDP requires it."""
     for rank in two:
         assert [found["unreduced"] for found in rank["micro-batches"]] == [0, 20 * 1 - 1, 20 * 3 - 1]
-        assert rank["training"]["DDP"] == (True, True, False), "static graph, bucket views, no buffers sent"
+        assert rank["training"]["DDP"] == (True, True, False), "DDP: static graph, bucket views and no buffer broadcast"
 
 
 def test_the_ema_is_the_same_on_all_ranks(two: list[dict[str, Any]]) -> None:
     for rank in two:
         for found in (rank["training"], *rank["micro-batches"]):
             assert found["EMA is the same everywhere"]
-        assert not rank["unsynchronised"]["EMA is the same everywhere"], "else this test could not fail"
+        assert not rank["unsynchronised"]["EMA is the same everywhere"], "without GlobalBatchNorm2d the EMAs differ"
 
 
 def assert_like_torch(found: list[dict[str, Tensor]], device: str) -> None:
-    """BatchNorm of two processes against torch's on the whole batch; where bf16 goes in and out, to its rounding."""
+    """Checks that BatchNorm of two processes agrees with torch's BatchNorm on the whole batch.
+
+    The tolerance is 1e-5. For bf16 inputs and outputs it is 1e-2, because bf16 rounds more coarsely.
+    """
     for (dtype, _), values, expected in zip(
         processes.LAYOUTS, found, processes.batch_norms(nn.BatchNorm2d, device), strict=True
     ):
@@ -111,14 +120,14 @@ def test_batch_norm_is_converted_in_place() -> None:
     after = module.state_dict()
     assert after.keys() == before.keys() and all(after[name] is not None for name in before)
     x = torch.randn(5, 4, 2, 2)
-    assert torch.equal(module[1].train()(x), nn.BatchNorm2d(4)(x)), "in one process, torch's own"
+    assert torch.equal(module[1].train()(x), nn.BatchNorm2d(4)(x)), "one process must give torch's result"
 
 
 def test_judging_gives_the_same_numbers(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
         for (table, grid), (expected_table, expected_grid) in zip(rank["judging"], one["judging"], strict=True):
             assert table == expected_table
-            assert (grid.int() - expected_grid.int()).abs().max() <= 1, "grey levels"
+            assert (grid.int() - expected_grid.int()).abs().max() <= 1, "the grids differ by more than one grey level"
     assert one["judging"][0][1].unique().numel() > 100
 
 
@@ -132,19 +141,22 @@ def test_processes_take_turns_and_learn_of_each_others_failures(two: list[dict[s
 def test_one_process_of_each_machine_goes_before_the_others(
     monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, turn: int
 ) -> None:
-    """Two machines of two processes: what the first leaves is there for the second, too, if they share storage."""
+    """On two machines with two processes each, rank 0 works first, then the first process of the other machine.
+
+    All other processes follow. If the machines share storage, the second machine finds the files of the first.
+    """
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
     meetings: list[bool] = []
 
     def all_gather_object(busy: bool) -> list[bool]:
-        """Any other process that is at work is done at the second meeting."""
+        """Answers for this process and one other, which is busy in odd calls and idle in even calls."""
         meetings.append(busy)
         return [busy, len(meetings) % 2 == 1]
 
     def work() -> int:
         began_at = len(meetings)
-        while len(meetings) < began_at + 3:  # the others are met while this goes on
+        while len(meetings) < began_at + 3:  # collectives continue during the work
             time.sleep(0.001)
         return began_at
 
@@ -156,7 +168,10 @@ def test_one_process_of_each_machine_goes_before_the_others(
 
 @pytest.mark.parametrize("slow", [None, 0, 2])
 def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int | None) -> None:
-    """Three starts, one after the other, in a store that keeps everything; one process may come late."""
+    """Three starts, one after another, share a store that keeps all keys.
+
+    The processes of each start agree on a new digest, even if one process is late.
+    """
     store, timeout = HashStore(), timedelta(seconds=20)
     rolls: list[str] = []
 
@@ -170,10 +185,10 @@ def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int |
         assert len(found) == 1
         rolls += found
     assert len(set(rolls)) == 3
-    with ThreadPoolExecutor(2) as processes:  # one fewer
+    with ThreadPoolExecutor(2) as processes:  # a start with one process fewer
         assert len(set(processes.map(lambda rank: _call_roll(store, rank, 2, timeout), range(2)))) == 1
     with pytest.raises(RuntimeError, match="Timed out waiting"):
-        _call_roll(store, 0, 3, timedelta(seconds=0.1))  # the others' tokens are of the dead
+        _call_roll(store, 0, 3, timedelta(seconds=0.1))  # the other ranks' tokens are those of an earlier start
 
 
 @pytest.mark.parametrize(("total", "multiple"), [(16, 4), (6, 4), (1, 4), (0, 1), (7, 1), (64, 8)])

@@ -1,4 +1,4 @@
-"""The figures of docs/ are drawn from the code, and the pages say what it says."""
+"""The figures and numbers in docs/ agree with the code."""
 
 import re
 from itertools import takewhile
@@ -35,25 +35,25 @@ def test_the_model_is_drawn_with_every_layer_and_its_section(config: str, overri
 
 
 def written(svg: str) -> list[str]:
-    """The texts of a figure, which matplotlib leaves as comments beside their outlines."""
+    """Returns the texts of a figure. Matplotlib writes each text as a comment next to its outlines."""
     return re.findall(r"<!-- (.+?) -->", svg, re.DOTALL)
 
 
 def schedules_table(lines: list[str]) -> list[str]:
-    """The last table of schedules among the lines: its header, the line below it, and a line for each schedule."""
+    """Returns the last table of schedules in `lines`: header, separator, and one line per schedule."""
     header = max(i for i, line in enumerate(lines) if line.startswith("| (t + 1/2) / T |"))
     return list(takewhile(lambda line: line.startswith("|"), lines[header:]))
 
 
 def test_the_figures_are_those_of_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table of schedules is what the script prints; the same picture is the same file."""
+    """The committed figures and numbers are those that the scripts produce, and the scripts are deterministic."""
     for script in (draw_model, draw_schedules):
         contents = []
         for name in ("one.svg", "two.svg"):
             script.main(["--out", str(tmp_path / name)])
             contents.append((tmp_path / name).read_bytes())
         assert contents[0] == contents[1]
-        # What is written in the committed figure, of whatever version of matplotlib.
+        # Only the texts are compared, because the outlines depend on the version of matplotlib.
         committed = (ROOT / "docs" / script.__name__.replace("docs.draw_", "")).with_suffix(".svg").read_text()
         assert written(committed) == written(contents[0].decode()) and len(written(committed)) > 10
     printed = capsys.readouterr().out.splitlines()
@@ -66,8 +66,8 @@ def test_the_figures_are_those_of_the_code(tmp_path: Path, capsys: pytest.Captur
     signal, noise = exact.sqrt_alphas_cumprod[-1].item(), exact.sqrt_one_minus_alphas_cumprod[-1].item()
     for line, size in ((brightness_8, 8), (brightness_32, 32), (brightness_64, 64)):
         uniform = torch.full((3, size, size), 0.5)
-        assert f" is {signal * uniform.norm().item() / noise:.1f} deviations" in line
+        assert f" is {signal * uniform.norm().item() / noise:.1f} standard deviations" in line
     said = " ".join(page.split())
     numbers = [line.split()[-5] for line in (brightness_32, brightness_8, brightness_64)]
-    assert "by {} of its deviations, at 8 px by {}, at 64 px by {}.".format(*numbers) in said
-    assert f"the last timestep is {signal:.3f}" in said and f"deviation {noise:.3f}" in said
+    assert "by {} standard deviations, at 8 px by {}, at 64 px by {}.".format(*numbers) in said
+    assert f"the last timestep is {signal:.3f}" in said and f"standard deviation {noise:.3f}" in said

@@ -1,4 +1,4 @@
-"""Features taken away: by script, in Python, and in programs that need nothing of this repository."""
+"""Tests of features from embed.py, from Python, and from exported encoders, which run without this repository."""
 
 import importlib.util
 import json
@@ -32,6 +32,7 @@ from tests.conftest import ROOT, digits_args, experiment_of
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a model trained on digits."""
     run = tmp_path_factory.mktemp("embed") / "runs" / "digits"
     assert train_program.main(digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")) == 0
     return run
@@ -39,11 +40,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(run: Path) -> Path:
+    """Last checkpoint of the run."""
     return run / "checkpoints" / "last.pt"
 
 
 def as_evaluated(checkpoint: Path, pixels: torch.Tensor) -> dict[str, np.ndarray]:
-    """Features of images by the evaluation's own code."""
+    """Returns the features of images, computed by the evaluation's own code."""
     experiment, soda = open_trained(read_trained(None, checkpoint, ["device=cpu"]))
     with torch.no_grad():
         found = soda.encoder.features(experiment.views.evaluation(pixels))
@@ -76,7 +78,7 @@ def test_features_of_a_split_are_those_of_the_evaluation(
 
 
 def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> None:
-    """Decoded as the data sets decode; sub-folders are classes where no image lies beside them."""
+    """Images are decoded as in the data sets. Sub-folders are classes if no image is directly in the folder."""
     generator = np.random.default_rng(0)
     paths = [tmp_path / "photos" / name for name in ("b/2.png", "b/deep/1.png", "a/9.png")]
     for path in paths:
@@ -108,10 +110,10 @@ def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> 
 
     before = (tmp_path / "out.npz").read_bytes()
     paths[1].write_bytes(b"no image")
-    with pytest.raises(DatasetError) as raised:  # under way: `utils.cli.run` prints it
+    with pytest.raises(DatasetError) as raised:  # raised while images are encoded: `utils.cli.run` prints it
         embedded("--files", *map(str, paths))
     line = str(raised.value)
-    assert line.startswith(f"cannot read the image {paths[1]}") and line.endswith("mend or leave it out")
+    assert line.startswith(f"cannot read the image {paths[1]}") and line.endswith("repair the file or leave it out")
     assert (tmp_path / "out.npz").read_bytes() == before
 
 
@@ -157,23 +159,23 @@ def test_one_file_is_exported_with_the_packages_that_it_needs(
     monkeypatch: pytest.MonkeyPatch,
     ending: str,
 ) -> None:
-    """A .pt2 needs nothing of ONNX. A path of any other ending is a folder for both."""
+    """A .pt2 export needs no ONNX packages. A path with any other ending is a folder for both files."""
     installed = importlib.util.find_spec
     if ending == ".pt2":
         missing = ("onnx", "onnxscript", "onnxruntime")
         monkeypatch.setattr("analysis.find_spec", lambda name: None if name in missing else installed(name))
         for name in missing:
-            monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+            monkeypatch.setitem(sys.modules, name, None)  # its import raises an error
     path = tmp_path / "deep" / f"mine{ending}"
     assert embed_program.main(["--checkpoint", str(checkpoint), "--export", str(path)]) == 0
-    assert capsys.readouterr().out.startswith(f"{path}  (off by at most ")
+    assert capsys.readouterr().out.startswith(f"{path}  (its features differ from the model's by at most ")
     assert list(path.parent.iterdir()) == [path]
     if ending == ".pt2":
         found = torch.export.load(path).module()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
         assert [tuple(values.shape) for values in found] == [(2, 8), (2, 32)]
         with pytest.raises(SystemExit, match="2"):
             embed_program.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "folder")])
-        assert capsys.readouterr().err.startswith("error: onnx, onnxscript, onnxruntime are missing: ")
+        assert capsys.readouterr().err.startswith("error: onnx, onnxscript, onnxruntime are not installed: ")
         assert not (tmp_path / "folder").exists()
 
 
@@ -188,7 +190,7 @@ def test_an_export_that_differs_from_the_module_is_not_written(
     monkeypatch.setitem(FORMATS, ".pt2", replace(good, load=load))
     with pytest.raises(SystemExit, match="2"):
         embed_program.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "encoder.pt2")])
-    assert capsys.readouterr().err == "error: the exported encoder is off by 1: nothing was written\n"
+    assert capsys.readouterr().err == "error: the exported encoder's features differ by 1: nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,7 +211,7 @@ def test_the_readmes_lines_run_as_printed(run: Path, checkpoint: Path) -> None:
 
 def test_nearest_neighbours_against_scikit_learn() -> None:
     bank = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
-    bank[300] = bank[20]  # a copy, which comes second
+    bank[300] = bank[20]  # a copy of entry 20, which comes after entry 20
     queries = torch.cat([bank[[20, 300, 7]], torch.randn(40, 16, generator=torch.Generator().manual_seed(1))])
     distances, indices = nearest_neighbours(bank, queries, 5)
     expected, order = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(bank.double()).kneighbors(queries.double())
@@ -239,4 +241,4 @@ def test_an_extra_that_is_missing_is_named_before_any_work(
     monkeypatch.setattr("analysis.find_spec", lambda name: None if name == module else found(name))
     with pytest.raises(SystemExit, match="2"):
         program.main([*options, "--checkpoint", str(checkpoint)])
-    assert capsys.readouterr().err == f"error: {module} is missing: pip install -r requirements-extra.txt\n"
+    assert capsys.readouterr().err == f"error: {module} is not installed: run pip install -r requirements-extra.txt\n"

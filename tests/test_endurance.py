@@ -1,4 +1,7 @@
-"""Tests that take minutes: kills, hangs, a soak, full disks and two machines, with the scripts that users start."""
+"""Tests that take minutes: kills, hangs, a soak test, full disks and two machines.
+
+They start the programs in the same way as users do.
+"""
 
 import json
 import os
@@ -27,13 +30,16 @@ from tests.test_mistakes import write_images
 
 pytestmark = pytest.mark.long
 
-# A state of 10 MB, so that a save takes a while.
+# The state takes 10 MB, so that a kill can interrupt the writing of a checkpoint.
 LARGER = ("encoder.width=16", "sampling.num_images=0", "evaluation.every=1000", "evaluation.probe.epochs=1")
 
 
 @contextmanager
 def started(*command: str, log: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own group, ended at the end; what it prints goes to a file."""
+    """Starts `command` in a process group of its own, which is killed when the context ends.
+
+    The output is appended to the file `log`.
+    """
     with open(log, "a") as said:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
@@ -48,18 +54,26 @@ def started(*command: str, log: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def training_since(run: Path, rank: int = 0) -> int | None:
-    """The process that trains as `rank`, None where it does not yet; its log begins with its number."""
+    """Returns the process id of `rank` if it has started to train, else None.
+
+    The id is read from the rank's log, in which each start begins with its process id.
+    """
     log = run / "logs" / f"rank_{rank}.log"
     text = log.read_text().rpartition(" process ")[2] if log.exists() else ""
     return int(text.split()[0]) if " training from step " in text else None
 
 
 def reported(run: Path) -> list[dict[str, Any]]:
+    """Returns all reports in metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_fifty_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At random moments of starting, training and, at least ten times, writing a checkpoint."""
+    """A run that is killed 50 times ends with the same state and reports as an undisturbed run.
+
+    The kills come at random moments: during start-up, during training and, at least ten times, while a checkpoint is
+    being written.
+    """
     chance = random.Random(0)
 
     def args(name: str) -> list[str]:
@@ -92,18 +106,21 @@ def test_fifty_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     tables = [json.loads((tmp_path / name / "results.json").read_text())["table"] for name in ("run", "undisturbed")]
     assert tables[0] == tables[1]
     with capsys.disabled():
-        print(f"\n50 kills, {inside} of them inside a save, over {stopped_at} steps")
+        print(f"\n50 kills, {inside} of them during a save, over {stopped_at} steps")
 
 
 def status_of(process: int) -> tuple[int, int]:
-    """(resident memory in MB, open files)."""
+    """Returns (resident memory in MB, number of open files) of a process."""
     memory = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     assert memory
     return int(memory[1]) // 1000, len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
 def test_a_soak_of_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A restart every 20 seconds or so, by one signal or another."""
+    """A run that is stopped by random signals, about every 20 seconds for ten minutes, resumes each time.
+
+    No report is lost or repeated, and memory and open files do not grow.
+    """
     chance, run = random.Random(0), tmp_path / "run"
     settings = ("training.epochs=100000", "training.checkpoint_every=5 steps", "training.log_every=2")
     args = [sys.executable, "train.py", *digits_args(run, *LARGER, *settings)]
@@ -125,35 +142,40 @@ def test_a_soak_of_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str
             restarts_at.append(last(run)["step"])
 
     assert len(restarts_at) > 20 and restarts_at == sorted(restarts_at)
-    # A save under way takes a file, and one copy of the state.
+    # A checkpoint that is being written needs one open file and one copy of the state.
     assert all(memory < 60 and files <= 3 for memory, files in growth), growth
     first, later = sizes[: len(sizes) // 3], sizes[-len(sizes) // 3 :]
     for unit, slack in ((0, 1.1), (1, 1.2)):
         sums = [statistics.median(size[unit] for size in part) for part in (first, later)]
         assert sums[1] <= slack * sums[0], sizes
     steps = [line["step"] for line in reported(run)]
-    assert steps == list(range(2, steps[-1] + 1, 2)), "no step twice, none missing"
+    assert steps == list(range(2, steps[-1] + 1, 2)), "no report may be missing or repeated"
     by_step = dict(losses(run))
     seams = [abs(by_step[b] - by_step[a]) for a, b in pairwise(by_step) if any(a <= s < b for s in restarts_at)]
     others = [abs(by_step[b] - by_step[a]) for a, b in pairwise(by_step)]
-    assert statistics.mean(seams) < 1.5 * statistics.mean(others[len(others) // 10 :]), "no seam"
+    assert statistics.mean(seams) < 1.5 * statistics.mean(others[len(others) // 10 :]), "the loss jumps at a restart"
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     shown = [event.step for event in events.Scalars("train/loss")]
-    assert shown in (steps, steps[:-1]), "a kill may come between the line and TensorBoard's event"
-    assert {path.parent for path in run.rglob("*tfevents*")} == {run / "tensorboard"}, "one run"
+    assert shown in (steps, steps[:-1]), "only the last event may be missing, after a kill"
+    assert {path.parent for path in run.rglob("*tfevents*")} == {run / "tensorboard"}, "TensorBoard must show one run"
     with capsys.disabled():
         most = [max(sizes) for sizes in zip(*growth, strict=True)]
         print(f"\n{len(restarts_at)} restarts, {steps[-1]} steps, growth at most {most[0]} MB and {most[1]} files")
 
 
 def torchrun(*options: str) -> tuple[str, ...]:
+    """Returns the command that starts train.py in two processes."""
     return sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *options, "train.py"
 
 
 def test_the_slurm_script_saves_and_queues_again_when_its_time_is_up(tmp_path: Path) -> None:
-    """Slurm's own commands are stood in for: one node, and a note of what is asked."""
+    """docs/slurm.sh saves the run and requeues the job when its time is up.
+
+    Scripts stand in for Slurm's commands: `srun` starts the command on this machine, and `scontrol` writes its
+    arguments to a file.
+    """
     run, said, tools = tmp_path / "run", tmp_path / "said", tmp_path / "tools"
     tools.mkdir()
     stand_ins = {
@@ -173,18 +195,18 @@ def test_the_slurm_script_saves_and_queues_again_when_its_time_is_up(tmp_path: P
 
     with started(*submitted(1000), log=said) as job:
         wait_for(lambda: training_since(run) and newest(run) == 0 and (run / "metrics.jsonl").stat().st_size)
-        shell = job.pid  # env has become it
+        shell = job.pid  # `env` is replaced by the shell, which keeps the process id
         os.kill(shell, signal.SIGUSR1)
         assert job.wait(timeout=60) != 0
     assert "stopped by SIGUSR1 at step" in said.read_text() and (tmp_path / "asked").read_text() == "requeue 17\n"
     reached = newest(run)
-    with started(*submitted(1000), log=said) as job:  # what the queue starts next
+    with started(*submitted(1000), log=said) as job:  # the requeued job
         wait_for(lambda: f"at step {reached} of" in said.read_text())
         os.killpg(job.pid, signal.SIGTERM)
         job.wait(timeout=60)
     with started(*submitted(1000), "training.epoch=3", log=said) as job:
         assert job.wait(timeout=60) != 0
-    assert (tmp_path / "asked").read_text() == "requeue 17\n", "a mistake does not come back for ever"
+    assert (tmp_path / "asked").read_text() == "requeue 17\n", "a user's mistake must not be requeued"
 
 
 def test_torchrun_brings_back_a_killed_rank(tmp_path: Path) -> None:
@@ -198,15 +220,18 @@ def test_torchrun_brings_back_a_killed_rank(tmp_path: Path) -> None:
         assert process.wait(timeout=180) == 0, said.read_text()
     assert len(re.findall(r"rank \d has lost the other processes \(Connection", said.read_text())) == 2
     steps = [line["step"] for line in reported(run) if line["kind"] == "train"]
-    assert steps == [*range(5, 132, 5), 132], "no step twice, none missing"
+    assert steps == [*range(5, 132, 5), 132], "no report may be missing or repeated"
 
 
 def test_two_processes_end_with_a_line_and_a_whole_checkpoint_when_numbers_go_bad(tmp_path: Path) -> None:
-    """One image of rank 1 causes it, while rank 0 is still writing."""
+    """NaNs in one image of rank 1 end both ranks with one error line.
+
+    Rank 0 is still writing a checkpoint at that time, and completes it.
+    """
     settings = ("training.epochs=3", "training.checkpoint_every=26 steps", "training.log_every=30")
     done = launch(*TWO_PROCESSES, "-m", "tests.processes", "bad numbers", *digits_args(tmp_path, *settings))
     assert done.returncode == 1 and done.stderr.count("exitcode  : 2 ") == 2, done.stderr
-    assert "22 steps in a row, before step 30, had gradients that are not finite" in done.stderr
+    assert "gradients were not finite in 22 steps in a row before step 30" in done.stderr
     assert "The last checkpoint is of step 26" in done.stderr and done.stderr.count("\nerror: ") == 1
     saved = last(tmp_path)
     assert saved["step"] == 26 and all(value.isfinite().all() for value in saved["model"].values())
@@ -221,20 +246,21 @@ def test_a_rank_that_hangs_does_not_keep_the_others(tmp_path: Path) -> None:
         stopped = time.monotonic()
         wait_for(lambda: "error: rank 0 has lost the other processes (Timed out waiting)" in said.read_text())
         assert time.monotonic() - stopped < 30
-        assert process.wait(timeout=60) == 1, "torchrun's own, who kills the other after 30 s"
+        assert process.wait(timeout=60) == 1, "torchrun exits with 1; it kills the stopped rank after 30 s"
     for rank in (0, 1):
         assert " training from step 0 to " in (run / f"logs/rank_{rank}.log").read_text().splitlines()[-1]
 
 
 def mount(*args: str | Path) -> None:
+    """Mounts a file system, or skips the test if this is not possible."""
     done = subprocess.run(["mount", *args], capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+        pytest.skip(f"cannot mount a file system here: {done.stderr}")
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 100 MB."""
+    """Mount point of a file system of 100 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount("-t", "tmpfs", "-o", "size=100m", "tmpfs", folder)
@@ -254,7 +280,7 @@ def test_a_disk_that_goes_bad_ends_the_run_with_a_line(tmp_path: Path, disk: Pat
             mount("-o", "remount,bind,ro", run)
         else:
             with open(disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
-                while ballast.write(bytes(2**12)):  # to the last byte
+                while ballast.write(bytes(2**12)):  # until no byte is free
                     pass
         assert process.wait(timeout=60) == 2
     errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
@@ -274,7 +300,10 @@ def test_a_disk_that_goes_bad_ends_the_run_with_a_line(tmp_path: Path, disk: Pat
 
 @contextmanager
 def two_machines(folder: Path) -> Iterator[list[list[str]]]:
-    """Prefixes of commands that run on one machine or the other: network namespaces, joined by a cable."""
+    """Simulates two machines by two network namespaces with a virtual cable between them.
+
+    Yields one command prefix per machine. A command with this prefix runs on that machine.
+    """
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 soda-a\n10.77.0.2 soda-b\n")
     names = ("soda-a", "soda-b")
 
@@ -292,18 +321,23 @@ def two_machines(folder: Path) -> Iterator[list[list[str]]]:
                 for link in ("lo", "eth0"):
                     ip("-n", name, "link", "set", link, "up")
         except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', error)}")
+            pytest.skip(f"cannot create network namespaces here: {getattr(error, 'stderr', error)}")
         dress = f'hostname $0; mount --bind {folder / "hosts"} /etc/hosts; exec "$@"'
         yield [["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", dress, name] for name in names]
 
 
 def processes_on(machine: list[str]) -> list[int]:
+    """Returns the process numbers in the network namespace of a machine."""
     found = subprocess.run(["ip", "netns", "pids", machine[3]], capture_output=True, text=True, check=True)
     return [int(number) for number in found.stdout.split()]
 
 
 def test_two_machines(tmp_path: Path) -> None:
-    """Two processes on each: the losses of one process, one cache a machine, one writer; one dies, both go on."""
+    """Two machines with two processes each give the losses of one process.
+
+    Each machine caches the images once, and only one rank writes reports. After one machine dies, the run resumes on
+    both machines.
+    """
     write_images(tmp_path / "photos", seed=0, flat=128)
     settings = (
         *("data.name=folder", f"data.root={tmp_path / 'photos'}", "sampling.num_images=0", "decoder.dropout=0"),
@@ -316,7 +350,7 @@ def test_two_machines(tmp_path: Path) -> None:
     def start(stack: ExitStack, machines: list[list[str]]) -> list[subprocess.Popen[str]]:
         processes = []
         for machine, log in zip(machines, said, strict=True):
-            args = digits_args(run, *settings, f"data.cache_dir={tmp_path / machine[3]}")  # a disk of its own
+            args = digits_args(run, *settings, f"data.cache_dir={tmp_path / machine[3]}")  # the machine's own disk
             processes.append(stack.enter_context(started(*machine, *torchrun(*rendezvous), *args, log=log)))
         return processes
 
@@ -326,7 +360,7 @@ def test_two_machines(tmp_path: Path) -> None:
             wait_for(lambda: all(training_since(run, rank) for rank in range(4)) and newest(run) >= 4)
             for number in processes_on(machines[1]):
                 os.kill(number, signal.SIGKILL)
-            assert first.wait(timeout=100) == 1, "torchrun's own"
+            assert first.wait(timeout=100) == 1, "torchrun itself exits with status 1"
         assert re.search(
             r"error: rank \d has lost the other processes .* the same command resumes", said[0].read_text()
         )
@@ -343,8 +377,8 @@ def test_two_machines(tmp_path: Path) -> None:
         machine = re.findall(r" process \d+ on (soda-.)", log)
         cached[machine[0]] = cached.get(machine[0], 0) + log.count(" cached the images of ")
     assert cached == {"soda-a": 1, "soda-b": 1}
-    assert [step for step, _ in losses(run)] == list(range(1, 81)), "one writer"
-    assert len(list((run / "tensorboard").iterdir())) == 2, "one for each start"
+    assert [step for step, _ in losses(run)] == list(range(1, 81)), "only one rank may write reports"
+    assert len(list((run / "tensorboard").iterdir())) == 2, "each of the two starts must write one event file"
 
     alone = tmp_path / "alone"
     assert train_program.main(digits_args(alone, *settings, f"data.cache_dir={tmp_path / 'soda-a'}")) == 0
@@ -352,11 +386,12 @@ def test_two_machines(tmp_path: Path) -> None:
 
 
 def has_passed(run: Path, step: int) -> bool:
+    """Returns True if the newest checkpoint is of a later step than `step`."""
     return newest(run) > step
 
 
 def newest(run: Path) -> int:
-    """The step of the last checkpoint, or of the one before while that is being replaced; 0: there is none."""
+    """Returns the step of last.pt, or of previous.pt while last.pt is being replaced; 0 if there is no checkpoint."""
     for name in ("last.pt", "previous.pt"):
         with suppress(FileNotFoundError):
             return torch.load(run / "checkpoints" / name)["step"]

@@ -1,3 +1,5 @@
+"""Tests of k-NN, the linear probe, the extraction of features and the table of accuracies."""
+
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from evaluation.protocols import KNNProtocol, ProbeProtocol, Protocol
 @pytest.mark.parametrize("k", [1, 7, 50])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_knn_against_scikit_learn(k: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Votes are those of scikit-learn, also far from the origin, and do not depend on the size of the chunks."""
     rng = np.random.default_rng(0)
     bank, queries = rng.normal(offset, 1, (500, 16)), rng.normal(offset, 1, (200, 16))
     labels = rng.integers(0, 5, 500)
@@ -34,6 +37,7 @@ def test_knn_against_scikit_learn(k: int, offset: float, monkeypatch: pytest.Mon
 
 
 def test_knn_with_temperature_against_scikit_learn() -> None:
+    """Votes with a temperature are proportional to those of scikit-learn with the same weights."""
     rng = np.random.default_rng(0)
     bank, queries = (
         x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rng.normal(size=(300, 8)), rng.normal(size=(90, 8)))
@@ -48,22 +52,26 @@ def test_knn_with_temperature_against_scikit_learn() -> None:
 def as_tensors(
     bank: np.ndarray, labels: np.ndarray, queries: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns bank, labels and queries as tensors, with features in float32."""
     return torch.tensor(bank, dtype=torch.float32), torch.tensor(labels), torch.tensor(queries, dtype=torch.float32)
 
 
 def test_knn_by_hand() -> None:
+    """Votes of four entries and two queries are as computed by hand."""
     bank = torch.tensor([[0.0, 0.0], [0.0, 1.0], [5.0, 5.0], [5.0, 6.0]])
     votes = knn_votes(bank, torch.tensor([2, 2, 0, 1]), torch.tensor([[0.0, 0.4], [5.0, 5.4]]), 2, 3)
     assert votes.tolist() == [[0, 0, 2], [1, 1, 0]]
 
 
 def test_ties_go_to_the_smallest_class() -> None:
+    """If several classes have the same score, the smallest class counts as the highest score."""
     votes = torch.tensor([[1.0, 2.0, 2.0, 1.0], [1.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]])
     accuracy = topk_accuracy(votes, torch.tensor([1, 2, 0, 3]))
     assert accuracy == {"top1": 50.0, "top3": 75.0}
 
 
 def test_knn_ignores_autocast() -> None:
+    """Votes are the same under autocast."""
     torch.manual_seed(0)
     bank, labels, queries = torch.randn(400, 64), torch.randint(0, 9, (400,)), torch.randn(50, 64)
     plain = knn_votes(bank, labels, queries, 5, 9)
@@ -72,11 +80,13 @@ def test_knn_ignores_autocast() -> None:
 
 
 def make_probe(num_features: int, num_classes: int, seed: int = 0, **settings: Any) -> LinearProbe:
+    """Returns an untrained probe on the CPU, whose generator has this seed."""
     generator, device = torch.Generator().manual_seed(seed), torch.device("cpu")
     return LinearProbe(num_features, num_classes, **settings, generator=generator, device=device)
 
 
 def test_probe_is_as_good_as_logistic_regression() -> None:
+    """On digits, the accuracy of the probe is within 2 percentage points of scikit-learn's logistic regression."""
     digits = load_digits()
     x_train, x_test, y_train, y_test = train_test_split(digits.data, digits.target, random_state=0)
     theirs = 100 * LogisticRegression(max_iter=2000).fit(x_train / 16, y_train).score(x_test / 16, y_test)
@@ -89,12 +99,13 @@ def test_probe_is_as_good_as_logistic_regression() -> None:
 
 
 def test_probe_follows_its_protocol() -> None:
+    """The learning rate follows torch's cosine from epoch to epoch. More epochs than planned raise AssertionError."""
     probe = make_probe(4, 3, epochs=2, lr=1e-3, batch_size=8)
     rates: list[float] = []
     probe._optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     for _ in range(2):
         probe.train_epoch(torch.randn(21, 4), torch.randint(0, 3, (21,)))
-    np.testing.assert_allclose(rates, [1e-3] * 3 + [0.5e-3] * 3)  # batches of 8, 8 and 5; two epochs
+    np.testing.assert_allclose(rates, [1e-3] * 3 + [0.5e-3] * 3)  # two epochs with batches of 8, 8 and 5
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.Adam([torch.zeros(1)], lr=1e-3), 2)
     assert theirs.get_last_lr() == [rates[0]]
     theirs.optimizer.step()
@@ -109,11 +120,15 @@ def test_probe_follows_its_protocol() -> None:
 def test_probe_is_the_classifier_of_the_reference(
     batch_size: int, gathered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference's modules and optimiser, trained on the same batches from the same start."""
+    """The probe gives the same scores as the modules and the optimiser of the reference implementation.
+
+    Both start with the same weights and are trained on the same batches. The result does not depend on the number of
+    batches that are gathered together.
+    """
     torch.manual_seed(0)
     monkeypatch.setattr(linear_probe, "GATHERED", gathered)
     features, labels = 3 * torch.randn(77, 6) + torch.arange(6), torch.randint(0, 3, (77,))
-    features[:, 0] /= 1000  # then BatchNorm's eps matters
+    features[:, 0] /= 1000  # small values, so that BatchNorm's eps changes the result
     probe = make_probe(6, 3, epochs=4, lr=1e-2, batch_size=batch_size, seed=1)
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(6, affine=False, eps=1e-6), torch.nn.Linear(6, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -135,6 +150,7 @@ def test_probe_is_the_classifier_of_the_reference(
 
 
 def test_features_are_placed_by_index() -> None:
+    """Extracted features are in the order of the images."""
     values = torch.randn(10, 3)
     images = StoredImages(torch.zeros(10, 3, 1, 1, dtype=torch.uint8), None, [])
     found = extract_features(lambda _, r: {"a": values[r.start : r.stop]}, images, 4, torch.device("cpu"))["a"]
@@ -142,7 +158,10 @@ def test_features_are_placed_by_index() -> None:
 
 
 def test_features_are_reduced_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that name them in different orders, as those of a set may be, still meet each other's reductions."""
+    """All ranks reduce the features in the same order, even if their encoders return them in different orders.
+
+    Names that come from a set can be in different orders on different ranks.
+    """
     images = StoredImages(torch.zeros(4, 3, 1, 1, dtype=torch.uint8), None, [])
     widths = {"a": 1, "b": 2, ("c", True): 3}
     orders: list[list[int]] = []
@@ -158,6 +177,7 @@ def test_features_are_reduced_in_one_order(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_tie_against_scikit_learn() -> None:
+    """If two classes have the same number of votes, the prediction is that of scikit-learn."""
     bank, labels = np.array([[1.0, 0.0], [-1.1, 0.0], [0.0, 1.2], [0.0, -1.3], [5.0, 5.0]]), np.array([3, 1, 1, 3, 0])
     query = np.zeros((1, 2))
     theirs = KNeighborsClassifier(4, algorithm="brute").fit(bank, labels)
@@ -168,13 +188,17 @@ def test_a_tie_against_scikit_learn() -> None:
 
 
 def test_a_cold_temperature_still_votes() -> None:
+    """With a very low temperature, the nearest neighbour still has a vote of 1: its weight does not underflow to 0."""
     bank = torch.tensor([[0.0, 1.0], [0.6, 0.8], [1.0, 0.0]])
     votes = knn_votes(bank, torch.tensor([0, 1, 2]), torch.tensor([[0.96, 0.28]]), 3, 3, temperature=1e-4)
     assert votes.argmax().item() == 2 and votes.max().item() == 1
 
 
 def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
-    """Two encoders, one of which sees the label, under clean and augmented views, z and pooled."""
+    """Each cell of the table uses the features and the view of its protocol. Each pass over a view is made only once.
+
+    The clean view shows the label, and the augmented view is noise. z contains the view, and pooled is all zeros.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     split = StoredImages(labels.byte()[:, None, None, None].expand(-1, 3, 1, 1), labels, ["a", "b", "c"])
@@ -183,7 +207,7 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
 
     def make_view(pixels: torch.Tensor, indices: range, view: View | None, epoch: int) -> torch.Tensor:
         seen.append(("clean" if view is None else "noisy", epoch))
-        # Nothing is left of the label in the augmented view.
+        # The augmented view contains nothing about the label.
         return pixels[:, 0, 0].float() if view is None else noise[indices.start : indices.stop]
 
     encoders = {
@@ -212,5 +236,7 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
     clean_z, noisy_z, clean_pooled, probe_z, probe_noisy = (top1[str(protocol)] for protocol in protocols)
     assert clean_z == {"good": 100, "pixels": 100} and probe_z["good"] > 95
     assert noisy_z["good"] < 60 and probe_noisy["good"] < 60
-    assert set(clean_pooled) == {"good"} and clean_pooled["good"] < 60, "pixels have no pooled features"
-    assert seen == [("clean", 0)] * 6 + [("noisy", 0)] * 3 + [("noisy", 1)] * 3, "each pass is made once"
+    assert set(clean_pooled) == {"good"} and clean_pooled["good"] < 60, "`pixels` has no pooled features"
+    assert seen == [("clean", 0)] * 6 + [("noisy", 0)] * 3 + [("noisy", 1)] * 3, (
+        "each pass over a view is made only once"
+    )

@@ -1,4 +1,4 @@
-"""Faults done to a run; docs/reliability.md lists what is promised. Those of test_endurance.py take minutes."""
+"""Tests of faults during a run. docs/reliability.md lists the guarantees. Slower tests are in test_endurance.py."""
 
 import errno
 import json
@@ -37,27 +37,31 @@ SETTINGS = (  # 22 steps, all of them in the warm-up
 
 
 def args_for(folder: Path, *overrides: str) -> list[str]:
+    """Returns the arguments of a short run on digits in `folder`."""
     return digits_args(folder, *SETTINGS, *overrides)
 
 
 def last(folder: Path) -> dict[str, Any]:
+    """Returns the contents of the run's last checkpoint."""
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
+    """Returns (step, loss) of every training report, in order."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert train_program.main(args_for(folder)) == 0
     return folder
 
 
 def assert_ends_like(folder: Path, other: Path) -> None:
-    """Bit for bit, and no report is twice there, missing or another."""
+    """Checks that two runs end with the same state, bit for bit, and with the same reports."""
     for part in ("model", "ema", "optimizer", "tally", "step"):
         assert_equal_states(last(folder)[part], last(other)[part], part)
     assert losses(folder) == losses(other)
@@ -65,7 +69,7 @@ def assert_ends_like(folder: Path, other: Path) -> None:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process obeys signals as a program does, one that was started with nohup."""
+    """Signal handlers of the programs, installed in this process as if it had been started with nohup."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     forget_signals(monkeypatch)
@@ -79,13 +83,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a new process has."""
+    """Resets the signal state to that of a new process."""
     monkeypatch.setattr(signals, "_received", 0)
     monkeypatch.setattr(signals, "_deferring", False)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Do something just before a step."""
+    """Calls `act` just before the training step at which `state.step` is `step`."""
     train_step = loop.train_step
 
     def hooked(experiment: Any, state: Any, *rest: Any) -> Any:
@@ -104,7 +108,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         at_step(patch, step, lambda: os.kill(os.getpid(), number))
         with pytest.raises(signals.Stopped) as stopped:
             train_program.main(args_for(tmp_path))
-    assert stopped.value.code == 75 and f"at step {step + 1}, which is saved" in stopped.value.message
+    assert stopped.value.code == 75 and f"at step {step + 1}, state saved" in stopped.value.message
     assert last(tmp_path)["step"] == step + 1
     forget_signals(monkeypatch)
     assert train_program.main(args_for(tmp_path)) == 0
@@ -116,7 +120,7 @@ def test_a_second_interrupt_ends_a_process_that_hangs() -> None:
         "import hashlib; from utils import signals; signals.watch()\n"
         "with signals.deferred():\n"
         "    print(1, flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes without a look at signals
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes in C code, where Python handles no signal
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stdout.readline()
@@ -135,11 +139,13 @@ def test_a_signal_during_an_evaluation_ends_it_at_once(
         patch.setattr("training.evaluating.judge", lambda *args: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(signals.Stopped):
             train_program.main(args_for(tmp_path, "training.checkpoint_every=60 minutes"))
-    assert last(tmp_path)["step"] == 22, "it was saved before"
+    assert last(tmp_path)["step"] == 22, "the state must be saved before the evaluation"
     forget_signals(monkeypatch)
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
-    assert '"evaluation"' in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1], "it was made up for"
+    assert '"evaluation"' in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1], (
+        "the interrupted evaluation must run again"
+    )
 
 
 def test_a_signal_while_the_images_are_opened_ends_it_at_once(
@@ -166,14 +172,20 @@ def test_a_smaller_micro_batch_goes_on_with_the_run(
     assert "training.micro_batch_size was None and is now 16" in caplog.text
     assert "BatchNorm normalises over 16 images at a time" in caplog.text
     assert losses(tmp_path)[:2] == losses(undisturbed)[:2]
-    assert dict(losses(tmp_path)) == pytest.approx(dict(losses(undisturbed)), rel=0.05), "BatchNorm alone differs"
+    assert dict(losses(tmp_path)) == pytest.approx(dict(losses(undisturbed)), rel=0.05), (
+        "only the batch size of BatchNorm may change the losses"
+    )
 
 
 @pytest.mark.parametrize("when", ["while a checkpoint is written", "while a report is written"])
 def test_a_full_disk_ends_the_run_with_a_line(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
 ) -> None:
-    """The kernel refuses to write more to a file than it may hold. (capsys keeps the progress bar out of files.)"""
+    """If the disk is full, the run ends with one error line. It resumes once there is room.
+
+    A limit on the size of files stands for the full disk. `capsys` keeps the progress bar out of files, so that the
+    limit does not affect it.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     room = 100_000 if "checkpoint" in when else 10
 
@@ -243,21 +255,21 @@ def test_reports_go_on_without_tensorboard(
         for step in (1, 2):
             log.report("train", step, {"loss": 0.5})
     assert losses(tmp_path) == [(1, 0.5), (2, 0.5)]
-    assert caplog.text.count("TensorBoard is given up") == 1
+    assert caplog.text.count("TensorBoard failed") == 1
 
 
 def test_tensorboard_whose_files_go_bad_never_stops_training(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The thread of its own that writes them dies."""
+    """Training continues if TensorBoard's writer thread dies because its folder has been removed."""
     at_step(monkeypatch, 12, lambda: shutil.rmtree(tmp_path / "tensorboard"))
     assert train_program.main(args_for(tmp_path)) == 0
-    assert "TensorBoard is given up" in caplog.text
+    assert "TensorBoard failed" in caplog.text
     assert_ends_like(tmp_path, undisturbed)
 
 
 def with_nan_from(monkeypatch: pytest.MonkeyPatch, step: int, count: int) -> None:
-    """One pixel is no number at these steps."""
+    """Makes one pixel NaN in `count` steps, beginning with `step`."""
     train_step = loop.train_step
 
     def hooked(experiment: Any, state: Any, pixels: Any, timer: Any) -> Any:
@@ -296,7 +308,7 @@ def test_twenty_bad_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(SharedError) as failure:
         train_program.main(args_for(tmp_path, "training.epochs=2"))
     error = str(failure.value)
-    assert "20 steps in a row, before step 30, had gradients that are not finite" in error
+    assert "gradients were not finite in 20 steps in a row before step 30" in error
     assert "0.002 (encoder)" in error and f"step 24, in {tmp_path / 'checkpoints'}" in error
     saved = last(tmp_path)
     assert saved["step"] == 24 and all(value.isfinite().all() for value in saved["model"].values())
@@ -305,20 +317,22 @@ def test_twenty_bad_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pyte
 def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """If memory runs out, the error names the key that halves the need for it. The run can then resume."""
     for key, short in (
         ("training.micro_batch_size=32", "training.loop.train_step"),
         ("evaluation.batch_size=256", "training.evaluating.judge"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(short, lambda *args: torch.empty(2**50))
-            with pytest.raises(OutOfMemoryError, match=f"^out of memory: 4194304.00 GiB was asked for.*{key}"):
+            with pytest.raises(OutOfMemoryError, match=f"^out of memory: 4194304.00 GiB was requested.*{key}"):
                 train_program.main(args_for(tmp_path))
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
 
 
 def test_what_cuda_says_of_its_memory_is_understood() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"2\.50 GiB was asked for; buy"), memory_for(lambda: "buy"):
+    """Out-of-memory errors of CUDA and its libraries become OutOfMemoryError. Other errors are not changed."""
+    with pytest.raises(OutOfMemoryError, match=r"2\.50 GiB was requested; buy"), memory_for(lambda: "buy"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of")
     with pytest.raises(OutOfMemoryError, match="buy"), memory_for(lambda: "buy"):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
@@ -327,7 +341,7 @@ def test_what_cuda_says_of_its_memory_is_understood() -> None:
 
 
 def test_an_error_in_mid_work_is_one_line_and_status_2() -> None:
-    """As `run` ends a program; a bug keeps its traceback."""
+    """`run` prints a UserError as one line and exits with status 2. A bug keeps its traceback."""
     script = (
         "import sys; from utils.cli import run; from utils.files import FolderError\n"
         "def main(): raise (FolderError('the disk is full') if sys.argv[1] == 'user' else ValueError('a bug'))\n"
@@ -363,7 +377,7 @@ def test_a_console_that_cannot_be_written_to_changes_nothing(tmp_path: Path, con
 
 
 def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None:
-    """And end as torchrun's children do."""
+    """If one rank receives a signal, both ranks save the state and exit with status 75 at the same step."""
     run = tmp_path / "run"
     args = digits_args(run, "training.epochs=10000", "training.log_every=1", "distributed.timeout_minutes=2")
     command = [sys.executable, *TWO_PROCESSES, "train.py", *args]
@@ -374,7 +388,7 @@ def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None
             _, said = running.communicate(timeout=60)
         finally:
             running.kill()
-    assert running.returncode == 1, "torchrun's own"
+    assert running.returncode == 1, "torchrun itself exits with status 1"
     assert said.count("stopped by SIGUSR1 at step ") == 1 and said.count("exitcode  : 75 ") == 2, said
     for rank in (0, 1):
         assert f"stopped at step {last(run)['step']}" in (run / f"logs/rank_{rank}.log").read_text()
@@ -382,7 +396,8 @@ def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None
 
 
 def wait_for(done: Callable[[], Any], seconds: float = 60) -> None:
+    """Waits until `done()` is true. Fails after `seconds`."""
     until = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < until, "it took too long"
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Sampling conditioned on some sections of the latent, each with a guidance scale of its own."""
+"""Sampling conditioned on some sections of the latent, with a separate guidance scale for each section."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from training.state import initial_state
 
 
 def eps_of(soda: SODA, x_t: Tensor, timesteps: Tensor, z: Tensor, *sections: int) -> Tensor:
-    """Conditioned on some sections, the others' dimensions being zeros, spelt out for sections of 3, 3 and 2."""
+    """Returns eps conditioned on `sections`; other sections are zero. The sections have 3, 3 and 2 dimensions."""
     kept = torch.zeros_like(z)
     for start, stop in [((0, 3), (3, 6), (6, 8))[i] for i in sections]:
         kept[:, start:stop] = z[:, start:stop]
@@ -34,7 +34,7 @@ def test_guidance_by_sections(sectioned_soda: SODA) -> None:
         return guided_denoiser(soda.decoder, z, *args)(x_t, timesteps)
 
     close = torch.testing.assert_close
-    for scale in (0.0, 0.5, 1.0, 2.5):  # one scale: ordinary guidance
+    for scale in (0.0, 0.5, 1.0, 2.5):  # one scale is ordinary guidance
         ordinary = eps() + scale * (eps(0, 1, 2) - eps())
         close(guided(scale), ordinary)
         close(guided([scale]), ordinary)
@@ -43,7 +43,7 @@ def test_guidance_by_sections(sectioned_soda: SODA) -> None:
         close(guided(scale, [1]), eps() + scale * (eps(1) - eps()))
         close(guided([scale, 9.0, scale], [2, 0]), eps() + scale * (eps(0, 2) - eps()))
     close(guided(1.0, []), eps())
-    # Scales of their own, by the definition: a sum over small steps of the scale.
+    # A different scale per section: compare with the integral of the definition, computed in small steps of s.
     scales = [0.7, 3.0, 1.5]
     integral, step = eps().clone(), 0.1
     for k in range(30):
@@ -86,10 +86,10 @@ def test_the_grid_takes_sections_and_their_scales(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (([1.0, 2.0],), r"guidance_scale \[1.0, 2.0\]: give one, or one for each of 3, none below 0"),
-        ((-0.5,), "guidance_scale -0.5: give one"),
-        (([1.0, 1.0, -1.0],), "none below 0"),
-        ((1.0, [3, 0]), r"sections \[0, 3\]: the latent's go from 0 to 2"),
+        (([1.0, 2.0],), r"is \[1.0, 2.0\]: give one value, or 3 values \(one per section\), all at least 0"),
+        ((-0.5,), "guidance_scale is -0.5: give one"),
+        (([1.0, 1.0, -1.0],), "all at least 0"),
+        ((1.0, [3, 0]), r"sections are \[0, 3\]: use only section numbers from 0 to 2"),
         ((1.0, [-1]), "from 0 to 2"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Mistakes of the user's: one line that says what to do, status 2, nothing written or lost, on all ranks alike."""
+"""Tests of user mistakes.
+
+Every mistake ends with one line that says what to do and with status 2 on all ranks. No file is written or lost.
+"""
 
 import os
 import pickle
@@ -21,19 +24,28 @@ from utils.files import lock_file
 
 @dataclass(frozen=True)
 class Mistake:
-    """A command line, `{place}` and `{rank}` to be filled in, and part of the line that it must end with."""
+    """A wrong command line, and the error that it must cause.
+
+    Attributes:
+        expected: part of the last line that is printed.
+        arguments: arguments of the program; `{place}` and `{rank}` in them are replaced.
+        program: file name of the program.
+        processes: smallest number of processes in which the mistake can happen.
+    """
 
     expected: str
     arguments: list[str]
     program: str = "train.py"
-    processes: int = 1  # how many it takes to make it
+    processes: int = 1
 
 
 def folder(name: str) -> list[str]:
+    """Returns the overrides that select the image folder `name`."""
     return ["data.name=folder", f"data.root={{place}}/images/{name}", "data.cache_dir={place}/../cache"]
 
 
 def checkpoint(name: str) -> list[str]:
+    """Returns the options that select the checkpoint `name`."""
     return ["--checkpoint", f"{{place}}/checkpoints/{name}.pt"]
 
 
@@ -43,14 +55,14 @@ MISTAKES = [
     Mistake("training.mask.latent_probability: input should be less", ["training.mask.latent_probability=2"]),
     Mistake("training.mask.section_probability needs decoder", ["training.mask.section_probability=0.1"]),
     Mistake(
-        "encoder.latent_dim 2 is too few for the 3 sections of decoder.modulation sectioned: take at least 3",
+        "encoder.latent_dim 2 is too small for the 3 sections of decoder.modulation=sectioned: take at least 3",
         ["decoder.modulation=sectioned", "encoder.latent_dim=2"],
     ),
-    Mistake("needs decoder.modulation sectioned", ["sampling.guidance_scale=[1, 2]"]),
-    Mistake("needs decoder.modulation sectioned", ["sampling.sections=[0]"]),
-    Mistake("each of the latent's 3 sections", ["decoder.modulation=sectioned", "sampling.guidance_scale=[1, 2]"]),
+    Mistake("needs decoder.modulation=sectioned", ["sampling.guidance_scale=[1, 2]"]),
+    Mistake("needs decoder.modulation=sectioned", ["sampling.sections=[0]"]),
+    Mistake("a list of 3, one for each section", ["decoder.modulation=sectioned", "sampling.guidance_scale=[1, 2]"]),
     Mistake("the latent's sections are 0 to 2", ["decoder.modulation=sectioned", "sampling.sections=[0, 3]"]),
-    Mistake("set beta_end lower", ["diffusion.schedule=linear", "diffusion.beta_end=0.5"]),
+    Mistake("lower diffusion.beta_end", ["diffusion.schedule=linear", "diffusion.beta_end=0.5"]),
     Mistake("is not valid YAML", ["--config", "{place}/broken.yaml"]),
     Mistake("is not valid YAML", ["--config", "{place}/object.yaml"]),
     Mistake("no config file", ["--config", "{place}/none.yaml"]),
@@ -60,8 +72,8 @@ MISTAKES = [
     Mistake("no images in", [*folder("empty")]),
     Mistake("unreadable/train/b/7.png", [*folder("unreadable")]),
     Mistake("truncated/train/a/3.png", [*folder("truncated")]),
-    Mistake("hold different classes: b, c", [*folder("differ")]),
-    Mistake("one class only", [*folder("single")]),
+    Mistake("have different classes: add b, c to both", [*folder("differ")]),
+    Mistake("only one class", [*folder("single")]),
     Mistake("40 training images are fewer than a batch", [*folder("few")]),
     Mistake("cannot be halved 1 times", ["data.image_size=9"]),
     Mistake("a 1x1 map", ["encoder.stem=imagenet"]),
@@ -71,7 +83,10 @@ MISTAKES = [
     Mistake("encoder.latent_dim was 8 and is 16", ["output_dir={place}/run", "encoder.latent_dim=16"]),
     Mistake("last.pt is damaged", ["output_dir={place}/run_truncated"]),
     Mistake("last.pt cannot be read", ["output_dir={place}/run_malicious"]),
-    Mistake("encoder.fc.weight is (8, 31) there and (8, 32)", ["output_dir={place}/run_reshaped", "training.epochs=2"]),
+    Mistake(
+        "encoder.fc.weight is (8, 31) in the checkpoint and (8, 32) in the model",
+        ["output_dir={place}/run_reshaped", "training.epochs=2"],
+    ),
     Mistake("File name too long", ["output_dir=" + "/x" * 3000]),
     Mistake("File name too long", ["--checkpoint", "x" * 300], "test.py"),
     Mistake("train first", [], "test.py"),
@@ -90,47 +105,71 @@ MISTAKES = [
         "test.py",
     ),
     Mistake(
-        "(encoder.fc.weight is (8, 32) there and (16, 32) here): add encoder.latent_dim=8",
+        "(encoder.fc.weight is (8, 32) in the checkpoint and (16, 32) in the model): add encoder.latent_dim=8",
         [*checkpoint("good"), "encoder.latent_dim=16"],
         "test.py",
     ),
     Mistake(
-        "does not fit the model: encoder.fc.weight is (8, 31) there and (8, 32)", checkpoint("reshaped"), "test.py"
+        "does not fit the model (encoder.fc.weight is (8, 31) in the checkpoint and (8, 32) in the model)",
+        checkpoint("reshaped"),
+        "test.py",
     ),
     Mistake("name a picture first: reconstruct, interpolate", ["nearer", *checkpoint("good")], "sample.py"),
-    Mistake("name what to look at: --config", ["nearest"], "sample.py"),
+    Mistake("neither a config nor a checkpoint is given", ["nearest"], "sample.py"),
     Mistake("train first", ["nearest"], "sample.py"),
     Mistake(
-        "(encoder.fc.weight is (8, 32) there and (16, 32) here): add encoder.latent_dim=8",
+        "(encoder.fc.weight is (8, 32) in the checkpoint and (16, 32) in the model): add encoder.latent_dim=8",
         ["nearest", *checkpoint("good"), "encoder.latent_dim=16"],
         "sample.py",
     ),
     Mistake(
-        "those of the test split go from 0 to 359", ["reconstruct", *checkpoint("good"), "--images", "360"], "sample.py"
+        "the test images are numbered from 0 to 359",
+        ["reconstruct", *checkpoint("good"), "--images", "360"],
+        "sample.py",
     ),
-    Mistake("write 12 (of the test images)", ["nearest", *checkpoint("good"), "--images", "cat.png"], "sample.py"),
-    Mistake("key=value comes before it", ["nearest", *checkpoint("good"), "--images", "0", "seed=1"], "sample.py"),
+    Mistake("write 12 (a test image)", ["nearest", *checkpoint("good"), "--images", "cat.png"], "sample.py"),
+    Mistake(
+        "put key=value before the images", ["nearest", *checkpoint("good"), "--images", "0", "seed=1"], "sample.py"
+    ),
     Mistake(
         "unreadable/train/b/7.png (cannot identify image file",
         ["reconstruct", *checkpoint("good"), "--images", "{place}/images/unreadable/train/b/7.png"],
         "sample.py",
     ),
-    Mistake("3 images are no pairs", ["interpolate", *checkpoint("good"), "--num_images", "3"], "sample.py"),
-    Mistake("no class ten: there are 0, 1, 2", ["directions", *checkpoint("good"), "--class", "ten"], "sample.py"),
-    Mistake("no class 11", ["arithmetic", *checkpoint("good"), "--terms", "class:1", "class:11", "0"], "sample.py"),
-    Mistake("have 8 components", ["directions", *checkpoint("good"), "--num_components", "9"], "sample.py"),
-    Mistake("mix needs a model of decoder.modulation sectioned", ["mix", *checkpoint("good")], "sample.py"),
-    Mistake("this model's go from 0 to 2", ["mix", *checkpoint("sectioned"), "--sections", "3"], "sample.py"),
-    Mistake("--reach nan: take a number above 0", ["directions", *checkpoint("good"), "--reach", "nan"], "sample.py"),
+    Mistake("3 images do not form pairs", ["interpolate", *checkpoint("good"), "--num_images", "3"], "sample.py"),
     Mistake(
-        "take at least 1",
+        "no class ten: the classes are 0, 1, 2", ["directions", *checkpoint("good"), "--class", "ten"], "sample.py"
+    ),
+    Mistake("no class 11", ["arithmetic", *checkpoint("good"), "--terms", "class:1", "class:11", "0"], "sample.py"),
+    Mistake(
+        "use at most 8 for 1437 latents", ["directions", *checkpoint("good"), "--num_components", "9"], "sample.py"
+    ),
+    Mistake("mix needs a model with decoder.modulation=sectioned", ["mix", *checkpoint("good")], "sample.py"),
+    Mistake("use sections 0 to 2 of this model", ["mix", *checkpoint("sectioned"), "--sections", "3"], "sample.py"),
+    Mistake(
+        "--reach nan is not valid: use a finite number above 0",
+        ["directions", *checkpoint("good"), "--reach", "nan"],
+        "sample.py",
+    ),
+    Mistake(
+        "use at least 1",
         ["arithmetic", *checkpoint("good"), "--num_samples", "0", "--terms", "class:1", "class:2", "class:1"],
         "sample.py",
     ),
-    Mistake("goes up to 1437", ["generate", *checkpoint("good"), "--num_components", "1438"], "sample.py"),
-    Mistake("--num_steps 1: take at least 2", ["interpolate", *checkpoint("good"), "--num_steps", "1"], "sample.py"),
     Mistake(
-        "there are 1437 training images", ["nearest", *checkpoint("good"), "--num_neighbours", "1438"], "sample.py"
+        "use at most 1437, the number of latents",
+        ["generate", *checkpoint("good"), "--num_components", "1438"],
+        "sample.py",
+    ),
+    Mistake(
+        "--num_steps 1 is too small: use at least 2",
+        ["interpolate", *checkpoint("good"), "--num_steps", "1"],
+        "sample.py",
+    ),
+    Mistake(
+        "use at most 1437 (all training images)",
+        ["nearest", *checkpoint("good"), "--num_neighbours", "1438"],
+        "sample.py",
     ),
     Mistake("one of the arguments --split --folder --files --export is required", checkpoint("good"), "embed.py"),
     Mistake("ends in neither .npz nor", [*checkpoint("good"), "--split", "test", "--out", "z.csv"], "embed.py"),
@@ -139,7 +178,7 @@ MISTAKES = [
     Mistake("holds splits, not classes", [*checkpoint("good"), "--folder", "{place}/images/few"], "embed.py"),
     Mistake("no folder none", [*checkpoint("good"), "--folder", "none"], "embed.py"),
     Mistake("no images in", [*checkpoint("good"), "--folder", "{place}/images/empty"], "embed.py"),
-    Mistake("no image none.png", [*checkpoint("good"), "--files", "none.png"], "embed.py"),
+    Mistake("the image none.png does not exist", [*checkpoint("good"), "--files", "none.png"], "embed.py"),
     Mistake("text.pt cannot be read", [*checkpoint("text"), "--export", "out"], "embed.py"),
     Mistake("no config file", ["--config", "{place}/only_0.yaml", "--config", "{place}/only_{rank}.yaml"], processes=2),
     Mistake("the processes read different configs", ["seed={rank}"], processes=2),
@@ -162,29 +201,34 @@ MISTAKES = [
         "sample.py",
         processes=2,
     ),
-    Mistake("output_dir must be storage they share", ["output_dir=run"], processes=2),
+    Mistake("set output_dir to shared storage", ["output_dir=run"], processes=2),
 ]
 
 
 def complete(mistake: Mistake, place: Path) -> list[str]:
+    """Returns all arguments of the command with the mistake. `place` holds its files."""
     config = digits_args(place / "nothing")
-    if mistake.expected.startswith(("the following", "name what")):
+    if mistake.expected.startswith(("the following", "neither a config")):
         config = []
-    elif checkpoint("sectioned")[1] in mistake.arguments:  # its own config holds
+    elif checkpoint("sectioned")[1] in mistake.arguments:  # the config stored in the checkpoint is used
         config = ["device=cpu"]
     arguments = [*config, *mistake.arguments]
-    if mistake.program == "sample.py":  # the picture comes first
+    if mistake.program == "sample.py":  # the name of the picture comes first
         arguments = [mistake.arguments[0], *config, *mistake.arguments[1:]]
     return [argument.replace("{place}", str(place)) for argument in arguments]
 
 
 def contents(place: Path) -> dict[str, bytes | None]:
-    files = (path for path in place.rglob("*") if path.name != ".lock")  # which says who held it last
+    """Returns the bytes of every file below `place`, by path; None for a folder."""
+    files = (path for path in place.rglob("*") if path.name != ".lock")  # it names the last process that held it
     return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in files}
 
 
 def write_images(root: Path, seed: int = 0, **counts: int) -> None:
-    """`root`/train/a/0.png and so on, from train_a=1; `root`/0.png from flat=1."""
+    """Writes random images of 8 x 8 pixels into folders below `root`.
+
+    train_a=2 writes `root`/train/a/0.png and `root`/train/a/1.png. flat=1 writes `root`/0.png.
+    """
     rng = np.random.default_rng(seed)
     for name, count in counts.items():
         inside = root if name == "flat" else root.joinpath(*name.split("_"))
@@ -195,7 +239,7 @@ def write_images(root: Path, seed: int = 0, **counts: int) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that can be wrong, and a finished run in `run`."""
+    """Folder with images, configs, checkpoints and runs that are wrong in some way, and a finished run in `run`."""
     place = tmp_path_factory.mktemp("mistakes") / "place"
     (place / "images" / "empty").mkdir(parents=True)
     for name in ("unreadable", "truncated"):
@@ -241,7 +285,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_refused(printed: str, expected: str) -> None:
-    """One line says why, and it is the last; before it, decoding may show a bar, and resuming what changed."""
+    """Checks that the last line is the only error line, and that it contains `expected`.
+
+    A progress bar and a list of changed keys may come before it.
+    """
     lines = printed.rpartition("\r")[2].splitlines()
     assert [line for line in lines if "error" in line.lower() or "Traceback" in line] == lines[-1:], printed
     assert lines[-1].startswith("error: ") and expected in lines[-1]
@@ -264,7 +311,7 @@ def test_a_mistake_ends_with_one_line_and_nothing_written(
 
 def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path) -> None:
     before = contents(place)
-    shutil.copytree(place / "run", tmp_path / "disk0" / "run")  # each process works on a disk of its own
+    shutil.copytree(place / "run", tmp_path / "disk0" / "run")  # each process has its own folder
     (tmp_path / "disk1").mkdir()
     torch.save([(mistake.program, complete(mistake, place)) for mistake in MISTAKES], tmp_path / "cases.pt")
     with lock_file(place / "busy" / ".lock"):
@@ -280,7 +327,7 @@ def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path
 
 def test_a_launcher_shows_the_line_once_and_status_2_of_each_process(place: Path) -> None:
     done = launch(*TWO_PROCESSES, "train.py", *digits_args(place / "nothing"), "training.epoch=3")
-    assert done.returncode == 1, "torchrun's own"
+    assert done.returncode == 1, "torchrun itself exits with status 1"
     assert [line for line in done.stderr.splitlines() if "error: " in line and "error_file" not in line] == [
         f"error: {ROOT / 'config' / 'digits.yaml'}: unknown key training.epoch: did you mean training.epochs?"
     ]
@@ -290,7 +337,7 @@ def test_a_launcher_shows_the_line_once_and_status_2_of_each_process(place: Path
 def test_a_run_that_another_has_overtaken_does_not_start(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other began, trained and ended while this one was loading its images."""
+    """A run does not start if another run has trained in its folder while this one was loading images."""
     from experiment import opening
 
     def slowly(*args: Any) -> Any:

@@ -1,3 +1,5 @@
+"""Tests of the model: sizes, AdaGN, initial weights, FLOPs and the encoders."""
+
 import copy
 from pathlib import Path
 from typing import get_args
@@ -36,7 +38,10 @@ def test_cifar10_model_has_the_published_size_and_work() -> None:
 
 
 def test_tiny_attends_on_the_maps_of_the_reference() -> None:
-    """The reference's flags are indexed by level: at 64 px they name the 32x32 maps, not 16x16."""
+    """Self-attention is on the 32x32 feature maps, not on the 16x16 ones.
+
+    The reference implementation indexes its attention flags by level. At 64 px, the flagged level has 32x32 maps.
+    """
     config = load_config(ROOT / "config" / "tiny.yaml")
     soda = build_on_meta(config)
     attending = {stage.resolution for stage in [*soda.decoder.down, *soda.decoder.up] if getattr(stage, "attention", 0)}
@@ -64,7 +69,7 @@ def test_every_encoder_trains_with_a_latent_of_any_width(architecture: str, late
     before = [parameter.clone() for parameter in state.soda.encoder.parameters()]
     losses = [train_step(experiment, state, pixels, PhaseTimer())[0] for _ in range(4)]
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
-    # The decoder starts at zero, so that the encoder's gradient does in the first two steps.
+    # Four steps, because the encoder's gradient is zero in the first two: layers of the decoder start at zero.
     assert not any(map(torch.equal, state.soda.encoder.parameters(), before))
     features = state.soda.encoder.features(torch.zeros(2, 3, 8, 8))
     assert features["z"].shape == (2, latent_dim) and features["pooled"].shape[1] in (32, 128)
@@ -77,7 +82,10 @@ def test_small_stem_keeps_the_resolution() -> None:
 
 
 def test_the_papers_initial_weights() -> None:
-    """Their distributions, and that signals keep their size, for which residual sums are divided by sqrt 2."""
+    """The weights have the paper's distributions, and the signal keeps its size through the decoder.
+
+    The division of residual sums by sqrt(2) is there to keep this size.
+    """
     torch.manual_seed(0)
     encoder = {"architecture": "resnet18", "stem": "small", "width": 16, "latent_dim": 32}
     decoder = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 2, "attn_resolutions": [8]}
@@ -107,14 +115,14 @@ def test_the_papers_initial_weights() -> None:
 
 
 def test_residual_sums_are_divided_by_sqrt_2() -> None:
-    """The whole sum, branch and skip: of what the same weights give without."""
+    """With `rescale_residual`, the output is that of the same weights without it, divided by sqrt(2)."""
     x, time, latent = torch.randn(2, 8, 4, 4), torch.randn(2, 6), torch.randn(2, 5)
     found: dict[bool, list[torch.Tensor]] = {}
     for rescale in (False, True):
         torch.manual_seed(0)
         block = ResBlock(8, 12, 6, 5, dropout=0.0, scale_offset=1.0, rescale_residual=rescale)
         attention = SelfAttention(8, None, rescale_residual=rescale)
-        for last in (block.conv2, attention.proj):  # they start at zero
+        for last in (block.conv2, attention.proj):  # these layers start at zero, which would hide the branch
             torch.nn.init.normal_(last.weight)
         found[rescale] = [block(x, time, latent), attention(x)]
         assert not torch.allclose(found[rescale][1], x)
@@ -135,7 +143,7 @@ def test_adagn_is_the_papers_equation(offset: float) -> None:
     h, time, latent = torch.randn(2, 8, 4, 4), torch.randn(2, 6), torch.randn(2, 5)
     t_s, t_b = adagn.time_proj(time)[:, :8], adagn.time_proj(time)[:, 8:]
     z_s, z_b = adagn.latent_proj(latent)[:, :8], adagn.latent_proj(latent)[:, 8:]
-    groups = h.view(2, 2, 4 * 4 * 4)  # 8 channels are 2 groups of 4
+    groups = h.view(2, 2, 4 * 4 * 4)  # 8 channels form 2 groups of 4
     normed = (
         (groups - groups.mean(2, keepdim=True)) / (groups.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
     ).view_as(h)
@@ -240,7 +248,7 @@ def test_state_dict_loads_into_a_copy(tiny_soda: SODA) -> None:
 
 
 def test_every_encoder_keeps_the_contract() -> None:
-    """Names in the config have an encoder each; z and pooled features have the widths that it declares."""
+    """Each name in the config has an encoder, and the outputs z and pooled have the declared widths."""
     assert list(ENCODERS) == list(get_args(Architecture))
     for make in dict.fromkeys(ENCODERS.values()):
         name = next(name for name, value in ENCODERS.items() if value is make)

@@ -1,3 +1,5 @@
+"""Tests of random numbers and of the order of the images."""
+
 import torch
 
 from datasets.loader import Loader
@@ -32,6 +34,7 @@ def test_uniform_numbers_belong_to_positions() -> None:
 
 
 def loader() -> Loader:
+    """Returns a loader of 50 images in batches of 16."""
     return Loader(50, 16, lambda epoch: generator(0, "order", epoch))
 
 

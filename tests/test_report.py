@@ -1,4 +1,4 @@
-"""The report in a browser, and TensorBoard's files in its own readers."""
+"""Tests of the report, also in a browser, and of TensorBoard's files with TensorBoard's own readers."""
 
 import base64
 import contextlib
@@ -46,7 +46,7 @@ CLASSES = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained for an epoch, and then for one more, on digits whose classes have names that are code elsewhere."""
+    """Run folder of one epoch on digits, resumed for another. Names of classes contain HTML, TeX and other markup."""
     place = tmp_path_factory.mktemp("report")
     for split, images in zip(("train", "test"), load_digits(8), strict=True):
         assert images.labels is not None
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(run: Path) -> dict[str, list[str]]:
-    """The table that test.py printed while it wrote the report: {protocol: cells}."""
+    """Table that test.py printed when it wrote the report: {protocol: cells}."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         checkpoint = str(run / "checkpoints" / "last.pt")
@@ -78,7 +78,7 @@ CLASSES_IN_ORDER = sorted(CLASSES)
 
 
 class Page(HTMLParser):
-    """A page's references, attributes and number of images."""
+    """References, attributes and number of images of an HTML page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -88,6 +88,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Records the references and attributes of a start tag."""
         self.images += tag == "img"
         self.attributes |= {name for name, _ in attributes}
         self.references += [
@@ -109,14 +110,14 @@ def test_the_report_is_one_file_that_holds_what_was_found(run: Path, table: dict
     config = (run / "config.yaml").read_text()
     assert html.escape(config, quote=True).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in text
     for title in (
-        "What the latent holds",
-        "From one image to another",
+        "What the latent z encodes",
+        "Interpolation between two images",
         "Along the principal",
         "Nearest",
-        "Sections of",
+        "Mixing sections of",
     ):
         assert f"<h2>{title}" in text
-    # Names are text: no element, no attribute, no formula, nothing left out.
+    # Names of classes are shown as text. They add no element, attribute or formula, and no name is missing.
     assert "onerror" not in page.attributes and "x" not in page.references and "<img src=x" not in text
     section = text[text.index('<section id="tsne">') :]
     legend = [
@@ -151,7 +152,10 @@ def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_curve_goes_through_its_values() -> None:
-    """Read back from the drawing: y falls on the page as values rise, in proportion, with a gap where there is none."""
+    """Points read back from the drawing are proportional to the values, with a gap at a missing value.
+
+    On the page, y decreases as a value increases.
+    """
     drawn = svg.curves("c", "value", {"v": ([0.0, 1.0, 2.0, 3.0, 4.0], [1.0, 3.0, None, 7.0, 5.0])})  # type: ignore[list-item]
     path = next(d for d in re.findall(r'<path d="([^"]*)"', drawn) if len(re.findall(r"[ML]", d)) == 4)
     points = np.array([[float(n) for n in xy] for xy in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)])
@@ -173,6 +177,7 @@ def test_of_many_classes_the_confusions_are_a_picture_and_a_list() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Headless Chromium. Tests that use it are skipped if Chromium is not installed."""
     if CHROMIUM is None:
         pytest.skip("needs Debian's chromium")
     with sync_playwright() as playwright:
@@ -197,10 +202,10 @@ def test_the_report_in_a_browser(
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"file://{alone}")
     assert said == [] and [url for url in asked if not url.startswith("data:")] == [f"file://{alone}"]
-    assert page.evaluate("document.documentElement.scrollWidth") == width, "only tables scroll sideways"
+    assert page.evaluate("document.documentElement.scrollWidth") == width, "only tables may scroll sideways"
     broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
     assert broken == 0 and page.locator("svg").count() == 5
-    # Letters against the page behind them, in the text and in the figures: both light, or both dark, would be unread.
+    # Text must contrast with the page, in paragraphs and in figures: light on light, or dark on dark, is unreadable.
     brightness = """selector => {
         const style = getComputedStyle(document.querySelector(selector));
         const rgb = (style.fill && selector.includes("text") ? style.fill : style.color).match(/[0-9.]+/g).map(Number);
@@ -213,7 +218,7 @@ def test_the_report_in_a_browser(
         assert abs(page.evaluate(brightness, selector) - sum(ground) / 3) > 90, selector
     texts = page.locator("svg text").all()
     colours = {text.evaluate("node => getComputedStyle(node).fill") for text in texts}
-    assert len(colours) == 1, "letters of all figures, legends too, are of one colour"
+    assert len(colours) == 1, "all text in the figures, including legends, has the same colour"
     shot = np.asarray(Image.open(page.screenshot(path=str(tmp_path / "shot.png")) and tmp_path / "shot.png"))
     assert (shot.mean() < 96) == is_dark
     page.locator("summary").first.click()
@@ -223,7 +228,9 @@ def test_the_report_in_a_browser(
 
 def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) -> None:
     folder = run / "tensorboard"
-    assert {path.parent for path in folder.rglob("events.*")} == {folder}, "a second run would have a folder of its own"
+    assert {path.parent for path in folder.rglob("events.*")} == {folder}, (
+        "a second TensorBoard run would have its own folder"
+    )
     events = EventAccumulator(str(folder)).Reload()
     data = events.PluginTagToContent("hparams")
     start = HParamsPluginData.FromString(data["_hparams_/session_start_info"]).session_start_info.hparams
@@ -237,7 +244,7 @@ def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) 
     assert {"evaluation/knn_top1", "evaluation/probe_top1", "evaluation/epoch"} <= tags <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("evaluation/epoch")] == [1, 2]
 
-    # The points are those of the last evaluation alone, each with its class and its picture.
+    # Only the points of the last evaluation are kept, each with its class and its image.
     listed = (folder / "projector_config.pbtxt").read_text()
     assert listed.count("tensor_path") == 1 and "00044/latents" in listed
     assert [path.parent.name for path in folder.glob("*/latents")] == ["00044"]
@@ -248,7 +255,7 @@ def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) 
     assert sprite.size == (19 * 8, 19 * 8)
     test = open_trained(read_trained(None, run / "checkpoints" / "last.pt", ["device=cpu"]))[0].test
     assert isinstance(test, StoredImages) and test.labels is not None
-    shown = np.asarray(sprite)[8:16, 16:24, :3]  # in the second row of 19, the third
+    shown = np.asarray(sprite)[8:16, 16:24, :3]  # the third image in the second row of 19
     np.testing.assert_allclose(shown, test.pixels[21].permute(1, 2, 0).numpy(), atol=1)
     assert rows[1 + 21] == f"{test.classes[int(test.labels[21])]}\ttest:21"
 

@@ -1,4 +1,4 @@
-"""The programs, called in process: what a run writes, how it resumes, what it refuses."""
+"""Tests of train.py and test.py, called in this process: files of a run, resuming, and refused commands."""
 
 import json
 import re
@@ -35,10 +35,12 @@ STEPS_PER_EPOCH = 1437 // 64
 
 
 def last(folder: Path) -> dict[str, Any]:
+    """Returns the contents of the run's last checkpoint."""
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
 
 
 def reports(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Returns the reports of one kind, in order."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
 
@@ -48,7 +50,7 @@ TWO_EPOCHS = ("training.epochs=2", "evaluation.every=1", "training.keep_every=1"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs on digits, evaluated after each."""
+    """Folder of a finished run: two epochs on digits, evaluated after each epoch."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert train_program.main(digits_args(folder, *TWO_EPOCHS)) == 0
     return folder
@@ -91,7 +93,7 @@ def test_the_sample_grid_shows_three_rows(finished: Path) -> None:
     assert grid.shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # 4 images of 8 px, enlarged 8 times, 2 px apart
     source, sample, target = (grid[2 + 66 * row : 66 * (row + 1), 2:] for row in range(3))
     before = np.asarray(Image.open(finished / "samples" / "epoch_0001.png")).astype(int)
-    assert (before[:66] == grid[:66]).all() and (before[134:] == grid[134:]).all(), "the same views each time"
+    assert (before[:66] == grid[:66]).all() and (before[134:] == grid[134:]).all(), "the views differ between grids"
     assert (before[68:134] != grid[68:134]).any() and (sample != target).any() and (source != target).any()
 
 
@@ -116,7 +118,7 @@ def test_a_finished_run_says_so(
     assert train_program.main(digits_args(finished, *TWO_EPOCHS)) == 0
     assert "finished: all 2 epochs are done" in caplog.text
     printed = capsys.readouterr().out
-    assert "raw pixels" in printed and "checkpoints/last.pt" in printed and "nearly solved" in printed
+    assert "raw pixels" in printed and "checkpoints/last.pt" in printed and "nearly solve digits" in printed
     assert (finished / "metrics.jsonl").read_text() == before
 
 
@@ -138,7 +140,9 @@ def test_judging_a_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]
     assert len(reference) == 2 and all(
         ": crop 0.08-1 ratio 0.75-1.33333 flip 0.5 (p=0.65)" in line for line in reference
     )
-    assert any("views: affine 10 deg 0.1 x0.9-1.1 shear 5 (p=1)" in line for line in lines), "the config's own probe"
+    assert any("views: affine 10 deg 0.1 x0.9-1.1 shear 5 (p=1)" in line for line in lines), (
+        "the config's own probe is missing"
+    )
     ours = next(line for line in lines if line.startswith("k-NN k=20 uniform, unit z, bank: clean"))
     results = json.loads((finished / "results.json").read_text())["table"]
     cells = results["k-NN k=20 uniform, unit z, bank: clean"]
@@ -174,7 +178,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
         assert_equal_states(resumed[part], whole[part], part)
     for kind in ("train", "evaluation"):
         steps = [report["step"] for report in reports(tmp_path / "run", kind)]
-        assert steps == [report["step"] for report in reports(finished, kind)], "no step twice, none missing"
+        assert steps == [report["step"] for report in reports(finished, kind)], "no report may be missing or repeated"
     assert reports(tmp_path / "run", "evaluation") == reports(finished, "evaluation")
     tables = [json.loads((run / "results.json").read_text())["table"] for run in (tmp_path / "run", finished)]
     assert tables[0] == tables[1]
@@ -183,6 +187,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
 def test_more_epochs_go_on_and_a_killed_evaluation_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """An interrupted evaluation runs again when the run resumes. More epochs continue a finished run."""
     caplog.set_level("INFO")
 
     def killed(*args: Any) -> None:
@@ -231,6 +236,7 @@ def test_a_finished_run_is_judged_anew_where_the_protocol_changed(finished: Path
 def test_what_does_not_matter_to_the_table_leaves_a_finished_run_finished(
     finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A finished run is not evaluated again if only keys change that do not affect the table of accuracies."""
     caplog.set_level("INFO")
     before = (finished / "results.json").read_bytes()
     assert train_program.main(digits_args(finished, *TWO_EPOCHS, "training.log_every=7", "data.cache_dir=else")) == 0
@@ -246,7 +252,7 @@ def test_a_folder_of_another_run_is_refused_even_without_a_checkpoint(
     (tmp_path / "other" / "config.yaml").write_text("services: {web: {image: nginx}}")
     for run, args, expected in (
         (folder, (*TWO_EPOCHS, "seed=5"), "seed was 0 and is 5"),
-        (tmp_path / "other", TWO_EPOCHS, "is not of a run of this program"),
+        (tmp_path / "other", TWO_EPOCHS, "was not written by this program"),
     ):
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         with pytest.raises(SystemExit, match="2"):
@@ -273,7 +279,7 @@ def test_a_folder_inside_that_cannot_be_written_is_noticed_before_training(
     config = (folder / "config.yaml").read_bytes()
     make = folder_module.TemporaryFile
 
-    def refuse(dir: Path) -> Any:  # permissions do not keep root out
+    def refuse(dir: Path) -> Any:  # simulated, because root may write in spite of permissions
         if dir == folder / name:
             raise PermissionError(13, "Permission denied", str(dir))
         return make(dir=dir)
@@ -286,6 +292,7 @@ def test_a_folder_inside_that_cannot_be_written_is_noticed_before_training(
 
 
 def flat_folder(folder: Path, seed: int) -> Path:
+    """Writes 70 random images without labels into a new folder and returns the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
     for index in range(70):
@@ -349,17 +356,17 @@ def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_mixed_precision_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.device._cpu_computes_bf16", lambda: True)  # emulated where it is not so
+    monkeypatch.setattr("utils.device._cpu_computes_bf16", lambda: True)  # other CPUs emulate bf16
     dtypes: set[tuple[bool, torch.dtype]] = set()
     hook = register_module_forward_hook(
         lambda module, args, out: dtypes.add((module.training, out.dtype)) if isinstance(module, Conv2d) else None
     )
-    # bf16 is slow where it is emulated: one epoch of the probe on clean images.
+    # Emulated bf16 is slow, so the probe trains for one epoch, on clean images.
     probe = ("evaluation.probe.epochs=1", "evaluation.probe.transform=clean", "evaluation.probe.batch_size=512")
     args = digits_args(tmp_path, "--use_amp", "evaluation.every=1", *probe)
     with hook:
         assert train_program.main(args) == 0
-    # Training and evaluation are in bf16; only the untrained encoder settles its statistics in float32.
+    # Training and evaluation use bf16. Only the passes that settle the untrained encoder's statistics use float32.
     assert {(True, torch.bfloat16), (False, torch.bfloat16)} <= dtypes and (False, torch.float32) not in dtypes
     assert reports(tmp_path, "train")[-1]["loss"] < 1
     assert train_program.main([*args, "training.epochs=2"]) == 0
@@ -394,7 +401,10 @@ def test_use_amp_is_an_override(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """200 training and 50 test images of two classes: bright ones, and bright ones upside down."""
+    """Folder with 200 training and 50 test images of two classes.
+
+    The images of both classes are noisy vertical brightness ramps. Those of the second class are upside down.
+    """
     generator = np.random.default_rng(0)
     for split, count in (("train", 100), ("test", 25)):
         for name, slope in (("up", 1), ("down", -1)):
@@ -409,7 +419,11 @@ def pictures(tmp_path: Path) -> Path:
 def test_a_run_on_streamed_images_is_the_one_on_stored_images(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is interrupted, and all training files go bad under way; with the files back it ends where it should."""
+    """Training on streamed images ends with the same state as training on stored images.
+
+    During the streamed run all training files are damaged, and the run ends with an error. Once the files are restored,
+    the run resumes.
+    """
 
     def args(name: str, stream: str) -> list[str]:
         data = ["data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / name}", "data.num_workers=2"]
@@ -433,12 +447,12 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
             train_program.main(args("streamed", "true"))
     error = str(failure.value)
     assert error.startswith("cannot read the image")
-    assert error.endswith("put back the file that was there, and start again")
+    assert error.endswith("restore the original file and run the command again")
     stopped_at = last(tmp_path / "runs" / "streamed")["step"]
-    assert bad_at <= stopped_at <= bad_at + AHEAD + 1, "the steps whose images had been read are done, and kept"
+    assert bad_at <= stopped_at <= bad_at + AHEAD + 1, "steps whose images had been read must be done and saved"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
     with monkeypatch.context() as patch, pytest.raises(DatasetError, match="cannot read the image"):
-        # Judging meets them, too.
+        # The evaluation finds the damaged files as well. With the old fingerprints, the cache does not find them first.
         patch.setattr(cache, "_fingerprint", lambda listing: fingerprint[listing.root.name])
         judge_program.main(args("streamed", "true"))
 
@@ -454,7 +468,7 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
 
 @pytest.mark.long
 def test_two_processes_end_at_once_when_one_cannot_read_an_image(pictures: Path, tmp_path: Path) -> None:
-    """Though the other waits for its tensors."""
+    """Both ranks end immediately if one cannot read an image, even if the other is waiting in a collective."""
     data = ["data.name=folder", f"data.root={pictures}", f"data.cache_dir={tmp_path / 'cache'}", "data.stream=true"]
     args = digits_args(tmp_path / "run", *data, "training.epochs=10000", "training.log_every=1")
     command = [sys.executable, *TWO_PROCESSES, "train.py", *args]
@@ -469,5 +483,5 @@ def test_two_processes_end_at_once_when_one_cannot_read_an_image(pictures: Path,
             _, said = running.communicate(timeout=60)
         finally:
             running.kill()
-    assert running.returncode == 1, "torchrun's own"
-    assert re.search(r"^error: cannot read the image .* put back the file that was there", said, re.MULTILINE)
+    assert running.returncode == 1, "torchrun itself exits with status 1"
+    assert re.search(r"^error: cannot read the image .* restore the original file", said, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Checkpoints, configs and archives of others are read, and never executed."""
+"""Tests that checkpoints, configs and archives from others are only read, and never executed."""
 
 import pickle
 import re
@@ -20,6 +20,7 @@ from tests.test_checkpoint import Malicious
 
 
 def source_files() -> list[Path]:
+    """Returns all source files except the tests."""
     folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return [*ROOT.glob("*.py"), *(path for f in folders if f.name != "tests" for path in f.rglob("*.py"))]
 
@@ -37,7 +38,7 @@ def test_nothing_is_loaded_that_could_execute_something() -> None:
 def test_a_cifar_that_is_not_cifar_is_neither_unpickled_nor_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchvision reads pickles: they are those of the digests that it knows, or they are not opened."""
+    """torchvision unpickles only files with the digests that it knows, and refuses other files and archives."""
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "data" / CIFAR10.base_folder
     base.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The real scripts, launched as a user launches them; and rules that hold for the whole source."""
+"""Tests of the scripts, launched in the same way as by a user, and of rules for the whole source code."""
 
 import ast
 import json
@@ -12,19 +12,22 @@ import train as train_program
 from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch
 
 COMMANDS = ("train", "test", "sample", "embed")
-FLOORS = [  # from the top; commands stand above all of them
+FLOORS = [  # from top to bottom; the commands are above all of them
     *("ablations", "benchmarks", "analysis", "training", "evaluation", "experiment"),
     *("datasets", "utils", "config", "model"),
 ]
 
 
 def test_a_run_with_every_launcher(tmp_path: Path) -> None:
-    """Two processes train, two judge, one judges, one goes on: it ends where a run that was always one does."""
+    """A run that two processes start and one process resumes ends like a run of one process.
+
+    Two processes and one process evaluate it with the same result.
+    """
     settings = ("decoder.dropout=0.0", "optimizer.encoder_lr=1e-4", "optimizer.decoder_lr=1e-4", "training.log_every=1")
     args = digits_args(tmp_path / "run", *settings)
     trained = launch(*TWO_PROCESSES, "train.py", *args)
     assert trained.returncode == 0, trained.stderr
-    assert "2 processes, 32 images of each batch each, gradients by gloo" in trained.stderr
+    assert "2 processes: 32 images of each batch per process, gradients reduced by gloo" in trained.stderr
 
     judged = launch("-m", "torch.distributed.launch", "--nproc_per_node=2", "test.py", *args)
     assert judged.returncode == 0, judged.stderr
@@ -99,6 +102,7 @@ def test_help_and_config_errors_do_not_wait_for_torch(args: tuple[str, ...], sta
 
 
 def imports(path: Path) -> set[str]:
+    """Returns the top-level packages that a source file imports."""
     tree = ast.parse(path.read_text())
     modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]

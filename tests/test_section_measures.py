@@ -1,4 +1,4 @@
-"""Measures of ablations/sections.py on decoders with known answers, and the script as it is used."""
+"""Measures of ablations/sections.py on models with known answers, and the script itself."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ NAMES = ["0 (8 and 4 px)", "1 (4 px)", "2 (4 px, middle)", "whole latent"]
 
 
 def prepared(tmp_path: Path, *overrides: str) -> tuple[Any, Any]:
-    """A model with a decoder that listens to its latent, and reads nothing from section 1."""
+    """Returns an experiment and a model whose decoder depends on all sections of its latent except section 1."""
     experiment = experiment_of(tmp_path, "decoder.modulation=sectioned", "evaluation.batch_size=99", *overrides)
     soda = initial_state(experiment).soda.eval()
     with torch.no_grad():
@@ -40,12 +40,12 @@ def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path) -> None:
     swapped, coarse = section_measures.swap_sections(experiment, soda, named)
     assert swapped[1] == 0 and swapped[3] == 1 and 0.01 < swapped[0] < 1.5 and 0.001 < swapped[2] < 1.5
     assert all(0 < share < 1 for share in (coarse[0], coarse[2], coarse[3]))
-    # A shared latent is cut at the same places.
+    # A shared latent is split at the same positions.
     assert section_measures.sections_of(experiment_of(tmp_path).config) == named
 
 
 def test_a_section_is_probed_alone(tmp_path: Path) -> None:
-    """All that is known of an image is put into section 2, noise into the others."""
+    """If section 2 has all information about the image and the others are noise, only section 2 is classified well."""
     experiment, soda = prepared(tmp_path, "evaluation.probe.transform=clean", "evaluation.probe.epochs=20")
     encode = soda.encoder.features
     brightness = torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ def test_how_much_of_a_section_is_its_own(tmp_path: Path) -> None:
     source = torch.Generator().manual_seed(0)
 
     def encode(views: torch.Tensor) -> torch.Tensor:
-        """Section 0 is noise, the others are noise and a function of each other."""
+        """Returns z. Section 0 is noise. Section 2 is a linear function of section 1, to which noise is then added."""
         z = torch.randn(len(views), 8, generator=source)
         z[:, 6:] = 2 * z[:, 3:5] - z[:, 4:6]
         z[:, 3:6] += torch.randn(len(views), 3, generator=source)
@@ -77,8 +77,9 @@ def test_how_much_of_a_section_is_its_own(tmp_path: Path) -> None:
     soda.encoder.forward = encode
     named = section_measures.sections_of(experiment.config)
     noise, cause, effect, whole = section_measures.own_variance(experiment, soda, named)
-    # Half of the causes' variance is noise, so half of the effect's, and two of the causes' six are explained. The
-    # function is fitted to 180 images and judged on 180.
+    # Half of the variance of section 1 (cause) is added noise, so that section 1 explains half of section 2 (effect).
+    # The total variance of section 1 is 6, of which section 2 explains 2. The linear function is fitted to 180 images
+    # and evaluated on the other 180.
     assert [noise, cause, effect, whole] == pytest.approx([1, 4 / 6, 1 / 2, 1], abs=0.12)
 
 
@@ -97,8 +98,8 @@ def test_the_script_resumes(
     assert {f"{measure} {name}" for measure in sections.ROWS_BY_SECTION for name in NAMES} < rows.keys()
     results = tmp_path / "results.jsonl"
     lines = [line for line in results.read_text().splitlines() if line]
-    results.write_text("\n".join([*lines[:2], lines[2][:50]]))  # as a crash leaves it
+    results.write_text("\n".join([*lines[:2], lines[2][:50]]))  # a crash has cut the last line
     sections.main(arguments)
-    assert capsys.readouterr().out.splitlines() == table, "measured again, from the state that was saved"
+    assert capsys.readouterr().out.splitlines() == table, "measured again from the saved checkpoint"
     again = [json.loads(line) for line in results.read_text().splitlines() if line.endswith("}")]
     assert len(again) == 3 and again[2]["seconds"] == json.loads(lines[2])["seconds"]

@@ -1,4 +1,4 @@
-"""The paper's decoder: which section of the latent modulates which layer, and what becomes of sections dropped."""
+"""Layer modulation of the paper: the section of the latent for each layer, and the effect of dropped sections."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from utils.logging import PhaseTimer
 from utils.randomness import generator
 
 SHAPES = [([1], 1), ([1], 3), ([1, 2], 1), ([1, 1, 2], 2), ([1, 2, 1, 1], 1)]
-# As the rule gives them by hand for cifar10_paper.yaml: blocks of the decoder, a row each section.
+# Blocks of the decoder of cifar10_paper.yaml that each section modulates: one row per section, worked out by hand.
 PAIRS = [
     ["down.0", "up.13", "up.14"],
     ["down.1", "up.10", "up.12"],
@@ -36,6 +36,7 @@ PAIRS = [
 
 
 def decoder_of(channel_mult: list[int], num_res_blocks: int, latent_dim: int = 23, **more: Any) -> UNetDecoder:
+    """Returns a small decoder with sectioned modulation and random weights."""
     torch.manual_seed(0)
     decoder = UNetDecoder(
         image_size=8,
@@ -49,19 +50,20 @@ def decoder_of(channel_mult: list[int], num_res_blocks: int, latent_dim: int = 2
         **{"modulation": "sectioned", **more},
     )
     with torch.no_grad():
-        for parameter in decoder.parameters():  # nothing is hidden by a zero
+        for parameter in decoder.parameters():  # zero-initialised layers would hide an effect
             parameter.add_(0.1 * torch.randn_like(parameter))
     return decoder
 
 
 def seen_by(decoder: UNetDecoder, of: Callable[[str, Any, tuple[Any, ...], Tensor], None]) -> None:
+    """Calls `of`(name, module, inputs, output) after the forward pass of each layer with a skip connection."""
     for name, module in decoder.named_modules():
         if isinstance(module, Stage | Downsample) or name == "conv_in":
             module.register_forward_hook(lambda m, args, out, name=name: of(name, m, args, out))
 
 
 def modulation(decoder: UNetDecoder, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of each block's latent projection."""
+    """Returns {name of the block: (input, output) of its linear layer for the latent}."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = [
         stage.block.adagn.latent_proj.register_forward_hook(
@@ -91,7 +93,11 @@ def test_the_pairs_of_the_cifar10_config() -> None:
 
 @pytest.mark.parametrize(("channel_mult", "num_res_blocks"), SHAPES)
 def test_the_section_follows_the_skip(channel_mult: list[int], num_res_blocks: int) -> None:
-    """The skip that a block consumes is seen in the last channels of its input: they are another layer's output."""
+    """Each block uses the section that the rule of UNetDecoder gives for its skip connection.
+
+    The test finds the skip connection of a block from the last channels of the block's input. They equal the output of
+    the layer that produced the skip connection.
+    """
     decoder = decoder_of(channel_mult, num_res_blocks)
     outputs: list[tuple[str, Tensor]] = []
     consumed: dict[str, str] = {}
@@ -117,7 +123,7 @@ def test_the_section_follows_the_skip(channel_mult: list[int], num_res_blocks: i
             block = stages[0]
         elif skip in section:
             block = skip
-        else:  # a downsampling: the block before it
+        else:  # a downsampling belongs to the block before it
             block = going_down[going_down.index(skip) - 1]
         assert section[name] == section[block], name
 
@@ -142,7 +148,7 @@ def test_sections_are_as_even_as_they_can_be() -> None:
     for latent_dim in (5, 6, 23, 128):
         widths = decoder_of([1, 2], 2, latent_dim).section_dims
         assert len(widths) == 5 and sum(widths) == latent_dim and max(widths) - min(widths) <= 1
-    with pytest.raises(ValueError, match="5 sections need a latent of at least as many dimensions, not 4"):
+    with pytest.raises(ValueError, match="latent_dim is 4: set it to at least 5, the number of sections"):
         decoder_of([1, 2], 2, 4)
     assert decoder_of([1, 2], 2, 4, modulation="shared").section_dims == [4]
 
@@ -173,7 +179,7 @@ def test_what_a_dropped_section_modulates_sees_the_null_latent(sectioned_soda: S
             assert torch.equal(given[sample], expected[layer.name][0][sample])
             assert torch.equal(gives[sample], expected[layer.name][1][sample])
             assert not drop or given[sample].eq(0).all()
-    # The whole model makes of a mask what the decoder does, and of a row of True what it makes of no latent.
+    # SODA applies the mask to z before the decoder. With a row of True, eps does not depend on the source view.
     x_source, x_t, timesteps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     eps = soda(x_source, x_t, timesteps, drop_mask)
     masked = soda.encoder(x_source).clone()
@@ -196,8 +202,8 @@ def test_latents_and_sections_are_dropped_at_their_rates_independently(tmp_path:
         for name in ("x_source", "x_start", "timesteps", "noise"):
             assert torch.equal(getattr(before, name), getattr(after, name)), name
         whole = before.drop_mask.all(dim=1)
-        assert torch.equal(before.drop_mask, whole[:, None].expand(-1, 3)), "as a whole, or not at all"
-        assert after.drop_mask[whole].all(), "the same samples are dropped as a whole"
+        assert torch.equal(before.drop_mask, whole[:, None].expand(-1, 3)), "a single section was dropped"
+        assert after.drop_mask[whole].all(), "a dropped latent was restored"
         wholes.append(whole)
         masks.append(after.drop_mask[~whole].float())
     whole, sections = torch.cat(wholes), torch.cat(masks)
@@ -209,7 +215,7 @@ def test_latents_and_sections_are_dropped_at_their_rates_independently(tmp_path:
     assert 2900 < len(sections) < 3250
     for i in range(3):
         assert within(sections[:, i].mean(), 0.3, len(sections))
-        assert within((sections[:, i] * sections[:, i - 1]).mean(), 0.09, len(sections)), "independently"
+        assert within((sections[:, i] * sections[:, i - 1]).mean(), 0.09, len(sections)), "not independent"
     assert within(sections.prod(dim=1).mean(), 0.027, len(sections))
 
 
@@ -221,7 +227,10 @@ def test_a_part_of_the_batch_gets_its_own_sections_dropped(tmp_path: Path) -> No
 
 
 def test_the_default_draws_what_it_always_drew(tmp_path: Path) -> None:
-    """Whole latents, by a draw of its own purpose alone, with sections or without."""
+    """Only whole latents are dropped by default, with shared and with sectioned modulation.
+
+    The mask is drawn only from the random stream "drop mask".
+    """
     shared = batch_of(experiment_of(tmp_path, "training.batch_size=1024"), 5, range(1024)).drop_mask
     drawn = torch.rand(1024, generator=generator(0, "drop mask", 5)) < 0.1
     assert torch.equal(shared, drawn[:, None])
@@ -245,12 +254,12 @@ def test_all_of_the_paper_trains(tmp_path: Path, initialization: str) -> None:
         projection.register_hook(lambda gradient: moved.append(gradient.abs().max()))
     losses = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(20)]
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
-    # The last step's gradients: of every block's projection, so that no section is without effect.
+    # In the last step, each block's linear layer for the latent has a gradient, so every section has an effect.
     assert len(moved) == 20 * len(projections) == 160 and min(moved[-len(projections) :]) > 0
 
 
 def test_the_dry_run_lists_what_modulates_which_layer() -> None:
-    """As the paper's config has it, a line each; there is nothing to list where all layers share the latent."""
+    """The dry run prints one row per layer for the paper's config, and no rows if all layers share the latent."""
     lines = describe_model(load_config(ROOT / "config" / "cifar10_paper.yaml")).splitlines()
     (head,) = [i for i, line in enumerate(lines) if line.startswith("layer")]
     rows = [line.split() for line in lines[head + 1 :]]

@@ -1,4 +1,4 @@
-"""One training step and what it is made of, and what the evaluation builds on it."""
+"""Tests of the training step and its parts, of the encoders that are evaluated, and of the sample grid."""
 
 import contextlib
 import copy
@@ -31,12 +31,12 @@ def test_the_loss_falls_within_20_steps(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path)
     state, pixels = initial_state(experiment), training_pixels(experiment, 0)
     losses = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(20)]
-    assert 0.9 < losses[0] < 1.1, "a decoder that starts at zero predicts no noise"
+    assert 0.9 < losses[0] < 1.1, "the decoder predicts zeros at first, so the first loss must be near 1"
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
 
 
 def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
-    """With BatchNorm's statistics fixed and no dropout, how the batch is split changes rounding only."""
+    """With fixed BatchNorm statistics and no dropout, the micro-batch size changes only the rounding."""
     weights = []
     for micro in ("null", "32", "16"):
         experiment = experiment_of(tmp_path, f"training.micro_batch_size={micro}", "decoder.dropout=0.0")
@@ -48,7 +48,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
         weights.append((losses, torch.cat([p.detach().flatten() for p in state.soda.parameters()])))
     for losses, parameters in weights[1:]:
         assert losses == pytest.approx(weights[0][0], rel=1e-6)
-        # AdamW divides by the gradient's size, so that rounding shows where gradients are about zero.
+        # AdamW divides by the gradient's size, so rounding errors of near-zero gradients become visible.
         assert (parameters - weights[0][1]).abs().mean() < 1e-5
 
 
@@ -67,6 +67,7 @@ def test_the_latent_is_dropped_at_its_rate(tmp_path: Path) -> None:
 
 
 def test_every_draw_has_a_purpose_of_its_own(tmp_path: Path) -> None:
+    """Source view, target view, source noise and the noise of diffusion use independent random streams."""
     same = "{crop_flip_probability: 1.0, crop_scale: [0.3, 0.6], randaugment_probability: 0.0}"
     experiment = experiment_of(tmp_path, f"views.source={same}", f"views.target={same}", "views.source.noise_std=0.0")
     batch = batch_of(experiment, 0, range(64))
@@ -99,7 +100,10 @@ def test_the_optimiser_gets_its_settings_and_clipped_gradients(tmp_path: Path) -
 
 
 def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None:
-    """CUDA trains channels-last, CPUs do not: a run may go on on the other device."""
+    """Optimiser moments saved in another memory format are loaded correctly.
+
+    CUDA uses channels-last and CPUs do not, and a run may resume on the other device.
+    """
     experiment = experiment_of(tmp_path)
     state = initial_state(experiment)
     pixels = training_pixels(experiment, 0)
@@ -131,7 +135,7 @@ def test_the_probe_sees_augmented_views_anew_each_epoch(tmp_path: Path) -> None:
     assert len(test_views) == 360 and torch.equal(bank, clean)
     for augmented, other in ((first, clean), (second, clean), (first, second)):
         changed = (~torch.isclose(augmented, other)).flatten(1).any(dim=1).float().mean()
-        assert changed > 0.95, "digits move every time"
+        assert changed > 0.95, "the augmentation must move nearly all digits, differently in each epoch"
 
 
 def test_raw_pixels_are_the_views_or_their_averages() -> None:
@@ -165,7 +169,7 @@ def test_features_of_the_decoder_are_its_activations_without_a_latent(tmp_path: 
     (pixels,) = experiment.test.batches([range(3, 10)])
     encode = encode_with(experiment, soda)
     found = encode(experiment.views.evaluation(pixels), range(3, 10))["decoder.up.1@20"]
-    # The same by hand: noise of the samples' indices, a null latent, the mean over the pixels of that block.
+    # The same features computed by hand: noise by sample index, a zero latent, and the block's mean over pixels.
     noise = image_noise((3, 8, 8), range(12), 0, "features", device=experiment.device)[3:10]
     share = experiment.diffusion.alphas_cumprod[20]
     x_t = share.sqrt() * (pixels / 127.5 - 1) + (1 - share).sqrt() * noise
@@ -182,7 +186,7 @@ def test_features_of_the_decoder_are_its_activations_without_a_latent(tmp_path: 
 def test_samples_depend_on_the_latent_and_on_the_guidance(tmp_path: Path) -> None:
     grids: list[torch.Tensor] = []
     for guidance_scale in (1.0, 1.0, 4.0):
-        # Three images are fewer than share a seed.
+        # Three images do not fill a chunk of four, whose samples share a seed.
         experiment = experiment_of(tmp_path, f"sampling.guidance_scale={guidance_scale}", "sampling.num_images=3")
         soda = initial_state(experiment).soda
         with torch.no_grad():
@@ -224,11 +228,14 @@ def test_a_cosine_falls_from_the_warm_up_to_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("power", [2 / 3, 0.9])
 def test_the_ema_follows_its_closed_form(tmp_path: Path, power: float) -> None:
-    """The n-th update is average += w (value - average), w = max(n^-power, 1 - cap): the first one copies."""
+    """The n-th update is average += w (value - average), w = max(n^-power, 1 - ema_decay).
+
+    The first update copies the value, because w is 1.
+    """
     experiment = experiment_of(tmp_path, f"training.ema_power={power}", "training.ema_decay=0.5")
     state = initial_state(experiment)
     assert not state.ema.ema_model.training and not any(p.requires_grad for p in state.ema.ema_model.parameters())
-    assert state.ema.step.device.type == state.ema.initted.device.type == "cpu", "no step waits for the device"
+    assert state.ema.step.device.type == state.ema.initted.device.type == "cpu", "these counters must stay on the host"
     averages: dict[str, torch.Tensor] = {}
     pixels = training_pixels(experiment, 0)
     for n in range(1, 6):
@@ -287,7 +294,7 @@ def test_a_module_beside_encoder_and_decoder_is_trained(tmp_path: Path, monkeypa
 
 
 def with_nan_at(experiment: Any, *steps: int) -> Any:
-    """The experiment, in which a pixel of one image is no number at these steps."""
+    """Returns a copy of the experiment in which one pixel of one image is NaN at the given steps."""
 
     class Views(type(experiment.views)):  # type: ignore[misc]
         calls = 0
@@ -316,13 +323,13 @@ def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps:
         after = {name: value for name, value in state.state_dict().items() if name not in counted}
         assert grad_norm.isfinite() == (step not in bad_steps)
         if step in bad_steps:
-            if step == 0:  # the optimiser has just made its moments
+            if step == 0:  # the optimiser creates its moments at this step
                 moments = [value for each in after["optimizer"].pop("state").values() for value in each.values()]
                 assert len(moments) > 100 and not any(value.any() for value in moments)
                 del before["optimizer"]["state"]
             ema, ema_before = after.pop("ema"), before.pop("ema")
             assert_equal_states(after, before)
-            # The average moves towards the weights, which are as they were.
+            # The EMA still moves towards the weights, which have not changed.
             weight = (step + 1) ** (-2 / 3)
             for name, value in ema["model"].items():
                 if value.is_floating_point():
@@ -332,7 +339,7 @@ def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps:
             means = [saved["ema"]["model"]["encoder.bn1.running_mean"] for saved in (before, after)]
             assert not torch.equal(*means)
     assert state.step == 7
-    # The good steps alone, each of its own images, end at the same weights.
+    # A run of only the finite steps, each with the images of its own step, ends with the same weights.
     clean = replace(experiment, views=experiment_of(tmp_path).views)
     for step in range(7):
         if step not in bad_steps:
@@ -344,6 +351,7 @@ def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps:
 
 
 def test_the_tally_is_of_the_steps_that_were_not_skipped() -> None:
+    """The tally averages the losses of the steps that were not skipped, and counts the skipped ones."""
     tally = Tally(torch.device("cpu"), ["loss", "other"])
     rows = [[0, 0, 1, 0], [1, 1, 0, 1, 1], [1, 1, 1, 0], [1, 1]]
     expected = [(2.0, 1, 1), (3.0, 4, 2), (4.0, 3, 5), (math.nan, 2, 2)]
@@ -368,7 +376,7 @@ def test_the_sums_of_a_checkpoint_have_names(tmp_path: Path) -> None:
         "row": 2,
         "longest_row": 2,
     }
-    for state in (saved, torch.tensor([0.5, 3, 2, 2, 2])):  # as checkpoints of before the names hold them
+    for state in (saved, torch.tensor([0.5, 3, 2, 2, 2])):  # older checkpoints hold a vector
         again = Tally(torch.device("cpu"), ["loss"])
         again.load_state_dict(state)
         assert torch.equal(again.values, tally.values) and again.take() == Summary({"loss": 0.5}, 2, 2)
@@ -378,6 +386,7 @@ def test_the_sums_of_a_checkpoint_have_names(tmp_path: Path) -> None:
 
 
 def test_the_average_of_an_earlier_checkpoint_is_taken_over(tmp_path: Path) -> None:
+    """The EMA of an older checkpoint, which stores "updates" in place of "step" and "initted", is loaded."""
     experiment = experiment_of(tmp_path)
     state, pixels = initial_state(experiment), training_pixels(experiment, 0)
     for _ in range(3):
@@ -393,16 +402,19 @@ def test_the_average_of_an_earlier_checkpoint_is_taken_over(tmp_path: Path) -> N
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails where a number leaves a tensor for the host, on which a GPU would be waited for."""
+    """Dispatch mode that fails if an operation reads a tensor on the host. On a GPU this would synchronise."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
-        assert function.overloadpacket.__name__ not in reads, f"{function} in the step"
+        assert function.overloadpacket.__name__ not in reads, f"{function} synchronises with the device during the step"
         return function(*args, **(kwargs or {}))
 
 
 class WatchedPhases(PhaseTimer):
-    """Watches what runs on the device. Images, views and the EMA's counters are drawn and read on the host."""
+    """Phase timer that runs the phases of the device under NoHostReads.
+
+    The other phases draw or read values on the host: "images", "views", and "EMA", whose counters are there.
+    """
 
     def phase(self, name: str) -> Any:
         on_host = ("images", "views", "EMA")

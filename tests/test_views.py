@@ -1,3 +1,5 @@
+"""Tests of the source and target views, and of the views of the evaluation."""
+
 from typing import Any
 
 import pytest
@@ -15,20 +17,24 @@ PLAIN: dict[str, Any] = {"crop_flip_probability": 0.0, "randaugment_probability"
 
 
 def views(source: dict | None = None, target: dict | None = None) -> Views:
+    """Returns views of 16 px with these settings of the source and target view."""
     config = ViewsConfig(source=SourceView(**source or {}), target=View(**target or {}))
     return Views(config, 16, MEAN, STD, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
+    """Twelve random images (12, 3, 16, 16) uint8."""
     return torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def drawn(samples: range) -> Draw:
+    """Returns the function that draws the random numbers of these samples."""
     return lambda columns, stream="": uniforms(samples, columns, 0, "view" + stream)
 
 
 def target_view(ours: Views, pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Returns the target view of each image, (N, 3, S, S) in [-1, 1]."""
     return ours.pair(pixels, draw, draw, torch.zeros(pixels.shape))[1]
 
 
@@ -40,9 +46,9 @@ def test_a_view_is_a_function_of_the_image_and_its_numbers(pixels: torch.Tensor)
     state = torch.random.get_rng_state()
     whole = views().source(pixels, DRAW, noise)
     assert torch.equal(views().source(pixels[4:8], drawn(range(104, 108)), noise[4:8]), whole[4:8])
-    assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
+    assert torch.equal(torch.random.get_rng_state(), state), "the view changed the global random state"
     same_image = target_view(views(), pixels[:1].expand(12, -1, -1, -1), DRAW)
-    assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "other numbers give other views"
+    assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "different random numbers should give different views"
 
 
 def test_a_pair_is_source_and_target_as_they_are_alone(pixels: torch.Tensor) -> None:
@@ -78,16 +84,16 @@ def test_flip_and_its_probability(pixels: torch.Tensor) -> None:
     is_plain = torch.isclose(flipped, plain).flatten(1).all(dim=1)
     is_flipped = torch.isclose(flipped, plain.flip(-1)).flatten(1).all(dim=1)
     assert (is_plain ^ is_flipped).all()
-    assert abs(is_flipped.float().mean().item() - 0.4) < 0.06  # 0.8 x 0.5, three deviations
+    assert abs(is_flipped.float().mean().item() - 0.4) < 0.06  # 0.8 x 0.5, within three standard deviations
 
 
 def test_crops_follow_their_scale() -> None:
-    # On a horizontal ramp the range of a crop's values shows its width.
+    # In a horizontal ramp, the range of a crop's values gives the width of the crop.
     ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(300, 3, 16, 16).contiguous()
     crop = {"crop_flip_probability": 1.0, "crop_scale": [0.25, 0.25], "crop_ratio": [1.0, 1.0], "flip_probability": 0.0}
     cropped = target_view(views(target=crop | {"randaugment_probability": 0.0}), ramp, drawn(range(300)))
     width = (cropped.amax(dim=(1, 2, 3)) - cropped.amin(dim=(1, 2, 3))) * 127.5 / 16 + 1
-    assert width.min() >= 7 and width.max() <= 9, "a quarter of the area is half of the width, 8 px"
+    assert width.min() >= 7 and width.max() <= 9, "a quarter of the area should be half of the width, 8 px"
 
 
 def test_affine_moves_within_its_bounds() -> None:
@@ -112,7 +118,7 @@ def test_the_evaluations_view_is_augmented_as_asked(pixels: torch.Tensor) -> Non
     flip = ProbeView(crop_flip_probability=1.0, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip_probability=1.0)
     torch.testing.assert_close(views().augmented(pixels, DRAW, flip), plain.flip(-1))
     changed = ~torch.isclose(views().augmented(pixels, DRAW, ProbeView()), plain).flatten(1).all(dim=1)
-    assert 0 < changed.sum() < 12, "some, by its probability of 0.65"
+    assert 0 < changed.sum() < 12, "crop and flip should apply to some images, with probability 0.65"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The evaluation of a run: when it is due, and what it finds."""
+"""Evaluation of a run: the steps at which it is due, and its result."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ class Evaluation:
 
     Attributes:
         step: optimiser steps done.
-        at_end: whether training is complete; only then are there baselines and test latents.
-        protocols: the protocols applied; empty if the images have no labels.
+        at_end: True if training is complete. Only then does the evaluation include baselines and test latents.
+        protocols: protocols that were applied; empty if the images have no labels.
         table: accuracies by protocol and encoder.
         grid: (3, H, W) uint8 image of samples; None if `sampling.num_images` is 0.
-        test_z: (N, latent_dim) latents of the test images, or None.
+        test_z: (N, latent_dim) latents of the test images; None before the end of training or without labels.
     """
 
     step: int
@@ -36,16 +36,16 @@ class Evaluation:
 
 
 def evaluation_due(experiment: Experiment, step: int) -> bool:
-    """True every `evaluation.every` epochs and after the last step."""
+    """Returns True every `evaluation.every` epochs and after the last step."""
     epoch, step_of_epoch = divmod(step, experiment.loader.steps_per_epoch)
     periodic = step_of_epoch == 0 and epoch > 0 and epoch % experiment.config.evaluation.every == 0
     return periodic or step == experiment.total_steps
 
 
 def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
-    """Collective. Judges the encoder of `soda` and draws a grid of samples; raises OutOfMemoryError.
+    """Collective. Judges the encoder of `soda` and draws a grid of samples. Raises OutOfMemoryError.
 
-    After the last step the untrained encoder and the raw pixels are judged beside it.
+    After the last step, the untrained encoder and the raw pixels are judged as well.
     """
     config, test = experiment.config, experiment.test
     at_end = step == experiment.total_steps

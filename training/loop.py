@@ -24,25 +24,25 @@ from utils.logging import PhaseTimer, phase_log
 from utils.run_folder.folder import RunFolder
 from utils.run_folder.run_log import RunLog
 
-MAX_SKIPPED = 20  # steps in a row whose gradients are not finite
+MAX_SKIPPED = 20  # steps in a row with non-finite gradients, after which the run ends
 
 logger = logging.getLogger(__name__)
 
 
 def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
-    """Collective. Trains from `state` to the last step; writes checkpoints, samples and reports into `folder`.
+    """Collective. Trains from `state` to the last step. Writes checkpoints, samples and reports into `folder`.
 
-    Every process trains its share of each batch; rank 0 writes.
+    Each rank trains on its share of each batch. Rank 0 writes.
 
     Raises:
-        DatasetError, FolderError, OutOfMemoryError: on the process that met it.
-        SharedError: gradients were not finite for MAX_SKIPPED steps in a row, noticed at a report.
-        Stopped: after a signal, once the state is saved.
+        DatasetError, FolderError, OutOfMemoryError: on the rank where the error occurs.
+        SharedError: at a report, if gradients were not finite for MAX_SKIPPED steps in a row.
+        Stopped: after a signal, once the state has been saved.
     """
     config, total_steps = experiment.config.training, experiment.total_steps
     compiles = choose_compile(config.compile, experiment.device)
     if compiles:
-        state.soda.compile()  # in place, so that names stay; the EMA has copied the eager model
+        state.soda.compile()  # in place, so that names do not change; the EMA has its own eager copy
     state.wrapped = data_parallel(state.soda)
     _log_circumstances(experiment)
     timer, reported_step = PhaseTimer(), state.step
@@ -56,20 +56,20 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
     ):
         if log:
             log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
-        _evaluate_if_due(experiment, state, folder, log, timer)  # on resume: an evaluation that was interrupted
+        _evaluate_if_due(experiment, state, folder, log, timer)  # repeats an evaluation that was interrupted
         first = ", compiling first" if compiles else ""
         phase_log.info("training from step %d to %d%s", state.step, total_steps, first)
         while state.step < total_steps:
             try:
                 with memory_for(lambda: advice_for_less_memory(config)):
                     _, grad_norm = train_step(experiment, state, pixels, timer)
-            except DatasetError:  # the other processes have not met it, and their losses are not saved
+            except DatasetError:  # not a collective save: the other ranks continue, and their losses are not saved
                 saver.save(alone=True)
                 raise
             bar.update(config.batch_size)
 
             if state.step % config.log_every == 0 or state.step == total_steps:
-                with timer.phase("wait for the device"):  # the steps themselves do not wait
+                with timer.phase("wait for the device"):  # each step only queues its work
                     summary, last_grad_norm = state.tally.take(), grad_norm.item()
                 if log:
                     num_steps = state.step - reported_step
@@ -83,8 +83,8 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
             stopped_by = saver.save_if_due(before_evaluation=evaluation_due(experiment, state.step))
             if stopped_by:
                 saver.finish()
-                phase_log.info("stopped at step %d, saved", state.step)
-                raise signals.Stopped(stopped_by, f" at step {state.step}, which is saved")
+                phase_log.info("stopped at step %d, state saved", state.step)
+                raise signals.Stopped(stopped_by, f" at step {state.step}, state saved")
             _evaluate_if_due(experiment, state, folder, log, timer)
         phase_log.info("finished")
 
@@ -92,12 +92,12 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
 def _evaluate_if_due(
     experiment: Experiment, state: TrainState, folder: RunFolder, log: RunLog | None, timer: PhaseTimer
 ) -> None:
-    """Collective. Evaluates and records, unless that has been done at this step. A signal ends it at once."""
+    """Collective. Evaluates and records the result if this is due and not yet done. A signal ends it immediately."""
     if not evaluation_due(experiment, state.step):
         return
-    with signals.obeyed():  # nothing changes, and the state is saved
+    with signals.obeyed():  # the state has been saved, and an evaluation does not change it
         reported = broadcast_object(log is not None and log.has("evaluation", state.step))
-        # After the last step it is made again: results.json may still be missing.
+        # After the last step, the evaluation is repeated, because results.json may be missing.
         if reported and state.step < experiment.total_steps:
             return
         phase_log.info("evaluation at step %d", state.step)
@@ -109,7 +109,7 @@ def _evaluate_if_due(
 
 
 def _progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
-    """Bar that counts images, on rank 0; it is drawn every half minute if stderr is no terminal."""
+    """Returns a progress bar that counts images on rank 0. Without a terminal, it is drawn every 30 seconds."""
     return tqdm(
         total=total_steps * batch_size,
         initial=step * batch_size,
@@ -128,18 +128,20 @@ def _log_circumstances(experiment: Experiment) -> None:
     if world_size() > 1:
         share = training.batch_size // world_size()
         backend = tensor_backend()
-        logger.info("%d processes, %d images of each batch each, gradients by %s", world_size(), share, backend)
+        logger.info(
+            "%d processes: %d images of each batch per process, gradients reduced by %s", world_size(), share, backend
+        )
     if batch_norm_batch_size(training) < training.batch_size:
         logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(training))
 
 
 def _not_finite(experiment: Experiment, step: int, summary: Summary, saved_step: int | None, folder: RunFolder) -> str:
-    """The message that ends the run."""
+    """Returns the error message that ends the run."""
     encoder_lr, decoder_lr = learning_rates(experiment, step - 1)
     last = f"The last checkpoint is of step {saved_step}, in {folder.path / 'checkpoints'}"
     saved = "Nothing is saved yet" if saved_step is None else last
     return (
-        f"{summary.most_in_a_row} steps in a row, before step {step}, had gradients that are not finite, at learning "
-        f"rates {encoder_lr:g} (encoder) and {decoder_lr:g} (decoder), and changed nothing. {saved}: look at the "
-        "images, or take lower learning rates in another output_dir"
+        f"gradients were not finite in {summary.most_in_a_row} steps in a row before step {step}, at learning rates "
+        f"{encoder_lr:g} (encoder) and {decoder_lr:g} (decoder). These steps were skipped. {saved}: check the images, "
+        "or use lower learning rates in another output_dir"
     )

@@ -1,7 +1,7 @@
-"""Loss terms: functions of one forward pass. They are summed here, and logged by name.
+"""Loss terms: functions of one forward pass. The loss is the sum of the terms. Each term is logged by name.
 
-To add a term, write a function, with its weight, and put it into TERMS. Parameters of a new module of SODA are trained
-automatically: the optimiser's groups cover the whole model.
+To add a term, write a function that includes the term's weight, and add it to TERMS. The parameters of a new module of
+SODA are trained automatically, because the optimiser's groups cover the whole model.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,11 @@ from model.diffusion import GaussianDiffusion, eps_loss
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Inputs and output of one forward pass; add a field for what another loss term needs.
+    """Inputs and output of one forward pass. Add a field if another loss term needs it.
 
     Attributes:
-        diffusion: its schedule.
+        diffusion: the diffusion process, with its noise schedule.
+        batch: the micro-batch.
         x_t: (N, 3, H, W) noised target view.
         eps: (N, 3, H, W) predicted noise.
     """
@@ -30,7 +31,7 @@ class ForwardPass:
 
 
 def denoising(found: ForwardPass) -> Tensor:
-    """mean (eps - noise)^2, a scalar (DDPM, eq. 14)."""
+    """Returns mean (eps - noise)^2, a scalar (DDPM, eq. 14)."""
     return eps_loss(found.eps, found.batch.noise)
 
 
@@ -38,7 +39,7 @@ TERMS: dict[str, Callable[[ForwardPass], Tensor]] = {"denoising": denoising}
 
 
 def loss_terms(found: ForwardPass) -> dict[str, Tensor]:
-    """Every term by name, and their sum as "loss"; scalars in float32."""
+    """Returns every term by name, and their sum as "loss". All are scalars in float32."""
     terms = {name: term(found) for name, term in TERMS.items()}
     total, *others = terms.values()
     return {"loss": sum(others, start=total), **terms}

@@ -15,11 +15,14 @@ THUMBNAIL = 64  # pixels
 
 
 def projector_points(images: Images, z: Tensor, seed: int) -> tuple[Tensor, list[str], list[list[str]], Tensor]:
-    """Latents z (N, latent_dim) of labelled images, with class, index and thumbnail, as `RunLog.embedding` takes them.
+    """Returns latents of labelled images with class, index and thumbnail, in the form that `RunLog.embedding` takes.
 
-    At most MAX_POINTS images, chosen by `seed`.
+    If there are more than MAX_POINTS images, `seed` chooses MAX_POINTS of them.
+
+    Args:
+        z: (N, latent_dim) latents of `images`.
     """
-    assert images.labels is not None, "points have classes"
+    assert images.labels is not None, "the projector needs labels"
     order = torch.randperm(len(images), generator=generator(seed, "projector"))
     chosen = order[:MAX_POINTS].sort().values
     size = min(images.shape[-1], THUMBNAIL, SPRITE_PIXELS // math.ceil(math.sqrt(len(chosen))))

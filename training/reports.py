@@ -1,4 +1,4 @@
-"""Reports of a run to metrics.jsonl, TensorBoard and results.json. To log another scalar, add it to `values`."""
+"""Reports of a run in metrics.jsonl, TensorBoard and results.json. To log another scalar, add it to `values`."""
 
 import logging
 from pathlib import Path
@@ -29,12 +29,12 @@ def record_steps(
     timer: PhaseTimer,
     num_steps: int,
 ) -> None:
-    """Report the steps since the last report.
+    """Reports the steps since the last report.
 
     Args:
-        grad_norm: of the last step, before clipping.
-        timer: started at the last report; it is reset.
-        num_steps: steps that this process has taken since then.
+        grad_norm: gradient norm of the last step, before clipping.
+        timer: timer of the phases since the last report. It is reset.
+        num_steps: steps that this process has run since the last report.
     """
     total, by_phase = timer.take()
     training_s = total - by_phase.get("evaluation", 0) - by_phase.get("checkpoint", 0)
@@ -55,9 +55,10 @@ def record_steps(
 
 
 def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, folder: Path) -> None:
-    """Log the accuracies and write the grid of samples; after the last step also results.json and test latents.
+    """Logs the accuracies and writes the grid of samples.
 
-    Skips the report of an evaluation that the log already holds. Raises FolderError.
+    After the last step, also writes results.json and the test latents. Writes no second report if the log already has
+    one of this evaluation. Raises FolderError.
     """
     epoch = found.step // experiment.loader.steps_per_epoch
     values: dict[str, float] = {"epoch": epoch}
@@ -79,7 +80,8 @@ def _record_end(log: RunLog, experiment: Experiment, found: Evaluation, folder: 
     config, test, z = experiment.config, experiment.test, found.test_z
     if test is not None and z is not None:
         log.embedding("latents", found.step, lambda: projector_points(test, z, config.seed))
-    # TensorBoard keeps the first values that it sees of a run. Epochs may be raised later: they are a metric.
+    # TensorBoard keeps the first settings that it sees of a run. training.epochs may be raised later, so the metric
+    # "epoch" shows it instead.
     log.hyperparameters({key: value for key, value in flat(config).items() if key != "training.epochs"}, metrics)
     normalised_over = batch_norm_batch_size(config.training)
     write_results(folder, config, found.step, batch_norm_batch_size=normalised_over, table=found.table)

@@ -1,4 +1,4 @@
-"""The grid of samples that a run draws at each evaluation."""
+"""Grid of samples that a run draws at each evaluation."""
 
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from utils.randomness import CHUNK, generator, image_noise
 
 @torch.no_grad()
 def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
-    """Collective. An image (3, H, W) uint8 of three rows: source views, DDIM samples guided by them, target views.
+    """Collective. Returns an image (3, H, W) uint8 of three rows: source views, samples, target views.
 
-    Images, views and noise depend on the seed alone, so that grids of different epochs can be compared.
+    The samples are drawn by DDIM and guided by the latents of the source views. Images, views and noise depend only on
+    the seed, so that grids of different epochs can be compared.
     """
     config, seed, device = experiment.config.sampling, experiment.config.seed, experiment.device
     images = experiment.train if experiment.test is None else experiment.test
@@ -64,5 +65,5 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
 
 
 def save_png(path: Path, image: Tensor) -> None:
-    """Write an image (3, H, W) uint8."""
+    """Writes an image (3, H, W) uint8 to a PNG file."""
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run under way: when one is due, what it holds, and the signals that stop the run."""
+"""Checkpoints during training: the steps at which they are due, their contents, and the signals that stop the run."""
 
 import time
 from contextlib import nullcontext
@@ -15,7 +15,11 @@ from utils.run_folder.folder import RunFolder
 
 
 def checkpoint_contents(experiment: Experiment, state: TrainState, alone: bool = False) -> dict[str, Any]:
-    """Collective unless `alone`. The whole state, and what is needed to use it without the experiment."""
+    """Collective unless `alone`. Returns the contents of a checkpoint.
+
+    These are the training state, the config, the digest of the images, and the mean and standard deviation of their
+    channels. They are enough to use the model without the images.
+    """
     return state.state_dict(alone) | {
         "config": experiment.config.to_yaml(),
         "data": experiment.data_digest,
@@ -24,7 +28,11 @@ def checkpoint_contents(experiment: Experiment, state: TrainState, alone: bool =
 
 
 class Saver:
-    """Saves checkpoints when they are due. On exit, waits until the last one is on the disk."""
+    """Context manager that saves checkpoints when they are due. On exit, it waits until the last one is on the disk.
+
+    Attributes:
+        saved_step: step of the newest checkpoint; None if the run has none.
+    """
 
     def __init__(self, experiment: Experiment, state: TrainState, folder: RunFolder, timer: PhaseTimer) -> None:
         self._experiment, self._state, self._timer = experiment, state, timer
@@ -35,10 +43,11 @@ class Saver:
         self.saved_step = state.step if folder.checkpoint else None
 
     def save(self, keep_as: str | None = None, alone: bool = False) -> None:
-        """Collective unless `alone`. Copies the state to the host; a thread of rank 0 writes it.
+        """Collective unless `alone`. Copies the state to the host. A thread of rank 0 writes it.
 
         Args:
-            keep_as: a second name under which the checkpoint is kept for good.
+            keep_as: second file name, under which the checkpoint is kept for good.
+            alone: save without the other ranks. Only rank 0 writes, and the tally covers only its share of each batch.
         """
         experiment, state = self._experiment, self._state
         self.saved_step = state.step
@@ -50,16 +59,16 @@ class Saver:
         phase_log.info("training from step %d to %d", state.step, experiment.total_steps)
 
     def save_if_due(self, before_evaluation: bool) -> int:
-        """Collective. Saves if a checkpoint is due, or if a signal stops the run. Returns the signal, or 0.
+        """Collective. Saves if a checkpoint is due or if a signal stops the run. Returns the signal's number, or 0.
 
-        All processes decide alike without waiting for the device: a step acts on the requests that all ranks made at
-        the step before. Raises FolderError if the last checkpoint could not be written.
+        All ranks take the same decision without synchronising with the device. With several ranks, a step acts on the
+        requests that ranks made at the step before. Raises FolderError if the last checkpoint could not be written.
         """
         if self._writer:
             self._writer.check()
         stop, overdue = self._delayed_max(signals.received(), rank() == 0 and self._interval.overdue())
         if before_evaluation and not stop:
-            stop = max(all_gather_object(signals.received()))  # a signal does not wait for minutes of judging
+            stop = max(all_gather_object(signals.received()))  # else a signal waits until the evaluation ends
         epoch, step_of_epoch = divmod(self._state.step, self._experiment.loader.steps_per_epoch)
         keep_every = self._config.keep_every
         keep = keep_every is not None and step_of_epoch == 0 and epoch % keep_every == 0
@@ -68,7 +77,10 @@ class Saver:
         return stop
 
     def finish(self) -> None:
-        """Collective. Waits until the last checkpoint is on the disk: launchers give processes little time to end."""
+        """Collective. Waits until the last checkpoint is on the disk.
+
+        Call it before this process ends: a launcher that sees one process end leaves little time to the others.
+        """
         if self._writer:
             self._writer.wait()
         barrier()
@@ -77,13 +89,13 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._writer or nullcontext():  # waits for the last checkpoint whatever becomes of the other processes
+        with self._writer or nullcontext():  # waits for the last checkpoint even if other ranks are lost
             if error is None:
                 self._delayed_max.wait()
 
 
 class CheckpointInterval:
-    """Tells when a checkpoint is due, from `N steps`, `N epochs` or `N minutes`."""
+    """Interval between checkpoints, given as `N steps`, `N epochs` or `N minutes`."""
 
     def __init__(self, text: str, steps_per_epoch: int) -> None:
         number, unit = text.split()
@@ -92,11 +104,11 @@ class CheckpointInterval:
         self._last = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """True at every N-th step or epoch."""
+        """Returns True at every N-th step, or at the end of every N-th epoch; False for `N minutes`."""
         return self._seconds is None and step % self._steps == 0
 
     def overdue(self) -> bool:
-        """True once when N minutes have passed, by this process's clock."""
+        """Returns True if N minutes have passed, by this rank's clock, since it last returned True or was created."""
         if self._seconds is None or time.monotonic() - self._last < self._seconds:
             return False
         self._last = time.monotonic()

@@ -1,4 +1,4 @@
-"""All that training changes: the model, its moving average, the optimiser, and counts on the device."""
+"""Training state: the model, its moving average, the optimiser, and the sums and counts for reports."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, condition: Tensor) -> None:
-        """Set the tensors back to their copies if `condition`, a bool on their device, is true."""
+        """Sets the tensors back to their copies if `condition`, a bool tensor on their device, is true."""
         for dtype, tensors in self._tensors.items():
             chosen = torch.where(condition, self._values[dtype], _flat(tensors))
             parts = chosen.split([tensor.numel() for tensor in tensors])
@@ -44,12 +44,13 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Summary:
-    """The steps since the last report.
+    """Summary of the steps since the last report.
 
     Attributes:
-        losses: mean of "loss" and of every loss term over the steps that were not skipped; NaN if all were.
+        losses: mean of "loss" and of every loss term over the steps that were not skipped; NaN if all were skipped.
         skipped: number of skipped steps.
-        most_in_a_row: most skipped steps in a row, counting those just before the last report.
+        most_in_a_row: largest number of consecutive skipped steps. Skipped steps just before the last report are
+            included.
     """
 
     losses: dict[str, float]
@@ -58,11 +59,11 @@ class Summary:
 
 
 class Tally:
-    """Sums over the steps since the last report, on the device, so that no step waits for them.
+    """Sums over the steps since the last report. They are on the device, so that no step synchronises with it.
 
     Attributes:
-        names: of the sums. Those of losses come first; "steps", "skipped", "row" (skipped steps in a row up to now) and
-            "longest_row" follow.
+        names: names of the sums: first the losses, then "steps", "skipped", "row" (number of consecutive skipped steps
+            up to now) and "longest_row" (largest value of "row").
         values: the sums, (len(names),) float32.
     """
 
@@ -73,7 +74,7 @@ class Tally:
         self._sums, self._counts = self.values.split([len(self._losses), 4])
 
     def add(self, losses: Mapping[str, Tensor], skipped: Tensor) -> None:
-        """Count one step: losses of this process's share, and `skipped`, 0 or 1 in float32 on the device."""
+        """Adds one step: the losses of this rank's share, and `skipped`, 0 or 1 in float32 on the device."""
         values = torch.stack([losses[name] for name in self._losses])
         self._sums += torch.where(skipped.bool() | ~values.isfinite(), 0.0, values)
         steps, skips, row, longest_row = self._counts.unbind()
@@ -86,23 +87,23 @@ class Tally:
         """Collective. Reduces the sums over all ranks, resets them and returns them. Synchronises with the device."""
         found = dict(zip(self.names, self._mean().tolist(), strict=True))
         self.values.zero_()
-        self._counts[2] = found["row"]  # the row may go on
+        self._counts[2] = found["row"]  # the next steps may be skipped as well
         counted = found["steps"] - found["skipped"]
         losses = {name: found[name] / counted if counted else float("nan") for name in self._losses}
         return Summary(losses, int(found["skipped"]), int(found["longest_row"]))
 
     def _mean(self) -> Tensor:
-        """Collective. Mean over all processes; only the losses differ between them."""
+        """Collective. Returns the mean of the sums over all ranks. Only the losses differ between ranks."""
         return all_reduce(self.values.clone()) / world_size()
 
     def state_dict(self, alone: bool = False) -> dict[str, Tensor]:
-        """Collective unless `alone`, which gives the sums of this process."""
+        """Collective unless `alone`. Returns the sums by name: means over all ranks, or with `alone`, of this rank."""
         return dict(zip(self.names, (self.values if alone else self._mean()).unbind(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Tensor) -> None:
-        """Take over what `state_dict` gave, or the vector in checkpoints written before the sums had names.
+        """Loads the result of `state_dict`, or the vector without names in older checkpoints.
 
-        The sums of a loss term that the checkpoint does not know start at zero.
+        The sum of a loss term that is not in the checkpoint starts at zero.
         """
         if isinstance(state, Tensor):
             state = dict(zip(("loss", "steps", "skipped", "row", "longest_row"), state, strict=True))
@@ -112,7 +113,7 @@ class Tally:
 
 @dataclass
 class TrainState:
-    """All that training changes.
+    """Everything that training changes.
 
     Attributes:
         soda: the unwrapped module.
@@ -120,7 +121,7 @@ class TrainState:
         step: optimiser steps done, skipped ones included.
     """
 
-    soda: Any  # model.soda.SODA, whose submodules a type checker does not know
+    soda: Any  # model.soda.SODA; a type checker does not know its submodules
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -132,7 +133,7 @@ class TrainState:
         self.wrapped = self.wrapped or self.soda
 
     def state_dict(self, alone: bool = False) -> dict[str, Any]:
-        """Collective unless `alone`, which gives the losses of this process's share only."""
+        """Collective unless `alone`. Returns the state. With `alone`, the tally covers only this rank's share."""
         return {
             "model": self.soda.state_dict(),
             "ema": {"model": self.ema.ema_model.state_dict(), "step": self.ema.step, "initted": self.ema.initted},
@@ -143,28 +144,30 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; raises CheckpointError if it does not fit this model."""
+        """Loads the result of `state_dict`. Raises CheckpointError if the state does not fit this model."""
         check_weights(state["model"], self.soda)
         try:
             self._load(state)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"the checkpoint does not fit the model ({reason}): name another") from None
+            raise CheckpointError(
+                f"the checkpoint does not fit the model ({reason}): name another checkpoint"
+            ) from None
 
     def _load(self, state: dict[str, Any]) -> None:
-        # Learning rates, fused and foreach are the config's, not the checkpoint's.
+        # Learning rates, `fused` and `foreach` come from the config and the device, not from the checkpoint.
         settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
         self.soda.load_state_dict(state["model"])
         self.ema.ema_model.load_state_dict(state["ema"]["model"])
-        # Checkpoints written before ema-pytorch count "updates" instead of "step".
+        # Checkpoints of older versions have "updates" instead of "step".
         updates = state["ema"]["step"] if "step" in state["ema"] else state["ema"]["updates"]
         self.ema.step.fill_(int(updates))
         self.ema.initted.fill_(bool(state["ema"].get("initted", int(updates) > 0)))
         self.optimizer.load_state_dict(state["optimizer"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
-        # Moments saved on a device with another memory layout keep it, and fused kernels read them as if they had the
-        # parameter's.
+        # Moments that were saved on another device may have another memory layout and keep it when they are loaded.
+        # Fused kernels would read them in the memory layout of the parameter.
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -176,11 +179,11 @@ class TrainState:
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """Model, EMA, optimiser and scaler before the first step; raises OutOfMemoryError."""
+    """Returns model, EMA, optimiser, scaler and tally before the first step. Raises OutOfMemoryError."""
     training, device = experiment.config.training, experiment.device
-    with memory_for(lambda: "take a smaller model, or another device"):
+    with memory_for(lambda: "use a smaller model or another device"):
         soda = initial_soda(experiment.config, device)
-        # Made on the device and never moved: its counters stay on the host, and no step waits for the device.
+        # Created on the device and never moved, so that its counters stay on the host and no step synchronises.
         ema = EMA(
             soda,
             beta=training.ema_decay,
@@ -196,13 +199,13 @@ def initial_state(experiment: Experiment) -> TrainState:
             ema=ema,
             optimizer=_optimizer(soda, experiment.config.optimizer, device),
             scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
-            # A single term is the loss itself, and is reported once.
+            # A single term equals the loss, so it is not reported a second time.
             tally=Tally(device, ["loss", *(TERMS if len(TERMS) > 1 else [])]),
         )
 
 
 def _optimizer(soda: SODA, config: Optimizer, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over all parameters: the encoder's at its own learning rate, all others at the decoder's."""
+    """Returns AdamW over all parameters. All parameters outside the encoder use the decoder's learning rate."""
     encoder = list(soda.encoder.parameters())
     of_encoder = {id(parameter) for parameter in encoder}
     others = [parameter for parameter in soda.parameters() if id(parameter) not in of_encoder]

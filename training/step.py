@@ -1,4 +1,4 @@
-"""One training step: draw the batch, denoise, update. Every draw is a function of (seed, purpose, step)."""
+"""One training step: draw the batch, denoise, update. Every random draw is a function of (seed, purpose, step)."""
 
 import math
 from collections.abc import Generator, Iterator
@@ -19,13 +19,16 @@ from utils.randomness import CHUNK, derive_seed
 
 
 def training_pixels(experiment: Experiment, step: int) -> Generator[Tensor, None, None]:
-    """Images of this process's share of each batch, from `step` to the end of training."""
+    """Yields the images of this rank's share of each batch, from `step` to the end of training."""
     share = my_range(experiment.config.training.batch_size, CHUNK)
     return read_pixels(experiment, ((later, share) for later in range(step, experiment.total_steps)))
 
 
 def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
-    """Learning rates of encoder and decoder at `step`: a linear warm-up that starts above zero, then the schedule."""
+    """Returns the learning rates of encoder and decoder at `step`.
+
+    A linear warm-up, which starts above zero, is followed by the schedule.
+    """
     config, total_steps = experiment.config.optimizer, experiment.total_steps
     warmup_steps = round(config.warmup_epochs * experiment.loader.steps_per_epoch)
     factor = min(1.0, (step + 1) / max(1, warmup_steps))
@@ -37,22 +40,24 @@ def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
 def train_step(
     experiment: Experiment, state: TrainState, pixels: Iterator[Tensor], timer: PhaseTimer
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step over one global batch. Returns (loss, gradient norm before clipping), on the device.
+    """Collective. Runs one optimiser step on one global batch. Returns (loss, gradient norm before clipping).
 
-    The loss is the mean over this process's share of the batch; the gradient norm is that of the whole batch. If the
-    norm is not finite, the step is skipped on all processes alike: weights, moments and BatchNorm's statistics stay as
-    they were. The step is counted all the same, and the EMA moves towards the weights.
+    Both are scalars on the device. The loss is the mean over this rank's share of the batch. The gradient norm is that
+    of the global batch.
+
+    If the norm is not finite, all ranks skip the step: weights, moments and BatchNorm statistics do not change. A
+    skipped step still increases `state.step`, and the EMA still moves towards the weights.
 
     Args:
-        pixels: what `training_pixels` gives from `state.step` on.
+        pixels: iterator made by `training_pixels`, at `state.step`.
 
     Raises:
-        DatasetError: an image cannot be read; the state is as it was.
+        DatasetError: an image cannot be read. The state has not changed.
     """
     config, device = experiment.config, experiment.device
     share, micro_size = my_range(config.training.batch_size, CHUNK), micro_batch_size(config.training)
     with timer.phase("images"):
-        # All images before anything changes: one that cannot be read leaves the state whole.
+        # All images are read before anything changes, so that an unreadable image leaves the state unchanged.
         starts = range(share.start, share.stop, micro_size)  # positions in the global batch
         micro_batches = list(zip(starts, next(pixels).split(micro_size), strict=True))
     state.soda.train()
@@ -64,11 +69,11 @@ def train_step(
     for start, images in micro_batches:
         with timer.phase("views"):
             batch = draw_batch(experiment, images, state.step, range(start, start + micro_size))
-        # Processes average their gradients in the last backward pass only.
+        # Ranks average their gradients only in the last backward pass.
         is_last = start + micro_size == share.stop
         with nullcontext() if is_last or world_size() == 1 else state.wrapped.no_sync():
             with timer.phase("forward"):
-                # Dropout draws its masks from torch's default generators.
+                # Dropout masks come from torch's default generators.
                 torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
                 x_t = experiment.diffusion.q_sample(batch.x_start, batch.timesteps, batch.noise)
                 with autocast(device, experiment.amp_dtype):
@@ -82,11 +87,11 @@ def train_step(
     with timer.phase("update"):
         state.scaler.unscale_(state.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), config.optimizer.max_grad_norm)
-        # The same on all ranks, since gradients have been averaged.
+        # The same on all ranks, because gradients have been averaged.
         skipped = grad_norm.isfinite().logical_not().float()
         state.tally.add(totals, skipped)
         batch_norm_before.restore(skipped.bool())
-        # The optimiser's own step, since the scaler's looks only at whether the scaled gradients are finite.
+        # Not scaler.step, because it tests whether the scaled gradients are finite, but does not test their norm.
         if device.type in FUSED:
             state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # skips the step on the device
             state.optimizer.step()

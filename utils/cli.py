@@ -1,4 +1,4 @@
-"""Command-line parsing, error messages and exit statuses that all programs share."""
+"""Command-line parsing, error messages and exit statuses of all programs."""
 
 import argparse
 import logging
@@ -38,10 +38,12 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(
     description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
 ) -> argparse.ArgumentParser:
-    """Parser of the options that all programs share.
+    """Returns a parser with the options that all programs share.
 
     Args:
-        of_checkpoint: the program looks at a checkpoint, which holds its own config; then --config is optional.
+        prog: name of the program in the help text; None: the name of the script.
+        of_checkpoint: True if the program opens a checkpoint. --config is then optional, because the checkpoint
+            contains its own config.
     """
     parser = _Parser(
         prog=prog,
@@ -50,55 +52,69 @@ def make_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", required=not of_checkpoint, help="YAML file of the experiment, e.g. config/cifar10.yaml"
+        "--config", required=not of_checkpoint, help="config file (YAML) of the experiment, e.g. config/cifar10.yaml"
     )
     if of_checkpoint:
         parser.add_argument(
             "--checkpoint",
             type=Path,
-            help="default: checkpoints/last.pt in the config's output_dir; without --config, its own config holds",
+            help="checkpoint file; default: checkpoints/last.pt in the run folder of --config (key output_dir); "
+            "without --config, the config stored in the checkpoint is used",
         )
     parser.add_argument(
         "--use_amp",
         action="store_true",
-        help="mixed precision, as training.use_amp=true: bf16 where the hardware computes it",
+        help="use mixed precision, bf16 if the hardware computes it; the same as training.use_amp=true",
     )
-    # torch.distributed.launch passes it, in either spelling; the environment says the same.
+    # torch.distributed.launch passes this option in either spelling. LOCAL_RANK has the same value, so it is ignored.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="any key of the config, e.g. training.epochs=2"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replace the value of a config key (listed below), e.g. training.epochs=2",
     )
     return parser
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The config of the command line, the same in all processes but for where the images are; raises ConfigError."""
+    """Collective. Returns the config of the command line.
+
+    Raises ConfigError if the config is wrong, or if it is not the same on all ranks. Only data.root and data.cache_dir
+    may differ between ranks.
+    """
     config = load_config(args.config, overrides(args))
     set_timeout(config.distributed.timeout_minutes)
     data = config.data.model_copy(update={"root": "", "cache_dir": ""})
     if not all_equal(config.model_copy(update={"data": data})):
-        raise ConfigError(f"the processes read different configs from {args.config}: give them all the same")
+        raise ConfigError(f"the processes read different configs from {args.config}: give all of them the same config")
     return config
 
 
 def read_config_if_named(args: argparse.Namespace) -> Config | None:
-    """`read_config`, or None where only a checkpoint is named."""
+    """Collective. Returns the config of `read_config`, or None if only --checkpoint is given.
+
+    Raises ConfigError if neither --config nor --checkpoint is given, and as `read_config`.
+    """
     if not (args.config or args.checkpoint):
-        raise ConfigError("name what to look at: --config config/digits.yaml, or --checkpoint PATH")
+        raise ConfigError(
+            "neither a config nor a checkpoint is given: add --config config/digits.yaml, or --checkpoint PATH"
+        )
     return read_config(args) if args.config else None
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """Overrides of the config on the command line, as key=value."""
+    """Returns the overrides on the command line, each as key=value."""
     return [*args.overrides, *(["training.use_amp=true"] if args.use_amp else [])]
 
 
 @contextmanager
 def gather_user_errors() -> Iterator[None]:
-    """Collective. A UserError or OSError of any process inside ends all: rank 0 prints one line, the status is 2.
+    """Collective. Ends all ranks with status 2 if any rank raises UserError or OSError inside the context.
 
-    Inside, processes use `all_gather_object` and what is built on it, and no collective of tensors; `open_tensor_group`
-    may be called. If one process fails, the others raise at their next collective.
+    Rank 0 prints the error as one line. Inside the context, use only `all_gather_object` and the functions that are
+    built on it, and no collective of tensors, except `open_tensor_group`. If one rank fails, the others raise
+    SharedError at their next collective.
     """
     try:
         try:
@@ -114,16 +130,16 @@ def gather_user_errors() -> Iterator[None]:
         if rank() == 0:
             print(f"error: {failure}", file=sys.stderr, flush=True)
         if world_size() > 1:
-            # A launcher that sees one process end sends SIGTERM to the others: let all end with the same status, and
-            # none before the line is printed.
+            # A launcher that sees one process end sends SIGTERM to the others. They ignore it, so that all end with the
+            # same status. At the barrier they wait until the line is printed.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             barrier()
         sys.exit(2)
 
 
 def _leave(status: int, message: str) -> NoReturn:
-    """End this process at once, even if others wait for it in a collective."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has seen another process end
+    """Prints `message` and ends this process immediately, even if other ranks wait for it in a collective."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it after another process has ended
     if message:
         print(message, file=sys.stderr, flush=True)
     if world_size() > 1:
@@ -133,10 +149,10 @@ def _leave(status: int, message: str) -> NoReturn:
 
 
 class _Console:
-    """A stream that leads nowhere once it cannot be written to, as on a full disk or where a terminal or `tee` died."""
+    """Stream that discards its output after a failed write: a full disk, or a terminal or `tee` that has ended."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (the process ends with it)
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -156,13 +172,15 @@ class _Console:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program and exit, together with the other processes.
+    """Runs a program and exits with its status.
 
-    The exit status is 0 if the program finished; 2 after an error that the user can mend; 75 if a signal stopped it or
-    the other processes are lost, in which case the same command resumes; anything else is a bug.
+    The exit status is 0 if the program finished and 2 after an error that the user can fix. It is 75 if a signal
+    stopped the program, or if the other processes cannot be reached. In both cases, the same command resumes. Any other
+    status is a bug.
 
-    A UserError that leaves `main` ends this process alone, at once: the others may be waiting for tensors, and NCCL
-    would wait for all. A launcher ends them when it sees this process end.
+    After a UserError in `main`, this process exits immediately, without waiting for the others. They may be inside a
+    collective of tensors, and closing NCCL would wait for all of them. The launcher ends them when this process has
+    ended.
     """
     try:
         check_launcher()
@@ -188,7 +206,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         reason = reason_of_lost_peers(error)
         if reason is None:
             raise
-        advice = "see what they printed; if they printed no error, the same command resumes"
+        advice = "look at their output; if it shows no error, the same command resumes the run"
         _leave(signals.STATUS, f"error: rank {rank()} has lost the other processes ({reason}): {advice}")
     destroy_process_groups()
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""The device and its arithmetic, chosen once."""
+"""Choice of the device and of its arithmetic, errors of failed allocations, and peak memory."""
 
 import ctypes
 import importlib.util
@@ -19,22 +19,23 @@ import torch
 from config.errors import UserError
 from utils.distributed.processes import local_rank, local_world_size, world_size
 
-FUSED = ("cpu", "cuda")  # devices whose fused optimisers are known to take a step or not by a number on the device
+FUSED = ("cpu", "cuda")  # types of device whose fused optimisers can skip a step depending on a tensor on the device
 
 logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this process: for `auto`, or one that is not there (with a line), cuda, else mps, else cpu.
+    """Returns the device of this process, and makes torch's settings for it.
 
-    Processes of one machine take its GPUs in turn. Several do not use mps, whose tensors gloo does not carry. On a
-    CPU, glibc is told to keep what is freed.
+    `auto` is the best available device: cuda, else mps, else cpu. If `name` is not available, falls back to the best
+    available device and logs it. The processes of a machine are spread evenly over its GPUs. Several processes do not
+    use mps, because gloo cannot send its tensors. On a CPU, glibc is set to keep freed memory.
     """
     mps = torch.backends.mps.is_available() and world_size() == 1
     available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     best = next(kind for kind, there in available.items() if there)
     if name != "auto" and not available[name]:
-        logger.info("device is %s, which is not available here: taking %s", name, best)
+        logger.info("device=%s is not available here: using %s", name, best)
     kind = name if available.get(name) else best
     if kind == "cpu":
         _keep_freed_memory()
@@ -42,18 +43,19 @@ def choose_device(name: str) -> torch.device:
         return torch.device(kind)
     count = torch.cuda.device_count()
     if local_world_size() > count:
-        logger.info(
-            "%d processes share the GPUs, of which there are %d: slower than one each", local_world_size(), count
-        )
+        logger.info("%d processes share %d GPU(s), which is slower than one GPU per process", local_world_size(), count)
     device = torch.device("cuda", local_rank() % count)
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # sizes do not vary: the fastest kernels are found once
-    torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is left, but for k-NN's distances
+    torch.backends.cudnn.benchmark = True  # input sizes are constant, so one search for the fastest kernels is enough
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 for float32 products, except k-NN's distances
     return device
 
 
 def compute_exactly() -> None:
-    """From now on, the same numbers for the same inputs, and float32 as it is: for what is kept and compared."""
+    """Makes cuDNN deterministic and turns TensorFloat-32 off, from this call on.
+
+    For features and pictures that are stored or compared.
+    """
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -61,80 +63,98 @@ def compute_exactly() -> None:
 
 
 def choose_compile(setting: bool | None, device: torch.device) -> bool:
-    """True if the model is to be compiled: as set, by default on CUDA; logs it if the machine cannot compile."""
+    """Returns True if the model is to be compiled: as `setting` says, or only on CUDA if it is None.
+
+    Returns False and logs the reason if the machine lacks something that torch.compile needs.
+    """
     if not (device.type == "cuda" if setting is None else setting):
         return False
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]
     there: dict[str, Any] = {
         f"the compiler {compiler}": shutil.which(compiler),
-        "Python.h, of Python's development package,": Path(sysconfig.get_path("include"), "Python.h").exists(),
+        "Python.h (in Python's development package)": Path(sysconfig.get_path("include"), "Python.h").exists(),
     }
     if device.type == "cuda":
         there["triton"] = importlib.util.find_spec("triton")
-        there["a GPU of compute capability 7"] = torch.cuda.get_device_capability(device) >= (7, 0)
+        there["a GPU of compute capability 7.0 or higher"] = torch.cuda.get_device_capability(device) >= (7, 0)
     missing = [what for what, found in there.items() if not found]
     if missing:
-        logger.info("%s is missing, without which nothing can be compiled: training eagerly", " and ".join(missing))
+        logger.info(
+            "training without torch.compile, because this machine lacks %s",
+            " and ".join(missing),
+        )
     return not missing
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to 32 MB a piece: faulting it in anew doubles the time of a batch's views."""
+    """Sets glibc to keep freed memory, in pieces of up to 32 MB, instead of returning it to the system.
+
+    Page faults of returned memory would double the time that the views of a batch take.
+    """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # the C library is not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_threshold, 2**25)
 
 
 def _cpu_computes_bf16() -> bool:
-    """True if the CPU has AMX or AVX512-BF16. Other CPUs emulate bf16, which is slower than float32."""
+    """Returns True if the CPU has AMX or AVX512-BF16. Other CPUs emulate bf16, which is slower than float32."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def choose_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
-    """bf16 where the hardware computes it, else fp16 on CUDA, else None: float32, with a line that says so."""
+    """Returns the number format of mixed precision, or None for float32.
+
+    It is bf16 if the hardware computes it, else fp16 on CUDA, else None. If it is not bf16, logs it. Without `use_amp`,
+    it is None.
+    """
     if not use_amp:
         return None
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
-        logger.info("this GPU computes no bf16: mixed precision is fp16 with scaled gradients")
+        logger.info("this GPU does not compute bf16: mixed precision is fp16, with scaled gradients")
         return torch.float16
     if device.type == "cpu" and _cpu_computes_bf16():
         return torch.bfloat16
-    logger.info("mixed precision was asked for, but this %s computes no bf16: taking float32", device.type)
+    logger.info("mixed precision was requested, but this %s does not compute bf16: using float32", device.type)
     return None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Returns torch's autocast to `dtype` on `device`; None turns autocast off."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 class OutOfMemoryError(UserError):
-    """The message says how much memory was asked for and which key to change."""
+    """A failed allocation. The message says how much memory was requested and which key to change."""
 
 
 @contextmanager
 def memory_for(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, memory that is not there becomes an OutOfMemoryError; `advice` says what takes less."""
+    """Turns errors of failed allocations inside the context into OutOfMemoryError.
+
+    Args:
+        advice: returns the last part of the message, which says how to use less memory.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # Of CUDA's allocator; of its libraries and the CPU's, whose errors are plain RuntimeErrors; numpy's.
+        # Texts of CUDA's, the CPU's and numpy's allocators. The CPU and CUDA's libraries raise plain RuntimeErrors.
         asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d[\d.]*) (\w+)", str(error))
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not (asked or known or re.search(r"out of memory|ALLOC_FAILED", str(error))):
             raise
-        amount = "an amount that is not told" if not asked else f"{asked[1]} {asked[2]}"
+        amount = "an unknown amount" if not asked else f"{asked[1]} {asked[2]}"
         if asked and asked[2] == "bytes":
             amount = f"{int(asked[1]) / 2**30:.2f} GiB"
-        raise OutOfMemoryError(f"out of memory: {amount} was asked for; {advice()}") from None
+        raise OutOfMemoryError(f"out of memory: {amount} was requested; {advice()}") from None
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory: of the device on CUDA, else of the process, in MB."""
+    """Returns the peak memory in MB: of the device on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

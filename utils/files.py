@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all; locks; what is said of a folder that cannot be written to."""
+"""Small files that are written completely or not at all, locks, and errors of folders that cannot be written to."""
 
 import errno
 import fcntl
@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, with the same ending; once it is on the disk, it takes the place of `path`."""
+    """Yields a temporary path to write to, which has the same ending as `path`.
+
+    At the end, the temporary file is flushed to the disk and then replaces `path`. After an error, it is removed.
+    """
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
         yield partial
@@ -30,13 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8."""
+    """Writes a UTF-8 file, completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where a file cannot be written to `path`, whose folders need not be there yet; makes nothing."""
+    """Raises OSError if no file can be written to `path`. Its folders need not exist yet. Creates nothing."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -47,29 +50,31 @@ def check_writable(path: Path) -> None:
 
 
 class FolderError(UserError):
-    """A run's folder cannot be written to any more."""
+    """A run folder that cannot be written to during the run."""
 
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """OSErrors inside become FolderErrors."""
+    """Turns OSError inside the context into FolderError."""
     try:
         yield
     except OSError as error:
         raise FolderError(
-            f"cannot write to {folder} ({error.strerror}); what was saved there before is whole: "
-            "mend the storage and start again"
+            f"cannot write to {folder} ({error.strerror}); files saved there before are intact: "
+            "fix the storage and start again"
         ) from None
 
 
 class InUseError(Exception):
-    """Another process holds the lock; the message says which."""
+    """A lock that another process holds. The message names the process."""
 
 
 def lock_file(path: Path) -> TextIO:
-    """Hold `path`, made if need be, until what is returned is closed or this process ends, however it ends.
+    """Locks `path`, which is created if it is missing, and returns the open file.
 
-    Raises InUseError, and OSError where it cannot be written. Storage that knows no locks is used without.
+    The lock is held until the file is closed or this process ends in any way. Raises InUseError if another process
+    holds the lock, and OSError if `path` cannot be written. If the storage does not support locks, logs it and
+    continues.
     """
     file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
     try:
@@ -80,7 +85,7 @@ def lock_file(path: Path) -> TextIO:
             holder = file.read().strip()
             file.close()
             raise InUseError(holder or "another process") from None
-        logger.info("%s cannot be locked (%s): see to it that no second run uses the folder", path, error.strerror)
+        logger.info("%s cannot be locked (%s): make sure that no second run uses its folder", path, error.strerror)
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file

@@ -1,4 +1,4 @@
-"""A process's log, the time of its phases, and the closing table."""
+"""Log messages, progress bars, times of phases, and the table of accuracies."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from typing import Any
 
 from utils.distributed.processes import rank
 
-phase_log = logging.getLogger("phases")  # what a process does next: in its log file, not on the console
+phase_log = logging.getLogger("phases")  # says what a process is about to do, in its log file but not on the console
 
 
 _early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
 
 
 def start_logging() -> None:
-    """The console shows what rank 0 says and all warnings; `log_to` keeps what each process says, phases too."""
+    """Starts logging: messages of rank 0 and warnings of all ranks are shown on the console.
+
+    All messages, including those of `phase_log`, are kept in memory until `log_to` writes them to a file.
+    """
     console = logging.StreamHandler(sys.stderr)
     console.addFilter(lambda record: record.name != "phases")
     console.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
@@ -32,14 +35,15 @@ def start_logging() -> None:
 
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
-    """Inside, and from the start, what this process says goes to `folder`/rank_<rank>.log, with the time.
+    """Writes all messages of this process, with their time, to `folder`/rank_<rank>.log until the context ends.
 
-    Its last line tells what the process was doing when it hung or died.
+    The messages logged before are written first. If the process hangs or dies, the last line of the file says what it
+    was doing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / f"rank_{rank()}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    setattr(file, "handleError", lambda record: None)  # noqa: B010 (mypy) a full disk is told of elsewhere
+    setattr(file, "handleError", lambda record: None)  # noqa: B010 (mypy) a full disk is reported elsewhere
     root = logging.getLogger()
     file.handle(logging.makeLogRecord({"msg": f"process {os.getpid()} on {socket.gethostname()}"}))
     _early.setTarget(file)
@@ -55,7 +59,15 @@ def log_to(folder: Path) -> Iterator[None]:
 
 
 def progress(total: int, what: str, unit: str) -> Any:
-    """A bar on rank 0, for what takes a second; where nobody watches, half-minutely for what takes as long."""
+    """Returns a progress bar on rank 0, and a disabled one on other ranks.
+
+    On a terminal, it appears after 1 s and is redrawn every 0.5 s at most. Elsewhere, it appears after 30 s and is
+    printed again every 15 s at most.
+
+    Args:
+        what: text in front of the bar.
+        unit: name of the things that are counted.
+    """
     from tqdm import tqdm
 
     every = 1 if sys.stderr.isatty() else 30
@@ -72,7 +84,7 @@ def progress(total: int, what: str, unit: str) -> Any:
 
 
 class PhaseTimer:
-    """Seconds of wall time spent in each phase since the last `take`."""
+    """Wall time in seconds that each phase has taken since the last `take`."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -80,6 +92,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside the context to the phase `name`."""
         start = time.perf_counter()
         try:
             yield
@@ -87,7 +100,7 @@ class PhaseTimer:
             self._seconds[name] += time.perf_counter() - start
 
     def take(self) -> tuple[float, dict[str, float]]:
-        """(seconds since the last call, seconds by phase), and start anew."""
+        """Returns (seconds since the last call, seconds by phase) and resets both."""
         now = time.perf_counter()
         total, seconds = now - self._since, dict(self._seconds)
         self._since = now
@@ -96,7 +109,7 @@ class PhaseTimer:
 
 
 def format_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """{protocol: {encoder: {"top1": ..., "top3": ...}}} as lines of text, top-1 / top-3 in per cent."""
+    """Returns {protocol: {encoder: {"top1": ..., "top3": ...}}} as a text table of top-1 / top-3 in per cent."""
     columns = list(dict.fromkeys(column for cells in results.values() for column in cells))
     rows = [["top-1 / top-3 (%)", *columns]]
     for protocol, cells in results.items():

@@ -1,6 +1,6 @@
-"""All randomness is a function of (seed, purpose, counters): never of what was drawn before.
+"""Random numbers that depend only on (seed, purpose, counters), and not on earlier draws.
 
-A run that resumes at step n therefore draws what the uninterrupted run drew, and no state is saved.
+A run that resumes at step n therefore draws the same numbers as an uninterrupted run. No generator state is saved.
 """
 
 from hashlib import blake2b
@@ -8,28 +8,29 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-ROWS = 256  # positions that share a seed in draws of a few numbers each
-CHUNK = 4  # samples that share a seed in image-sized draws; shares and micro-batches are multiples of it
+ROWS = 256  # consecutive positions that share a seed in `uniforms`
+CHUNK = 4  # consecutive samples that share a seed in `image_noise`; shares and micro-batches are multiples of it
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
-    """A 63-bit seed of its own for each purpose and counters (a step, an epoch, a sample, ...).
+    """Returns a 63-bit seed, a different one for each seed, purpose and counters (a step, an epoch, a sample, ...).
 
-    torch's CPU generator takes the low 32 bits of it, CUDA's all.
+    torch's CPU generator uses its low 32 bits, CUDA's generator uses all bits.
     """
     text = ":".join([str(seed), purpose, *map(str, counters)])
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on `device`, seeded by `derive_seed`."""
+    """Returns a new generator on `device`, seeded by `derive_seed`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *counters))
 
 
 def uniforms(positions: range, width: int, seed: int, purpose: str, *counters: int) -> Tensor:
-    """Uniform numbers in [0, 1), on the host: a row (width,) for each of `positions`, whatever the others are.
+    """Returns uniform numbers in [0, 1) on the host: (len(positions), width), one row for each of `positions`.
 
-    Every ROWS positions have a seed of their own.
+    A row depends on its own position only, and not on the other positions. Each block of ROWS positions has its own
+    seed.
     """
     blocks = range(positions.start // ROWS, -(-positions.stop // ROWS))
     rows = [torch.rand(ROWS, width, generator=generator(seed, purpose, *counters, block)) for block in blocks]
@@ -40,10 +41,10 @@ def uniforms(positions: range, width: int, seed: int, purpose: str, *counters: i
 def image_noise(
     shape: tuple[int, ...], positions: range, seed: int, purpose: str, *counters: int, device: torch.device
 ) -> Tensor:
-    """Standard normal noise (len(positions), *shape) for the samples at `positions`, as of the global batch.
+    """Returns standard normal noise (len(positions), *shape) for the samples at `positions` of the global batch.
 
-    Every CHUNK samples have a seed of their own, so that a process draws its share of the batch and no more,
-    and gets what one process with the whole batch would have drawn there.
+    Each block of CHUNK samples has its own seed. A rank therefore draws only its share of the batch, and gets the same
+    numbers as a single process that draws the whole batch.
     """
     chunks = range(positions.start // CHUNK, -(-positions.stop // CHUNK))
     noise = torch.empty(len(chunks) * CHUNK, *shape, device=device)

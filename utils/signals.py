@@ -1,4 +1,8 @@
-"""SIGTERM, SIGINT, SIGUSR1 (a scheduler's notice) and SIGHUP: noted while the state changes, else obeyed at once."""
+"""Handling of SIGTERM, SIGINT, SIGUSR1 (the warning of a scheduler) and SIGHUP.
+
+A signal ends the program immediately, except while the training state changes. It is then only recorded, and the
+training loop ends the program after it has saved the state.
+"""
 
 import os
 import signal
@@ -7,33 +11,36 @@ from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 
-STATUS = 75  # EX_TEMPFAIL of sysexits.h: what is saved goes on with the same command
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the run
 
 _received = 0
 _deferring = False
 
 
 class Stopped(SystemExit):
-    """Ends the program with status 75; the message says what became of the run."""
+    """Exception that ends the program with status 75. The message names the signal and says what was saved."""
 
     def __init__(self, number: int, what: str = "") -> None:
         super().__init__(STATUS)
-        self.message = f"stopped by {signal.Signals(number).name}{what}: the same command goes on"
+        self.message = f"stopped by {signal.Signals(number).name}{what}: run the same command to continue"
 
 
 def watch() -> None:
-    """Obey signals from now on."""
+    """Starts to handle the signals.
+
+    SIGHUP stays ignored if it is ignored already. A second SIGINT ends the process in any case.
+    """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     Thread(target=_count_interrupts, args=(read_end,), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, _note)
 
 
 def _count_interrupts(read_end: int) -> None:
-    """End the process at the second SIGINT, even where its main thread hangs in a library and handles no signal."""
+    """Ends the process at the second SIGINT, even if its main thread hangs in a library and handles no signals."""
     count = 0
     while count < 2:
         count += os.read(read_end, 1)[0] == signal.SIGINT
@@ -42,20 +49,23 @@ def _count_interrupts(read_end: int) -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _received
-    if not _received:  # launchers may pass on what was sent to all
+    if not _received:  # a launcher may forward a signal that this process has already received
         _received = number
         if not _deferring:
             raise Stopped(number)
 
 
 def received() -> int:
-    """The signal that was sent to this process; 0: none."""
+    """Returns the number of the first signal that this process has received; 0 if there is none."""
     return _received
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal is only noted, and asked for by `received`; after an error, too, so that nothing replaces it."""
+    """Only records signals that arrive inside the context; `received` returns them.
+
+    After an error inside, signals are still only recorded, so that Stopped does not replace the error.
+    """
     global _deferring
     _deferring = True
     yield
@@ -64,7 +74,10 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def obeyed() -> Iterator[None]:
-    """Inside, which is inside `deferred`, a signal raises Stopped at once; so does one that came before."""
+    """Raises Stopped immediately if a signal arrives inside the context, which must be inside `deferred`.
+
+    If a signal has already arrived, raises Stopped on entry.
+    """
     global _deferring
     _deferring = False
     try:

@@ -1,7 +1,8 @@
-"""Collective operations under the names of torch.distributed. In a single process each returns at once.
+"""Collective operations, named as in torch.distributed. In a single process they return immediately.
 
-Picklable objects travel through gloo on the host; tensors travel through the group that `open_tensor_group` opens.
-torch is imported inside the functions, so that a mistake in the config is answered without it.
+Call a function marked "Collective" on all ranks. Picklable objects are sent through gloo on the host. Tensors are sent
+through the group that `open_tensor_group` opens. torch is imported inside the functions, so that a mistake in the
+config is reported without waiting for this import.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ _timeout = timedelta(minutes=30)
 
 
 class SharedError(UserError):
-    """An error of some process, raised on all ranks."""
+    """An error of one rank, raised on all ranks."""
 
 
 def set_timeout(minutes: float) -> None:
-    """Set the time after which a process that waits for the others fails. Call it before the first collective."""
+    """Sets the time after which a rank that waits for other ranks fails. Call it before the first collective."""
     global _timeout
     _timeout = timedelta(minutes=minutes)
 
 
 def init() -> None:
-    """Collective. Opens the default process group, gloo on the host, if it is not open yet."""
+    """Collective. Opens the default process group (gloo, on the host) if it is not open yet."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -50,9 +51,9 @@ def init() -> None:
 
 
 def all_gather_object(value: T, error: str | None = None) -> list[T]:
-    """Collective. Returns the picklable `value` of every process, by rank.
+    """Collective. Returns the picklable `value` of every rank, in the order of ranks.
 
-    Raises SharedError on all ranks if any process passes an error.
+    Raises SharedError on all ranks if any rank passes an `error`.
     """
     answers: list[tuple[T, str | None]] = [(value, error)]
     if world_size() > 1:
@@ -68,17 +69,17 @@ def all_gather_object(value: T, error: str | None = None) -> list[T]:
 
 
 def barrier(error: str | None = None) -> None:
-    """Collective. Returns once all processes have called it; raises SharedError on all ranks if any passes an error."""
+    """Collective. Returns when all ranks have called it. Raises SharedError on all ranks if any rank passes `error`."""
     all_gather_object(None, error)
 
 
 def broadcast_object(value: T) -> T:
-    """Collective. Returns rank 0's value of a picklable object."""
+    """Collective. Returns the picklable `value` of rank 0."""
     return all_gather_object(value)[0]
 
 
 def all_equal(value: Any) -> bool:
-    """Collective. True on all ranks if the picklable object is equal on all of them, else False on all."""
+    """Collective. Returns True on all ranks if the picklable `value` is equal on all ranks, else False on all ranks."""
     first, *others = all_gather_object(value)
     return all(other == first for other in others)
 
@@ -87,7 +88,7 @@ def open_tensor_group(backend: str, device: torch.device) -> None:
     """Collective. Opens the process group for tensors on `device`.
 
     Args:
-        backend: `nccl`, `gloo` or `auto`. NCCL needs a GPU for each process; without, gloo is taken on all ranks.
+        backend: `nccl`, `gloo` or `auto`. NCCL needs one GPU per process; otherwise gloo is used on all ranks.
     """
     if world_size() == 1:
         return
@@ -99,26 +100,26 @@ def open_tensor_group(backend: str, device: torch.device) -> None:
     all_can = all(all_gather_object(can_nccl))
     chosen = "gloo" if backend == "gloo" or not all_can else "nccl"
     if backend == "nccl" and not all_can:
-        logger.info("distributed.backend is nccl, which needs a GPU for each process: taking gloo")
-    # NCCL's own watchdog would end the process without a word before gloo reports the time-out.
+        logger.info("distributed.backend is nccl, which needs one GPU per process: using gloo instead")
+    # NCCL's watchdog ends the process without a message. With twice the time-out, gloo reports the time-out first.
     timeout = 2 * _timeout if chosen == "nccl" else _timeout
     _tensor_group = cast("ProcessGroup", dist.new_group(backend=chosen, timeout=timeout))
 
 
 def tensor_group() -> ProcessGroup | None:
-    """The group that `open_tensor_group` opened; None before that, and in a single process."""
+    """Returns the group that `open_tensor_group` opened, or None before that call and in a single process."""
     return _tensor_group
 
 
 def tensor_backend() -> str:
-    """Backend of the tensor group: `nccl` or `gloo`."""
+    """Returns the backend of the tensor group: `nccl` or `gloo`."""
     import torch.distributed as dist
 
     return str(dist.get_backend(_tensor_group))
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Collective. Replaces a tensor by its sum over all processes and returns it."""
+    """Collective. Replaces a tensor by its sum over all ranks, in place, and returns it."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -127,7 +128,7 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def destroy_process_groups() -> None:
-    """Close all process groups of this process."""
+    """Closes all process groups of this process."""
     global _tensor_group
     if world_size() > 1:
         import torch.distributed as dist
@@ -138,9 +139,9 @@ def destroy_process_groups() -> None:
 
 
 def reason_of_lost_peers(error: RuntimeError) -> str | None:
-    """The part of a collective's error that says why other processes cannot be reached; None for other errors.
+    """Returns the reason why other ranks cannot be reached, from the message of a collective's error.
 
-    gloo has no exception class of its own.
+    Returns None for other errors. The message is searched because gloo has no exception class of its own.
     """
     if world_size() == 1:
         return None
@@ -155,17 +156,18 @@ def reason_of_lost_peers(error: RuntimeError) -> str | None:
 
 
 class DelayedMax:
-    """Element-wise maximum of small integers over all processes, without waiting for any device.
+    """Element-wise maximum of small integers over all ranks, without synchronising with any device.
 
-    In a single process the answer is that of the same call; otherwise it is that of the call before: each call starts
-    a reduction over gloo, which runs in the background, and waits for the one that the last call started.
+    In a single process, a call returns its own values. With several ranks, a call waits for the reduction that the
+    previous call started, and returns the result of that reduction. The call then starts a reduction of its own values,
+    which runs over gloo in the background.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, *values: int) -> tuple[int, ...]:
-        """Collective. Pass the same number of values in every call. The first call returns zeros."""
+        """Collective. Pass equally many values in every call. With several ranks, the first call returns zeros."""
         if world_size() == 1:
             return values
         import torch
@@ -177,7 +179,7 @@ class DelayedMax:
         return answer
 
     def wait(self) -> tuple[int, ...]:
-        """The answer to the last call, or an empty tuple if there was none."""
+        """Waits for the pending reduction and returns its result, or an empty tuple if none is pending."""
         if self._pending is None:
             return ()
         tensor, work = self._pending
@@ -187,11 +189,12 @@ class DelayedMax:
 
 
 def first_on_each_node(work: Callable[[], T]) -> T:
-    """Collective. Runs `work()` in all processes, in turns: later ones find what the first downloaded or cached.
+    """Collective. Runs `work()` on all ranks in three turns and returns its result.
 
-    Rank 0 goes first, then one process on each other machine (which may share rank 0's storage), then all others. It
-    may take longer than the time-out: the working process sends signs of life. If `work` can fail, call this inside
-    `gather_user_errors`, which tells the other processes.
+    Later ranks find what the first ranks have downloaded or cached. Rank 0 runs first, then one rank on each other
+    machine (which may share rank 0's storage), then all other ranks. `work` may take longer than the time-out, because
+    the working rank sends signs of life. If `work` can fail, call this function inside `gather_user_errors`, which
+    reports the error to the other ranks.
     """
     if world_size() == 1:
         return work()
@@ -209,7 +212,7 @@ def first_on_each_node(work: Callable[[], T]) -> T:
 
 
 def _run_in_thread(work: Callable[[], T]) -> Future[T]:
-    """Start `work` in a daemon thread, which this process can leave behind when another one fails."""
+    """Starts `work` in a daemon thread, so that this process can exit before `work` ends if another rank fails."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Data-parallel training of a module: BatchNorm over all processes' samples, gradients averaged by DDP."""
+"""Data-parallel training of a module: BatchNorm over the samples of all ranks, and gradients averaged by DDP."""
 
 import inspect
 import warnings
@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.distributed.collectives import all_reduce, tensor_group
 from utils.distributed.processes import rank, world_size
 
-# The compiler cannot look into collectives, and would cut the encoder at every BatchNorm. As custom operations they
-# stay inside the graph. All processes compile the same graph, so that their collectives keep one order.
+# torch.compile cannot trace collectives and would break the encoder's graph at every BatchNorm. Custom operators keep
+# the collectives inside the graph. All ranks compile the same graph, so they run the collectives in the same order.
 
 
 @torch.library.custom_op("soda::sum_over_processes", mutates_args=())
@@ -24,7 +24,7 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
 
 @torch.library.custom_op("soda::gather_processes", mutates_args=())
 def _gather_processes(tensor: Tensor) -> Tensor:
-    """Collective. (...) -> (world_size, ...), as a sum over ranks: gloo cannot gather tensors that lie on a GPU."""
+    """Collective. (...) -> (world_size, ...). Uses a sum over ranks, because gloo cannot gather tensors on a GPU."""
     everyone = tensor.new_zeros(world_size(), *tensor.shape)
     everyone[rank()] = tensor
     return all_reduce(everyone)
@@ -35,9 +35,9 @@ _gather_processes.register_fake(lambda tensor: tensor.new_empty(world_size(), *t
 
 
 class _Normalize(torch.autograd.Function):
-    """weight (x - mean) / sqrt(variance + eps) + bias, where mean and variance are those of x over all processes.
+    """weight (x - mean) / sqrt(variance + eps) + bias, with the mean and variance of x over all ranks.
 
-    The gradient (Ioffe & Szegedy 2015, section 3), with x^ for the normalised x and averages over all processes:
+    The gradient (Ioffe & Szegedy 2015, section 3), where x^ is the normalised x and averages are over all ranks:
     dx = weight / sqrt(variance + eps) (dy - average(dy) - x^ average(dy x^)).
     """
 
@@ -54,7 +54,7 @@ class _Normalize(torch.autograd.Function):
         (dy,) = gradients
         x, weight, mean, variance = ctx.saved_tensors
         inverse = (variance + ctx.eps).rsqrt()
-        # As if mean and variance were constants: one kernel, and its sums are those that are needed.
+        # This kernel treats mean and variance as constants. It also returns the sums that the other terms need.
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )
@@ -66,10 +66,11 @@ class _Normalize(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are those of all processes' samples, shares being equal.
+    """BatchNorm2d whose training statistics cover the samples of all ranks. All ranks need equally many samples.
 
-    Collective in training mode: gathers mean and variance in the forward pass and sums gradients in the backward pass,
-    in float32. torch's SyncBatchNorm synchronises with the device in every layer, and DDP refuses it on CPUs.
+    Collective in training mode: the forward pass gathers mean and variance, and the backward pass sums gradients, both
+    in float32. torch's SyncBatchNorm is not used because it synchronises with the device in every layer, and because
+    DDP refuses it on CPUs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         count = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
-            moments = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))  # (2, C), of this process
+            moments = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))  # (2, C), of this rank
             variances, means = _gather_processes(moments).unbind(dim=1)  # (world_size, C) each
             mean, variance = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
             self.num_batches_tracked += 1
@@ -90,17 +91,17 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_batch_norm(module: nn.Module) -> None:
-    """Turn every BatchNorm2d in `module` into a GlobalBatchNorm2d, in place; its state and its keys stay."""
+    """Turns every BatchNorm2d in `module` into a GlobalBatchNorm2d, in place. State and state_dict keys are kept."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = GlobalBatchNorm2d
 
 
 class _DataParallel(DistributedDataParallel):
-    """DDP that can accumulate gradients over a static graph.
+    """DDP that can accumulate gradients with a static graph.
 
-    DDP learns the graph in its first backward pass, which therefore cannot go without reducing gradients: an internal
-    assertion fails.
+    DDP learns the graph in its first backward pass. If that pass does not reduce gradients, an internal assertion of
+    DDP fails. The first call of `no_sync` therefore has no effect.
     """
 
     _has_reduced = False
@@ -113,14 +114,18 @@ class _DataParallel(DistributedDataParallel):
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """Collective. `module` wrapped by DDP, its BatchNorm converted in place; in a single process, `module` as it is."""
+    """Collective. Returns `module` wrapped in DDP, after converting its BatchNorm layers in place.
+
+    In a single process, returns `module` unchanged.
+    """
     if world_size() == 1:
         return module
-    # DDP warns of 1x1 convolutions, whose gradients' strides differ only in dimensions of size 1.
+    # DDP warns about the gradients of 1x1 convolutions, whose strides differ from those of DDP's buckets. They differ
+    # only in dimensions of size 1.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     convert_batch_norm(module)
-    # GlobalBatchNorm2d keeps the buffers equal, so that none need be sent. The argument's name depends on torch's
-    # version.
+    # GlobalBatchNorm2d keeps the buffers equal on all ranks, so DDP need not send them. The name of this argument
+    # depends on the version of torch.
     known = inspect.signature(DistributedDataParallel).parameters
     no_broadcast: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False

@@ -1,39 +1,39 @@
-"""Rank and world size of this process, read from the environment that a launcher sets. Imports no torch.
+"""Rank and world size of this process, read from the environment variables of a launcher. Does not import torch.
 
-torchrun and torch.distributed.launch set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Without them there is one
-process.
+torchrun and torch.distributed.launch set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Without these variables,
+the program is a single process.
 """
 
 import os
 
 
 def _from_launcher(name: str, default: int) -> int:
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # some clusters set one of them for their own use
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # some clusters set one of the two for their own use
     return int(os.environ.get(name, default)) if launched else default
 
 
 def rank() -> int:
-    """Number of this process among all, from 0. Rank 0 writes the files."""
+    """Returns the index of this process among all processes, from 0. Rank 0 writes the files."""
     return _from_launcher("RANK", 0)
 
 
 def world_size() -> int:
-    """Number of processes of the program, over all machines."""
+    """Returns the number of processes of the program, over all machines."""
     return _from_launcher("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """Number of this process among those of its machine, from 0. It chooses the GPU."""
+    """Returns the index of this process among the processes of its machine, from 0. It determines the GPU."""
     return _from_launcher("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Returns the number of processes on this machine."""
     return _from_launcher("LOCAL_WORLD_SIZE", 1)
 
 
 def check_launcher() -> None:
-    """Raise ValueError if the launcher's environment variables contradict each other."""
+    """Raises ValueError if the launcher's environment variables are invalid or contradict each other."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     found = {name: os.environ[name] for name in names if name in os.environ}
     advice = "start several processes with torchrun, or unset RANK and WORLD_SIZE"
@@ -42,14 +42,18 @@ def check_launcher() -> None:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{' '.join(f'{name}={value}' for name, value in found.items())} makes no sense: {advice}")
+        raise ValueError(
+            f"invalid launcher variables {' '.join(f'{name}={value}' for name, value in found.items())}: {advice}"
+        )
     if world_size() > 1 and not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
-        raise ValueError(f"WORLD_SIZE is {world_size()}, and MASTER_ADDR or MASTER_PORT is missing: {advice}")
+        raise ValueError(f"WORLD_SIZE is {world_size()}, but MASTER_ADDR or MASTER_PORT is missing: {advice}")
 
 
 def my_range(total: int, multiple: int = 1) -> range:
-    """This process's part of range(total): consecutive, starting at a multiple of `multiple`, parts as even as that
-    allows."""
+    """Returns this rank's part of range(total): consecutive numbers that start at a multiple of `multiple`.
+
+    The parts of the ranks are as equal in length as this allows.
+    """
     pieces = -(-total // multiple)
     start, stop = (pieces * r // world_size() * multiple for r in (rank(), rank() + 1))
     return range(min(start, total), min(stop, total))

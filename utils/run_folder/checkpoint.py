@@ -1,6 +1,7 @@
-"""Checkpoints read: without executing anything, their bytes checked, the one before where the last is damaged.
+"""Reading of checkpoints. Nothing in a file is executed, and the digest of each file is checked.
 
-A folder of them holds last.pt, previous.pt, those kept for good (epoch_0100.pt), and SHA256SUMS.
+A checkpoint folder holds last.pt, previous.pt, checkpoints that are kept for good (such as epoch_0100.pt), and
+SHA256SUMS. If last.pt is damaged, an older checkpoint is used.
 """
 
 import hashlib
@@ -20,11 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing or cannot be used; the message says what to do."""
+    """A missing or unusable checkpoint. The message says what to do."""
 
 
 def read_sums(folder: Path) -> dict[str, list[str]]:
-    """The digests that SHA256SUMS lists for each file: two while it is being replaced."""
+    """Returns the digests that SHA256SUMS lists for each file name; two digests while the file is being replaced.
+
+    Returns an empty dict if SHA256SUMS cannot be read.
+    """
     sums: dict[str, list[str]] = {}
     with suppress(OSError, UnicodeDecodeError):
         for line in (folder / SUMS).read_text().splitlines():
@@ -34,9 +38,11 @@ def read_sums(folder: Path) -> dict[str, list[str]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """last.pt and what it holds; where it is damaged or missing, with a line, the one before, or the newest kept.
+    """Returns the path and the contents of last.pt, or of an older checkpoint if last.pt is damaged or missing.
 
-    None where there is no checkpoint at all; raises CheckpointError where there is none that is whole.
+    The older checkpoint is previous.pt, or else the newest intact checkpoint that is kept for good. If it is used, a
+    warning is logged. Returns None if the folder has no checkpoint. Raises CheckpointError if all checkpoints are
+    damaged.
     """
     kept = sorted(folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
     failures = []
@@ -50,7 +56,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         if path.name != LAST:
             why = failures[0] if failures else f"there is no {folder / LAST}"
-            logger.warning("%s; going back to %s, of step %d", why, path, found[1]["step"])
+            logger.warning("%s. Using %s of step %d instead", why, path, found[1]["step"])
         return found
     if failures:
         raise failures[0]
@@ -58,37 +64,44 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Model, EMA, optimiser, scaler, tally, step, config and digest of the images, on the host.
+    """Returns the contents of a checkpoint, with all tensors on the host.
 
-    "sha256" is the file's own digest. If the folder's SHA256SUMS lists the file, the digest must be one that it lists.
-    Raises CheckpointError.
+    The contents are model, EMA, optimiser, scaler, tally, step, config and digest of the images. "sha256" is added: the
+    digest of the file itself. If SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same
+    name or another one. Raises CheckpointError.
     """
     if not path.exists():
-        raise CheckpointError(f"no checkpoint {path}: train first, or name one that exists")
+        raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")
     try:
         sums = read_sums(path.parent)
-        with open(path, "rb") as file:  # once: a run may put another in its place meanwhile
+        with open(path, "rb") as file:  # opened only once, because a run may replace the file
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if path.name in sums and not any(digest in digests for digests in sums.values()):
-                raise CheckpointError(f"{path} is damaged: its bytes are not those that {SUMS} lists")
+                raise CheckpointError(
+                    f"{path} is damaged ({SUMS} lists another digest): remove it or name another checkpoint"
+                )
             if path.name not in sums and (path.parent / SUMS).exists():
-                logger.warning("%s does not list %s, whose bytes are not checked", path.parent / SUMS, path.name)
+                logger.warning("%s does not list %s: its digest is not checked", path.parent / SUMS, path.name)
             file.seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols, which tell a user nothing
+                warnings.simplefilter("ignore")  # warnings about pickle protocols do not help the user
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        raise CheckpointError(
+            f"cannot read {path} ({error.strerror}): make it readable or name another checkpoint"
+        ) from None
     except CheckpointError:
         raise
-    except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way at all
-        reason = f"{type(error).__name__}: it is damaged, or holds more than tensors and plain values"
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): remove it or name another") from None
+    except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
+        reason = f"{type(error).__name__}: it is damaged, or holds objects other than tensors and plain values"
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({reason}): remove it or name another checkpoint"
+        ) from None
     expected = {
         **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
         **{"tally": dict | torch.Tensor, "step": int, "config": str, "data": str},
     }
     fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
     if not fits or state["step"] < 0:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: name another")
+        raise CheckpointError(f"{path} is not a checkpoint of this program: name another checkpoint")
     return state | {"sha256": digest}

@@ -1,4 +1,4 @@
-"""Checkpoints written: whole or not at all, by a thread, with the one before kept until the new one is on the disk."""
+"""Writing of checkpoints in a thread. A new checkpoint replaces an older one only when it is complete on the disk."""
 
 import hashlib
 import logging
@@ -19,14 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Saves the state of a run into `folder`, in a thread, one checkpoint at a time.
+    """Writer of a run's checkpoints into `folder`. A thread writes one checkpoint at a time.
 
-    As a context, it waits in the end until the last one is on the disk. What keeps the thread from writing is raised
-    where the writer is used next, as FolderError.
+    A context manager: on exit, it waits until the last checkpoint is on the disk. If the thread cannot write, the next
+    use of the writer raises FolderError.
 
     Args:
-        resumed_from: the checkpoint that this run goes on from; another last.pt is damaged, and not worth keeping.
-        flush_first: a file whose content is to be on the disk before a checkpoint is.
+        resumed_from: checkpoint that this run resumes from. If it is not last.pt, then last.pt is damaged and is not
+            kept as previous.pt.
+        flush_first: file that is flushed to the disk before a new checkpoint gets its name.
     """
 
     def __init__(self, folder: Path, resumed_from: Path | None, flush_first: Path) -> None:
@@ -34,22 +35,26 @@ class CheckpointWriter:
         self._last_is_good = resumed_from == folder / LAST
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        for partial in folder.glob("*.partial"):  # of a process that was killed
+        for partial in folder.glob("*.partial"):  # left by a process that was killed
             with suppress(OSError):
                 partial.unlink()
 
     def save(self, contents: dict[str, Any], keep_as: str | None = None) -> None:
-        """Copy tensors and plain values to the host and write them there: last.pt, under `keep_as` as well."""
+        """Copies `contents` to the host. The thread writes them to last.pt and, if given, also to `keep_as`.
+
+        `contents` are tensors and plain values. Waits until the previous checkpoint is written. Raises FolderError if
+        the previous checkpoint could not be written.
+        """
         self.wait()
         self._writing = self._thread.submit(self._write, to_host(contents), keep_as)
 
     def check(self) -> None:
-        """Raise FolderError if writing has failed."""
+        """Raises FolderError if the thread has failed to write."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk; raises FolderError."""
+        """Waits until the saved checkpoint is on the disk. Raises FolderError if it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -75,13 +80,14 @@ class CheckpointWriter:
                 self._put_in_place(partial, digest, keep_as)
             except OSError:
                 with suppress(OSError):
-                    partial.unlink()  # a full disk has room again
+                    partial.unlink()  # frees the space on a full disk
                 raise
 
     def _put_in_place(self, partial: Path, digest: str, keep_as: str | None) -> None:
-        """Rename, so that a process killed between any two lines leaves files that are listed, and one that is whole.
+        """Renames the files. A process killed between any two lines leaves an intact checkpoint and a correct list.
 
-        A digest is listed before its file gets its name and until after it has lost it: for a moment a name has two.
+        A digest is listed before its file gets a name, and is removed from the list after its file has lost the name.
+        In between, a name has two digests.
         """
         last, previous = self._folder / LAST, self._folder / PREVIOUS
         sums = {name: digests for name, digests in read_sums(self._folder).items() if (self._folder / name).exists()}
@@ -93,7 +99,8 @@ class CheckpointWriter:
             meanwhile[keep_as], afterwards[keep_as] = [digest, *sums.get(keep_as, [])], [digest]
         _write_sums(self._folder, sums | meanwhile)
         if keep_as:
-            _give_another_name(partial, self._folder / keep_as)  # before a run can go on from after this step
+            # First, because a run that resumes after this step does not write `keep_as` again.
+            _give_another_name(partial, self._folder / keep_as)
         if self._last_is_good and last.exists():
             last.replace(previous)
         partial.replace(last)
@@ -103,7 +110,7 @@ class CheckpointWriter:
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """Write at once; `path` is at no time half a checkpoint. Raises OSError."""
+    """Writes a checkpoint in the calling thread. `path` is never an incomplete file. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     _write_file(partial, contents)
@@ -111,7 +118,10 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
 
 
 def to_host(value: Any) -> Any:
-    """A copy in host memory of tensors in nested dicts, lists and tuples; from a GPU all at once."""
+    """Returns a copy of `value` with all tensors in nested dicts, lists and tuples in host memory.
+
+    Starts all copies from the GPU and then synchronises with the device once.
+    """
     copies = _to_host(value)
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
@@ -120,7 +130,7 @@ def to_host(value: Any) -> Any:
 
 def _to_host(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        # Pinned memory is kept by torch for the next time.
+        # torch caches pinned memory, so later calls allocate none.
         copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
         return copy.copy_(value.detach(), non_blocking=value.is_cuda)
     if isinstance(value, dict):
@@ -131,7 +141,7 @@ def _to_host(value: Any) -> Any:
 
 
 class _HashedFile:
-    """A file being written, its digest, and the error that torch.save would hide behind one of its own."""
+    """File to write to, with its SHA-256. It keeps the OSError that torch.save replaces by a RuntimeError."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb")  # noqa: SIM115 (see close)
@@ -154,12 +164,12 @@ class _HashedFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with suppress(OSError):  # of what could not be written
+        with suppress(OSError):  # a failed write fails again on close
             self._file.close()
 
 
 def _write_file(path: Path, contents: dict[str, Any]) -> str:
-    """Its SHA-256; the file is on the disk. Raises OSError."""
+    """Writes `contents` to the disk and returns the SHA-256 of the file. Raises OSError."""
     file = _HashedFile(path)
     try:
         torch.save(contents, cast("IO[bytes]", file))
@@ -174,7 +184,7 @@ def _write_file(path: Path, contents: dict[str, Any]) -> str:
 
 
 def _give_another_name(path: Path, other: Path) -> None:
-    """A hard link where the storage has them, else a copy."""
+    """Makes `other` a hard link to `path`, or a copy if the storage has no hard links."""
     partial = other.with_name(f"{other.name}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -186,7 +196,7 @@ def _give_another_name(path: Path, other: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what names a folder holds, is on the disk."""
+    """Waits until a file's content, or a folder's list of names, is on the disk. Ignores a missing path."""
     if path.exists():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -196,5 +206,5 @@ def sync(path: Path) -> None:
 
 
 def _write_sums(folder: Path, sums: dict[str, list[str]]) -> None:
-    """In the format of sha256sum, which can check it."""
+    """Writes SHA256SUMS in the format that the command `sha256sum --check` reads."""
     write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name in sums for digest in dict.fromkeys(sums[name])))

@@ -1,4 +1,4 @@
-"""The folder of a run: locked, compared with the config, resumed from its newest checkpoint, prepared for writing."""
+"""Run folder: takes its lock, compares it with the config, resumes from it, and prepares it for writing."""
 
 import logging
 from contextlib import ExitStack
@@ -32,13 +32,13 @@ class Resumable(Protocol):
 
 
 class RunFolder:
-    """The folder of a run as train.py uses it, in this order: `open`, `check_images`, `resume`, `prepare`.
+    """Folder of a run. Call its methods on all ranks in this order: `open`, `check_images`, `resume`, `prepare`.
 
-    A context that releases the lock. `open` to `prepare` are collective; nothing is written before `prepare`.
+    A context manager that releases the lock on exit. Before `prepare`, only the lock of an existing folder is written.
 
     Attributes:
-        path: the folder, config.output_dir.
-        checkpoint: path of the checkpoint that the run resumes from, the same on all ranks; None for a new run.
+        path: the folder, `output_dir` of the config.
+        checkpoint: path of the checkpoint from which the run resumes, the same on all ranks; None for a new run.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,59 +50,60 @@ class RunFolder:
         self._locked = False
 
     def open(self) -> None:
-        """Collective. Locks a folder that a run has used, and reads its newest checkpoint.
+        """Collective. Locks the folder if a run has used it, and reads its newest checkpoint.
 
-        Raises ConfigError if another process uses the folder or if it holds another experiment, CheckpointError if no
-        checkpoint is whole. Logs the run keys that changed.
+        Logs the run keys that have changed. Raises ConfigError if another process uses the folder, if the folder holds
+        another experiment, or if the machines do not share the folder. Raises CheckpointError if all checkpoints are
+        damaged.
         """
         if rank() == 0 and (self.path / LOCK).exists():
             self._lock()
-        barrier()  # no process reads what another run may still write
+        barrier()  # no rank reads the folder before rank 0 has locked it
         self.checkpoint, self._saved = self._load_newest()
         if not all_equal(self._saved and self._saved["step"]):
-            raise ConfigError(f"the machines see different files in {self.path}: output_dir must be storage they share")
+            raise ConfigError(f"the machines see different files in {self.path}: set output_dir to shared storage")
         self._check_config()
 
     def is_finished(self) -> bool:
-        """Collective. True if results.json belongs to this config and to the newest checkpoint."""
+        """Collective. Returns True if results.json belongs to this config and to the newest checkpoint."""
         results = broadcast_object(read_results(self.path))
         return self._saved is not None and belongs_to(results, self._config, self._saved["step"])
 
     def check_images(self, digest: str) -> None:
-        """Raise ConfigError if the run was trained on images with another digest."""
+        """Raises ConfigError if the run was trained on images with a digest other than `digest`."""
         if self._saved and self._saved["data"] != digest:
             raise ConfigError(
                 f"{self._config.data.root} holds other images than {self.checkpoint} was trained on: "
-                "put those back, or choose another output_dir"
+                "put the original images back, or choose another output_dir"
             )
 
     def resume(self, state: Resumable, total_steps: int) -> None:
-        """Load the newest checkpoint into `state`, if there is one; raises CheckpointError if it does not fit."""
+        """Loads the newest checkpoint, if there is one, into `state`. Raises CheckpointError if it does not fit."""
         if self._saved:
             state.load_state_dict(self._saved)
-            logger.info("%s: at step %d of %d", self.checkpoint, state.step, total_steps)
+            logger.info("resuming from %s at step %d of %d", self.checkpoint, state.step, total_steps)
 
     def prepare(self) -> None:
-        """Collective. Locks the folder, makes what a run writes into, and writes config.yaml; raises ConfigError.
+        """Collective. Locks the folder, creates its subfolders and writes config.yaml. Raises ConfigError.
 
-        From here on, this process's log goes to logs/rank_<rank>.log.
+        From here on, the log of this process is also written to logs/rank_<rank>.log.
         """
         if rank() == 0:
             if not self._locked:
                 self._lock()
             if self._saved is None and any((self.path / "checkpoints").glob("*.pt")):
-                raise ConfigError(f"another run has just used {self.path}: start again to resume it")
+                raise ConfigError(f"another run has just used {self.path}: start this program again to resume that run")
             self._make_writable()
         barrier()
-        self._saved = None  # frees a copy of the whole state
+        self._saved = None  # frees a copy of the complete state
         self._held.enter_context(log_to(self.path / "logs"))
 
     def checkpoint_writer(self) -> CheckpointWriter:
-        """Writer of this run's checkpoints, for rank 0."""
+        """Returns the writer of this run's checkpoints. Call it only on rank 0."""
         return CheckpointWriter(self.path / "checkpoints", self.checkpoint, flush_first=self.path / METRICS)
 
     def run_log(self, step: int) -> RunLog:
-        """Log of this run's reports, from `step` on, for rank 0; raises FolderError."""
+        """Returns the log of this run's reports, from `step` on. Call it only on rank 0. Raises FolderError."""
         return RunLog(self.path, step)
 
     def __enter__(self) -> Self:
@@ -112,20 +113,26 @@ class RunFolder:
         self._held.close()
 
     def _lock(self) -> None:
-        """Make the folder and hold its lock until the context ends; raises ConfigError."""
+        """Creates the folder and holds its lock until the context ends. Raises ConfigError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(lock_file(self.path / LOCK))
             self._locked = True
         except InUseError as holder:
             raise ConfigError(
-                f"{self.path} is in use by {holder}: end it or wait, or choose another output_dir"
+                f"{self.path} is in use by {holder}: end that process, wait for it, or choose another output_dir"
             ) from None
         except OSError as error:
-            raise ConfigError(f"cannot write to output_dir {self.path}: {error.strerror}") from None
+            raise ConfigError(
+                f"cannot write to output_dir {self.path} ({error.strerror}): "
+                "fix the storage or choose another output_dir"
+            ) from None
 
     def _load_newest(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """Collective. The checkpoint that rank 0 chooses, and its contents on all ranks that see it."""
+        """Collective. Returns the path and the contents of the checkpoint that rank 0 chooses.
+
+        Returns (None, None) if there is no checkpoint, and on a rank that does not see the file.
+        """
         newest = newest_checkpoint(self.path / "checkpoints") if rank() == 0 else None
         path = broadcast_object(newest and newest[0])
         if newest or path is None or not path.exists():
@@ -133,31 +140,31 @@ class RunFolder:
         return path, load_checkpoint(path)
 
     def _check_config(self) -> None:
-        """Raise ConfigError if the folder holds another experiment or something else; log changed run keys."""
+        """Raises ConfigError if the folder is that of another experiment or program. Logs the run keys that changed."""
         before = self._config_before()
         if before is None:
             return
         config = self._config
         changed = differences(before, config, run=False)
-        constant = config.optimizer.schedule == "constant"  # else the last epoch decides every learning rate
+        constant = config.optimizer.schedule == "constant"  # else all learning rates depend on the last epoch
         if "training.epochs" in changed and config.training.epochs > before.training.epochs and constant:
             del changed["training.epochs"]  # more epochs continue the same experiment
         if set(changed) == {"training.epochs"} and not constant:
             raise ConfigError(
-                f"{self.path} was begun for {before.training.epochs} epochs, on which optimizer.schedule=cosine "
-                "depends: choose another output_dir"
+                f"{self.path} was started with training.epochs={before.training.epochs}, and the learning rates of "
+                "optimizer.schedule=cosine depend on it: restore this value or choose another output_dir"
             )
         if changed:
             listing = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
             raise ConfigError(
-                f"{self.path} holds another experiment: {listing}; "
-                "choose another output_dir, remove that folder, or give these keys their former values"
+                f"{self.path} holds another experiment ({listing}): "
+                "choose another output_dir, remove the folder, or restore the old values of these keys"
             )
         for name, (old, new) in differences(before, config, run=True).items():
             logger.info("%s was %s and is now %s", name, old, new)
 
     def _config_before(self) -> Config | None:
-        """The config that the folder was used with: the checkpoint's, else that of config.yaml; None for a new run."""
+        """Returns the config in the checkpoint, or else in config.yaml; None for a new run. Raises ConfigError."""
         if self._saved:
             return parse_config(self._saved["config"], f"the config in {self.path}")
         written = self.path / "config.yaml"
@@ -168,17 +175,20 @@ class RunFolder:
                 raise ConfigError("it is empty")
             return parse_config(written.read_text(), str(written))
         except (ConfigError, UnicodeDecodeError, IsADirectoryError):
-            raise ConfigError(f"{written} is not of a run of this program: choose another output_dir") from None
+            raise ConfigError(f"{written} was not written by this program: choose another output_dir") from None
 
     def _make_writable(self) -> None:
-        """Make the folders inside, test that they can be written to, and write config.yaml; raises ConfigError."""
+        """Creates the subfolders, tests that they can be written to, and writes config.yaml. Raises ConfigError."""
         try:
             for name in ("checkpoints", "logs", "samples", "tensorboard"):
                 (self.path / name).mkdir(exist_ok=True)
                 TemporaryFile(dir=self.path / name).close()
             for name in (METRICS, RESULTS):
                 if (self.path / name).is_dir():
-                    raise ConfigError(f"{self.path / name} is a folder: choose another output_dir")
+                    raise ConfigError(f"{self.path / name} is a folder, not a file: choose another output_dir")
             write_text(self.path / "config.yaml", self._config.to_yaml())
         except OSError as error:
-            raise ConfigError(f"cannot write to output_dir {self.path}: {error.strerror}") from None
+            raise ConfigError(
+                f"cannot write to output_dir {self.path} ({error.strerror}): "
+                "fix the storage or choose another output_dir"
+            ) from None

@@ -1,4 +1,4 @@
-"""results.json: the closing table of a run, with the config and the step that it belongs to."""
+"""results.json: the closing table of a run, with the digest of the config and the step that the table belongs to."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ RESULTS = "results.json"
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Contents of results.json of the run in `folder`; empty if there is none that can be read."""
+    """Returns the contents of results.json in `folder`, or an empty dict if the file is missing or damaged."""
     try:
         results = dict(json.loads((folder / RESULTS).read_text()))
         return results if isinstance(results.get("table"), dict) else {}
@@ -21,12 +21,12 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def write_results(folder: Path, config: Config, step: int, **contents: Any) -> None:
-    """Write results.json with `contents`, among them the table; raises FolderError."""
+    """Writes results.json with `contents`, which must include the table. Raises FolderError."""
     results = {"config_digest": result_digest(config), "step": step, **contents}
     with writing_to(folder):
         write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
 def belongs_to(results: dict[str, Any], config: Config, step: int) -> bool:
-    """True if `results` are those of this config at this step."""
+    """Returns True if `results` belong to this config and this step."""
     return (results.get("config_digest"), results.get("step")) == (result_digest(config), step)

@@ -1,4 +1,4 @@
-"""Reports of a run: one JSON line each, and TensorBoard."""
+"""Reports of a run, as JSON lines and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS = "metrics.jsonl"
-SPRITE_PIXELS = 8192  # that the projector shows, either way, of all thumbnails side by side
+SPRITE_PIXELS = 8192  # the projector's limit on width and height of the image of all thumbnails
 
 logger = logging.getLogger(__name__)
 
 
 def _say_nothing_of_tensorboard(args: threading.ExceptHookArgs) -> None:
-    """Its thread's errors are met again by whoever uses it next."""
+    """Handles errors in threads, but ignores TensorBoard's threads: the next call of TensorBoard raises them again."""
     if not type(args.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(args)
 
 
 def read_reports(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Reports of the run in `folder` up to `step`; a line that a crash cut short is ignored."""
+    """Returns the reports of the run in `folder` up to `step`. Ignores damaged lines, which a crash may have left."""
     entries, path = [], folder / METRICS
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -43,10 +43,11 @@ def read_reports(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Reports of one run, to `folder`/metrics.jsonl and `folder`/tensorboard; a context that closes them.
+    """Reports of one run, written to `folder`/metrics.jsonl and `folder`/tensorboard. A context manager.
 
-    A run that resumes at `step` drops what was reported after it, so that no step is there twice. Raises FolderError
-    where the former cannot be written; the latter is then given up, with a line.
+    A run that resumes at `step` removes the reports of later steps, so that no step is reported twice. Raises
+    FolderError if metrics.jsonl cannot be written. If TensorBoard fails, a warning is logged and the run continues
+    without TensorBoard.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -64,15 +65,17 @@ class RunLog:
 
     @contextmanager
     def _tensorboard(self) -> Iterator[None]:
-        """An error inside ends the use of TensorBoard, not the run."""
+        """Context in which an error ends the use of TensorBoard, but not the run."""
         try:
             yield
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # no error of TensorBoard may end the run
             self._writer = None
-            logger.warning("TensorBoard is given up (%s): training goes on, and %s has all numbers", error, METRICS)
+            logger.warning(
+                "TensorBoard failed (%s): the run continues without it, and %s has all numbers", error, METRICS
+            )
 
     def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str) -> None:
-        """Scalars by name, as in report("train", 100, {"loss": 0.1}), and notes to stand beside them in the JSON."""
+        """Reports scalars by name, as in report("train", 100, {"loss": 0.1}). `notes` go only into the JSON line."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with writing_to(self._jsonl.parent), open(self._jsonl, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **finite, **notes}) + "\n")
@@ -84,16 +87,17 @@ class RunLog:
                 self._writer.flush()
 
     def has(self, kind: str, step: int) -> bool:
-        """True if this run, or the one that it resumes, has reported `kind` at `step`."""
+        """Returns True if this run, or the run that it resumes, has reported `kind` at `step`."""
         return (kind, step) in self._reported
 
     def image(self, name: str, step: int, image: Tensor) -> None:
-        """(3, H, W) uint8."""
+        """Shows an image (3, H, W) uint8 in TensorBoard."""
         with self._tensorboard():
             if self._writer:
                 self._writer.add_image(name, image, step)
 
     def text(self, name: str, text: str, step: int) -> None:
+        """Shows a text in Markdown in TensorBoard."""
         with self._tensorboard():
             if self._writer:
                 self._writer.add_text(name, text, step)
@@ -101,12 +105,12 @@ class RunLog:
     def embedding(
         self, name: str, step: int, points: Callable[[], tuple[Tensor, list[str], list[list[str]], Tensor]]
     ) -> None:
-        """Points for the projector, in place of those of an earlier step.
+        """Shows points in TensorBoard's projector, in place of the points of an earlier step.
 
         Args:
-            points: gives vectors (N, D); a header of at least two columns; what each vector is called, by column; and
-                thumbnails (N, 3, size, size) on the scale of [0, 1], which side by side in a square take at most
-                SPRITE_PIXELS either way.
+            points: function that returns vectors (N, D); a header of at least two column names; a row of labels for
+                each vector, one label per column; and thumbnails (N, 3, size, size) in [0, 1]. The thumbnails are
+                arranged in a square, whose sides may be at most SPRITE_PIXELS long.
         """
         with self._tensorboard():
             if self._writer:
@@ -114,14 +118,17 @@ class RunLog:
                 folder = Path(self._writer.log_dir)
                 for outdated in folder.glob(f"*/{name}"):
                     shutil.rmtree(outdated.parent)
-                (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # which would list it once more
+                (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # else the projector lists them twice
                 clean = [
                     [" ".join(word.split()) or "-" for word in row] for row in rows
-                ]  # in a table of tabs and lines
+                ]  # tabs and line breaks separate the cells of the table
                 self._writer.add_embedding(vectors, clean, thumbnails, step, name, header)
 
     def hyperparameters(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """The settings, beside scalars that the run reports. (SummaryWriter.add_hparams would make it a second run.)"""
+        """Shows the settings in TensorBoard, with the named metrics of the run.
+
+        SummaryWriter.add_hparams is not used because it would create a second run.
+        """
         with self._tensorboard():
             if self._writer:
                 from torch.utils.tensorboard.summary import hparams
