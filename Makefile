@@ -7,7 +7,7 @@
 #     Runs the tests that take minutes.
 # make bundle DATA=folder [NAME="name of the images"] [BUNDLE_PYTHON=3.12]
 #     Collects code, images and packages for an ablation on a machine that has torch but no network. There, run
-#     `bash bundle/run.sh`.
+#     `bash bundle/run.sh`. BUNDLE_PYTHON is the Python version of that machine.
 # make clean
 #     Removes .venv and the caches of the tools.
 # Each of the first four creates .venv if it is missing. PYTHON=... chooses its interpreter (3.11 or newer).

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Returns the options of the command line. Raises ConfigError."""
+    """Returns the options of the command line. Raises ConfigError if an option is wrong."""
     parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
     parser.fromfile_prefix_chars = "@"
     task = parser.add_mutually_exclusive_group(required=True)
@@ -95,7 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--files",
         nargs="+",
         metavar="FILE",
-        help="encode these image files; @LIST reads their names from the text file LIST",
+        help="encode these image files; @LIST reads their names from the text file LIST; put key=value before this "
+        "option",
     )
     task.add_argument(
         "--export",

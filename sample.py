@@ -82,7 +82,7 @@ def usage() -> str:
 
 
 def parse(kind: type[Picture[Any]], words: list[str]) -> tuple[argparse.Namespace, Picture[Any]]:
-    """Returns the options of a command, and the picture that they describe. Raises ConfigError."""
+    """Returns the options of a command and the picture that they describe. Raises ConfigError if one is wrong."""
     meaning, examples = f"{kind.meaning[0].upper()}{kind.meaning[1:]}.", EXAMPLES.format(name=kind.name)
     parser = make_parser(meaning, examples, prog=f"sample.py {kind.name}", of_checkpoint=True)
     parser.add_argument("--seed", type=int, help="seed of the random noise; default: the seed of the run")

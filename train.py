@@ -44,13 +44,16 @@ def main(argv: list[str] | None = None) -> int:
             print(config.to_yaml(), describe_model(config), sep="\n")
         return 0
     with RunFolder(config) as folder:
-        # Open the run folder, the images and the state. Nothing is written until all of them are valid.
+        # Open the run folder, the images and the state. Until all of them are valid, nothing in the run folder changes,
+        # except its lock.
         with gather_user_errors():
             check_shares(config.training)
             folder.open()
             if folder.is_finished():
                 logger.info(
-                    "finished: all %d epochs are done; raise training.epochs to continue", config.training.epochs
+                    "finished: all %d epochs are done; to train longer, raise training.epochs (not with "
+                    "optimizer.schedule=cosine)",
+                    config.training.epochs,
                 )
                 report(config)
                 return 0

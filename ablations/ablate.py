@@ -41,7 +41,8 @@ class Driver:
         data_name: name of the data set in the tables; None: the config's `data.name`.
 
     Attributes:
-        failed: names of the runs and stages that failed.
+        failed: names of the runs that failed, and of the stages whose runs could not be started. Commands that fail are
+            only logged.
     """
 
     def __init__(self, plan: Plan, out: Path, deadline: float, data_name: str | None) -> None:
@@ -82,7 +83,11 @@ class Driver:
                 continue
             try:
                 if not self._has_time_to_start() or not self._train_and_judge(run):
-                    logger.info("%s is incomplete: %s", run.name, "a signal" if signals.received() else "no time left")
+                    logger.info(
+                        "%s is incomplete: %s",
+                        run.name,
+                        "stopped by a signal" if signals.received() else "no time left",
+                    )
                     return False
             except (RuntimeError, ConfigError, OutOfMemoryError) as error:  # other variants may need less memory
                 self._log_failure(run.name, error)
@@ -160,7 +165,7 @@ class Driver:
         return trial.complete
 
     def _epochs_of(self, run: Run, folder: Path) -> int | None:
-        """Returns the number of epochs of a run, or None if the time is up before this number is known.
+        """Returns the number of epochs of a run; None if the time is up, or a signal arrives, before it is known.
 
         If the stage gives minutes, a few training steps are timed to find the number. It is stored in the run's folder,
         so that a resumed run has the same length. Raises ConfigError if the run that `images_of` names is not complete.
@@ -194,7 +199,7 @@ class Driver:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status.
 
-    The status is 1 if a run or a stage failed.
+    The status is 1 if a run failed or could not be started. The exit status of a command has no effect.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="YAML file of the plan, such as ablations/plans/cifar10.yaml")

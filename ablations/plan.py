@@ -23,11 +23,11 @@ class Stage(BaseModel):
         name: name of the stage, unique in its plan.
         command: command-line arguments for the Python interpreter. The command runs for at most `minutes`, and its
             output is appended to commands.txt.
-        epochs, minutes, images_of: length of each run; exactly one of the three is given. `images_of` is
+        epochs, minutes, images_of: length of each run; a stage with variants gives exactly one of them. `images_of` is
             `stage/variant`: the run has the same number of epochs as that variant of an earlier stage.
         base: name of an earlier stage; its best variant is the starting point of these variants.
         seeds: seeds that each variant is trained with.
-        keep: True keeps the trained encoders.
+        keep: True also writes the trained encoders to files (see `write_encoder_parts`).
         variants: {name: overrides, as on the command line}.
     """
 
@@ -87,7 +87,9 @@ def read_plan(path: Path, overrides: list[str]) -> Plan:
     """
     try:
         plan = Plan.model_validate(parse_yaml(path.read_text(), str(path)))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read the plan {path} ({error.strerror}): name a file of ablations/plans") from None
+    except (ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a valid plan: {' '.join(str(error).split())}") from None
     plan = plan.model_copy(update={"overrides": [*plan.overrides, *overrides]})
     earlier: dict[str, Stage] = {}
@@ -96,7 +98,8 @@ def read_plan(path: Path, overrides: list[str]) -> Plan:
             raise ConfigError(f"{path}: two stages are called {stage.name}: give each stage a different name")
         if stage.base is not None and not (stage.base in earlier and earlier[stage.base].variants):
             raise ConfigError(
-                f"{path}: {stage.name} builds on {stage.base}, but no earlier stage of that name has variants"
+                f"{path}: {stage.name} builds on {stage.base}, but no earlier stage of that name has variants: "
+                "correct base"
             )
         if stage.images_of is not None:
             name, _, variant = stage.images_of.partition("/")

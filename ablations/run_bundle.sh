@@ -28,7 +28,7 @@ python3 -c 'import torch, torchvision, numpy, yaml' || {
   exit 2
 }
 python3 -c 'import pydantic, ema_pytorch, tqdm' || {
-  echo "error: the packages of this bundle do not work with $(python3 --version): make bundle BUNDLE_PYTHON=<this version>" >&2
+  echo "error: the packages of this bundle do not work with $(python3 --version): make the bundle again with BUNDLE_PYTHON set to this version" >&2
   exit 2
 }
 exec python3 -m ablations.ablate "$plan" --minutes "$minutes" --out "$out" --data "$(cat "$here/name.txt")" \

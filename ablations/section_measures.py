@@ -76,7 +76,7 @@ def sections_of(config: Config) -> dict[str, slice]:
 
 
 def _clean_views(experiment: Experiment, indices: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """Yields one batch at a time: clean views (N, 3, H, W) of the test images `indices`, and their positions in it."""
+    """Yields one batch at a time: clean views (N, 3, H, W) of test images, and their positions in `indices`."""
     assert experiment.test is not None
     parts, start = indices.split(experiment.config.evaluation.batch_size), 0
     for part, pixels in zip(parts, experiment.test.batches(parts, pin_memory=False), strict=True):
@@ -107,7 +107,7 @@ def probe_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice
 def own_variance(experiment: Experiment, soda: SODA, sections: dict[str, slice]) -> list[float]:
     """Returns the fraction of each section's variance that no linear function of the other sections explains.
 
-    The fraction of the whole latent is 1. The latents are those of the clean test images. The linear function is fitted
+    For the entry "whole latent" it is 1. The latents are those of the clean test images. The linear function is fitted
     to one half of these images by least squares, and evaluated on the other half.
     """
     assert experiment.test is not None

@@ -5,9 +5,10 @@ Each variant is trained for the same number of steps with each seed. Then the EM
 - loss: test loss with the whole latent;
 - k-NN, probe: top-1 accuracy of z in per cent, under the config's protocols;
 - probe of: accuracy of the same probe on one section only, or on the whole latent, without scaling to length 1;
-- swapped: change of a decoded image if one section comes from another image, divided by the change if the whole latent
-  does;
-- coarse: fraction of the squared change that remains after averaging over squares of 4 x 4 px (white noise: 0.06);
+- swapped: change of a decoded image when one section is taken from another image, divided by the change when the whole
+  latent is taken from it;
+- coarse: fraction of the square of this change that remains after averaging over squares of 4 x 4 px (for white noise,
+  0.06);
 - own: variance of a section, in per cent, that no linear function of the other sections explains;
 - without: increase of the loss, in per cent, if one section is set to zero. Only masked training drops single
   sections: the decoders of the other variants have never seen such an input.
@@ -84,16 +85,16 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, required=True, help="folder of the results and of the checkpoints needed to resume"
     )
     parser.add_argument(
-        "--config", default="config/fashion_mnist.yaml", help="YAML file of the experiment (%(default)s)"
+        "--config", default="config/fashion_mnist.yaml", help="YAML file of the experiment; default: %(default)s"
     )
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of each run (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of each run; default: %(default)s")
     parser.add_argument(
         "--seeds",
         type=int,
         default=3,
         choices=range(1, 100),
         metavar="N",
-        help="number of seeds; they are 0..N-1 (%(default)s)",
+        help="number of seeds; the seeds are 0 to N-1; default: %(default)s",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides that apply to every run")
     args = parser.parse_intermixed_args(argv)

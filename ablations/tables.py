@@ -20,7 +20,7 @@ HEAD = [
 
 
 def markdown_tables(ablation: Ablation) -> str:
-    """Returns one table per stage that has a complete run, and one line per run with a result that is not complete.
+    """Returns one table per stage that has a complete run, and one line per run that failed or was stopped early.
 
     k-NN and linear probe are top-1 accuracies in per cent under the reference implementation's protocols, as
     mean ± standard deviation over seeds. A difference of at most two standard deviations is called a tie. This standard

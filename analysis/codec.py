@@ -144,7 +144,7 @@ class Codec:
     def _fill(self, task: str, passes: int, out: Tensor, work: Callable[[range, OnDone], Tensor]) -> Tensor:
         """Fills `out`, zeros (N, ...), and returns it on all ranks.
 
-        One rank computes each batch of positions, as `work(positions, on_done)`.
+        The ranks divide the batches of positions. `work(positions, on_done)` computes one batch.
 
         Args:
             passes: forward passes per image, for the progress bar.

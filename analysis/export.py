@@ -24,7 +24,7 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 class ExportError(UserError):
-    """A difference between the features of an exported encoder and of the module. No file was written."""
+    """Error: the features of an exported encoder differ from those of the original module. No file was written."""
 
 
 def export_encoder(encoder: ImageEncoder, paths: list[Path], notes: dict[str, str]) -> dict[Path, float]:
@@ -58,7 +58,10 @@ def export_encoder(encoder: ImageEncoder, paths: list[Path], notes: dict[str, st
             found = kind.load(partial)(pixels)
             off = [(f - e).abs().max().item() for f, e in zip(found, expected, strict=True)]
             if not max(off) <= TOLERANCE:
-                raise ExportError(f"the exported encoder's features differ by {max(off):.2g}: nothing was written")
+                raise ExportError(
+                    f"the exported encoder's features differ from the model's by {max(off):.2g}; nothing was written: "
+                    "try another version of torch or of the ONNX packages"
+                )
             differences[path] = max(off)
     return differences
 

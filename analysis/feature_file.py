@@ -60,10 +60,11 @@ def images_of_folder(folder: Path, config: Config) -> NamedImages:
 
 def images_of_files(files: list[str], config: Config) -> NamedImages:
     """Collective. Returns image files in the given order. Raises DatasetError if a file does not exist."""
-    files = [file for file in files if file]  # a list may end in an empty line
+    files = [file for file in files if file]  # an @LIST file may end in an empty line
     missing = next((file for file in files if not Path(file).is_file()), None)
     if missing is not None:
-        raise DatasetError(f"the image {missing} does not exist: give paths of existing files")
+        hint = "; put key=value before --files" if "=" in missing else ""
+        raise DatasetError(f"the image {missing} does not exist: give paths of existing files{hint}")
     return _images_of_listing(Listing(Path(), files, None, []), config)
 
 
@@ -94,7 +95,7 @@ def _images_of_listing(listing: Listing, config: Config) -> NamedImages:
 def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype: torch.dtype | None) -> Features:
     """Collective. Encodes `NamedImages.images`; returns z (N, latent_dim) and pooled (N, pooled_dim) on every rank.
 
-    Features are float32. Raises DatasetError if an image cannot be read, and OutOfMemoryError.
+    Features are float32. Raises DatasetError if an image cannot be read, and OutOfMemoryError if memory runs out.
     """
     device = encoder.mean.device
 

@@ -13,7 +13,7 @@ class ImageEncoder(nn.Module):
     """The EMA encoder with the normalisation of its input. Images are not augmented.
 
     Attributes:
-        encoder: maps normalised images to features (see the contract in `Encoder`).
+        encoder: maps normalised images to features (the interface is `Encoder`).
         mean, std: (3, 1, 1) mean and standard deviation of the training images per channel, for pixels in [0, 1].
         image_size: height and width in pixels of the images that the encoder was trained on.
     """

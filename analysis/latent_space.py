@@ -24,8 +24,8 @@ def principal_components(latents: Tensor, count: int) -> tuple[np.ndarray, np.nd
     """Computes the `count` principal components of latents (N, D) with the largest variance, largest first.
 
     Returns:
-        Unit directions (count, D), the standard deviation along each (count,), and its fraction of the total variance
-        (count,).
+        Unit directions (count, D), the standard deviation along each (count,), and the fraction of the total variance
+        along each (count,).
     """
     from sklearn.decomposition import PCA
 
@@ -74,7 +74,7 @@ def sample_mixture(
 
 
 def slerp(a: Tensor, b: Tensor, share_of_b: float) -> Tensor:
-    """Interpolates each sample of x_T (N, 3, H, W) on the arc from a to b (Shoemake 1985).
+    """Interpolates between two batches of x_T (N, 3, H, W), each sample on the arc from a to b (Shoemake 1985).
 
     `share_of_b` is 0 at a and 1 at b. If the angle between a sample of a and of b is close to 0 or pi, the
     interpolation is linear.

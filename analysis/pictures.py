@@ -101,7 +101,10 @@ class Picture(ABC, Generic[Found]):
 
     @abstractmethod
     def draw(self, codec: Codec, found: Found) -> Grid:
-        """Collective. Draws the picture. Raises DatasetError if an image cannot be read, and OutOfMemoryError."""
+        """Collective. Draws the picture.
+
+        Raises DatasetError if an image cannot be read, and OutOfMemoryError if memory runs out.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,8 @@ class PictureOfImages(Picture["Chosen"]):
 
     images: Sequence[str] | None = option(
         None,
-        "images: 12 (a test image), train:12 or a file; put key=value before this option",
+        "images: 12 (a test image), train:12 or a file; interpolate and mix take them in pairs (first two, next "
+        "two, ...); put key=value before this option",
         nargs="+",
         metavar="IMAGE",
     )
@@ -203,8 +207,8 @@ class Interpolate(PictureOfPairs):
         ends = to_cells(first.pixels, first.names), to_cells(second.pixels, second.names)
         return Grid(
             title="Interpolation between two images",
-            explanation=f"z is interpolated linearly, x_T spherically. {INVERTED} of the two images. Columns 0 and 1 "
-            "show their reconstructions.",
+            explanation=f"z is interpolated linearly, x_T spherically. {INVERTED} of the two images. The columns "
+            "labelled 0 and 1 show their reconstructions.",
             columns=["image", *(f"{share:.3g}" for share in shares), "image"],
             rows=[],
             cells=rows_of([ends[0], *map(to_cells, decoded), ends[1]]),
@@ -306,14 +310,18 @@ class Directions(PictureOfImages):
 class Arithmetic(Picture["list[Chosen | int]"]):
     """z(a) - z(b) + z(c). Each term is z of one image or, if a class is named, the mean of its training latents.
 
-    The result is decoded from the x_T of the first image among c, a and b, if there is one, and from random x_T.
+    The result is decoded from random x_T, and from the x_T of c, a or b: the first of these that is an image, if any.
     """
 
     name = "arithmetic"
     meaning = "latent arithmetic z(a) - z(b) + z(c), for images or means of classes"
 
     terms: Sequence[str] | None = option(
-        None, "a, b and c: each is class:NAME, 12 (a test image), train:12 or a file", nargs=3, metavar=("A", "B", "C")
+        None,
+        "a, b and c: each is class:NAME, 12 (a test image), train:12 or a file; default: the first two classes and an "
+        "image of the second, or 0, 1 and 2 if the images have no labels",
+        nargs=3,
+        metavar=("A", "B", "C"),
     )
     num_samples: int = number(3, "number of samples from random noise", minimum=0)
 
@@ -323,7 +331,7 @@ class Arithmetic(Picture["list[Chosen | int]"]):
 
         train, terms = experiment.train, self.terms or ["0", "1", "2"]
         if self.terms is None and train.labels is not None:
-            image = int((train.labels == 1).nonzero()[0])  # of the second class: a - b + c moves it to the first
+            image = int((train.labels == 1).nonzero()[0])  # a - b + c moves it to the first class
             terms = [*(f"class:{name}" for name in train.classes[:2]), f"train:{image}"]
         found: list[Chosen | int] = [
             find_class(experiment.info.classes, term.removeprefix("class:"))
@@ -389,7 +397,8 @@ class Mix(PictureOfPairs):
     random: bool = option(False, "start from random noise instead of the first image's x_T", action="store_true")
     sections: Sequence[int] | None = option(
         None,
-        "sections to take from the second image; default: a column for none, the last, the last two, ..., all",
+        "sections to take from the second image; default: one column each for no section, the last one, the last two, "
+        "..., all of them",
         type=int,
         nargs="+",
     )
@@ -517,7 +526,7 @@ class Nearest(PictureOfImages):
     """The training images nearest to each image in z, by cosine: the neighbours that k-NN finds on unit z."""
 
     name = "nearest"
-    meaning = "the training images nearest to each image in z"
+    meaning = "for each image, the training images whose z is nearest"
 
     num_neighbours: int = number(8, "number of neighbours of each image")
 

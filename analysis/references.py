@@ -14,7 +14,7 @@ from datasets.decoding import decode
 from datasets.images import DatasetError, Images
 from utils.randomness import generator
 
-SYNTAX = "12 (a test image), train:12, or the path of a file"
+SYNTAX = "12 (a test image), train:12, or the path of an existing file"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Chosen:
 
     def pairs(self) -> tuple["Chosen", "Chosen"]:
         """Returns the first images of all pairs, and the second images."""
-        assert len(self) % 2 == 0, "the number of images is even"
+        assert len(self) % 2 == 0, "the number of images must be even"
         halves = (slice(None, None, 2), slice(1, None, 2))
         first, second = (Chosen(self.pixels[h], self.names[h], self.train_indices[h]) for h in halves)
         return first, second
@@ -99,7 +99,7 @@ def _read_file(reference: str, image_size: int) -> tuple[Tensor, str, None]:
 def find_class(classes: list[str], name: str) -> int:
     """Returns the index of a class by its name. Raises ConfigError if there is no such class."""
     if not classes:
-        raise ConfigError(f"no class {name}: the images have no labels")
+        raise ConfigError(f"no class {name}: the images have no labels, so name images instead of a class")
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
         known = ", ".join(classes) if len(classes) <= 20 else f"{', '.join(classes[:20])}, ..."

@@ -75,7 +75,7 @@ def curves(
 
 
 def scatter(name: str, points: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
-    """Draws points (N, 2), coloured by class, as an SVG element; with a legend for at most MAX_LEGEND classes."""
+    """Draws points (N, 2), coloured by class, as an SVG element, with a legend for at most MAX_LEGEND classes."""
     import matplotlib
 
     figure, axes = _figure(5.2, 4.6)

@@ -86,7 +86,7 @@ def main() -> None:
     forget_peak(device)
     before = peak_mb(device)
     votes = knn()
-    print(f"memory that k-NN allocates itself, at its peak: {peak_mb(device) - before:.0f} MB")
+    print(f"peak memory that k-NN allocates in addition to bank and queries: {peak_mb(device) - before:.0f} MB")
     if args.only_knn:
         return
     theirs = KNeighborsClassifier(K, algorithm="brute").fit(bank.numpy(), labels.numpy())

@@ -6,7 +6,7 @@ printed table has these columns:
 - worst dB, median dB: PSNR of the decoded image against the original, over all images;
 - own z is nearer: per cent of the images for which decoding with their own z is nearer to the original than decoding
   with another image's z;
-- standard deviation of x_T: over all numbers of all x_T.
+- standard deviation of x_T: over all values of all x_T.
 
   python -m benchmarks.inversion runs/digits/checkpoints/last.pt
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import machine
+from datasets.images import DatasetError
 from datasets.views import scale
 from experiment.trained import open_trained, read_trained
 from model.guidance import guided_denoiser
@@ -53,7 +54,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     experiment, soda = open_trained(read_trained(None, args.checkpoint, args.overrides))
     test, views, diffusion = experiment.test, experiment.views, experiment.diffusion
-    assert test is not None, "the inversion needs test images"
+    if test is None:
+        raise DatasetError("the images have no labels, so there are no test images: set data.root to labelled images")
 
     def decode(z: torch.Tensor, x_T: torch.Tensor, steps: int) -> torch.Tensor:
         return diffusion.ddim_sample(guided_denoiser(soda.decoder, z), x_T, steps, clip_denoised=False)

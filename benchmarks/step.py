@@ -5,7 +5,7 @@ EMA that are not fused, timesteps drawn on the host, and a synchronisation with 
 use the same batch, so it draws no views. On CUDA, it runs with the same settings as our step: TensorFloat-32 and
 cuDNN's autotuning. Our step is the step of train.py, including the views.
 
-For each variant, the benchmark also prints TFLOP/s, and the fraction of the machine's matrix rate that this is. The
+For each variant, the benchmark also prints TFLOP/s, and the ratio of this speed to the machine's matrix rate. The
 matrix rate is the speed of large matrix products or convolutions in the same number format. It is measured in the same
 run. The FLOPs of a step are counted as three forward passes.
 

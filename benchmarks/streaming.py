@@ -59,7 +59,7 @@ def waits(batches: Iterator[Tensor], step_seconds: float) -> float:
     """Returns the fraction of the time that steps wait for their batches. The first three steps are not counted.
 
     Args:
-        step_seconds: simulated time of a step, in which it does not wait.
+        step_seconds: simulated duration of a step, without its wait.
     """
     waited: list[float] = []
     while True:

@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
         names = [self.construct_object(name) for name, _ in node.value if name.tag != "tag:yaml.org,2002:merge"]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: key {name!r} is given twice in one section")
+                raise ConfigError(f"line {node.start_mark.line + 1}: key {name!r} is given twice: remove one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -59,7 +59,7 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tupl
 
 def describe_keys() -> str:
     """Returns a text for `--help`, one line per key: default, a * if it may change on resume, meaning."""
-    lines = ["config keys, as key=default; a key marked * may be changed when a run is resumed:"]
+    lines = ["config keys, as key=default (train.py can resume a run with another value of a key marked *):"]
     for name, field, run in all_keys():
         default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
         choices = f" ({' | '.join(get_args(field.annotation))})" if get_origin(field.annotation) is Literal else ""
@@ -161,7 +161,7 @@ def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
                 target[section] = {}
             target = target[section]
             if not isinstance(target, dict):
-                raise ConfigError(f"unknown key {name}: {section} is not a section")
+                raise ConfigError(f"unknown key {name}: {section} is not a section (train.py --help lists the keys)")
         target[last] = parse_yaml(value, f"the value of {name}")
     return _validate(raw, where)
 

@@ -82,8 +82,8 @@ class Data(Section):
     )
     num_workers: int | None = key(
         None,
-        "threads of each process that decode image files; null: one per core, divided among the processes of a machine "
-        "while images are streamed",
+        "number of threads per process that decode image files; null: one per core, but while images are streamed, the "
+        "cores are divided among the processes of a machine",
         run=True,
         ge=1,
         le=1024,
@@ -109,20 +109,23 @@ class View(Section):
     color_jitter_probability: Probability = key(0.0, "probability of applying colour jitter to an image")
     color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = key(
         [0.4, 0.4, 0.4, 0.1],
-        "strengths s of colour jitter, for brightness, contrast, saturation and hue; the first three are multiplied by "
-        "a random factor from max(0, 1 - s) to 1 + s; hue turns by up to s of the colour circle (s at most 0.5)",
+        "strengths s of colour jitter, for brightness, contrast, saturation and hue; the first three properties are "
+        "each multiplied by a random factor from max(0, 1 - s) to 1 + s; the hue turns by up to s of the colour circle "
+        "(s at most 0.5)",
     )
     grayscale_probability: Probability = key(0.0, "probability of converting an image to greyscale")
     affine_probability: Probability = key(
         0.0, "probability of applying a random affine transform (rotation, shift, zoom, shear) to an image"
     )
-    affine_degrees: float = key(0.0, "largest rotation of the affine transform in degrees, either way", ge=0, le=180)
+    affine_degrees: float = key(
+        0.0, "largest rotation of the affine transform in degrees, in either direction", ge=0, le=180
+    )
     affine_translate: Probability = key(
         0.0, "largest shift of the affine transform along each axis, as a fraction of the image size"
     )
     affine_scale: Pair = key([1.0, 1.0], "[lowest, highest] zoom factor of the affine transform")
     affine_shear: float = key(
-        0.0, "largest horizontal shear of the affine transform in degrees, either way", ge=0, lt=90
+        0.0, "largest horizontal shear of the affine transform in degrees, in either direction", ge=0, lt=90
     )
 
     def __str__(self) -> str:
@@ -271,7 +274,7 @@ class Optimizer(Section):
     decoder_lr: Positive = key(4e-4, "learning rate of the decoder, reached at the end of the warm-up")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
         [0.9, 0.95],
-        "AdamW's two betas: decay of the running means of gradients and squares",
+        "AdamW's two betas: decay of the running means of the gradients and of their squares",
         min_length=2,
         max_length=2,
     )
@@ -318,7 +321,7 @@ class Training(Section):
     micro_batch_size: int | None = key(
         None,
         "images per forward pass of each process; a smaller value saves memory, and each step adds up the gradients of "
-        "several passes; BatchNorm then normalises over one such pass of every process; null: one pass per step",
+        "several passes; BatchNorm then normalises over one pass of all processes together; null: one pass per step",
         run=True,
         ge=4,
         multiple_of=4,
@@ -334,7 +337,7 @@ class Training(Section):
         0.9999, "largest decay of the exponential moving average (EMA) of the weights; training.ema_power sets its rise"
     )
     ema_power: Positive = key(
-        2 / 3, "rise of the EMA's decay: at step n, it is 1 - (1 + n)^-ema_power, but at most training.ema_decay"
+        2 / 3, "rise of the EMA's decay: after n steps, it is 1 - (1 + n)^-ema_power, but at most training.ema_decay"
     )
     log_every: int = key(50, "training steps between reports of loss, learning rates and speed", run=True, ge=1)
     checkpoint_every: str = key(
@@ -425,7 +428,8 @@ class Sampling(Section):
 
     num_images: int = key(
         16,
-        "number of images in the grid of samples of each evaluation; test images, if there are any; 0: no grid",
+        "number of images in the grid of samples of each evaluation; they are test images, or training images if there "
+        "is no test split; 0: no grid",
         run=True,
         ge=0,
     )
@@ -442,7 +446,7 @@ class Sampling(Section):
     sections: list[int] | None = key(
         None,
         "numbers, from 0, of the latent's sections that samples are conditioned on; null: all; a list needs "
-        "decoder.modulation=sectioned, and a model trained with training.mask.section_probability above 0",
+        "decoder.modulation=sectioned, and works best if training.mask.section_probability was above 0 in training",
         run=True,
     )
     eta: float = key(

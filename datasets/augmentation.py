@@ -31,7 +31,7 @@ IDENTITY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def _ramp(first: float, last: float) -> Callable[[int, int], float]:
-    """Returns a strength that changes linearly from `first` to `last` over the bins."""
+    """Returns a function (bin, image size) -> strength. The strength is linear in the bin, from `first` to `last`."""
     return lambda bin_, image_size: torch.linspace(first, last, NUM_BINS)[bin_].item()  # float32, as in torchvision
 
 
@@ -44,7 +44,7 @@ def _bits(bin_: int, image_size: int) -> float:
 
 
 def _level(bin_: int, image_size: int) -> float:
-    """Returns torchvision's threshold, computed in float32 as in torchvision, rounded up to a whole level."""
+    """Returns torchvision's threshold for Solarize, computed in float32 as there, rounded up to a whole level."""
     return torch.tensor(255 * _ramp(1, 0)(bin_, image_size)).ceil().item()
 
 
@@ -134,7 +134,7 @@ class Augmentation:
         signs = torch.where((ops[:, 1 + num_ops :] < 0.5) & self._signed[chosen], -1.0, 1.0)
         operations, strengths = self._indices[chosen], self._magnitudes[chosen] * signs
         if jitters:
-            more = self._colors(draw(2 + 2 * len(JITTER), " colours"))  # own stream: colours do not change the crops
+            more = self._colors(draw(2 + 2 * len(JITTER), " colours"))  # other draws do not depend on colours
             operations, strengths = torch.cat([operations, more[0]], dim=1), torch.cat([strengths, more[1]], dim=1)
         matrices = operation_matrices(operations.flatten(), strengths.flatten(), self._size)
         matrices = matrices.view(*operations.shape, 2, 3)

@@ -26,7 +26,7 @@ from datasets.listing import Listing
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 3  # increase it if decoding gives different pixels or if the content of the mark changes
+CACHE_VERSION = 3  # increase it if decoding gives different pixels or if the content of the mark file changes
 BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
 
 

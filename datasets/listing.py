@@ -90,7 +90,7 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
         raise DatasetError(f"{root} has train/ but neither test/ nor val/: add test/, which the evaluation needs")
     if _class_folders(test) != classes:
         odd = sorted(set(classes) ^ set(_class_folders(test)))
-        raise DatasetError(f"{train} and {test} have different classes: add {', '.join(odd[:5])} to both or neither")
+        raise DatasetError(f"{train} and {test} have different classes: add or remove the folders {', '.join(odd[:5])}")
     if len(classes) == 1:
         raise DatasetError(f"{train} has only one class: add another class, or move its images into {train} itself")
     for split in (train, test):

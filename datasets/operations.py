@@ -136,7 +136,7 @@ def posterize(pixels: Tensor, bits: Tensor, matrices: Tensor) -> Tensor:
 
 
 def solarize(pixels: Tensor, levels: Tensor, matrices: Tensor) -> Tensor:
-    """Inverts the levels that are equal to or above `levels`."""
+    """Inverts the pixel levels that are at least the sample's threshold in `levels`."""
     return torch.where(pixels >= _per_sample(levels.byte()), 255 - pixels, pixels)
 
 

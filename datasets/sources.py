@@ -138,7 +138,7 @@ SOURCES: dict[str, Callable[[Data, int], Splits]] = {
     "tiny": lambda data, processes: open_listings(list_tiny_imagenet(Path(data.root)), data, processes),
     "folder": lambda data, processes: open_listings(list_folder(Path(data.root)), data, processes),
 }
-"""Maps `data.name` to (`data` section of the config, number of processes that share this machine's cores) -> splits."""
+"""Function of each `data.name`: (`data` section, number of processes that share this machine's cores) -> splits."""
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ class Views:
         return self._normalize(source).add_(noise, alpha=self._noise_std), scale(target)
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
-        """Returns the training view of the evaluation: augmented by `view`, such as `views.probe`, and normalised."""
+        """Returns augmented views for the evaluation: augmented by `view`, such as `views.probe`, and normalised."""
         return self._normalize(self._augment(pixels, Augmentation(view, self._image_size).parameters(draw)))
 
     def evaluation(self, pixels: Tensor) -> Tensor:
-        """Returns the test view of the evaluation: normalised, not augmented."""
+        """Returns clean views for the evaluation: normalised, not augmented."""
         return self._normalize(pixels)

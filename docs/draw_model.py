@@ -162,9 +162,14 @@ def draw(config: Config) -> Figure:
 def main(argv: list[str] | None = None) -> None:
     """Draws the figure with the arguments `argv` (None: those of the command line)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="config/cifar10_paper.yaml", help="config file of the model (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).with_name("model.svg"), help="SVG file for the figure (%(default)s)"
+        "--config", default="config/cifar10_paper.yaml", help="config file of the model; default: %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).with_name("model.svg"),
+        help="SVG file for the figure; default: %(default)s",
     )
     args = parser.parse_args(argv)
     matplotlib.rcParams["svg.hashsalt"] = "SODA"  # makes the file reproducible

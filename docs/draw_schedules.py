@@ -25,7 +25,7 @@ LABELS: dict[Schedule, str] = {
 
 
 def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
-    """Returns a figure of alphas_cumprod, (T,) float64 per schedule, and its log-SNR over (t + 1/2) / T."""
+    """Returns a figure of `curves`, alphas_cumprod (T,) float64 per schedule, and of their log-SNR."""
     steps = len(curves["linear"])
     time = (torch.arange(steps) + 0.5) / steps
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out",
         type=Path,
         default=Path(__file__).with_name("schedules.svg"),
-        help="SVG file for the figure (%(default)s)",
+        help="SVG file for the figure; default: %(default)s",
     )
     args = parser.parse_args(argv)
     config = Diffusion()
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "SODA"  # makes the file reproducible
     draw(curves).savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)
 
-    print(f"| (t + 1/2) / T | {' | '.join(f'{u:g}' for u in SHARES)} | amplitude at T-1 | log-SNR there |")
+    print(f"| (t + 1/2) / T | {' | '.join(f'{u:g}' for u in SHARES)} | amplitude at T-1 | log-SNR at T-1 |")
     print(f"| {' | '.join(['---'] * (len(SHARES) + 3))} |")
     for name, curve in curves.items():
         # No timestep has (t + 1/2) / T = u: the cell is the mean of the two nearest timesteps.

@@ -1,4 +1,4 @@
-"""Encoders for the judge: a trained model, a model with settled BatchNorm statistics, and the two baselines."""
+"""Encoders for the judge: a trained model, a model with re-estimated BatchNorm statistics, and the two baselines."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -62,9 +62,9 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
 
 @torch.no_grad()
 def settled(experiment: Experiment, soda: SODA) -> SODA:
-    """Returns a model with the decoder of `soda` and a copy of its encoder that has settled BatchNorm statistics.
+    """Returns a model with the decoder of `soda` and a copy of its encoder with settled BatchNorm statistics.
 
-    The running statistics are settled by SETTLING_PASSES forward passes over batches of source views, in training mode.
+    The running statistics are re-estimated by SETTLING_PASSES forward passes over source views, in training mode.
     Every rank encodes complete global batches, because statistics of shares would depend on the number of ranks.
     """
     encoder = copy.deepcopy(soda.encoder).train()
@@ -91,8 +91,8 @@ def baselines(experiment: Experiment) -> dict[str, Encode]:
     """Returns the baselines: the untrained model, with the initial weights of this run, and the raw pixels.
 
     BatchNorm's running statistics start at mean 0 and variance 1. With these, the untrained model would be too weak a
-    baseline, so its statistics are settled first. The raw pixels are named as the features in `evaluation.features`, so
-    that the same protocols apply to them.
+    baseline, so its statistics are settled first. The raw pixels are returned under the name in `evaluation.features`,
+    so that the same protocols apply to them.
     """
     untrained = settled(experiment, initial_soda(experiment.config, experiment.device))
     features = experiment.config.evaluation.features

@@ -26,7 +26,7 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell of the table whose classifier is still trained: one protocol applied to one encoder.
+    """A cell of the table whose classifier is still being trained: one protocol applied to one encoder.
 
     Attributes:
         encoder: name of the encoder.
@@ -76,8 +76,8 @@ def accuracy_table(
 ) -> Table:
     """Collective. Returns the accuracies of `encoders` under `protocols`.
 
-    The views of an epoch are made only once. All encoders use them, and all protocols that have this view. If an
-    encoder does not return the features of a protocol, the table has no cell for this pair.
+    Each view is made only once per epoch, for all encoders and for all protocols that use it. If an encoder does not
+    return the features of a protocol, the table has no cell for this pair.
 
     Args:
         train: images that the classifiers are trained on.

@@ -48,7 +48,7 @@ class _Bank:
 def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns (distances, indices) of the k entries of `bank` (N, D) nearest to each of `queries` (Q, D): (Q, k) each.
 
-    The nearest entry is first. Ties, such as copies of an image, go to the lower index, provided at most 2k + 8 entries
+    The nearest entry is first. Ties, such as copies of an image, go to the lower index, provided at most k + 9 entries
     tie. The results are on the host.
     """
     assert 1 <= k <= len(bank), "k must be between 1 and the size of the bank"

@@ -17,13 +17,13 @@ def check_shares(training: Training) -> None:
         below = batch_size // unit * unit
         nearest = f"{below} or {below + unit}" if below else str(unit)
         raise ConfigError(
-            f"training.batch_size {batch_size} does not divide into shares that are multiples of {CHUNK} images for "
-            f"{world_size()} processes: use {nearest}"
+            f"training.batch_size is {batch_size}, but for {world_size()} processes it must be a multiple of {unit}: "
+            f"use {nearest}"
         )
     if (batch_size // world_size()) % micro_batch_size(training):
         raise ConfigError(
             f"training.micro_batch_size {micro_batch_size(training)} does not divide the "
-            f"{batch_size // world_size()} images of each process: use a divisor of this number"
+            f"{batch_size // world_size()} images of each process: use a divisor of them that is a multiple of {CHUNK}"
         )
 
 

@@ -53,7 +53,7 @@ class Trained:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the checkpoint file, in hexadecimal digits, as in SHA256SUMS."""
+        """SHA-256 of the checkpoint file, in hexadecimal digits, as in the run's checkpoints/SHA256SUMS."""
         return str(self.contents["sha256"])
 
     def describe(self, steps_per_epoch: int) -> str:
@@ -168,7 +168,7 @@ def first_difference(weights: dict[str, Any], model: nn.Module) -> str | None:
 def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
     """Collective. Loads the images and returns (experiment, EMA model on the device).
 
-    Logs it if the training images are not the images that the checkpoint was trained on. Raises ConfigError,
+    Logs a message if the training images are not the images that the checkpoint was trained on. Raises ConfigError,
     DatasetError and CheckpointError.
     """
     soda = trained.soda()

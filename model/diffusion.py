@@ -17,7 +17,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 # Each schedule function is called with all keys of the config's `diffusion` section and ignores the keys that it does
 # not need. It returns alphas_cumprod, the fraction of the signal's variance that remains at each timestep:
-# (num_timesteps,) float64, decreasing.
+# (num_timesteps,) float64, decreasing. In the equations, u = (t + 1/2) / T is the midpoint of timestep t (`midpoints`).
 
 
 def linear(num_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
@@ -157,13 +157,13 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Inverts `ddim_sample` (unclipped, eta 0): returns the x_T (N, C, H, W) that it denoises to `x_start`.
 
-        The steps of the sampler are undone one by one, from the image to the noise. Each step computes the noisier
-        image x_t from the less noisy image y. To find x_t, the step solves the fixed-point equation
+        The steps of the sampler are undone one by one, from the image to the noise. Each step computes a noisier
+        image x' from the image x_t of the step before. To find x', the step solves the fixed-point equation
 
-            x_t = sqrt(alphas_cumprod_t) clean + sqrt(1 - alphas_cumprod_t) eps(x_t, t)
+            x' = sqrt(alphas_cumprod_t) clean + sqrt(1 - alphas_cumprod_t) eps(x', t)
 
-        by iteration, starting from x_t = y. Here, `clean` is the predicted x_start that follows from y and the same
-        eps(x_t, t) (Song et al. 2021, eq. 13).
+        by iteration, starting from x' = x_t. Here, `clean` is the predicted x_start that follows from x_t and the same
+        eps(x', t) (Song et al. 2021, eq. 13).
 
         One iteration is the inversion of Dhariwal & Nichol (2021, appendix F) and of diffusers' DDIMInverseScheduler. A
         second iteration doubles the cost and improves the reconstruction by 3 to 11 dB (docs/results.md). The idea of

@@ -56,7 +56,8 @@ def guided_denoiser(
     scales = [scale if i in chosen else 0.0 for i, scale in enumerate(scales)]
 
     # The sets {i: s_i >= s} change only at the scales, so the integral is a weighted sum with one pass per set. Each
-    # pass is (for each section, True if it is dropped; weight of the pass). The weights sum to 1.
+    # pass is a pair: one bool per section, True if the section is dropped, and the weight of the pass. The weights sum
+    # to 1.
     levels = sorted({*scales, 0.0}, reverse=True)
     passes = [([s < level for s in scales], level - below) for level, below in pairwise(levels)]
     passes = [each for each in [*passes, ([True] * count, 1 - levels[0])] if each[1]]

@@ -124,7 +124,7 @@ def training(
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:
-    """Trains for 20 steps with fixed BatchNorm statistics, with each share split into 1, 2 and 4 micro-batches.
+    """Trains three times for 20 steps with fixed BatchNorm statistics: each share is 1, 2 or 4 micro-batches.
 
     Adds to each result of `training` the key "unreduced": the number of backward passes without a reduction.
     """
@@ -246,7 +246,7 @@ def numbers(folder: Path) -> dict[str, Any]:
         "micro-batches": micro_batches(folder),
         "training": training(folder, 5),
         # A batch size of 100 gives 15 training and 4 test batches, and 2000 gives one of each. Six images are one and a
-        # half chunks.
+        # half chunks of 4 (CHUNK), the unit in which images are divided among processes.
         "judging": [
             judging(folder, f"evaluation.batch_size={size}", "sampling.num_images=6", "sampling.eta=1.0")
             for size in (100, 2000)
@@ -311,7 +311,8 @@ if __name__ == "__main__":
     if what == "cuda":
         results = on_cuda(place)
     elif what == "compiled":
-        # Small buckets: DDP gets several of them, as for a large model, and the compiler splits the graph between them.
+        # Small buckets: DDP gets several of them, as for a large model. The compiler traces one graph and compiles it
+        # in parts, one for each bucket.
         patch = partial(data_parallel._DataParallel, bucket_cap_mb=1)
         data_parallel._DataParallel = patch  # type: ignore[misc,assignment]
         results = training(place, 20, compiled=True)

@@ -272,7 +272,7 @@ class Bench:
         path, clock = self.folder / "plan.yaml", Clock()
         path.write_text(json.dumps(self.plan))  # JSON is YAML
         with self.patch.context() as patch:
-            patch.setattr(ablate.time, "monotonic", clock.monotonic)  # `ablate` and `trial` share this module
+            patch.setattr(ablate.time, "monotonic", clock.monotonic)  # `trial` uses the same module object
             limit = [] if minutes is None else ["--minutes", str(minutes)]
             assert ablate.main([str(path), "--out", str(self.folder / out), *limit, *more]) == status
         return self.capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     assert [row["complete"] for row in rows.values()] == [True] * 4 and len(rows) == 4
     commands = (tmp_path / "broken" / "commands.txt").read_text().splitlines()
     assert commands == ["== hello: -c 'print(6 * 7)'", "42", "== hello: status 0"]
-    # 0.2 minutes are 12 seconds of the clock: it is read about five times, every ten steps of 64 images.
+    # 0.2 minutes are 12 seconds, or 12 reads of the clock. Training reads it about twice every ten steps of 64 images.
     assert 1 <= rows["long-best-0"]["epochs"] == rows["control-a-0"]["epochs"] <= 10
     assert not list(tmp_path.rglob("last.pt")) and (tmp_path / "broken" / "long-best-0.yaml").exists()
     table = (tmp_path / "broken" / "table.md").read_text()
@@ -316,7 +316,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     bench.plan["stages"] = bench.plan["stages"][1:2]
     bench.make("whole")
     for name in ("screen-a-0", "screen-b-0"):
-        assert bench.rows("whole")[name]["table"] == rows[name]["table"], "the results of an uninterrupted run"
+        assert bench.rows("whole")[name]["table"] == rows[name]["table"], "interruptions must not change the results"
         assert len(rows[name]["table"]) >= 8
 
 
@@ -370,9 +370,9 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     bench.patch.setattr(signals, "_received", 0)
     checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
     saved = torch.load(checkpoint, weights_only=True)
-    assert saved["step"] == 20, "the next check of the clock"
+    assert saved["step"] == 20, "the run must stop at the next check of the clock"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint is lost"
+    assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint may be lost"
 
 
 def test_a_folder_is_for_one_driver(bench: Bench, tmp_path: Path) -> None:

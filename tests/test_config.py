@@ -181,6 +181,10 @@ def test_an_empty_section_is_its_defaults(write) -> None:  # type: ignore[no-unt
 
 
 def test_what_an_alias_shares_is_overridden_apart(write) -> None:  # type: ignore[no-untyped-def]
+    """An override of a section that is shared through a YAML alias changes only this section.
+
+    An alias that refers to itself is refused.
+    """
     path = write("views: {source: &v {crop_scale: [0.5, 1]}, target: *v}\n")
     config = load_config(path, ["views.source.crop_scale=[0.2, 1]", "views.source.noise_std=0.3"])
     assert config.views.source.crop_scale == [0.2, 1] and config.views.target.crop_scale == [0.5, 1]

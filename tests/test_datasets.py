@@ -381,7 +381,7 @@ def test_an_image_that_goes_bad_is_named_when_its_batch_is_due(numbered: Listing
 
 @pytest.mark.parametrize("then", [True, False])
 def test_pixels_are_those_of_the_files_however_they_were_held_before(tree: Path, tmp_path: Path, then: bool) -> None:
-    """Files are stored, then changed, then streamed or stored (`then`), then stored: the new pixels are found twice."""
+    """Files are stored, changed, opened again (streamed if `then`), stored. Both times the pixels are the new ones."""
     open_folder(tree, tmp_path, stream=False)
     for path in tree.rglob("*.png"):
         write_image(path, 255 - np.asarray(Image.open(path)))

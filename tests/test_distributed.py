@@ -83,14 +83,18 @@ def test_gradients_are_reduced_once_a_step(two: list[dict[str, Any]]) -> None:
     """Gradients are reduced in the last backward pass of each step, and in the very first, because DDP requires it."""
     for rank in two:
         assert [found["unreduced"] for found in rank["micro-batches"]] == [0, 20 * 1 - 1, 20 * 3 - 1]
-        assert rank["training"]["DDP"] == (True, True, False), "DDP: static graph, bucket views and no buffer broadcast"
+        assert rank["training"]["DDP"] == (True, True, False), (
+            "DDP must have a static graph and bucket views, and not broadcast buffers"
+        )
 
 
 def test_the_ema_is_the_same_on_all_ranks(two: list[dict[str, Any]]) -> None:
     for rank in two:
         for found in (rank["training"], *rank["micro-batches"]):
             assert found["EMA is the same everywhere"]
-        assert not rank["unsynchronised"]["EMA is the same everywhere"], "without GlobalBatchNorm2d the EMAs differ"
+        assert not rank["unsynchronised"]["EMA is the same everywhere"], (
+            "without GlobalBatchNorm2d the EMAs must differ"
+        )
 
 
 def assert_like_torch(found: list[dict[str, Tensor]], device: str) -> None:

@@ -159,7 +159,7 @@ def test_one_file_is_exported_with_the_packages_that_it_needs(
     monkeypatch: pytest.MonkeyPatch,
     ending: str,
 ) -> None:
-    """A .pt2 export needs no ONNX packages. A path with any other ending is a folder for both files."""
+    """A .pt2 export needs no ONNX packages. A path that ends in neither .pt2 nor .onnx is a folder for both files."""
     installed = importlib.util.find_spec
     if ending == ".pt2":
         missing = ("onnx", "onnxscript", "onnxruntime")
@@ -190,7 +190,7 @@ def test_an_export_that_differs_from_the_module_is_not_written(
     monkeypatch.setitem(FORMATS, ".pt2", replace(good, load=load))
     with pytest.raises(SystemExit, match="2"):
         embed_program.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "encoder.pt2")])
-    assert capsys.readouterr().err == "error: the exported encoder's features differ by 1: nothing was written\n"
+    assert "features differ from the model's by 1; nothing was written: try" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -195,7 +195,7 @@ def test_a_cold_temperature_still_votes() -> None:
 
 
 def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
-    """Each cell of the table uses the features and the view of its protocol. Each pass over a view is made only once.
+    """Each cell of the table uses the features and the view of its protocol. Each view is made only once per epoch.
 
     The clean view shows the label, and the augmented view is noise. z contains the view, and pooled is all zeros.
     """
@@ -237,6 +237,4 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
     assert clean_z == {"good": 100, "pixels": 100} and probe_z["good"] > 95
     assert noisy_z["good"] < 60 and probe_noisy["good"] < 60
     assert set(clean_pooled) == {"good"} and clean_pooled["good"] < 60, "`pixels` has no pooled features"
-    assert seen == [("clean", 0)] * 6 + [("noisy", 0)] * 3 + [("noisy", 1)] * 3, (
-        "each pass over a view is made only once"
-    )
+    assert seen == [("clean", 0)] * 6 + [("noisy", 0)] * 3 + [("noisy", 1)] * 3, "each view is made only once per epoch"

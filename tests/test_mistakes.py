@@ -72,7 +72,7 @@ MISTAKES = [
     Mistake("no images in", [*folder("empty")]),
     Mistake("unreadable/train/b/7.png", [*folder("unreadable")]),
     Mistake("truncated/train/a/3.png", [*folder("truncated")]),
-    Mistake("have different classes: add b, c to both", [*folder("differ")]),
+    Mistake("have different classes: add or remove the folders b, c", [*folder("differ")]),
     Mistake("only one class", [*folder("single")]),
     Mistake("40 training images are fewer than a batch", [*folder("few")]),
     Mistake("cannot be halved 1 times", ["data.image_size=9"]),
@@ -182,7 +182,11 @@ MISTAKES = [
     Mistake("text.pt cannot be read", [*checkpoint("text"), "--export", "out"], "embed.py"),
     Mistake("no config file", ["--config", "{place}/only_0.yaml", "--config", "{place}/only_{rank}.yaml"], processes=2),
     Mistake("the processes read different configs", ["seed={rank}"], processes=2),
-    Mistake("batch_size 60 does not divide into shares", ["training.batch_size=60"], processes=2),
+    Mistake(
+        "training.batch_size is 60, but for 2 processes it must be a multiple of 8: use 56 or 64",
+        ["training.batch_size=60"],
+        processes=2,
+    ),
     Mistake(
         "micro_batch_size 16 does not divide the 24 images of each process",
         ["training.batch_size=48", "training.micro_batch_size=16"],
@@ -299,10 +303,8 @@ def test_a_mistake_ends_with_one_line_and_nothing_written(
     place: Path, capsys: pytest.CaptureFixture[str], mistake: Mistake
 ) -> None:
     before = contents(place)
-    with lock_file(place / "busy" / ".lock"):
-        (place / "busy" / ".lock")
-        with pytest.raises(SystemExit, match="2"):
-            PROGRAMS[mistake.program].main(complete(mistake, place))
+    with lock_file(place / "busy" / ".lock"), pytest.raises(SystemExit, match="2"):
+        PROGRAMS[mistake.program].main(complete(mistake, place))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert_refused(captured.err, mistake.expected)

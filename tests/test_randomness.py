@@ -39,6 +39,7 @@ def loader() -> Loader:
 
 
 def test_an_epoch_is_a_permutation_without_its_rest() -> None:
+    """An epoch is a random order of the images, without the last, incomplete batch."""
     ours = loader()
     assert ours.steps_per_epoch == 3
     epochs = [torch.cat([ours.indices(3 * epoch + step, range(16)) for step in range(3)]) for epoch in range(2)]

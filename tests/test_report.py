@@ -218,7 +218,7 @@ def test_the_report_in_a_browser(
         assert abs(page.evaluate(brightness, selector) - sum(ground) / 3) > 90, selector
     texts = page.locator("svg text").all()
     colours = {text.evaluate("node => getComputedStyle(node).fill") for text in texts}
-    assert len(colours) == 1, "all text in the figures, including legends, has the same colour"
+    assert len(colours) == 1, "all text in the figures, including legends, must have the same colour"
     shot = np.asarray(Image.open(page.screenshot(path=str(tmp_path / "shot.png")) and tmp_path / "shot.png"))
     assert (shot.mean() < 96) == is_dark
     page.locator("summary").first.click()
@@ -229,7 +229,7 @@ def test_the_report_in_a_browser(
 def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) -> None:
     folder = run / "tensorboard"
     assert {path.parent for path in folder.rglob("events.*")} == {folder}, (
-        "a second TensorBoard run would have its own folder"
+        "all event files must be in one folder, else TensorBoard shows two runs"
     )
     events = EventAccumulator(str(folder)).Reload()
     data = events.PluginTagToContent("hparams")

@@ -452,7 +452,7 @@ def test_a_run_on_streamed_images_is_the_one_on_stored_images(
     assert bad_at <= stopped_at <= bad_at + AHEAD + 1, "steps whose images had been read must be done and saved"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
     with monkeypatch.context() as patch, pytest.raises(DatasetError, match="cannot read the image"):
-        # The evaluation finds the damaged files as well. With the old fingerprints, the cache does not find them first.
+        # The evaluation finds the damaged files as well. The old fingerprints keep the cache from finding them first.
         patch.setattr(cache, "_fingerprint", lambda listing: fingerprint[listing.root.name])
         judge_program.main(args("streamed", "true"))
 

@@ -90,5 +90,6 @@ def test_the_config_in_a_checkpoint_is_data(
 
 @pytest.mark.parametrize("name", ["..evil.yaml", "...yaml", "a b.yaml"])
 def test_what_a_run_is_called_stays_in_the_folder_of_runs(tmp_path: Path, name: str) -> None:
+    """The default run folder is directly inside runs/, even if the name of the config file begins with dots."""
     (tmp_path / name).write_text((ROOT / "config" / "digits.yaml").read_text())
     assert Path(load_config(tmp_path / name).output_dir).resolve().parent == Path("runs").resolve()

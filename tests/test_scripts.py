@@ -12,16 +12,16 @@ import train as train_program
 from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch
 
 COMMANDS = ("train", "test", "sample", "embed")
-FLOORS = [  # from top to bottom; the commands are above all of them
+FLOORS = [  # a folder imports only from itself and from the folders after it; the commands import from all
     *("ablations", "benchmarks", "analysis", "training", "evaluation", "experiment"),
     *("datasets", "utils", "config", "model"),
 ]
 
 
 def test_a_run_with_every_launcher(tmp_path: Path) -> None:
-    """A run that two processes start and one process resumes ends like a run of one process.
+    """A run is started by two processes and resumed by one. Its losses equal those of a run by one process.
 
-    Two processes and one process evaluate it with the same result.
+    test.py prints the same table with two processes and with one.
     """
     settings = ("decoder.dropout=0.0", "optimizer.encoder_lr=1e-4", "optimizer.decoder_lr=1e-4", "training.log_every=1")
     args = digits_args(tmp_path / "run", *settings)
@@ -120,6 +120,7 @@ def test_imports_go_down_the_floors(floor: str) -> None:
 
 
 def test_pictures_are_imported_by_those_who_show_them_alone() -> None:
+    """test.py, sample.py and embed.py import `analysis`. train.py, ablations and benchmarks do not."""
     for name in COMMANDS:
         assert ("analysis" in imports(ROOT / f"{name}.py")) == (name != "train"), name
     for path in (path for floor in ("ablations", "benchmarks") for path in (ROOT / floor).glob("*.py")):
@@ -128,5 +129,6 @@ def test_pictures_are_imported_by_those_who_show_them_alone() -> None:
 
 @pytest.mark.parametrize("package", ["model", "datasets"])
 def test_model_and_data_sets_know_nothing_of_how_they_are_run(package: str) -> None:
+    """`model` and `datasets` use no torch.distributed, environment variables, `.cuda()` or `print`."""
     for path in (ROOT / package).rglob("*.py"):
         assert not re.search(r"torch\.distributed|os\.environ|\.cuda\(|(?<![\w.])print\(", path.read_text()), path

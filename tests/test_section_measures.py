@@ -1,4 +1,4 @@
-"""Measures of ablations/sections.py on models with known answers, and the script itself."""
+"""Tests of ablations/section_measures.py on models with known answers, and of the script ablations/sections.py."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_how_much_of_a_section_is_its_own(tmp_path: Path) -> None:
     source = torch.Generator().manual_seed(0)
 
     def encode(views: torch.Tensor) -> torch.Tensor:
-        """Returns z. Section 0 is noise. Section 2 is a linear function of section 1, to which noise is then added."""
+        """Returns z. Section 0 is noise. Section 2 is linear in section 1. Then noise is added to section 1."""
         z = torch.randn(len(views), 8, generator=source)
         z[:, 6:] = 2 * z[:, 3:5] - z[:, 4:6]
         z[:, 3:6] += torch.randn(len(views), 3, generator=source)
@@ -100,6 +100,6 @@ def test_the_script_resumes(
     lines = [line for line in results.read_text().splitlines() if line]
     results.write_text("\n".join([*lines[:2], lines[2][:50]]))  # a crash has cut the last line
     sections.main(arguments)
-    assert capsys.readouterr().out.splitlines() == table, "measured again from the saved checkpoint"
+    assert capsys.readouterr().out.splitlines() == table, "the cut run must be measured again from its checkpoint"
     again = [json.loads(line) for line in results.read_text().splitlines() if line.endswith("}")]
     assert len(again) == 3 and again[2]["seconds"] == json.loads(lines[2])["seconds"]

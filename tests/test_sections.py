@@ -56,7 +56,7 @@ def decoder_of(channel_mult: list[int], num_res_blocks: int, latent_dim: int = 2
 
 
 def seen_by(decoder: UNetDecoder, of: Callable[[str, Any, tuple[Any, ...], Tensor], None]) -> None:
-    """Calls `of`(name, module, inputs, output) after the forward pass of each layer with a skip connection."""
+    """Calls `of`(name, module, inputs, output) after each forward pass of conv_in, a stage or a downsampling."""
     for name, module in decoder.named_modules():
         if isinstance(module, Stage | Downsample) or name == "conv_in":
             module.register_forward_hook(lambda m, args, out, name=name: of(name, m, args, out))

@@ -402,7 +402,7 @@ def test_the_average_of_an_earlier_checkpoint_is_taken_over(tmp_path: Path) -> N
 
 
 class NoHostReads(TorchDispatchMode):
-    """Dispatch mode that fails if an operation reads a tensor on the host. On a GPU this would synchronise."""
+    """Dispatch mode that fails if an operation needs a tensor's value on the host. On a GPU this would synchronise."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
@@ -411,7 +411,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 class WatchedPhases(PhaseTimer):
-    """Phase timer that runs the phases of the device under NoHostReads.
+    """Phase timer that runs the phases that work only on the device under NoHostReads.
 
     The other phases draw or read values on the host: "images", "views", and "EMA", whose counters are there.
     """

@@ -1,4 +1,4 @@
-"""Docstrings and help texts, read from the syntax trees: none is missing, and none begins as a fragment does."""
+"""Checks of docstrings and help texts: public definitions have a docstring, and no text begins like a fragment."""
 
 import ast
 import re
@@ -26,7 +26,10 @@ class Found:
 
 
 def definitions(tree: ast.AST, place: str, public: bool = True) -> Iterator[tuple[Found, bool]]:
-    """Yields all definitions below `tree`, each with True if it is public: no name on the way to it hides it."""
+    """Yields all definitions below `tree`, each with True if it is public.
+
+    A definition is public if it is not inside a function, and if no name in its place begins with an underscore.
+    """
     for child in ast.iter_child_nodes(tree):
         if not isinstance(child, Definition):
             yield from definitions(child, place, public)
@@ -37,7 +40,7 @@ def definitions(tree: ast.AST, place: str, public: bool = True) -> Iterator[tupl
 
 
 def help_texts(tree: ast.AST, place: str) -> Iterator[Found]:
-    """The texts that users read in `--help`: every argument `help`, and the meanings of the config's keys."""
+    """Yields the texts that users read in `--help`: the `help` arguments of calls, and the meanings of config keys."""
     for call in ast.walk(tree):
         if not isinstance(call, ast.Call):
             continue
@@ -51,10 +54,10 @@ def help_texts(tree: ast.AST, place: str) -> Iterator[Found]:
 
 
 def defects(sources: dict[str, str]) -> list[str]:
-    """Violations in modules, given by path: missing docstrings, and texts that begin as a fragment does.
+    """Returns the violations in `sources`, {path: source text}: missing docstrings, and texts that are fragments.
 
-    A method may leave its docstring to another class that documents a method of the same name: the contract which it
-    implements. A test's name says what it tests. An empty module needs nothing.
+    A method needs no docstring if a class documents a method of the same name, because it may implement that interface.
+    Tests need no docstring, because their names say what they test. Empty modules need none.
     """
     trees = {path: ast.parse(source) for path, source in sources.items() if source.strip()}
     found = [(Found(path, ast.get_docstring(tree)), True) for path, tree in trees.items()]
@@ -103,7 +106,7 @@ def test_what_may_go_without_a_docstring_and_how_a_text_may_begin() -> None:
 
 
 def test_every_module_is_documented_in_sentences() -> None:
-    folders = {*FLOORS, "docs", "tests"}  # not all folders: one of the user's may hold data, or an environment
+    folders = {*FLOORS, "docs", "tests"}  # other folders may hold the user's data
     paths = [path for name in folders for path in (ROOT / name).rglob("*.py")] + list(ROOT.glob("*.py"))
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
     assert len(sources) > 100

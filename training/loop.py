@@ -142,6 +142,6 @@ def _not_finite(experiment: Experiment, step: int, summary: Summary, saved_step:
     saved = "Nothing is saved yet" if saved_step is None else last
     return (
         f"gradients were not finite in {summary.most_in_a_row} steps in a row before step {step}, at learning rates "
-        f"{encoder_lr:g} (encoder) and {decoder_lr:g} (decoder). These steps were skipped. {saved}: check the images, "
+        f"{encoder_lr:g} (encoder) and {decoder_lr:g} (decoder). These steps were skipped. {saved}. Check the images, "
         "or use lower learning rates in another output_dir"
     )

@@ -46,7 +46,7 @@ class Saver:
         """Collective unless `alone`. Copies the state to the host. A thread of rank 0 writes it.
 
         Args:
-            keep_as: second file name, under which the checkpoint is kept for good.
+            keep_as: second file name, under which the checkpoint is kept permanently.
             alone: save without the other ranks. Only rank 0 writes, and the tally covers only its share of each batch.
         """
         experiment, state = self._experiment, self._state
@@ -68,7 +68,9 @@ class Saver:
             self._writer.check()
         stop, overdue = self._delayed_max(signals.received(), rank() == 0 and self._interval.overdue())
         if before_evaluation and not stop:
-            stop = max(all_gather_object(signals.received()))  # else a signal waits until the evaluation ends
+            stop = max(
+                all_gather_object(signals.received())
+            )  # without this, only the ranks that received a signal would stop
         epoch, step_of_epoch = divmod(self._state.step, self._experiment.loader.steps_per_epoch)
         keep_every = self._config.keep_every
         keep = keep_every is not None and step_of_epoch == 0 and epoch % keep_every == 0

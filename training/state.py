@@ -49,8 +49,8 @@ class Summary:
     Attributes:
         losses: mean of "loss" and of every loss term over the steps that were not skipped; NaN if all were skipped.
         skipped: number of skipped steps.
-        most_in_a_row: largest number of consecutive skipped steps. Skipped steps just before the last report are
-            included.
+        most_in_a_row: largest number of consecutive skipped steps. A sequence that began before the last
+            report counts from its beginning.
     """
 
     losses: dict[str, float]
@@ -84,7 +84,10 @@ class Tally:
         torch.maximum(longest_row, row, out=longest_row)
 
     def take(self) -> Summary:
-        """Collective. Reduces the sums over all ranks, resets them and returns them. Synchronises with the device."""
+        """Collective. Reduces the sums over all ranks, returns their summary and resets them.
+
+        Synchronises with the device.
+        """
         found = dict(zip(self.names, self._mean().tolist(), strict=True))
         self.values.zero_()
         self._counts[2] = found["row"]  # the next steps may be skipped as well
@@ -97,7 +100,7 @@ class Tally:
         return all_reduce(self.values.clone()) / world_size()
 
     def state_dict(self, alone: bool = False) -> dict[str, Tensor]:
-        """Collective unless `alone`. Returns the sums by name: means over all ranks, or with `alone`, of this rank."""
+        """Collective unless `alone`. Returns the sums by name: means over all ranks, or, with `alone`, this rank's."""
         return dict(zip(self.names, (self.values if alone else self._mean()).unbind(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Tensor) -> None:
@@ -183,7 +186,8 @@ def initial_state(experiment: Experiment) -> TrainState:
     training, device = experiment.config.training, experiment.device
     with memory_for(lambda: "use a smaller model or another device"):
         soda = initial_soda(experiment.config, device)
-        # Created on the device and never moved, so that its counters stay on the host and no step synchronises.
+        # The EMA copies a model that is already on the device, and is never moved itself. So its own counters stay on
+        # the host, and no step synchronises with the device.
         ema = EMA(
             soda,
             beta=training.ema_decay,

@@ -68,11 +68,16 @@ def make_parser(
     )
     # torch.distributed.launch passes this option in either spelling. LOCAL_RANK has the same value, so it is ignored.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    from_checkpoint = (
+        "; the keys of seed, views, diffusion and training are taken from the checkpoint, except views.probe and "
+        "training.use_amp"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="replace the value of a config key (listed below), e.g. training.epochs=2",
+        help="replace the value of a config key (listed below), e.g. evaluation.batch_size=64"
+        + (from_checkpoint if of_checkpoint else ""),
     )
     return parser
 
@@ -94,7 +99,7 @@ def read_config(args: argparse.Namespace) -> Config:
 def read_config_if_named(args: argparse.Namespace) -> Config | None:
     """Collective. Returns the config of `read_config`, or None if only --checkpoint is given.
 
-    Raises ConfigError if neither --config nor --checkpoint is given, and as `read_config`.
+    Raises ConfigError if neither --config nor --checkpoint is given, and in the cases in which `read_config` raises it.
     """
     if not (args.config or args.checkpoint):
         raise ConfigError(
@@ -124,7 +129,7 @@ def gather_user_errors() -> Iterator[None]:
             if isinstance(error, SharedError):
                 raise
             if isinstance(error, OSError) and error.filename:
-                barrier(error=f"cannot use {error.filename}: {error.strerror}")
+                barrier(error=f"cannot use {error.filename} ({error.strerror}): fix it or choose another path")
             barrier(error=str(error))
     except SharedError as failure:
         if rank() == 0:
@@ -175,8 +180,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Runs a program and exits with its status.
 
     The exit status is 0 if the program finished and 2 after an error that the user can fix. It is 75 if a signal
-    stopped the program, or if the other processes cannot be reached. In both cases, the same command resumes. Any other
-    status is a bug.
+    stopped the program, or if the other processes cannot be reached. In both cases, the same command resumes. It is
+    130 after a second Ctrl-C. Any other status is a bug.
 
     After a UserError in `main`, this process exits immediately, without waiting for the others. They may be inside a
     collective of tensors, and closing NCCL would wait for all of them. The launcher ends them when this process has

@@ -19,13 +19,13 @@ import torch
 from config.errors import UserError
 from utils.distributed.processes import local_rank, local_world_size, world_size
 
-FUSED = ("cpu", "cuda")  # types of device whose fused optimisers can skip a step depending on a tensor on the device
+FUSED = ("cpu", "cuda")  # types of device whose fused optimisers can skip a step if a flag on the device is set
 
 logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of this process, and makes torch's settings for it.
+    """Returns the device of this process, and configures torch for it.
 
     `auto` is the best available device: cuda, else mps, else cpu. If `name` is not available, falls back to the best
     available device and logs it. The processes of a machine are spread evenly over its GPUs. Several processes do not
@@ -54,7 +54,7 @@ def choose_device(name: str) -> torch.device:
 def compute_exactly() -> None:
     """Makes cuDNN deterministic and turns TensorFloat-32 off, from this call on.
 
-    For features and pictures that are stored or compared.
+    Call it before computing features or pictures that are stored or compared.
     """
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -107,8 +107,8 @@ def _cpu_computes_bf16() -> bool:
 def choose_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
     """Returns the number format of mixed precision, or None for float32.
 
-    It is bf16 if the hardware computes it, else fp16 on CUDA, else None. If it is not bf16, logs it. Without `use_amp`,
-    it is None.
+    Without `use_amp`, it is None. With `use_amp`, it is bf16 if the hardware computes it, else fp16 on CUDA, else None;
+    any choice other than bf16 is logged.
     """
     if not use_amp:
         return None

@@ -15,7 +15,7 @@ CHUNK = 4  # consecutive samples that share a seed in `image_noise`; shares and 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     """Returns a 63-bit seed, a different one for each seed, purpose and counters (a step, an epoch, a sample, ...).
 
-    torch's CPU generator uses its low 32 bits, CUDA's generator uses all bits.
+    torch's CPU generator uses the low 32 bits of the seed, CUDA's generator uses all bits.
     """
     text = ":".join([str(seed), purpose, *map(str, counters)])
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

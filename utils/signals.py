@@ -1,7 +1,7 @@
 """Handling of SIGTERM, SIGINT, SIGUSR1 (the warning of a scheduler) and SIGHUP.
 
-A signal ends the program immediately, except while the training state changes. It is then only recorded, and the
-training loop ends the program after it has saved the state.
+A signal ends the program immediately, except while the training state changes. During that time, a signal is only
+recorded, and the training loop ends the program after it has saved the state.
 """
 
 import os

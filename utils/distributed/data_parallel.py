@@ -66,7 +66,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics cover the samples of all ranks. All ranks need equally many samples.
+    """BatchNorm2d whose training statistics cover the samples of all ranks. All ranks need the same number of samples.
 
     Collective in training mode: the forward pass gathers mean and variance, and the backward pass sums gradients, both
     in float32. torch's SyncBatchNorm is not used because it synchronises with the device in every layer, and because

@@ -1,7 +1,7 @@
 """Reading of checkpoints. Nothing in a file is executed, and the digest of each file is checked.
 
-A checkpoint folder holds last.pt, previous.pt, checkpoints that are kept for good (such as epoch_0100.pt), and
-SHA256SUMS. If last.pt is damaged, an older checkpoint is used.
+A checkpoint folder holds last.pt, previous.pt, checkpoints that are kept permanently (such as epoch_0100.pt),
+and SHA256SUMS. If last.pt is damaged, an older checkpoint is used.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ def read_sums(folder: Path) -> dict[str, list[str]]:
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Returns the path and the contents of last.pt, or of an older checkpoint if last.pt is damaged or missing.
 
-    The older checkpoint is previous.pt, or else the newest intact checkpoint that is kept for good. If it is used, a
-    warning is logged. Returns None if the folder has no checkpoint. Raises CheckpointError if all checkpoints are
+    The older checkpoint is previous.pt, or else the newest intact checkpoint that is kept permanently. If it is used,
+    a warning is logged. Returns None if the folder has no checkpoint. Raises CheckpointError if all checkpoints are
     damaged.
     """
     kept = sorted(folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
@@ -66,9 +66,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Returns the contents of a checkpoint, with all tensors on the host.
 
-    The contents are model, EMA, optimiser, scaler, tally, step, config and digest of the images. "sha256" is added: the
-    digest of the file itself. If SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same
-    name or another one. Raises CheckpointError.
+    The contents are model, EMA, optimiser, scaler, tally (losses since the last report), step, config and digest of the
+    images. "sha256" is added: the digest of the file itself. If SHA256SUMS lists the file name, SHA256SUMS must also
+    list this digest, under the same name or another one. Raises CheckpointError if the file is missing, damaged or not
+    a checkpoint of this program.
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")
@@ -78,7 +79,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if path.name in sums and not any(digest in digests for digests in sums.values()):
                 raise CheckpointError(
-                    f"{path} is damaged ({SUMS} lists another digest): remove it or name another checkpoint"
+                    f"{path} is damaged ({SUMS} lists another digest): remove it, or name another one with --checkpoint"
                 )
             if path.name not in sums and (path.parent / SUMS).exists():
                 logger.warning("%s does not list %s: its digest is not checked", path.parent / SUMS, path.name)
@@ -88,14 +89,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
-            f"cannot read {path} ({error.strerror}): make it readable or name another checkpoint"
+            f"cannot read {path} ({error.strerror}): make it readable, or name another one with --checkpoint"
         ) from None
     except CheckpointError:
         raise
     except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
         reason = f"{type(error).__name__}: it is damaged, or holds objects other than tensors and plain values"
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({reason}): remove it or name another checkpoint"
+            f"{path} cannot be read as a checkpoint ({reason}): remove it, or name another one with --checkpoint"
         ) from None
     expected = {
         **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),

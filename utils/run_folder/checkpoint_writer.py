@@ -25,8 +25,8 @@ class CheckpointWriter:
     use of the writer raises FolderError.
 
     Args:
-        resumed_from: checkpoint that this run resumes from. If it is not last.pt, then last.pt is damaged and is not
-            kept as previous.pt.
+        resumed_from: checkpoint that this run resumes from. If it is not last.pt, then last.pt is missing or damaged,
+            and is not kept as previous.pt.
         flush_first: file that is flushed to the disk before a new checkpoint gets its name.
     """
 
@@ -99,7 +99,7 @@ class CheckpointWriter:
             meanwhile[keep_as], afterwards[keep_as] = [digest, *sums.get(keep_as, [])], [digest]
         _write_sums(self._folder, sums | meanwhile)
         if keep_as:
-            # First, because a run that resumes after this step does not write `keep_as` again.
+            # Before last.pt is replaced, because a run that resumes from the new last.pt does not write it again.
             _give_another_name(partial, self._folder / keep_as)
         if self._last_is_good and last.exists():
             last.replace(previous)

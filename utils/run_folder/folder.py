@@ -84,9 +84,10 @@ class RunFolder:
             logger.info("resuming from %s at step %d of %d", self.checkpoint, state.step, total_steps)
 
     def prepare(self) -> None:
-        """Collective. Locks the folder, creates its subfolders and writes config.yaml. Raises ConfigError.
+        """Collective. Locks the folder, creates its subfolders and writes config.yaml.
 
-        From here on, the log of this process is also written to logs/rank_<rank>.log.
+        Raises ConfigError if the folder cannot be written to, or if another run uses it or has just used it. From here
+        on, the log of this process is also written to logs/rank_<rank>.log.
         """
         if rank() == 0:
             if not self._locked:

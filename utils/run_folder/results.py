@@ -1,4 +1,4 @@
-"""results.json: the closing table of a run, with the digest of the config and the step that the table belongs to."""
+"""results.json: the final table of a run, with the digest of the config and the step that the table belongs to."""
 
 import json
 from pathlib import Path

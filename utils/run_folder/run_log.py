@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def _say_nothing_of_tensorboard(args: threading.ExceptHookArgs) -> None:
-    """Handles errors in threads, but ignores TensorBoard's threads: the next call of TensorBoard raises them again."""
+    """Handles errors in threads. Ignores those of TensorBoard's threads: its next call raises the same error again."""
     if not type(args.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(args)
 
