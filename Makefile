@@ -2,7 +2,7 @@
 #     Trains and evaluates a model, with NPROC processes (one per GPU). REPORT=1 also writes a report; it is the default
 #     for config/digits.yaml.
 # make test
-#     Checks the code style, the types and the tests.
+#     Checks the code style and the types, and runs the tests.
 # make test-long
 #     Runs the tests that take minutes.
 # make bundle DATA=folder [NAME="name of the images"] [BUNDLE_PYTHON=3.12]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from config.schema import Sampling
 
 EXAMPLES = """\
-  python sample.py {name} --config config/digits.yaml
-  python sample.py {name} --checkpoint runs/digits/checkpoints/last.pt sampling.num_sampling_steps=50 --seed 1"""
+  python sample.py {name} --config config/{config}.yaml
+  python sample.py {name} --checkpoint runs/{config}/checkpoints/last.pt sampling.num_sampling_steps=50 --seed 1"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,9 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     # Parse.
     words = list(sys.argv[1:] if argv is None else argv)
     with gather_user_errors():
-        first = next(
-            (i for i, word in enumerate(words) if not word.startswith("--local")), None
-        )  # launchers add --local-rank
+        # Launchers may put --local-rank before the name of the picture.
+        first = next((i for i, word in enumerate(words) if not word.startswith("--local")), None)
         name = None if first is None else words.pop(first)
         if name in ("-h", "--help"):
             if rank() == 0:
@@ -78,12 +77,15 @@ def usage() -> str:
         "",
     ]
     lines += [f"  {name:<12} {picture.meaning}" for name, picture in PICTURES.items()]
-    return "\n".join([*lines, "", "examples:", EXAMPLES.format(name="reconstruct")])
+    return "\n".join([*lines, "", "examples:", EXAMPLES.format(name="reconstruct", config="digits")])
 
 
 def parse(kind: type[Picture[Any]], words: list[str]) -> tuple[argparse.Namespace, Picture[Any]]:
     """Returns the options of a command and the picture that they describe. Raises ConfigError if one is wrong."""
-    meaning, examples = f"{kind.meaning[0].upper()}{kind.meaning[1:]}.", EXAMPLES.format(name=kind.name)
+    meaning, examples = (
+        f"{kind.meaning[0].upper()}{kind.meaning[1:]}.",
+        EXAMPLES.format(name=kind.name, config=kind.example),
+    )
     parser = make_parser(meaning, examples, prog=f"sample.py {kind.name}", of_checkpoint=True)
     parser.add_argument("--seed", type=int, help="seed of the random noise; default: the seed of the run")
     parser.add_argument(

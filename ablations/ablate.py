@@ -139,7 +139,10 @@ class Driver:
         logger.info("%s: %s", stage.name, end)
 
     def _train_and_judge(self, run: Run) -> bool:
-        """Trains a run as far as the time allows, judges it and records the result. Returns True if it is complete."""
+        """Trains a run as far as the time allows, judges it and records the result. Returns True if it is complete.
+
+        If a signal arrives, the run is only saved, and False is returned.
+        """
         from ablations.trial import Trial, write_encoder_parts
 
         began = time.monotonic()
@@ -199,7 +202,7 @@ class Driver:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status.
 
-    The status is 1 if a run failed or could not be started. The exit status of a command has no effect.
+    The status is 1 if a run failed or could not be started. The exit status of a stage's command has no effect on it.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="YAML file of the plan, such as ablations/plans/cifar10.yaml")

@@ -62,7 +62,7 @@ class Stage(BaseModel):
 
 
 class Plan(BaseModel):
-    """An ablation plan. Its most important stages come first, because the time may run out after any stage.
+    """An ablation plan. Its most important stages come first, because the time may run out at any moment.
 
     Attributes:
         config: path of the config that all variants start from.
@@ -88,7 +88,9 @@ def read_plan(path: Path, overrides: list[str]) -> Plan:
     try:
         plan = Plan.model_validate(parse_yaml(path.read_text(), str(path)))
     except OSError as error:
-        raise ConfigError(f"cannot read the plan {path} ({error.strerror}): name a file of ablations/plans") from None
+        raise ConfigError(
+            f"cannot read the plan {path} ({error.strerror}): name a YAML file, such as ablations/plans/cifar10.yaml"
+        ) from None
     except (ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a valid plan: {' '.join(str(error).split())}") from None
     plan = plan.model_copy(update={"overrides": [*plan.overrides, *overrides]})
@@ -99,14 +101,14 @@ def read_plan(path: Path, overrides: list[str]) -> Plan:
         if stage.base is not None and not (stage.base in earlier and earlier[stage.base].variants):
             raise ConfigError(
                 f"{path}: {stage.name} builds on {stage.base}, but no earlier stage of that name has variants: "
-                "correct base"
+                "correct the key base"
             )
         if stage.images_of is not None:
             name, _, variant = stage.images_of.partition("/")
             if name not in earlier or variant not in earlier[name].variants:
                 raise ConfigError(
                     f"{path}: {stage.name} trains as long as {stage.images_of}, "
-                    "but no earlier stage has that variant: correct images_of"
+                    "but no earlier stage has that variant: correct the key images_of"
                 )
         earlier[stage.name] = stage
         for own in [plan.overrides, *stage.variants.values()]:

@@ -14,7 +14,7 @@ HEAD = [
     "images/s",
     "k-NN",
     "linear",
-    "mean of both",
+    "mean of k-NN and linear",
     "against the first",
 ]
 

@@ -35,7 +35,7 @@ from utils.run_folder.checkpoint_writer import save_checkpoint
 SAVE_EVERY_S = 120
 WARMUP_STEPS = 30  # not part of images per second, because kernels are chosen and compiled in these steps
 LOOK_EVERY = 10  # steps between checks of the clock; each check synchronises with the device
-LOSSES = 100  # the reported loss is the mean over this number of last steps
+LOSSES = 100  # the reported loss is the mean over at most this number of last steps
 PART_BYTES = 12 * 2**20
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Trial:
             saved = load_checkpoint(checkpoint)
             changed = differences(parse_config(saved["config"], str(checkpoint)), self.config, run=False)
         except (CheckpointError, ConfigError) as error:
-            logger.info("%s; starting from scratch", error)
+            logger.info("cannot resume (%s): starting from scratch", error)
             return
         if changed or saved["data"] != self.experiment.data_digest:
             logger.info(

@@ -1,4 +1,4 @@
-"""The pictures that sample.py and the report draw. A class defines the options, checks and drawing of each picture.
+"""The pictures that sample.py and the report draw. Each is a subclass of Picture: its options, checks and drawing.
 
 To add a picture, write a subclass of Picture and add it to PICTURES at the end of this file. Heavy modules are imported
 in the methods that use them, so that `sample.py --help` and errors in options do not wait for the import of torch.
@@ -66,11 +66,13 @@ class Picture(ABC, Generic[Found]):
     Attributes:
         name: name of the picture on the command line of sample.py.
         meaning: content of the picture in one line, for `--help`.
+        example: name of a config, without folder and ending, whose model can be drawn.
         needs: packages that the picture needs in addition to requirements.txt.
     """
 
     name: ClassVar[str]
     meaning: ClassVar[str]
+    example: ClassVar[str] = "digits"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -220,7 +222,7 @@ class Directions(PictureOfImages):
     """Images decoded from z moved both ways along principal components, or towards a class. x_T stays the same."""
 
     name = "directions"
-    meaning = "images while z moves along the principal components of the latents, or towards a class"
+    meaning = "images decoded while z moves along the principal components of the latents, or towards a class"
 
     num_images: int = number(1, "number of images, if --images is not given")
     num_steps: int = number(7, "number of images along each direction", minimum=2)
@@ -245,7 +247,8 @@ class Directions(PictureOfImages):
         most = min(experiment.config.encoder.latent_dim, count)
         if self.num_components > most:
             raise ConfigError(
-                f"--num_components {self.num_components} is too large: use at most {most} for {count} latents"
+                f"--num_components {self.num_components} is too large: use at most {most}, the smaller "
+                "of encoder.latent_dim and the number of training images"
             )
         chosen = super().find(experiment)
         if self.class_name is not None:
@@ -393,12 +396,13 @@ class Mix(PictureOfPairs):
 
     name = "mix"
     meaning = "the first image of each pair, with sections of z from the second image"
+    example = "cifar10_paper"
 
     random: bool = option(False, "start from random noise instead of the first image's x_T", action="store_true")
     sections: Sequence[int] | None = option(
         None,
-        "sections to take from the second image; default: one column each for no section, the last one, the last two, "
-        "..., all of them",
+        "sections to take from the second image; default: several columns, which take no section, the last section, "
+        "the last two, ..., all sections",
         type=int,
         nargs="+",
     )
@@ -482,7 +486,7 @@ class Generate(Picture[None]):
         most = min(len(experiment.train), MAX_FIT)
         if self.num_components > most:
             raise ConfigError(
-                f"--num_components {self.num_components} is too large: use at most {most}, the number of latents"
+                f"--num_components {self.num_components} is too large: use at most {most} (latents in the fit)"
             )
 
     def draw(self, codec: Codec, found: None) -> Grid:

@@ -99,7 +99,7 @@ def _read_file(reference: str, image_size: int) -> tuple[Tensor, str, None]:
 def find_class(classes: list[str], name: str) -> int:
     """Returns the index of a class by its name. Raises ConfigError if there is no such class."""
     if not classes:
-        raise ConfigError(f"no class {name}: the images have no labels, so name images instead of a class")
+        raise ConfigError(f"no class {name}: the images have no labels: leave --class out, or name images as terms")
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
         known = ", ".join(classes) if len(classes) <= 20 else f"{', '.join(classes[:20])}, ..."

@@ -238,14 +238,15 @@ class Decoder(Section):
     )
     scale_offset: float = key(
         1.0,
-        "constant added to the learned scales of the decoder's AdaGN layers; 1: an untrained layer keeps the size of "
-        "its features; 0: as in the reference implementation",
+        "constant added to the learned scales of the decoder's AdaGN layers; 1: an untrained layer keeps the "
+        "magnitude of its features; 0: as in the reference implementation",
         ge=0,
     )
     modulation: Modulation = key(
         "shared",
         "shared: the whole latent modulates every decoder block; sectioned: the latent is divided into sections, and "
-        "each section modulates one block on the way down and the matching blocks on the way up",
+        "each section but the last modulates one block on the way down and the matching blocks on the way up; the last "
+        "section modulates the middle",
     )
 
     @property
@@ -337,7 +338,9 @@ class Training(Section):
         0.9999, "largest decay of the exponential moving average (EMA) of the weights; training.ema_power sets its rise"
     )
     ema_power: Positive = key(
-        2 / 3, "rise of the EMA's decay: after n steps, it is 1 - (1 + n)^-ema_power, but at most training.ema_decay"
+        2 / 3,
+        "exponent of the rise of the EMA's decay: after n steps, the decay is 1 - (1 + n)^-ema_power, but at most "
+        "training.ema_decay",
     )
     log_every: int = key(50, "training steps between reports of loss, learning rates and speed", run=True, ge=1)
     checkpoint_every: str = key(
@@ -445,7 +448,7 @@ class Sampling(Section):
     )
     sections: list[int] | None = key(
         None,
-        "numbers, from 0, of the latent's sections that samples are conditioned on; null: all; a list needs "
+        "indices, from 0, of the sections of the latent that samples are conditioned on; null: all; a list needs "
         "decoder.modulation=sectioned, and works best if training.mask.section_probability was above 0 in training",
         run=True,
     )

@@ -161,7 +161,9 @@ def _fingerprint(listing: Listing) -> str:
         try:
             status = (listing.root / file).stat()
         except OSError as error:
-            raise DatasetError(f"cannot read {listing.root / file} ({error.strerror}): repair or remove it") from None
+            raise DatasetError(
+                f"cannot read {listing.root / file} ({error.strerror}): restore it, or make it readable"
+            ) from None
         if not stat.S_ISREG(status.st_mode):
             raise DatasetError(f"{listing.root / file} is not a regular file: remove it")
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))

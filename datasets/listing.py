@@ -35,7 +35,9 @@ def _image_files(folder: Path) -> list[str]:
     """
 
     def unreadable(error: OSError) -> None:
-        raise DatasetError(f"cannot read the folder {error.filename} ({error.strerror}): repair or remove it") from None
+        raise DatasetError(
+            f"cannot read the folder {error.filename} ({error.strerror}): restore it, or make it readable"
+        ) from None
 
     found, seen = [], set()
     for base, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
@@ -71,8 +73,9 @@ def _list_classes(folder: Path, classes: list[str], kind: str) -> Listing:
 def list_folder(root: Path) -> tuple[Listing, Listing | None]:
     """Lists the training and test files of a folder.
 
-    A folder with classes has the files `root`/train/<class>/* and `root`/test/<class>/*. The folder `test` may also be
-    called `val`. A flat folder has the files `root`/* or `root`/train/*. It has no labels and no test split.
+    A folder with classes has its files in `root`/train/<class>/ and `root`/test/<class>/, at any depth. The folder
+    `test` may also be called `val`. A flat folder has its files anywhere below `root`/train, or below
+    `root` if there is no `train`. It has no labels and no test split.
 
     Raises DatasetError if there are no images, or if the classes or the test split are unusable.
     """

@@ -191,7 +191,7 @@ def operate(pixels: Tensor, counts: list[int], strengths: Tensor, matrices: Tens
 
     Args:
         counts: number of samples for each entry of OPERATIONS.
-        strengths: (N,), used by all operations except the geometric ones.
+        strengths: (N,); Identity, AutoContrast, Equalize and the geometric operations do not use them.
         matrices: (N, 2, 3), used only by the geometric operations.
     """
     done, start = [], 0

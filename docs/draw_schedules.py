@@ -33,7 +33,7 @@ def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
     for name, curve in curves.items():
         left.plot(time, curve, label=LABELS.get(name, name))
         right.plot(time, (curve / (1 - curve)).log())
-    left.set(title="alphas_cumprod: remaining fraction of the variance")
+    left.set(title="alphas_cumprod: remaining fraction of the image's variance")
     right.set(title="log-SNR = log(alphas_cumprod / (1 - alphas_cumprod))", ylim=(-15, 12))
     for axes in (left, right):
         axes.set(xlabel="(t + 1/2) / T", xlim=(0, 1))
@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     last = curves["inverted_cosine"][-1].item()
     for size in (8, 32, 64):
         shift = 0.5 * math.sqrt(3 * size**2) * math.sqrt(last / (1 - last))
-        print(f"inverted cosine, {size} px: at T-1, brightness 0.5 is {shift:.1f} standard deviations of noise")
+        print(
+            f"inverted cosine, {size} px: at T-1, an image of 0.5s shifts the mean by {shift:.1f} standard deviations"
+        )
 
 
 if __name__ == "__main__":

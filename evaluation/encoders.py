@@ -65,7 +65,8 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
     """Returns a model with the decoder of `soda` and a copy of its encoder with settled BatchNorm statistics.
 
     The running statistics are re-estimated by SETTLING_PASSES forward passes over source views, in training mode.
-    Every rank encodes complete global batches, because statistics of shares would depend on the number of ranks.
+    Every rank encodes complete global batches, because statistics of one rank's share would depend on the number
+    of ranks.
     """
     encoder = copy.deepcopy(soda.encoder).train()
     positions = range(experiment.config.training.batch_size)

@@ -116,7 +116,7 @@ def accuracy_table(
         features: Features = {}
         for epoch in range(max((cell.protocol.epochs for cell in cells), default=0)):
             if epoch == 0 or view is not None:  # clean views are the same in each epoch
-                features = {}  # frees the features of the last epoch before new ones are allocated
+                features = {}  # frees the features of the previous epoch before new ones are allocated
                 features = extract(train, view, epoch)
             for cell in cells:
                 cell.classifier.train_epoch(features[cell.key], train_labels)

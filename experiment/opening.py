@@ -61,7 +61,9 @@ def open_experiment(config: Config) -> Experiment:
     train, test = to_gpu_if_small(train, device), test and to_gpu_if_small(test, device)
     batch_size, k = config.training.batch_size, config.evaluation.knn.k
     if len(train) < batch_size:
-        raise DatasetError(f"{len(train)} training images are fewer than a batch: lower training.batch_size")
+        raise DatasetError(
+            f"{len(train)} training images are fewer than a batch: add images, or lower training.batch_size of the run"
+        )
     if test is not None and len(train) < k:
         raise DatasetError(
             f"evaluation.knn.k {k} is more than the {len(train)} training images: lower evaluation.knn.k"

@@ -144,7 +144,7 @@ def check_weights(weights: dict[str, Any], model: nn.Module) -> None:
     """Raises CheckpointError if the names or shapes of a checkpoint's weights differ from those of `model`."""
     difference = first_difference(weights, model)
     if difference:
-        raise CheckpointError(f"the checkpoint does not fit the model ({difference}): name another checkpoint")
+        raise CheckpointError(f"the checkpoint does not fit the model ({difference}): use another checkpoint")
 
 
 def first_difference(weights: dict[str, Any], model: nn.Module) -> str | None:

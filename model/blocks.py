@@ -64,7 +64,7 @@ class AdaGN(nn.Module):
         self.latent_proj = nn.Linear(latent_dim, 2 * channels)
 
     def forward(self, h: Tensor, time: Tensor, latent: Tensor) -> Tensor:
-        """h (N, C, H, W), time (N, time_dim), latent (N, latent_dim) -> (N, C, H, W)."""
+        """Returns (N, C, H, W) for h (N, C, H, W), time (N, time_dim) and latent (N, latent_dim)."""
         time_scale, time_shift = self.time_proj(time)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
         latent_scale, latent_shift = self.latent_proj(latent)[:, :, None, None].chunk(2, dim=1)
         h = (self.scale_offset + time_scale) * self.norm(h) + time_shift
@@ -99,7 +99,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor, latent: Tensor) -> Tensor:
-        """x (N, C_in, H, W), time (N, time_dim), latent (N, latent_dim) -> (N, C_out, H, W)."""
+        """Returns (N, C_out, H, W) for x (N, C_in, H, W), time (N, time_dim) and latent (N, latent_dim)."""
         h = self.conv1(F.silu(self.norm(x)))
         h = F.silu(self.adagn(h, time, latent))
         return residual(self.skip(x), self.conv2(self.dropout(h)), self.rescale_residual)
@@ -120,7 +120,7 @@ class SelfAttention(nn.Module):
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> (N, C, H, W)."""
+        """Returns (N, C, H, W) for x (N, C, H, W)."""
         n, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).view(n, 3, self.num_heads, c // self.num_heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(dim=1)  # (N, heads, H * W, C / heads) each
@@ -142,4 +142,5 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns (N, C, 2 H, 2 W) for x (N, C, H, W)."""
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -43,7 +43,7 @@ class Stage(nn.Module):
         self.resolution, self.section = resolution, section
 
     def forward(self, x: Tensor, time: Tensor, latents: Sequence[Tensor]) -> Tensor:
-        """x (N, C_in, H, W), time (N, time_dim), `latents` one (N, width) per section -> (N, C_out, H, W)."""
+        """Returns (N, C_out, H, W) for x (N, C_in, H, W), time (N, time_dim), latents (N, width) of all sections."""
         h = self.block(x, time, latents[self.section])
         return h if self.attention is None else self.attention(h)
 
@@ -164,7 +164,7 @@ class UNetDecoder(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(channels, IMAGE_CHANNELS, 3, padding=1))
 
     def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        """x_t (N, 3, H, W), timesteps (N,) int64, z (N, latent_dim) -> eps (N, 3, H, W).
+        """Returns eps (N, 3, H, W) for x_t (N, 3, H, W), timesteps (N,) int64 and z (N, latent_dim).
 
         A row of zeros in `z` is the null latent: the sample is denoised unconditionally. If only one section of a row
         is zero, the layers of that section are modulated as by the null latent.

@@ -162,8 +162,9 @@ class GaussianDiffusion:
 
             x' = sqrt(alphas_cumprod_t) clean + sqrt(1 - alphas_cumprod_t) eps(x', t)
 
-        by iteration, starting from x' = x_t. Here, `clean` is the predicted x_start that follows from x_t and the same
-        eps(x', t) (Song et al. 2021, eq. 13).
+        by iteration, starting from x' = x_t. Here, t is the timestep of x', and x_t belongs to the step before, which
+        has less noise. `clean` is the predicted x_start that follows from x_t and the same eps(x', t) (Song et al.
+        2021, eq. 13).
 
         One iteration is the inversion of Dhariwal & Nichol (2021, appendix F) and of diffusers' DDIMInverseScheduler. A
         second iteration doubles the cost and improves the reconstruction by 3 to 11 dB (docs/results.md). The idea of

@@ -19,8 +19,8 @@ def guided_denoiser(
 ) -> Denoiser:
     """Returns a function (x_t, timesteps) -> eps for the sampler, conditioned on z (N, latent_dim).
 
-    With one scale s for all sections, this is classifier-free guidance (Ho & Salimans 2022):
-    eps_uncond + s (eps_cond - eps_uncond). A scale of 1 is the conditional model alone. It costs one forward pass
+    With one scale w for all sections, this is classifier-free guidance (Ho & Salimans 2022):
+    eps_uncond + w (eps_cond - eps_uncond). A scale of 1 is the conditional model alone. It costs one forward pass
     instead of two.
 
     With a scale s_i for each section, the function returns

@@ -124,7 +124,7 @@ def training(
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:
-    """Trains three times for 20 steps with fixed BatchNorm statistics: each share is 1, 2 or 4 micro-batches.
+    """Trains three times for 20 steps with fixed BatchNorm statistics: with 1, 2 and 4 micro-batches per process.
 
     Adds to each result of `training` the key "unreduced": the number of backward passes without a reduction.
     """

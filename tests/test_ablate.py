@@ -76,7 +76,7 @@ def test_the_plans_that_are_there_load(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_screen_of_cifar10_is_balanced() -> None:
-    """Within each schedule, half of the variants have each of the other factors."""
+    """Among the variants with the same schedule, each of the other settings is on in exactly half."""
     screen = next(s for s in read_plan(ROOT / "ablations/plans/cifar10.yaml", []).stages if s.name == "screen")
     keys = ("decoder.scale_offset", "views.source.crop_scale", "views.target.crop_scale", "views.target.randaugment")
     by_schedule: dict[str, list[list[bool]]] = {}
@@ -114,6 +114,8 @@ def test_mistakes_in_a_plan_are_explained(tmp_path: Path, stage: str, expected: 
     with pytest.raises(ConfigError, match=expected) as caught:
         read_plan(path, [])
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"none.yaml \(No such file or directory\): name a YAML file"):
+        read_plan(tmp_path / "none.yaml", [])
 
 
 def test_a_stage_builds_on_the_best_of_another(ablation: Ablation) -> None:
@@ -141,6 +143,7 @@ def test_results_of_another_experiment_are_passed_over(ablation: Ablation, chang
 
 
 def test_a_variant_that_does_not_go_with_the_best_is_a_stage_that_fails(tmp_path: Path) -> None:
+    """If a variant cannot be combined with the best variant of the base stage, its stage fails and has no table."""
     deep = Stage(name="deep", epochs=1, variants={"a": ["decoder.channel_mult=[1,2,2]"]})
     odd = Stage(name="odd", epochs=1, base="deep", variants={"b": ["data.image_size=10"]})
     plan = Plan(config=str(ROOT / "config" / "digits.yaml"), stages=[deep, odd])
@@ -193,7 +196,7 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     assert "- then-d-0 was stopped after 1,000 images: 30.0 / 20.0" in lines
     ablation.record(then, {"complete": False, "failed": "out of memory"})
     assert "- then-d-0 failed: out of memory" in markdown_tables(ablation)
-    # That stage has only one seed, so the standard deviation is that of the screen.
+    # The stage `then` has only one seed, so its table uses the standard deviation of the screen.
     ablation.record(then, row_of(30, 20))
     two = ablation.stage("then").model_copy(update={"variants": {"d": [Z3], "f": []}})
     plan = ablation.plan.model_copy(update={"stages": [ablation.stage("screen"), two]})
@@ -222,7 +225,10 @@ def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
         f"- `{' '.join(both)}`: +4.0, 3 variants against 3 without",
         "- `diffusion.schedule=linear_alphas_cumprod`: +10.0, 2 variants against 2 without",
         "- `diffusion.schedule=inverted_cosine`: +20.0, 2 variants against 2 without",
-    ], "single runs have a standard deviation of 2.1; a difference of means has 1.2 (six runs each) or 1.5 (four each)"
+    ], (
+        "no effect may be a tie: the standard deviation is 2.1 for single runs; for a difference of means, 1.2 (six "
+        "runs each) or 1.5 (four each)"
+    )
 
 
 def test_parts_of_an_encoder_go_together_again(tmp_path: Path) -> None:

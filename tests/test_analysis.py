@@ -233,6 +233,7 @@ def test_towards_a_class_is_where_a_classifiers_score_rises(codec: Codec) -> Non
 
 
 def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> None:
+    """With `random`, the pictures `directions` and `mix` are sampled from random noise."""
     chosen = choose(quick, None, 2)
     first, second = chosen.pairs()
     noise, z = quick.noise(2, "sample 0"), quick.encode(chosen.pixels)
@@ -255,7 +256,8 @@ def test_arithmetic_of_means_and_images(codec: Codec) -> None:
     back = same.cells[1][2].image
     assert back is not None and psnr(back[None].float() / 127.5 - 1, image.pixels.float() / 127.5 - 1) > 30
 
-    # With class means only, decoded from noise: the last column decodes the latent that is computed by hand here.
+    # If all terms are class means, all rows are sampled from random x_T. The last column shows the latent that is
+    # computed by hand here.
     picture = Arithmetic(num_samples=2).draw(codec, [0, 1, 0])
     labels = codec.experiment.train.labels
     assert labels is not None and len(picture.cells) == 2

@@ -54,7 +54,7 @@ def _seeded() -> None:
 
 
 def random(count: int) -> Draw:
-    """Returns a draw of random uniforms for `count` samples."""
+    """Returns a function that draws uniform random numbers for `count` samples."""
     return lambda columns, stream="": torch.rand(count, columns)
 
 
@@ -159,7 +159,9 @@ def test_colours_follow_torchvisions_distribution() -> None:
     assert abs((drawn.operations[:, 6] == INDEX["Color"]).float().mean() - 0.2) < 0.02
     assert drawn.strengths[:, 6].unique().tolist() == [-1, 0]
     plain = Augmentation(View(randaugment_probability=0.0), 16).parameters(random(9))
-    assert plain.operations.shape == (9, 2), "no rounds for colours if the config has none"
+    assert plain.operations.shape == (9, 2), (
+        "a view without colour jitter and greyscale must have no operations for them"
+    )
 
 
 def test_strengths_are_torchvisions() -> None:
@@ -215,6 +217,7 @@ def test_operating_once_on_all_samples_is_operating_on_each() -> None:
 
 
 def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None:
+    """All operations are equally likely, half of the signed strengths are negative, and the probability is kept."""
     view = View(randaugment_probability=0.65)
     drawn = Augmentation(view, 32).parameters(random(100_000))
     shares = drawn.operations.flatten().bincount(minlength=14) / 200_000

@@ -17,7 +17,7 @@ from tests.conftest import TWO_PROCESSES, launch
 from utils.device import choose_compile
 
 needs_compiler = pytest.mark.skipif(
-    not choose_compile(True, torch.device("cpu")), reason="needs a C++ compiler in PATH"
+    not choose_compile(True, torch.device("cpu")), reason="torch.compile needs a C++ compiler and Python.h"
 )
 
 

@@ -283,6 +283,7 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
 def test_images_that_fill_half_of_the_memory_are_streamed(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Images that fill more than half of the memory are streamed, unless data.stream says otherwise."""
     assert cache.memory_bytes() > 1e8
     caplog.set_level("INFO")
     needed = 8 * 3 * 8**2
@@ -381,7 +382,11 @@ def test_an_image_that_goes_bad_is_named_when_its_batch_is_due(numbered: Listing
 
 @pytest.mark.parametrize("then", [True, False])
 def test_pixels_are_those_of_the_files_however_they_were_held_before(tree: Path, tmp_path: Path, then: bool) -> None:
-    """Files are stored, changed, opened again (streamed if `then`), stored. Both times the pixels are the new ones."""
+    """Stored images follow a change of their files.
+
+    The images are opened as stored, and their files change. Then they are opened again (streamed if `then`, else
+    stored), and once more as stored. Both times the pixels are the new ones.
+    """
     open_folder(tree, tmp_path, stream=False)
     for path in tree.rglob("*.png"):
         write_image(path, 255 - np.asarray(Image.open(path)))

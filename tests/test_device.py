@@ -139,6 +139,7 @@ def test_an_environment_that_no_launcher_made_is_refused(
 
 
 def test_variables_that_clusters_set_for_themselves_are_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE without RANK, which some clusters set, comes from no launcher: the program is a single process."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     check_launcher()
     assert (rank(), world_size()) == (0, 1)

@@ -66,8 +66,8 @@ def test_the_figures_are_those_of_the_code(tmp_path: Path, capsys: pytest.Captur
     signal, noise = exact.sqrt_alphas_cumprod[-1].item(), exact.sqrt_one_minus_alphas_cumprod[-1].item()
     for line, size in ((brightness_8, 8), (brightness_32, 32), (brightness_64, 64)):
         uniform = torch.full((3, size, size), 0.5)
-        assert f" is {signal * uniform.norm().item() / noise:.1f} standard deviations" in line
+        assert f" by {signal * uniform.norm().item() / noise:.1f} standard deviations" in line
     said = " ".join(page.split())
-    numbers = [line.split()[-5] for line in (brightness_32, brightness_8, brightness_64)]
+    numbers = [line.split()[-3] for line in (brightness_32, brightness_8, brightness_64)]
     assert "by {} standard deviations, at 8 px by {}, at 64 px by {}.".format(*numbers) in said
     assert f"the last timestep is {signal:.3f}" in said and f"standard deviation {noise:.3f}" in said

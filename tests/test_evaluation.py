@@ -64,7 +64,7 @@ def test_knn_by_hand() -> None:
 
 
 def test_ties_go_to_the_smallest_class() -> None:
-    """If several classes have the same score, the smallest class counts as the highest score."""
+    """Classes with the same score are ranked by index, the lowest first."""
     votes = torch.tensor([[1.0, 2.0, 2.0, 1.0], [1.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]])
     accuracy = topk_accuracy(votes, torch.tensor([1, 2, 0, 3]))
     assert accuracy == {"top1": 50.0, "top3": 75.0}

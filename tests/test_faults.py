@@ -317,7 +317,7 @@ def test_twenty_bad_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pyte
 def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If memory runs out, the error names the key that halves the need for it. The run can then resume."""
+    """If memory runs out, the error names the setting that halves the memory needed. With it, the run resumes."""
     for key, short in (
         ("training.micro_batch_size=32", "training.loop.train_step"),
         ("evaluation.batch_size=256", "training.evaluating.judge"),

@@ -43,7 +43,7 @@ def test_guidance_by_sections(sectioned_soda: SODA) -> None:
         close(guided(scale, [1]), eps() + scale * (eps(1) - eps()))
         close(guided([scale, 9.0, scale], [2, 0]), eps() + scale * (eps(0, 2) - eps()))
     close(guided(1.0, []), eps())
-    # A different scale per section: compare with the integral of the definition, computed in small steps of s.
+    # A different scale per section: compare with the integral in guided_denoiser's docstring, in small steps of s.
     scales = [0.7, 3.0, 1.5]
     integral, step = eps().clone(), 0.1
     for k in range(30):

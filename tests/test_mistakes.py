@@ -141,9 +141,7 @@ MISTAKES = [
         "no class ten: the classes are 0, 1, 2", ["directions", *checkpoint("good"), "--class", "ten"], "sample.py"
     ),
     Mistake("no class 11", ["arithmetic", *checkpoint("good"), "--terms", "class:1", "class:11", "0"], "sample.py"),
-    Mistake(
-        "use at most 8 for 1437 latents", ["directions", *checkpoint("good"), "--num_components", "9"], "sample.py"
-    ),
+    Mistake("use at most 8, the smaller of", ["directions", *checkpoint("good"), "--num_components", "9"], "sample.py"),
     Mistake("mix needs a model with decoder.modulation=sectioned", ["mix", *checkpoint("good")], "sample.py"),
     Mistake("use sections 0 to 2 of this model", ["mix", *checkpoint("sectioned"), "--sections", "3"], "sample.py"),
     Mistake(
@@ -157,7 +155,7 @@ MISTAKES = [
         "sample.py",
     ),
     Mistake(
-        "use at most 1437, the number of latents",
+        "use at most 1437 (latents in the fit)",
         ["generate", *checkpoint("good"), "--num_components", "1438"],
         "sample.py",
     ),
@@ -179,6 +177,7 @@ MISTAKES = [
     Mistake("no folder none", [*checkpoint("good"), "--folder", "none"], "embed.py"),
     Mistake("no images in", [*checkpoint("good"), "--folder", "{place}/images/empty"], "embed.py"),
     Mistake("the image none.png does not exist", [*checkpoint("good"), "--files", "none.png"], "embed.py"),
+    Mistake("put key=value before --files", [*checkpoint("good"), "--files", "device=cpu"], "embed.py"),
     Mistake("text.pt cannot be read", [*checkpoint("text"), "--export", "out"], "embed.py"),
     Mistake("no config file", ["--config", "{place}/only_0.yaml", "--config", "{place}/only_{rank}.yaml"], processes=2),
     Mistake("the processes read different configs", ["seed={rank}"], processes=2),

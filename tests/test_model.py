@@ -131,6 +131,7 @@ def test_residual_sums_are_divided_by_sqrt_2() -> None:
 
 
 def test_timestep_embedding_is_the_fields() -> None:
+    """The timestep embedding equals that of diffusers."""
     timesteps = torch.tensor([0, 1, 17, 500, 999])
     theirs = get_timestep_embedding(timesteps, 128, flip_sin_to_cos=True, downscale_freq_shift=0)
     torch.testing.assert_close(timestep_embedding(timesteps, 128), theirs, atol=1e-4, rtol=0)

@@ -179,7 +179,7 @@ def test_of_many_classes_the_confusions_are_a_picture_and_a_list() -> None:
 def browser() -> Iterator[Browser]:
     """Headless Chromium. Tests that use it are skipped if Chromium is not installed."""
     if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium")
+        pytest.skip("needs chromium in PATH (on Debian: apt install chromium)")
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened

@@ -356,7 +356,7 @@ def test_a_kept_checkpoint_is_also_the_last(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_mixed_precision_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.device._cpu_computes_bf16", lambda: True)  # other CPUs emulate bf16
+    monkeypatch.setattr("utils.device._cpu_computes_bf16", lambda: True)  # a CPU that does not compute bf16 emulates it
     dtypes: set[tuple[bool, torch.dtype]] = set()
     hook = register_module_forward_hook(
         lambda module, args, out: dtypes.add((module.training, out.dtype)) if isinstance(module, Conv2d) else None

@@ -411,9 +411,9 @@ class NoHostReads(TorchDispatchMode):
 
 
 class WatchedPhases(PhaseTimer):
-    """Phase timer that runs the phases that work only on the device under NoHostReads.
+    """Phase timer that runs phases under NoHostReads.
 
-    The other phases draw or read values on the host: "images", "views", and "EMA", whose counters are there.
+    The phases "images", "views" and "EMA" are exempt, because they draw or read values on the host.
     """
 
     def phase(self, name: str) -> Any:

@@ -68,9 +68,8 @@ class Saver:
             self._writer.check()
         stop, overdue = self._delayed_max(signals.received(), rank() == 0 and self._interval.overdue())
         if before_evaluation and not stop:
-            stop = max(
-                all_gather_object(signals.received())
-            )  # without this, only the ranks that received a signal would stop
+            # Without this, only the ranks that have received a signal would stop, and the others would evaluate.
+            stop = max(all_gather_object(signals.received()))
         epoch, step_of_epoch = divmod(self._state.step, self._experiment.loader.steps_per_epoch)
         keep_every = self._config.keep_every
         keep = keep_every is not None and step_of_epoch == 0 and epoch % keep_every == 0

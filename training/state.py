@@ -153,9 +153,7 @@ class TrainState:
             self._load(state)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"the checkpoint does not fit the model ({reason}): name another checkpoint"
-            ) from None
+            raise CheckpointError(f"the checkpoint does not fit the model ({reason}): use another checkpoint") from None
 
     def _load(self, state: dict[str, Any]) -> None:
         # Learning rates, `fused` and `foreach` come from the config and the device, not from the checkpoint.
@@ -209,7 +207,7 @@ def initial_state(experiment: Experiment) -> TrainState:
 
 
 def _optimizer(soda: SODA, config: Optimizer, device: torch.device) -> torch.optim.Optimizer:
-    """Returns AdamW over all parameters. All parameters outside the encoder use the decoder's learning rate."""
+    """Returns AdamW over all parameters: the encoder's with `encoder_lr`, all others with `decoder_lr`."""
     encoder = list(soda.encoder.parameters())
     of_encoder = {id(parameter) for parameter in encoder}
     others = [parameter for parameter in soda.parameters() if id(parameter) not in of_encoder]

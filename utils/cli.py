@@ -69,8 +69,8 @@ def make_parser(
     # torch.distributed.launch passes this option in either spelling. LOCAL_RANK has the same value, so it is ignored.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     from_checkpoint = (
-        "; the keys of seed, views, diffusion and training are taken from the checkpoint, except views.probe and "
-        "training.use_amp"
+        "; seed and all keys of views, diffusion and training are taken from the checkpoint, and values given here are "
+        "ignored, except for views.probe and training.use_amp"
     )
     parser.add_argument(
         "overrides",

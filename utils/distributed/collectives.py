@@ -167,7 +167,7 @@ class DelayedMax:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, *values: int) -> tuple[int, ...]:
-        """Collective. Takes the same number of values in every call. With several ranks, the first returns zeros."""
+        """Collective. Takes the same number of values in every call. With several ranks, the first call returns 0s."""
         if world_size() == 1:
             return values
         import torch

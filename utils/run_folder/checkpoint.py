@@ -79,7 +79,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if path.name in sums and not any(digest in digests for digests in sums.values()):
                 raise CheckpointError(
-                    f"{path} is damaged ({SUMS} lists another digest): remove it, or name another one with --checkpoint"
+                    f"{path} is damaged ({SUMS} lists another digest): remove it, or use another checkpoint"
                 )
             if path.name not in sums and (path.parent / SUMS).exists():
                 logger.warning("%s does not list %s: its digest is not checked", path.parent / SUMS, path.name)
@@ -89,14 +89,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
-            f"cannot read {path} ({error.strerror}): make it readable, or name another one with --checkpoint"
+            f"cannot read {path} ({error.strerror}): make it readable, or use another checkpoint"
         ) from None
     except CheckpointError:
         raise
     except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
         reason = f"{type(error).__name__}: it is damaged, or holds objects other than tensors and plain values"
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({reason}): remove it, or name another one with --checkpoint"
+            f"{path} cannot be read as a checkpoint ({reason}): remove it, or use another checkpoint"
         ) from None
     expected = {
         **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
@@ -104,5 +104,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     }
     fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
     if not fits or state["step"] < 0:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: name another checkpoint")
+        raise CheckpointError(f"{path} is not a checkpoint of this program: use another checkpoint")
     return state | {"sha256": digest}

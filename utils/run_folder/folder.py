@@ -1,4 +1,4 @@
-"""Run folder: takes its lock, compares it with the config, resumes from it, and prepares it for writing."""
+"""The run folder: locking, comparison with the config, resuming, and preparation for writing."""
 
 import logging
 from contextlib import ExitStack
@@ -28,7 +28,8 @@ class Resumable(Protocol):
 
     step: int
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads the contents of a checkpoint. Raises CheckpointError if they do not fit."""
 
 
 class RunFolder:

@@ -119,9 +119,8 @@ class RunLog:
                 for outdated in folder.glob(f"*/{name}"):
                     shutil.rmtree(outdated.parent)
                 (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # else the projector lists them twice
-                clean = [
-                    [" ".join(word.split()) or "-" for word in row] for row in rows
-                ]  # tabs and line breaks separate the cells of the table
+                # Tabs and line breaks separate the cells of the table, so labels must not contain them.
+                clean = [[" ".join(word.split()) or "-" for word in row] for row in rows]
                 self._writer.add_embedding(vectors, clean, thumbnails, step, name, header)
 
     def hyperparameters(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
