@@ -115,8 +115,7 @@ def read_plan(path: Path, overrides: list[str]) -> Plan:
             load_config(plan.config, [*plan.overrides, *own])
             if any(override.startswith(SET_BY_STAGES) for override in own):
                 raise ConfigError(
-                    f"{path}: an override sets seed or training.epochs: "
-                    f"use the keys seeds and epochs of stage {stage.name} instead"
+                    f"{path}: an override sets seed or training.epochs: use seeds and epochs of a stage instead"
                 )
     return plan
 

@@ -54,7 +54,7 @@ def measure_sections(experiment: Experiment, soda: SODA) -> dict[str, Any]:
 
 
 def digest_of(config: Config) -> str:
-    """Returns the digest of everything that the measures of a run with this config depend on."""
+    """Returns the digest of everything that the measures of a run depend on, except the content of the images."""
     return result_digest(config, also=str((SEED, NUM_PAIRS, NUM_SAMPLING_STEPS)))
 
 

@@ -25,7 +25,8 @@ def markdown_tables(ablation: Ablation) -> str:
     k-NN and linear probe are top-1 accuracies in per cent under the reference implementation's protocols, as
     mean ± standard deviation over seeds. A difference of at most two standard deviations is called a tie. This standard
     deviation is that of single runs, pooled over the variants of the stage that have several seeds. If no variant of
-    the stage has several seeds, it is pooled over the variants of all stages.
+    the stage has several seeds, it is pooled over the variants of all stages. The lines that compare settings convert
+    it to that of a difference of two means.
     """
     rows = {stage.name: ablation.complete_rows(stage) for stage in ablation.plan.stages}
     scores = {name: [[score(row) for row in found] for found in of.values()] for name, of in rows.items()}

@@ -205,7 +205,9 @@ class Encoder(Section):
         "convolution, stride 2, then max-pooling, for larger images",
     )
     width: Channels = key(
-        64, "channels of the encoder's first group of blocks; each following group has twice as many; 64 is standard"
+        64,
+        "channels of the encoder's first group of blocks; each following group has twice as many; 64 is standard; "
+        "bottleneck blocks (from resnet50 on) output four times as many",
     )
     latent_dim: int = key(128, "number of dimensions of the latent z", ge=1)
 
@@ -339,7 +341,7 @@ class Training(Section):
     )
     ema_power: Positive = key(
         2 / 3,
-        "exponent of the rise of the EMA's decay: after n steps, the decay is 1 - (1 + n)^-ema_power, but at most "
+        "exponent of the rise of the EMA's decay: at step n (from 1), the decay is 1 - n^-ema_power, but at most "
         "training.ema_decay",
     )
     log_every: int = key(50, "training steps between reports of loss, learning rates and speed", run=True, ge=1)

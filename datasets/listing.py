@@ -95,7 +95,9 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
         odd = sorted(set(classes) ^ set(_class_folders(test)))
         raise DatasetError(f"{train} and {test} have different classes: add or remove the folders {', '.join(odd[:5])}")
     if len(classes) == 1:
-        raise DatasetError(f"{train} has only one class: add another class, or move its images into {train} itself")
+        raise DatasetError(
+            f"{train} has only one class: add another class, or move its images into {train} and remove it"
+        )
     for split in (train, test):
         beside = sum(_is_image(path.name) for path in split.iterdir())
         if beside:

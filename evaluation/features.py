@@ -34,7 +34,7 @@ def extract_features(
     count = len(images)
     times_encoded = torch.zeros(count, device=device)
     mine = [range(b * batch_size, min((b + 1) * batch_size, count)) for b in my_range(-(-count // batch_size))]
-    # A rank without batches encodes one image, only to know the names and widths of the features. It discards them.
+    # A rank without batches encodes one image to know the names and widths of the features. It discards the values.
     batches = mine or [range(1)]
     for batch, pixels in zip(batches, images.batches(batches, pin_memory=device.type == "cuda"), strict=True):
         if mine:

@@ -62,7 +62,7 @@ def open_experiment(config: Config) -> Experiment:
     batch_size, k = config.training.batch_size, config.evaluation.knn.k
     if len(train) < batch_size:
         raise DatasetError(
-            f"{len(train)} training images are fewer than a batch: add images, or lower training.batch_size of the run"
+            f"{len(train)} training images are fewer than a batch: add images, or train with a lower batch_size"
         )
     if test is not None and len(train) < k:
         raise DatasetError(

@@ -15,9 +15,9 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Function (x_t (N, C, H, W), timesteps (N,) int64) -> eps (N, C, H, W)."""
 
 
-# Each schedule function is called with all keys of the config's `diffusion` section and ignores the keys that it does
-# not need. It returns alphas_cumprod, the fraction of the signal's variance that remains at each timestep:
-# (num_timesteps,) float64, decreasing. In the equations, u = (t + 1/2) / T is the midpoint of timestep t (`midpoints`).
+# Each schedule function is called with the keys of the config's `diffusion` section, except `schedule`, and ignores the
+# keys that it does not need. It returns alphas_cumprod, the fraction of the signal's variance that remains at each
+# timestep: (num_timesteps,) float64, decreasing. In the equations, u = (t + 1/2) / T (`midpoints`).
 
 
 def linear(num_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
@@ -158,13 +158,12 @@ class GaussianDiffusion:
         """Inverts `ddim_sample` (unclipped, eta 0): returns the x_T (N, C, H, W) that it denoises to `x_start`.
 
         The steps of the sampler are undone one by one, from the image to the noise. Each step computes a noisier
-        image x' from the image x_t of the step before. To find x', the step solves the fixed-point equation
+        image x' from the image x of the step before. To find x', the step solves the fixed-point equation
 
             x' = sqrt(alphas_cumprod_t) clean + sqrt(1 - alphas_cumprod_t) eps(x', t)
 
-        by iteration, starting from x' = x_t. Here, t is the timestep of x', and x_t belongs to the step before, which
-        has less noise. `clean` is the predicted x_start that follows from x_t and the same eps(x', t) (Song et al.
-        2021, eq. 13).
+        by iteration, starting from x' = x. Here, t is the timestep of x'. `clean` is the predicted x_start that follows
+        from x and the same eps(x', t) (Song et al. 2021, eq. 13).
 
         One iteration is the inversion of Dhariwal & Nichol (2021, appendix F) and of diffusers' DDIMInverseScheduler. A
         second iteration doubles the cost and improves the reconstruction by 3 to 11 dB (docs/results.md). The idea of

@@ -55,6 +55,7 @@ class ResNetEncoder(Encoder):
         stem: `small` is a 3x3 convolution with stride 1 and without max-pooling, for images of about 32 px;
             `imagenet` is a 7x7 convolution with stride 2, followed by max-pooling.
         width: channels of the first group of blocks. Each following group has twice as many. Standard ResNets have 64.
+            Bottleneck blocks output four times as many.
         latent_dim: width of z.
     """
 

@@ -94,7 +94,7 @@ def test_the_screen_of_cifar10_is_balanced() -> None:
     ("stage", "expected"),
     [
         ("{name: a, epochs: 1, variants: {x: [training.epoch=2]}}", "did you mean training.epochs"),
-        ("{name: a, epochs: 1, variants: {x: [training.epochs=2]}}", "use the keys seeds and epochs of stage a"),
+        ("{name: a, epochs: 1, variants: {x: [training.epochs=2]}}", "use seeds and epochs of a stage"),
         ("{name: a, epochs: 1, minutes: 2.0, variants: {x: []}}", "one of epochs, minutes and images_of"),
         ("{name: a, variants: {x: []}}", "one of epochs, minutes and images_of"),
         ("{name: a, epochs: 1, command: x}", "or a command"),

@@ -80,7 +80,7 @@ def test_with_fixed_statistics_neither_processes_nor_micro_batches_matter(
 
 
 def test_gradients_are_reduced_once_a_step(two: list[dict[str, Any]]) -> None:
-    """Gradients are reduced in the last backward pass of each step. DDP also requires it in the run's first one."""
+    """Gradients are reduced in each step's last backward pass, and in the run's first, because DDP requires that."""
     for rank in two:
         assert [found["unreduced"] for found in rank["micro-batches"]] == [0, 20 * 1 - 1, 20 * 3 - 1]
         assert rank["training"]["DDP"] == (True, True, False), (

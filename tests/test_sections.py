@@ -229,7 +229,7 @@ def test_a_part_of_the_batch_gets_its_own_sections_dropped(tmp_path: Path) -> No
 def test_the_default_draws_what_it_always_drew(tmp_path: Path) -> None:
     """Only whole latents are dropped by default, with shared and with sectioned modulation.
 
-    The mask is drawn only from the random stream "drop mask".
+    The mask depends only on the random stream "drop mask".
     """
     shared = batch_of(experiment_of(tmp_path, "training.batch_size=1024"), 5, range(1024)).drop_mask
     drawn = torch.rand(1024, generator=generator(0, "drop mask", 5)) < 0.1

@@ -50,7 +50,7 @@ def help_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yields line and beginning of the texts that users read in `--help`.
 
     They are the `help` arguments of calls, and the meanings of config keys and options. A text may be put together by
-    `+`. If a `help` argument is something else, its beginning is its source.
+    `+`. For a text that does not begin with a string, its source code is yielded.
     """
     for call in ast.walk(tree):
         if not isinstance(call, ast.Call):
