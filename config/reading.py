@@ -31,7 +31,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Returns the plain values in a YAML text. Numbers are read as in YAML 1.2.
+    """Returns the plain values in a YAML text. Numbers such as 1e-4 are read as in YAML 1.2.
 
     Raises ConfigError if the text is not valid YAML or gives a key twice.
 

@@ -74,8 +74,8 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
     """Lists the training and test files of a folder.
 
     A folder with classes has its files in `root`/train/<class>/ and `root`/test/<class>/, at any depth. The folder
-    `test` may also be called `val`. A flat folder has its files anywhere below `root`/train, or below
-    `root` if there is no `train`. It has no labels and no test split.
+    `test` may also be called `val`. A flat folder has its files directly in `root`/train, or, if there
+    is no `train`, anywhere below `root`. It has no labels and no test split.
 
     Raises DatasetError if there are no images, or if the classes or the test split are unusable.
     """
@@ -96,7 +96,8 @@ def list_folder(root: Path) -> tuple[Listing, Listing | None]:
         raise DatasetError(f"{train} and {test} have different classes: add or remove the folders {', '.join(odd[:5])}")
     if len(classes) == 1:
         raise DatasetError(
-            f"{train} has only one class: add another class, or move its images into {train} and remove it"
+            f"{train} has only one class: add another class, or move the images of this class into {train} and remove "
+            "its folder"
         )
     for split in (train, test):
         beside = sum(_is_image(path.name) for path in split.iterdir())

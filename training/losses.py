@@ -1,4 +1,4 @@
-"""Loss terms: functions of one forward pass. The loss is the sum of the terms. Each term is logged by name.
+"""Loss terms: functions of one forward pass. The loss is their sum. If there are several, each is logged by name.
 
 To add a term, write a function that includes the term's weight, and add it to TERMS. The parameters of a new module of
 SODA are trained automatically, because the optimiser's groups cover the whole model.

@@ -47,7 +47,8 @@ class Summary:
     """Summary of the steps since the last report.
 
     Attributes:
-        losses: mean of "loss" and of every loss term over the steps that were not skipped; NaN if all were skipped.
+        losses: mean of "loss", and of each loss term if there are several, over the steps that were not skipped; NaN if
+            all were skipped.
         skipped: number of skipped steps.
         most_in_a_row: largest number of consecutive skipped steps. A sequence that began before the last
             report counts from its beginning.

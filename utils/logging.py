@@ -61,8 +61,8 @@ def log_to(folder: Path) -> Iterator[None]:
 def progress(total: int, what: str, unit: str) -> Any:
     """Returns a progress bar on rank 0, and a disabled one on other ranks.
 
-    On a terminal, it appears after 1 s and is redrawn every 0.5 s at most. Elsewhere, it appears after 30 s and is
-    printed again every 15 s at most.
+    On a terminal, it appears after 1 s and is redrawn at most once every 0.5 s. Elsewhere, it appears after 30 s and is
+    printed again at most once every 15 s.
 
     Args:
         what: text in front of the bar.

@@ -99,7 +99,7 @@ class CheckpointWriter:
             meanwhile[keep_as], afterwards[keep_as] = [digest, *sums.get(keep_as, [])], [digest]
         _write_sums(self._folder, sums | meanwhile)
         if keep_as:
-            # Before the new last.pt exists: a run that resumes from it does not write `keep_as` again.
+            # This comes first, because a run that resumes from the new last.pt does not write `keep_as` again.
             _give_another_name(partial, self._folder / keep_as)
         if self._last_is_good and last.exists():
             last.replace(previous)
