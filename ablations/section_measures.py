@@ -18,7 +18,7 @@ from evaluation.judge import judge
 from evaluation.protocols import config_protocols
 from experiment.models import build_on_meta
 from experiment.opening import Experiment
-from model.diffusion import eps_loss
+from model.diffusion import squared_errors
 from model.guidance import guided_denoiser
 from model.soda import SODA
 from utils.device import autocast
@@ -143,12 +143,13 @@ def losses_without(experiment: Experiment, soda: SODA, sections: dict[str, slice
         noise = image_noise(views.shape[1:], positions, SEED, "test loss", device=device)
         x_start = experiment.views.denormalize(views) * 2 - 1
         x_t = experiment.diffusion.q_sample(x_start, timesteps, noise)
+        target = experiment.diffusion.target(x_start, timesteps, noise)
         with autocast(device, experiment.amp_dtype):
             z = soda.encoder(views).float()
             for i, dims in enumerate(dropped):
                 kept = z.clone()
                 kept[:, dims] = 0
-                totals[i] += eps_loss(soda.decoder(x_t, timesteps, kept), noise).item() * len(z)
+                totals[i] += squared_errors(soda.decoder(x_t, timesteps, kept), target).mean().item() * len(z)
     return [total / len(order) for total in totals]
 
 

@@ -157,7 +157,7 @@ def main() -> int:
         mixed = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=true"])
         device, size = exact.device, exact.config.data.image_size
         flops = forward_flops(build_on_meta(exact.config), exact.config.encoder_size, exact.config.decoder_size)
-        work = 3 * sum(flops) * batch_size
+        work = 3 * (exact.config.views.num_sources * flops[0] + flops[1]) * batch_size
         rates = {dtype: matrix_rate(dtype, device) for dtype in {torch.float32, mixed.amp_dtype or torch.float32}}
         print(f"\nbatches of {batch_size} images of {size} px, {work / 1e12:.2f} TFLOP per step; {machine(device)}")
         print("matrix rate: " + ", ".join(f"{str(d)[6:]} {rate / 1e12:.2f} TFLOP/s" for d, rate in rates.items()))

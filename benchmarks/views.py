@@ -108,7 +108,7 @@ def main() -> None:
 
         def at_once() -> None:
             seed = next(step)
-            views.pair(on_device, draw(seed, "source view"), draw(seed, "target view"), noise)
+            views.pair(on_device, [(draw(seed, "source view"), noise)], draw(seed, "target view"))
 
         seconds = take_turns(
             {"one by one": lambda: pool.map(_work, range(args.cores), chunksize=1), "in one batch": at_once},

@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from config.consistency import check_consistency
-from model.names import Architecture, Initialization, Modulation, Schedule, Stem
+from model.names import Architecture, Initialization, Modulation, Prediction, Schedule, Stem, TimestepSampling
 from model.sizes import num_sections
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -188,8 +188,11 @@ class ProbeView(View):
 
 
 class Views(Section):
-    """Augmentations: of the encoder's source view, of the decoder's target view, and of the evaluation."""
+    """Augmentations: of the encoder's source views, of the decoder's target view, and of the evaluation."""
 
+    num_sources: int = key(
+        1, "number of source views of an image, drawn independently; z is the mean of their latents", ge=1, le=64
+    )
     source: SourceView = SourceView()
     target: View = View()
     probe: ProbeView = ProbeView()
@@ -258,9 +261,14 @@ class Decoder(Section):
 
 
 class Diffusion(Section):
-    """Noise schedule and timesteps."""
+    """Noise schedule, timesteps and prediction target."""
 
     schedule: Schedule = key("linear", "noise schedule of training and sampling; docs/schedules.md compares them")
+    prediction: Prediction = key(
+        "eps",
+        "quantity that the decoder predicts; eps: the noise; x_start: the clean target view; v: "
+        "sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x_start",
+    )
     num_timesteps: int = key(1000, "number T of diffusion timesteps", ge=1)
     beta_start: Annotated[float, Field(ge=1e-12, lt=1)] = key(
         1e-4, "beta of the first timestep in the linear schedule; other schedules ignore it"
@@ -311,6 +319,31 @@ class Mask(Section):
     )
 
 
+class Timesteps(Section):
+    """Sampling of the timesteps in training."""
+
+    sampling: TimestepSampling = key(
+        "uniform",
+        "distribution of timesteps in training; log_snr: normal in the logarithm of the signal-to-noise ratio; "
+        "adaptive: follows the losses, with weights that keep the objective that of uniform",
+    )
+    log_snr_mean: float = key(
+        0.0, "mean of the log-SNR if training.timesteps.sampling=log_snr; 0: signal and noise are equally strong"
+    )
+    log_snr_std: Positive = key(2.0, "standard deviation of the log-SNR if training.timesteps.sampling=log_snr")
+
+
+class Terms(Section):
+    """Weights of loss terms that are added to the denoising loss. None of them is SODA's."""
+
+    reconstruction: float = key(
+        0.0,
+        "weight of the mean squared error of the predicted clean target view; 0: no such term; with "
+        "diffusion.prediction=eps, this error is that of eps divided by the signal-to-noise ratio",
+        ge=0,
+    )
+
+
 class Training(Section):
     """Length of the training, batches, arithmetic, EMA, reports and checkpoints."""
 
@@ -336,6 +369,13 @@ class Training(Section):
         None, "true: compile the model with torch.compile for training; false: do not; null: only on CUDA", run=True
     )
     mask: Mask = Mask()
+    timesteps: Timesteps = Timesteps()
+    terms: Terms = Terms()
+    min_snr_gamma: Positive | None = key(
+        None,
+        "weight the loss by min-SNR: the squared error of x_start is multiplied by the signal-to-noise ratio, but at "
+        "most by this number (5 in the paper of Hang et al. 2023); null: no such weight",
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(
         0.9999, "largest decay of the exponential moving average (EMA) of the weights; training.ema_power sets its rise"
     )

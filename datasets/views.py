@@ -1,12 +1,16 @@
 """Views of images: source and target views for training, augmented and plain views for the evaluation."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from config import schema
 from datasets.augmentation import Augmentation, Draw, Parameters, augment
+
+SourceDraw = tuple[Draw, Tensor]
+"""Random numbers of one source view: of its augmentation, and the standard normal noise (N, 3, S, S) to add."""
 
 CPU_CHUNK = 512  # samples augmented at the same time; more would not fit in the CPU's caches
 
@@ -48,25 +52,32 @@ class Views:
         """Converts normalised views back to the scale of [0, 1], for pictures."""
         return views * self._std + self._mean
 
-    def source(self, pixels: Tensor, draw: Draw, noise: Tensor) -> Tensor:
-        """Returns x_source: augmented and normalised pixels plus `noise_std` times `noise`.
+    def source(self, pixels: Tensor, sources: Sequence[SourceDraw]) -> Tensor:
+        """Returns x_source (N, K, 3, S, S): augmented and normalised pixels plus `noise_std` times the noise.
 
         Args:
-            noise: (N, 3, S, S), standard normal.
+            sources: random numbers of the K source views.
         """
-        views = self._normalize(self._augment(pixels, self._source.parameters(draw)))
-        return views.add_(noise, alpha=self._noise_std)
+        return self._stack([self._augment(pixels, self._source.parameters(draw)) for draw, _ in sources], sources)
 
-    def pair(self, pixels: Tensor, draw_source: Draw, draw_target: Draw, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (x_source, x_start).
+    def pair(self, pixels: Tensor, sources: Sequence[SourceDraw], target: Draw) -> tuple[Tensor, Tensor]:
+        """Returns (x_source (N, K, 3, S, S), x_start (N, 3, S, S)).
 
-        x_source is made as in `source`. x_start is augmented and scaled to [-1, 1]. Both views are augmented as one
-        batch, because this halves the number of calls.
+        x_source is made as in `source`. x_start is augmented and scaled to [-1, 1]. All views are augmented as one
+        batch, because this needs fewer calls.
         """
-        parameters = self._source.parameters(draw_source), self._target.parameters(draw_target)
+        parameters = [self._source.parameters(draw) for draw, _ in sources] + [self._target.parameters(target)]
         pixels = pixels.to(self._device, non_blocking=True)
-        source, target = self._augment(torch.cat([pixels, pixels]), Parameters.concatenate(*parameters)).chunk(2)
-        return self._normalize(source).add_(noise, alpha=self._noise_std), scale(target)
+        views = self._augment(pixels.repeat(len(parameters), 1, 1, 1), reduce(Parameters.concatenate, parameters))
+        *augmented, x_start = views.split(len(pixels))
+        return self._stack(augmented, sources), scale(x_start)
+
+    def _stack(self, augmented: Sequence[Tensor], sources: Sequence[SourceDraw]) -> Tensor:
+        noises = [noise for _, noise in sources]
+        views = [
+            self._normalize(v).add_(noise, alpha=self._noise_std) for v, noise in zip(augmented, noises, strict=True)
+        ]
+        return torch.stack(views, dim=1) if len(views) > 1 else views[0][:, None]
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
         """Returns augmented views for the evaluation: augmented by `view`, such as `views.probe`, and normalised."""

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from config.schema import Config
 from datasets.augmentation import Draw
+from datasets.views import SourceDraw
 from experiment.opening import Experiment
+from experiment.timesteps import TimestepSampler, make_sampler
 from utils.randomness import generator, image_noise, uniforms
 
 
@@ -17,9 +19,10 @@ class Batch:
     """One micro-batch: inputs of a forward pass for N samples of the global batch.
 
     Attributes:
-        x_source: (N, 3, H, W) source view, normalised, with Gaussian noise added.
+        x_source: (N, K, 3, H, W) source views, normalised, with Gaussian noise added.
         x_start: (N, 3, H, W) target view in [-1, 1], without noise.
         timesteps: (N,) int64.
+        weights: (N,) factors of the samples' losses, which depend on the sampling of timesteps; None: all are 1.
         noise: (N, 3, H, W) standard normal; x_t is made from x_start and this noise.
         drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros.
     """
@@ -27,6 +30,7 @@ class Batch:
     x_source: Tensor
     x_start: Tensor
     timesteps: Tensor
+    weights: Tensor | None
     noise: Tensor
     drop_mask: Tensor
 
@@ -41,36 +45,56 @@ def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> 
     return experiment.train.batches(indices, pin_memory=experiment.device.type == "cuda")
 
 
-def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Batch:
+def draw_batch(
+    experiment: Experiment, pixels: Tensor, step: int, positions: range, sampler: TimestepSampler | None = None
+) -> Batch:
     """Returns the micro-batch of the samples at `positions` of the global batch of `step`.
 
     Args:
         pixels: (N, 3, H, W) uint8 images of these samples.
+        sampler: sampler of the timesteps, with its history; None: a new one.
     """
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
     # Timesteps and drop mask are drawn for the whole global batch and then sliced. A sample's values therefore do not
     # depend on how the batch is divided.
     here = slice(positions.start, positions.stop)
+    sampler = sampler or make_sampler(config.training.timesteps, experiment.diffusion, device)
+    timesteps, weights = sampler.draw(generator(seed, "timesteps", step), config.training.batch_size, here)
     x_source, x_start = experiment.views.pair(
         pixels,
-        view_draw(seed, positions, "source view", step),
+        source_draws(experiment, positions, "source", step),
         view_draw(seed, positions, "target view", step),
-        image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=device),
     )
     return Batch(
         x_source=x_source,
         x_start=x_start,
-        timesteps=_draw_timesteps(config, step)[here].to(device, non_blocking=True),
+        timesteps=timesteps,
+        weights=weights,
         noise=image_noise(x_start.shape[1:], positions, seed, "noise", step, device=device),
         drop_mask=_draw_drop_mask(config, step)[here].to(device, non_blocking=True),
     )
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
-    """Returns x_source (N, 3, H, W) alone, drawn as in `draw_batch`, for the same arguments."""
-    seed = experiment.config.seed
-    noise = image_noise(pixels.shape[1:], positions, seed, "source noise", step, device=experiment.device)
-    return experiment.views.source(pixels, view_draw(seed, positions, "source view", step), noise)
+    """Returns x_source (N, K, 3, H, W) alone, drawn as in `draw_batch`, for the same arguments."""
+    return experiment.views.source(pixels, source_draws(experiment, positions, "source", step))
+
+
+def source_draws(experiment: Experiment, positions: range, name: str, *counters: int) -> list[SourceDraw]:
+    """Returns the random numbers of the source views of the samples at `positions`, one entry per view.
+
+    Args:
+        name, counters: name of the random streams, to which the number of each view after the first is added.
+    """
+    config, size = experiment.config, experiment.config.encoder_size
+    draws = []
+    for view in range(config.views.num_sources):
+        suffix = f" {view}" if view else ""
+        noise = image_noise(
+            (3, size, size), positions, config.seed, f"{name} noise{suffix}", *counters, device=experiment.device
+        )
+        draws.append((view_draw(config.seed, positions, f"{name} view{suffix}", *counters), noise))
+    return draws
 
 
 def view_draw(seed: int, positions: range, purpose: str, *counters: int) -> Draw:
@@ -80,12 +104,6 @@ def view_draw(seed: int, positions: range, purpose: str, *counters: int) -> Draw
         seed, purpose, counters: together, the name of the random stream. Different streams are independent.
     """
     return lambda columns, stream="": uniforms(positions, columns, seed, purpose + stream, *counters)
-
-
-def _draw_timesteps(config: Config, step: int) -> Tensor:
-    """Returns timesteps (batch_size,) int64, uniform over 0..T-1, for the global batch."""
-    source = generator(config.seed, "timesteps", step)
-    return torch.randint(config.diffusion.num_timesteps, (config.training.batch_size,), generator=source)
 
 
 def _draw_drop_mask(config: Config, step: int) -> Tensor:

@@ -44,11 +44,12 @@ def describe_model(config: Config) -> str:
     """
     soda = build_on_meta(config)
     flops = forward_flops(soda, config.encoder_size, config.decoder_size)
+    training_flops = 3 * (config.views.num_sources * flops[0] + flops[1])
     lines = []
     for name, module, work in zip(("encoder", "decoder"), (soda.encoder, soda.decoder), flops, strict=True):
         parameters = sum(p.numel() for p in module.parameters())
         lines.append(f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP per image in a forward pass")
-    lines.append(f"training: about {3 * sum(flops) / 1e9:.2f} GFLOP per image, forward and backward")
+    lines.append(f"training: about {training_flops / 1e9:.2f} GFLOP per image, forward and backward")
     if config.decoder.modulation == "sectioned":
         row = "{:<10}{:>5}{:>10}{:>9}  {}".format
         lines += ["", row("layer", "px", "channels", "section", "dimensions of z (width)")]

@@ -1,18 +1,19 @@
-"""Gaussian diffusion: the noise schedule, the forward process, the DDPM loss and the DDIM sampler.
+"""Gaussian diffusion: noise schedule, forward process, prediction target, loss, and DDIM sampler.
 
 Other loss terms are in training/losses.py.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.names import Schedule
+from model.names import Prediction, Schedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""Function (x_t (N, C, H, W), timesteps (N,) int64) -> eps (N, C, H, W)."""
+"""Function (x_t (N, C, H, W), timesteps (N,) int64) -> predicted eps, v or x_start (N, C, H, W)."""
 
 
 # Each schedule function is called with the keys of the config's `diffusion` section, except `schedule`, and ignores the
@@ -55,9 +56,44 @@ SCHEDULES: dict[Schedule, Callable[..., Tensor]] = {
 """Schedule function of each value of `diffusion.schedule`."""
 
 
-def eps_loss(eps: Tensor, noise: Tensor) -> Tensor:
-    """Returns mean (eps - noise)^2, a float32 scalar, for predicted and true noise (N, C, H, W) (DDPM, eq. 14)."""
-    return (eps.float() - noise).square().mean()
+class Target(NamedTuple):
+    """Definition of a quantity that a decoder can predict. `a` and `s` are the roots of alphas_cumprod and 1 minus it.
+
+    Attributes:
+        make: (a, s, x_start, noise) -> the true quantity.
+        split: (a, s, x_t, the predicted quantity) -> (x_start, eps), so that x_t = a x_start + s eps.
+        eps_weight: SNR -> factor that turns the squared error of the quantity into the squared error of eps.
+    """
+
+    make: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    split: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    eps_weight: Callable[[Tensor], Tensor]
+
+
+PREDICTIONS: dict[Prediction, Target] = {
+    "eps": Target(
+        lambda a, s, x_start, noise: noise,
+        lambda a, s, x_t, eps: ((x_t - s * eps) / a, eps),
+        torch.ones_like,
+    ),
+    # v = a noise - s x_start (Salimans & Ho 2022).
+    "v": Target(
+        lambda a, s, x_start, noise: a * noise - s * x_start,
+        lambda a, s, x_t, v: (a * x_t - s * v, s * x_t + a * v),
+        lambda snr: snr / (snr + 1),
+    ),
+    "x_start": Target(
+        lambda a, s, x_start, noise: x_start,
+        lambda a, s, x_t, x_start: (x_start, (x_t - a * x_start) / s),
+        lambda snr: snr,
+    ),
+}
+"""Definition of each value of `diffusion.prediction`."""
+
+
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Returns (prediction - target)^2, (N, C, H, W) float32. For eps, its mean is the loss of DDPM (eq. 14)."""
+    return (prediction.float() - target).square()
 
 
 class GaussianDiffusion:
@@ -67,6 +103,7 @@ class GaussianDiffusion:
     denoiser runs under autocast.
 
     Args:
+        prediction: quantity that the denoisers predict.
         settings: keys of the schedule, such as `beta_start` and `beta_end` of the linear schedule.
 
     Attributes:
@@ -75,12 +112,19 @@ class GaussianDiffusion:
     """
 
     def __init__(
-        self, *, schedule: Schedule, num_timesteps: int, device: torch.device | str = "cpu", **settings: float
+        self,
+        *,
+        schedule: Schedule,
+        num_timesteps: int,
+        prediction: Prediction = "eps",
+        device: torch.device | str = "cpu",
+        **settings: float,
     ) -> None:
         exact = SCHEDULES[schedule](num_timesteps, **settings)
         assert exact.shape == (num_timesteps,)
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = exact
+        self._prediction = PREDICTIONS[prediction]
         self.sqrt_alphas_cumprod = exact.sqrt().float().to(device)
         self.sqrt_one_minus_alphas_cumprod = (1 - exact).sqrt().float().to(device)
 
@@ -92,13 +136,22 @@ class GaussianDiffusion:
         signal, deviation = self._roots(timesteps)
         return signal * x_start + deviation * noise
 
-    def predict_start_from_eps(self, x_t: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
-        """Returns x_start = (x_t - sqrt(1 - alphas_cumprod_t) eps) / sqrt(alphas_cumprod_t).
+    def target(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """Returns the quantity that the denoiser should predict for the x_t that `q_sample` makes of the arguments."""
+        return self._prediction.make(*self._roots(timesteps), x_start, noise)
 
-        This is the inverse of `q_sample`. x_t and eps (N, C, H, W), timesteps (N,) int64 -> x_start (N, C, H, W).
+    def split(self, x_t: Tensor, timesteps: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the predicted (x_start, eps), both (N, C, H, W), that a prediction (N, C, H, W) means for x_t.
+
+        They satisfy x_t = sqrt(alphas_cumprod_t) x_start + sqrt(1 - alphas_cumprod_t) eps.
         """
-        signal, deviation = self._roots(timesteps)
-        return (x_t - deviation * eps) / signal
+        return self._prediction.split(*self._roots(timesteps), x_t, prediction)
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Returns the loss weights (N,) of min-SNR (Hang et al. 2023): min(SNR, gamma) times the error of x_start."""
+        signal, deviation = (root.flatten() for root in self._roots(timesteps))
+        snr = (signal / deviation).square()
+        return (gamma / snr).clamp(max=1) * self._prediction.eps_weight(snr)
 
     def _roots(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Returns sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at timesteps (N,), (N, 1, 1, 1) each."""
@@ -124,7 +177,7 @@ class GaussianDiffusion:
         """Denoises x_T (N, C, H, W) and returns images (N, C, H, W) on the scale [-1, 1] (Song et al. 2021, eq. 12).
 
         Args:
-            denoise: (x_t, timesteps) -> eps.
+            denoise: function (x_t, timesteps) -> prediction.
             num_sampling_steps: 1..T.
             eta: 0 is deterministic DDIM; 1 adds noise with the variance of DDPM.
             clip_denoised: if True, each step clips the predicted x_start to [-1, 1] and recomputes eps from it. Use
@@ -136,8 +189,7 @@ class GaussianDiffusion:
         x_t = x_T.float()
         for t, t_next in zip(visited, [*visited[1:], None], strict=True):
             timesteps = torch.full((len(x_t),), t, device=x_t.device)
-            eps = denoise(x_t, timesteps).float()
-            x_start = self.predict_start_from_eps(x_t, timesteps, eps)
+            x_start, eps = self.split(x_t, timesteps, denoise(x_t, timesteps).float())
             if clip_denoised:
                 x_start = x_start.clamp(-1, 1)
                 signal, deviation = self._roots(timesteps)
@@ -170,7 +222,7 @@ class GaussianDiffusion:
         more iterations is from Pan et al. (2023).
 
         Args:
-            denoise: (x_t, timesteps) -> eps.
+            denoise: function (x_t, timesteps) -> prediction.
             x_start: (N, C, H, W) images in [-1, 1].
             num_sampling_steps: 1..T.
             num_iterations: evaluations of `denoise` per step.
@@ -180,7 +232,7 @@ class GaussianDiffusion:
             timesteps, alpha_noisier = torch.full((len(x_t),), t, device=x_t.device), self.alphas_cumprod[t].item()
             noisier = x_t
             for _ in range(num_iterations):
-                eps = denoise(noisier, timesteps).float()
+                _, eps = self.split(noisier, timesteps, denoise(noisier, timesteps).float())
                 clean = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
                 noisier = math.sqrt(alpha_noisier) * clean + math.sqrt(1 - alpha_noisier) * eps
             alpha, x_t = alpha_noisier, noisier

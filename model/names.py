@@ -18,3 +18,9 @@ Initialization = Literal["default", "paper"]
 
 Schedule = Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]
 """Names of the noise schedules. SCHEDULES in model/diffusion.py maps each name to its function."""
+
+TimestepSampling = Literal["uniform", "log_snr", "adaptive"]
+"""Names of the ways to draw timesteps in training. SAMPLERS in experiment/timesteps.py maps each name to its class."""
+
+Prediction = Literal["eps", "v", "x_start"]
+"""Names of the quantities that a decoder can predict. PREDICTIONS in model/diffusion.py defines them."""

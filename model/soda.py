@@ -18,10 +18,10 @@ class SODA(nn.Module):
         self.decoder = decoder
 
     def forward(self, x_source: Tensor, x_t: Tensor, timesteps: Tensor, drop_mask: Tensor) -> Tensor:
-        """Predicts the noise in x_t, given a source view of the same image.
+        """Denoises x_t, given source views of the same image.
 
         Args:
-            x_source: (N, 3, H, W) source view, normalised.
+            x_source: (N, K, 3, H, W) source views, normalised.
             x_t: (N, 3, H, W) noised target view.
             timesteps: (N,) int64.
             drop_mask: (N, sections) bool. True replaces a section of the sample's latent by zeros (layer masking, SODA,
@@ -29,7 +29,12 @@ class SODA(nn.Module):
                 classifier-free guidance.
 
         Returns:
-            eps (N, 3, H, W).
+            The prediction (N, 3, H, W): eps, or another quantity of `diffusion.prediction`.
         """
-        z = self.encoder(x_source)  # (N, latent_dim)
+        z = self.encode(x_source)  # (N, latent_dim)
         return self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask))
+
+    def encode(self, x_source: Tensor) -> Tensor:
+        """Returns z (N, latent_dim), the mean of the latents of K source views (N, K, 3, H, W)."""
+        latents = self.encoder(x_source.flatten(0, 1))  # (N * K, latent_dim)
+        return latents.unflatten(0, x_source.shape[:2]).mean(dim=1)

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from datasets.views import Views
 from evaluation.encoders import baselines, encode_with
 from evaluation.judge import judge
 from evaluation.protocols import config_protocols
+from experiment import timesteps
 from experiment.opening import Experiment, open_experiment
 from tests.conftest import digits_args
 from training.sample_grid import sample_grid
@@ -121,6 +123,12 @@ def training(
         found["DDP"] = (ddp.static_graph, ddp.gradient_as_bucket_view, sends_buffers)
     found["EMA is the same everywhere"] = all_equal(digest(state.ema.ema_model.state_dict()))
     return found
+
+
+def adaptive(folder: Path) -> dict[str, Any]:
+    """Trains for 8 steps with adaptive timesteps, whose density is renewed twice."""
+    with mock.patch.object(timesteps, "RENEW_EVERY", 3):
+        return training(folder, 8, "training.timesteps.sampling=adaptive")
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:
@@ -245,6 +253,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     return {
         "micro-batches": micro_batches(folder),
         "training": training(folder, 5),
+        "adaptive": adaptive(folder),
         # A batch size of 100 gives 15 training and 4 test batches, and 2000 gives one of each. Six images are one and a
         # half chunks of 4 (CHUNK), the unit in which images are divided among processes.
         "judging": [

@@ -10,17 +10,17 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from model.diffusion import SCHEDULES, GaussianDiffusion, eps_loss
-from model.names import Schedule
+from model.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion, squared_errors
+from model.names import Prediction, Schedule
 
 LINEAR: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 DDIM = LINEAR | {"set_alpha_to_one": True, "timestep_spacing": "trailing"}
 TEN_POINTS = [0, 1, 7, 50, 249, 500, 666, 900, 998, 999]
 
 
-def diffusion(schedule: Schedule = "linear", num_timesteps: int = 1000) -> GaussianDiffusion:
+def diffusion(schedule: Schedule = "linear", num_timesteps: int = 1000, **more: Any) -> GaussianDiffusion:
     """Returns a diffusion process with the default betas."""
-    return GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=1e-4, beta_end=0.02)
+    return GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=1e-4, beta_end=0.02, **more)
 
 
 def closed_form(schedule: Schedule, t: int) -> float:
@@ -174,28 +174,76 @@ def test_sampling_stays_finite_at_both_ends(
             assert not clip_denoised or sampled.abs().max() <= 1
     timesteps = torch.tensor([0, num_timesteps - 1])
     x_t = ours.q_sample(x_T, timesteps, torch.randn(2, 3, 4, 4))
-    assert x_t.isfinite().all() and all(
-        ours.predict_start_from_eps(x_t, t.expand(2), x_t).isfinite().all() for t in timesteps
-    )
+    assert x_t.isfinite().all() and all(ours.split(x_t, t.expand(2), x_t)[0].isfinite().all() for t in timesteps)
 
 
-def test_loss_is_the_mean_squared_error_of_the_noise() -> None:
+def test_errors_are_squared_in_float32() -> None:
     noise = torch.randn(4, 3, 2, 2)
-    assert eps_loss(noise, noise) == 0
-    half = eps_loss((noise + 0.5).bfloat16(), noise)
-    assert half.dtype == torch.float32 and half.item() == pytest.approx(0.25, rel=1e-2)
+    assert squared_errors(noise, noise).eq(0).all()
+    half = squared_errors((noise + 0.5).bfloat16(), noise)
+    assert half.dtype == torch.float32 and half.mean().item() == pytest.approx(0.25, rel=1e-2)
 
 
-def test_x_start_is_predicted_at_the_timestep_of_each_sample() -> None:
-    """`predict_start_from_eps` inverts `q_sample` with a different timestep for each sample.
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_prediction_gives_image_and_noise_back(prediction: Prediction) -> None:
+    """`split` inverts `target` and `q_sample`, with a different timestep for each sample.
 
     The batch size equals the image width, so that broadcasting over the wrong dimension raises no error.
     """
     x_start, noise = torch.randn(2, 4, 3, 4, 4).unbind()
-    ours, timesteps = diffusion(), torch.tensor([0, 5, 500, 900])
-    found = ours.predict_start_from_eps(ours.q_sample(x_start, timesteps, noise), timesteps, noise)
+    ours, timesteps = diffusion("cosine", prediction=prediction), torch.tensor([0, 5, 500, 900])
+    x_t, target = ours.q_sample(x_start, timesteps, noise), ours.target(x_start, timesteps, noise)
+    found, eps = ours.split(x_t, timesteps, target)
     torch.testing.assert_close(found, x_start, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(eps, noise, atol=1e-3, rtol=1e-4)
 
 
-def test_every_name_of_a_schedule_has_one() -> None:
-    assert list(SCHEDULES) == list(get_args(Schedule))
+@pytest.mark.parametrize("gamma", [0.5, 5.0, 1e9])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weighs_the_error_of_x_start(prediction: Prediction, gamma: float) -> None:
+    """For any prediction, the weighted loss is min(SNR, gamma) times the squared error of the predicted x_start."""
+    ours, timesteps = diffusion("linear", prediction=prediction), torch.tensor([30, 200, 500, 700])
+    x_start, noise, error = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64).unbind()
+    x_t, target = ours.q_sample(x_start, timesteps, noise), ours.target(x_start, timesteps, noise)
+    found, _ = ours.split(x_t, timesteps, target + 0.1 * error)
+    snr = ours.alphas_cumprod[timesteps] / (1 - ours.alphas_cumprod[timesteps])
+    expected = snr.clamp(max=gamma)[:, None, None, None] * (found - x_start).square()
+    weights = ours.min_snr_weights(timesteps, gamma)[:, None, None, None]
+    torch.testing.assert_close(weights * (0.1 * error).square(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize(("prediction", "theirs"), [("v", "v_prediction"), ("x_start", "sample")])
+def test_ddim_with_other_predictions_against_diffusers(
+    prediction: Prediction, theirs: str, clip_denoised: bool
+) -> None:
+    scheduler = DDIMScheduler(**DDIM, clip_sample=clip_denoised, prediction_type=theirs)
+    scheduler.set_timesteps(20)
+    torch.manual_seed(0)
+    sample = x_T = torch.randn(2, 3, 4, 4)
+    for t in scheduler.timesteps:
+        output = denoise_somehow(sample, t.expand(2))
+        sample = scheduler.step(output, int(t), sample, use_clipped_model_output=clip_denoised).prev_sample
+    ours = diffusion(prediction=prediction).ddim_sample(denoise_somehow, x_T, 20, clip_denoised=clip_denoised)
+    torch.testing.assert_close(ours, sample, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_sampler_and_inversion_do_not_depend_on_the_prediction(prediction: Prediction) -> None:
+    """A network that predicts eps and one that says the same as v or x_start give the same images and noise."""
+    plain, other = diffusion("cosine"), diffusion("cosine", prediction=prediction)
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        x_start, eps = plain.split(x_t, timesteps, 0.3 * denoise_somehow(x_t, timesteps))
+        return other.target(x_start, timesteps, eps)
+
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 2 - 1
+    x_T = plain.ddim_invert(lambda x_t, t: 0.3 * denoise_somehow(x_t, t), image, 10)
+    torch.testing.assert_close(other.ddim_invert(denoise, image, 10), x_T, atol=1e-3, rtol=1e-3)
+    decoded = plain.ddim_sample(lambda x_t, t: 0.3 * denoise_somehow(x_t, t), x_T, 10, clip_denoised=False)
+    torch.testing.assert_close(other.ddim_sample(denoise, x_T, 10, clip_denoised=False), decoded, atol=1e-3, rtol=1e-3)
+
+
+def test_every_name_has_a_definition() -> None:
+    assert list(SCHEDULES) == list(get_args(Schedule)) and list(PREDICTIONS) == list(get_args(Prediction))

@@ -54,6 +54,7 @@ def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> Non
 def test_the_number_of_processes_does_not_change_training(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
         assert_same_training(rank["training"], one["training"])
+        assert_same_training(rank["adaptive"], one["adaptive"])
         assert rank["training"]["keys"] == one["training"]["keys"], "DDP must not change the keys of the state dict"
 
 

@@ -52,6 +52,7 @@ def checkpoint(name: str) -> list[str]:
 MISTAKES = [
     Mistake("unknown key training.epoch: did you mean training.epochs?", ["training.epoch=3"]),
     Mistake("seed: input should be a valid integer", ["seed=many"]),
+    Mistake("diffusion.prediction: input should be 'eps', 'v' or 'x_start'", ["diffusion.prediction=score"]),
     Mistake("training.mask.latent_probability: input should be less", ["training.mask.latent_probability=2"]),
     Mistake("training.mask.section_probability needs decoder", ["training.mask.section_probability=0.1"]),
     Mistake(

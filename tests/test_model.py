@@ -201,11 +201,20 @@ def test_decoder_takes_any_depth(channel_mult: list[int], num_res_blocks: int, a
 def test_dropped_latent_makes_the_output_independent_of_the_source(tiny_soda: SODA) -> None:
     x_t, timesteps = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     drop_mask = torch.tensor([True, False, True, False])
-    first, second = (tiny_soda(torch.randn(4, 3, 8, 8), x_t, timesteps, drop_mask[:, None]) for _ in range(2))
+    first, second = (tiny_soda(torch.randn(4, 1, 3, 8, 8), x_t, timesteps, drop_mask[:, None]) for _ in range(2))
     assert torch.equal(first[drop_mask], second[drop_mask])
     assert not torch.isclose(first[~drop_mask], second[~drop_mask]).all(dim=(1, 2, 3)).any()
     null = tiny_soda.decoder(x_t, timesteps, torch.zeros(4, 8))
     torch.testing.assert_close(first[drop_mask], null[drop_mask])
+
+
+def test_z_is_the_mean_of_the_latents_of_the_source_views(tiny_soda: SODA) -> None:
+    x_source = torch.randn(4, 3, 3, 8, 8)
+    expected = sum(tiny_soda.encoder(view) for view in x_source.unbind(dim=1)) / 3
+    torch.testing.assert_close(tiny_soda.encode(x_source), expected)
+    args = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
+    eps = tiny_soda(x_source, *args, torch.zeros(4, 1, dtype=torch.bool))
+    torch.testing.assert_close(eps, tiny_soda.decoder(*args, expected))
 
 
 def test_guidance(tiny_soda: SODA) -> None:
@@ -231,7 +240,7 @@ def test_within_three_steps_every_parameter_has_had_a_gradient() -> None:
     waiting = {name for name, _ in soda.named_parameters()}
     for _ in range(3):
         x_source, x_t, noise = torch.randn(3, 8, 3, 8, 8).unbind()
-        eps = soda(x_source, x_t, torch.randint(1000, (8,)), torch.zeros(8, 1, dtype=torch.bool))
+        eps = soda(x_source[:, None], x_t, torch.randint(1000, (8,)), torch.zeros(8, 1, dtype=torch.bool))
         (eps - noise).square().mean().backward()
         waiting -= {name for name, p in soda.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
@@ -244,7 +253,7 @@ def test_state_dict_loads_into_a_copy(tiny_soda: SODA) -> None:
     for parameter in other.parameters():
         torch.nn.init.zeros_(parameter)
     other.load_state_dict(tiny_soda.state_dict())
-    args = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([[False], [True]])
+    args = torch.randn(2, 1, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([[False], [True]])
     assert torch.equal(other(*args), tiny_soda(*args))
 
 

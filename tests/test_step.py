@@ -53,7 +53,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
 
 
 def test_a_batch_splits_into_its_parts(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path)
+    experiment = experiment_of(tmp_path, "training.timesteps.sampling=adaptive", "views.num_sources=2")
     whole, part = batch_of(experiment, 3, range(64)), batch_of(experiment, 3, range(16, 48))
     for name, values in vars(whole).items():
         assert torch.equal(getattr(part, name), values[16:48]), name
@@ -71,7 +71,7 @@ def test_every_draw_has_a_purpose_of_its_own(tmp_path: Path) -> None:
     same = "{crop_flip_probability: 1.0, crop_scale: [0.3, 0.6], randaugment_probability: 0.0}"
     experiment = experiment_of(tmp_path, f"views.source={same}", f"views.target={same}", "views.source.noise_std=0.0")
     batch = batch_of(experiment, 0, range(64))
-    source = experiment.views.denormalize(batch.x_source) * 2 - 1
+    source = experiment.views.denormalize(batch.x_source[:, 0]) * 2 - 1
     assert (~torch.isclose(source, batch.x_start, atol=1e-3)).flatten(1).any(dim=1).sum() > 60
     noisy = experiment_of(tmp_path, f"views.source={same}", "views.source.noise_std=1.0")
     source_noise = batch_of(noisy, 0, range(64)).x_source - batch.x_source
@@ -154,7 +154,7 @@ def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -
     settled = copy.deepcopy(fresh).train()
     with torch.no_grad():
         for step in range(20):
-            settled(batch_of(experiment, step, range(64)).x_source)
+            settled(batch_of(experiment, step, range(64)).x_source[:, 0])
     found = baselines(experiment)["untrained"](views, range(8))["z"]
     torch.testing.assert_close(found, settled.eval()(views))
     assert not torch.isclose(found, fresh(views), atol=1e-3).all(dim=1).any()
@@ -270,14 +270,50 @@ def test_the_model_denoises_the_noised_target_of_its_batch(tmp_path: Path) -> No
 
 
 def test_a_second_loss_term_is_added_and_logged_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses.TERMS, "size", lambda found: 0.5 * found.eps.square().mean())
+    monkeypatch.setitem(losses.TERMS, "size", lambda found: 0.5 * found.prediction.square().mean())
     experiment = experiment_of(tmp_path)
     state, pixels = initial_state(experiment), training_pixels(experiment, 0)
     totals = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(3)]
     found = state.tally.take().losses
-    assert list(found) == ["loss", *losses.TERMS] and found["size"] > 0
-    assert found["loss"] == pytest.approx(sum(found[name] for name in losses.TERMS), rel=1e-5)
+    assert list(found) == ["loss", "denoising", "size"] and found["size"] > 0
+    assert found["loss"] == pytest.approx(found["denoising"] + found["size"], rel=1e-5)
     assert found["loss"] == pytest.approx(sum(totals) / 3, rel=1e-5)
+
+
+def test_more_source_views_leave_all_other_draws_as_they_are(tmp_path: Path) -> None:
+    one, three = (batch_of(experiment_of(tmp_path, f"views.num_sources={n}"), 2, range(8, 24)) for n in (1, 3))
+    assert three.x_source.shape == (16, 3, 3, 8, 8) and torch.equal(three.x_source[:, :1], one.x_source)
+    for name in ("x_start", "timesteps", "noise", "drop_mask"):
+        assert torch.equal(getattr(one, name), getattr(three, name)), name
+    pairs = (three.x_source[:, a] - three.x_source[:, b] for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert all(each.abs().flatten(1).max(dim=1).values.min() > 0.1 for each in pairs), "views must differ"
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x_start"])
+def test_min_snr_and_reconstruction_in_a_step(tmp_path: Path, prediction: str) -> None:
+    """The loss of a step is the weighted sum of both terms, computed here in float64 from their definitions."""
+    settings = (f"diffusion.prediction={prediction}", "training.min_snr_gamma=5", "training.terms.reconstruction=0.25")
+    experiment = experiment_of(tmp_path, *settings, "decoder.dropout=0.0", "diffusion.schedule=cosine")
+    state = initial_state(experiment)
+    for parameter in state.soda.decoder.parameters():  # zero-initialised layers would predict zeros
+        parameter.data.add_(0.05)
+    batch = batch_of(experiment, 0, range(64))
+    a = experiment.diffusion.alphas_cumprod[batch.timesteps].sqrt()[:, None, None, None]
+    s, x_start, noise = (1 - a**2).sqrt(), batch.x_start.double(), batch.noise.double()
+    x_t = experiment.diffusion.q_sample(batch.x_start, batch.timesteps, batch.noise)
+    found = state.soda.train()(batch.x_source, x_t, batch.timesteps, batch.drop_mask).detach().double()
+    clean = {"eps": (x_t - s * found) / a, "v": a * x_t - s * found, "x_start": found}[prediction]
+    squares, snr = (clean - x_start).square(), (a / s) ** 2
+    target = {"eps": noise, "v": a * noise - s * x_start, "x_start": x_start}[prediction]
+    factor = {"eps": 1 / snr, "v": 1 / (snr + 1), "x_start": 1}[prediction]
+    torch.testing.assert_close(squares, (found - target).square() * factor, rtol=1e-2, atol=1e-3)
+    expected = (snr.clamp(max=5) * squares).mean() + 0.25 * squares.mean()
+    state = initial_state(experiment)
+    for parameter in state.soda.decoder.parameters():
+        parameter.data.add_(0.05)
+    loss, _ = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert list(state.tally.take().losses) == ["loss", "denoising", "reconstruction"]
 
 
 def test_a_module_beside_encoder_and_decoder_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

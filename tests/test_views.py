@@ -35,7 +35,7 @@ def drawn(samples: range) -> Draw:
 
 def target_view(ours: Views, pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Returns the target view of each image, (N, 3, S, S) in [-1, 1]."""
-    return ours.pair(pixels, draw, draw, torch.zeros(pixels.shape))[1]
+    return ours.pair(pixels, [(draw, torch.zeros(pixels.shape))], draw)[1]
 
 
 DRAW = drawn(range(100, 112))
@@ -44,8 +44,8 @@ DRAW = drawn(range(100, 112))
 def test_a_view_is_a_function_of_the_image_and_its_numbers(pixels: torch.Tensor) -> None:
     noise = torch.zeros(12, 3, 16, 16)
     state = torch.random.get_rng_state()
-    whole = views().source(pixels, DRAW, noise)
-    assert torch.equal(views().source(pixels[4:8], drawn(range(104, 108)), noise[4:8]), whole[4:8])
+    whole = views().source(pixels, [(DRAW, noise)])[:, 0]
+    assert torch.equal(views().source(pixels[4:8], [(drawn(range(104, 108)), noise[4:8])])[:, 0], whole[4:8])
     assert torch.equal(torch.random.get_rng_state(), state), "the view changed the global random state"
     same_image = target_view(views(), pixels[:1].expand(12, -1, -1, -1), DRAW)
     assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "different random numbers should give different views"
@@ -55,9 +55,17 @@ def test_a_pair_is_source_and_target_as_they_are_alone(pixels: torch.Tensor) -> 
     noise, other = torch.randn(12, 3, 16, 16), drawn(range(300, 312))
     for target in ({}, PLAIN, {"randaugment_num_ops": 3, "randaugment_magnitude": 20}, {"affine_probability": 1.0}):
         ours = views(target=target)
-        x_source, x_start = ours.pair(pixels, DRAW, other, noise)
-        assert torch.equal(x_source, ours.source(pixels, DRAW, noise))
+        x_source, x_start = ours.pair(pixels, [(DRAW, noise)], other)
+        assert torch.equal(x_source[:, 0], ours.source(pixels, [(DRAW, noise)])[:, 0])
         assert torch.equal(x_start, scale(augment(pixels, Augmentation(View(**target), 16).parameters(other))))
+
+
+def test_several_source_views_are_drawn_together_as_each_alone(pixels: torch.Tensor) -> None:
+    sources = [(drawn(range(start, start + 12)), torch.randn(12, 3, 16, 16)) for start in (100, 300, 500)]
+    x_source, x_start = views().pair(pixels, sources, DRAW)
+    assert x_source.shape == (12, 3, 3, 16, 16) and torch.equal(x_start, target_view(views(), pixels, DRAW))
+    for view, source in zip(x_source.unbind(dim=1), sources, strict=True):
+        assert torch.equal(view, views().source(pixels, [source])[:, 0])
 
 
 def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
@@ -66,7 +74,7 @@ def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
     ours = views(source=PLAIN | {"noise_std": 0.25}, target=PLAIN)
     torch.testing.assert_close(ours.evaluation(pixels), normalise(pixels))
     torch.testing.assert_close(ours.augmented(pixels, DRAW, ProbeView(**PLAIN)), normalise(pixels))
-    torch.testing.assert_close(ours.source(pixels, DRAW, noise), normalise(pixels) + 0.25 * noise)
+    torch.testing.assert_close(ours.source(pixels, [(DRAW, noise)])[:, 0], normalise(pixels) + 0.25 * noise)
     torch.testing.assert_close(target_view(ours, pixels, DRAW), pixels / 127.5 - 1)
     torch.testing.assert_close(ours.denormalize(ours.evaluation(pixels)), pixels / 255)
 
@@ -110,7 +118,9 @@ def test_affine_moves_within_its_bounds() -> None:
 def test_source_and_target_are_configured_apart(pixels: torch.Tensor) -> None:
     ours = views(source={"noise_std": 0.0}, target=PLAIN)
     assert torch.equal(target_view(ours, pixels, DRAW), pixels / 127.5 - 1)
-    assert not torch.isclose(ours.source(pixels, DRAW, torch.zeros(12, 3, 16, 16)), ours.evaluation(pixels)).all()
+    assert not torch.isclose(
+        ours.source(pixels, [(DRAW, torch.zeros(12, 3, 16, 16))])[:, 0], ours.evaluation(pixels)
+    ).all()
 
 
 def test_the_evaluations_view_is_augmented_as_asked(pixels: torch.Tensor) -> None:

@@ -1,16 +1,18 @@
-"""Loss terms: functions of one forward pass. The loss is their sum. If there are several, each is logged by name.
+"""Loss terms: functions of one forward pass. The loss is their weighted sum. If several are used, each is logged.
 
-To add a term, write a function that includes the term's weight, and add it to TERMS. The parameters of a new module of
-SODA are trained automatically, because the optimiser's groups cover the whole model.
+To add a term, write a function, add it to TERMS, and add its weight to `training.terms` in config/schema.py. The
+parameters of a new module of SODA are trained automatically, because the optimiser's groups cover the whole model.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
+from config.schema import Training
 from experiment.batch import Batch
-from model.diffusion import GaussianDiffusion, eps_loss
+from model.diffusion import GaussianDiffusion, squared_errors
 
 
 @dataclass(frozen=True)
@@ -18,28 +20,58 @@ class ForwardPass:
     """Inputs and output of one forward pass. Add a field if another loss term needs it.
 
     Attributes:
+        config: the `training` section of the config.
         diffusion: the diffusion process, with its noise schedule.
         batch: the micro-batch.
         x_t: (N, 3, H, W) noised target view.
-        eps: (N, 3, H, W) predicted noise.
+        prediction: (N, 3, H, W) output of the model.
     """
 
+    config: Training
     diffusion: GaussianDiffusion
     batch: Batch
     x_t: Tensor
-    eps: Tensor
+    prediction: Tensor
+
+    @cached_property
+    def errors(self) -> Tensor:
+        """Squared errors of the prediction, (N, 3, H, W) float32, with the weights of min-SNR if they are used."""
+        batch, gamma = self.batch, self.config.min_snr_gamma
+        errors = squared_errors(self.prediction, self.diffusion.target(batch.x_start, batch.timesteps, batch.noise))
+        if gamma is None:
+            return errors
+        return errors * self.diffusion.min_snr_weights(batch.timesteps, gamma)[:, None, None, None]
+
+    def mean(self, errors: Tensor) -> Tensor:
+        """Returns the mean of errors (N, 3, H, W), weighted as the sampling of the timesteps requires."""
+        if self.batch.weights is None:
+            return errors.mean()
+        return (self.batch.weights * errors.mean(dim=(1, 2, 3))).mean()
 
 
 def denoising(found: ForwardPass) -> Tensor:
-    """Returns mean (eps - noise)^2, a scalar (DDPM, eq. 14)."""
-    return eps_loss(found.eps, found.batch.noise)
+    """Returns the mean squared error of the prediction, a scalar (DDPM, eq. 14, for eps)."""
+    return found.mean(found.errors)
 
 
-TERMS: dict[str, Callable[[ForwardPass], Tensor]] = {"denoising": denoising}
+def reconstruction(found: ForwardPass) -> Tensor:
+    """Returns the mean squared error of the predicted clean target view, a scalar. This term is not SODA's."""
+    x_start, _ = found.diffusion.split(found.x_t, found.batch.timesteps, found.prediction.float())
+    return found.mean(squared_errors(x_start, found.batch.x_start))
+
+
+TERMS: dict[str, Callable[[ForwardPass], Tensor]] = {"denoising": denoising, "reconstruction": reconstruction}
+
+
+def term_weights(config: Training) -> dict[str, float]:
+    """Returns the weight of each term that is used. A term without a key in `training.terms` has the weight 1."""
+    weights = {name: getattr(config.terms, name, 1.0) for name in TERMS}
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def loss_terms(found: ForwardPass) -> dict[str, Tensor]:
-    """Returns every term by name, and their sum as "loss". All are scalars in float32."""
-    terms = {name: term(found) for name, term in TERMS.items()}
-    total, *others = terms.values()
-    return {"loss": sum(others, start=total), **terms}
+    """Returns every term that is used by name, and their weighted sum as "loss". All are scalars in float32."""
+    weights = term_weights(found.config)
+    terms = {name: TERMS[name](found) for name in weights}
+    first, *others = (weight * terms[name] for name, weight in weights.items())
+    return {"loss": sum(others, start=first), **terms}

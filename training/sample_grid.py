@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from experiment.batch import view_draw
+from experiment.batch import source_draws, view_draw
 from experiment.opening import Experiment
 from model.guidance import guided_denoiser
 from model.soda import SODA
@@ -20,7 +20,7 @@ from utils.randomness import CHUNK, generator, image_noise
 
 @torch.no_grad()
 def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
-    """Collective. Returns an image (3, H, W) uint8 of three rows: source views, samples, target views.
+    """Collective. Returns an image (3, H, W) uint8 of three rows: first source views, samples, target views.
 
     The samples are drawn by DDIM and guided by the latents of the source views. Images, views and noise depend only on
     the seed, so that grids of different epochs can be compared.
@@ -33,9 +33,8 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     positions = range(num_images)
     x_source, x_target = experiment.views.pair(
         pixels,
-        view_draw(seed, positions, "grid source view"),
+        source_draws(experiment, positions, "grid source"),
         view_draw(seed, positions, "grid target view"),
-        image_noise(pixels.shape[1:], positions, seed, "grid source noise", device=device),
     )
 
     mine = my_range(num_images, CHUNK)
@@ -47,7 +46,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     soda.eval()
     if mine:
         with autocast(device, experiment.amp_dtype):
-            z = soda.encoder(x_source[mine.start : mine.stop])
+            z = soda.encode(x_source[mine.start : mine.stop])
             samples[mine.start : mine.stop] = experiment.diffusion.ddim_sample(
                 guided_denoiser(soda.decoder, z, config.guidance_scale, config.sections),
                 noise("grid noise"),
@@ -55,7 +54,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
                 config.eta,
                 draw_noise=lambda t: noise("grid eta", t),
             )
-    rows = torch.cat([experiment.views.denormalize(x_source) * 2 - 1, all_reduce(samples), x_target])
+    rows = torch.cat([experiment.views.denormalize(x_source[:, 0]) * 2 - 1, all_reduce(samples), x_target])
     rows = (rows.clamp(-1, 1) * 127.5 + 127.5).round().byte()
     enlarge = max(1, round(64 / rows.shape[-1]))  # small images are enlarged to about 64 px
     grid = make_grid(

@@ -11,9 +11,10 @@ from torch import Tensor
 from config.schema import Optimizer
 from experiment.models import initial_soda
 from experiment.opening import Experiment
+from experiment.timesteps import TimestepSampler, make_sampler
 from experiment.trained import check_weights
 from model.soda import SODA
-from training.losses import TERMS
+from training.losses import term_weights
 from utils.device import FUSED, memory_for
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import world_size
@@ -129,6 +130,7 @@ class TrainState:
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    timesteps: TimestepSampler
     tally: Tally
     step: int = 0
     wrapped: Any = None
@@ -143,6 +145,7 @@ class TrainState:
             "ema": {"model": self.ema.ema_model.state_dict(), "step": self.ema.step, "initted": self.ema.initted},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "timesteps": self.timesteps.state_dict(alone),
             "tally": self.tally.state_dict(alone),
             "step": self.step,
         }
@@ -176,6 +179,7 @@ class TrainState:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.timesteps.load_state_dict(state.get("timesteps", {}))
         self.tally.load_state_dict(state["tally"])
         self.step = state["step"]
 
@@ -202,8 +206,9 @@ def initial_state(experiment: Experiment) -> TrainState:
             ema=ema,
             optimizer=_optimizer(soda, experiment.config.optimizer, device),
             scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
+            timesteps=make_sampler(training.timesteps, experiment.diffusion, device),
             # A single term equals the loss, so it is not reported a second time.
-            tally=Tally(device, ["loss", *(TERMS if len(TERMS) > 1 else [])]),
+            tally=Tally(device, ["loss", *(terms if len(terms := term_weights(training)) > 1 else [])]),
         )
 
 

@@ -68,7 +68,8 @@ def train_step(
     totals: dict[str, Tensor] = {}
     for start, images in micro_batches:
         with timer.phase("views"):
-            batch = draw_batch(experiment, images, state.step, range(start, start + micro_size))
+            positions = range(start, start + micro_size)
+            batch = draw_batch(experiment, images, state.step, positions, state.timesteps)
         # Ranks average their gradients only in the last backward pass.
         is_last = start + micro_size == share.stop
         with nullcontext() if is_last or world_size() == 1 else state.wrapped.no_sync():
@@ -77,8 +78,11 @@ def train_step(
                 torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
                 x_t = experiment.diffusion.q_sample(batch.x_start, batch.timesteps, batch.noise)
                 with autocast(device, experiment.amp_dtype):
-                    eps = state.wrapped(batch.x_source, x_t, batch.timesteps, batch.drop_mask)
-                losses = loss_terms(ForwardPass(experiment.diffusion, batch, x_t, eps))
+                    prediction = state.wrapped(batch.x_source, x_t, batch.timesteps, batch.drop_mask)
+                found = ForwardPass(config.training, experiment.diffusion, batch, x_t, prediction)
+                losses = loss_terms(found)
+                if batch.weights is not None:
+                    state.timesteps.observe(batch.timesteps, found.errors.detach().mean(dim=(1, 2, 3)))
                 losses = {name: loss / len(micro_batches) for name, loss in losses.items()}
                 totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
             with timer.phase("backward"):
@@ -102,4 +106,5 @@ def train_step(
     with timer.phase("EMA"):
         state.ema.update()
     state.step += 1
+    state.timesteps.end_step(state.step)
     return totals["loss"], grad_norm

@@ -1,0 +1,162 @@
+"""Sampling of training timesteps: uniformly, by a density over log-SNR, or adaptively by the losses seen so far.
+
+To add a way of sampling, write a subclass of TimestepSampler and add it to SAMPLERS.
+"""
+
+import torch
+from torch import Tensor
+
+from config.schema import Timesteps
+from model.diffusion import GaussianDiffusion
+from utils.distributed.collectives import all_reduce
+from utils.distributed.processes import rank
+
+NUM_BINS = 100  # bins of neighbouring timesteps whose losses `AdaptiveSampler` keeps apart
+RENEW_EVERY = 100  # steps between renewals of the adaptive density
+UNIFORM_SHARE = 0.1  # fraction of the adaptive density that is always uniform, so that every bin is drawn
+UNITS = 2.0**24  # fixed-point units per 1.0 of a squared loss
+MAX_SQUARE = 1e4  # largest squared loss that is counted; larger ones are counted as this
+
+
+class TimestepSampler:
+    """Uniform timesteps. Subclasses draw by another distribution.
+
+    Attributes:
+        diffusion: the diffusion process whose timesteps are drawn.
+    """
+
+    def __init__(self, config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> None:
+        self.diffusion, self._device = diffusion, device
+
+    def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
+        """Returns the timesteps (N,) int64 of the samples `here` of the global batch, and their loss weights (N,).
+
+        The draws of the whole global batch come from `source`, a generator on the host. None means that all weights
+        are 1. Does not synchronise with the device.
+        """
+        drawn = torch.randint(self.diffusion.num_timesteps, (batch_size,), generator=source)
+        return drawn[here].to(self._device, non_blocking=True), None
+
+    def observe(self, timesteps: Tensor, losses: Tensor) -> None:
+        """Takes note of the losses (N,) of samples with these timesteps (N,), without their weights from `draw`."""
+
+    def end_step(self, steps_done: int) -> None:
+        """Collective. Ends a training step, after which `steps_done` steps are done."""
+
+    def state_dict(self, alone: bool = False) -> dict[str, Tensor]:
+        """Collective unless `alone`. Returns everything that the next draws depend on, the same on all ranks.
+
+        With `alone`, losses since the last renewal are only those of this rank.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Loads the result of `state_dict`."""
+
+
+class LogNormalSNRSampler(TimestepSampler):
+    """Timesteps whose log-SNR has a normal density, so that alphas_cumprod has a logit-normal density.
+
+    Each timestep has the probability of the interval around its log-SNR. The density changes the objective, so there
+    are no weights. EDM (Karras et al. 2022) draws its noise levels in this way.
+    """
+
+    def __init__(self, config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> None:
+        super().__init__(config, diffusion, device)
+        probabilities = normal_probabilities(diffusion.alphas_cumprod, config.log_snr_mean, config.log_snr_std)
+        self._ends = probabilities.cumsum(0).float().to(device)
+
+    def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
+        uniforms = torch.rand(batch_size, generator=source)[here].to(self._device, non_blocking=True)
+        return torch.searchsorted(self._ends, uniforms, right=True).clamp(max=self.diffusion.num_timesteps - 1), None
+
+
+def normal_probabilities(alphas_cumprod: Tensor, mean: float, std: float) -> Tensor:
+    """Returns the probability of each timestep, (T,) float64, if log-SNR is normal with this mean and deviation.
+
+    The log-SNR of timestep t stands for the interval between the midpoints to its neighbours. The first and last
+    intervals are as long as their inner halves allow. The probabilities are normalised, which cuts off both tails.
+    """
+    log_snr = alphas_cumprod.logit()
+    if len(log_snr) == 1:
+        return torch.ones(1, dtype=torch.float64)
+    between = (log_snr[1:] + log_snr[:-1]) / 2
+    edges = torch.cat([2 * log_snr[:1] - between[:1], between, 2 * log_snr[-1:] - between[-1:]])
+    below = torch.special.ndtr((edges - mean) / std)
+    probabilities = below[:-1] - below[1:]  # log-SNR falls with t
+    return probabilities / probabilities.sum()
+
+
+class AdaptiveSampler(TimestepSampler):
+    """Timesteps drawn with a probability that follows the losses, with weights that keep the objective unbiased.
+
+    The probability of a bin of timesteps is proportional to the root mean square of its losses (Nichol & Dhariwal 2021,
+    section 3.3), except for a uniform share. The density is renewed every RENEW_EVERY steps from the losses since the
+    last renewal, of all ranks. A bin without new losses keeps its old value.
+
+    Squared losses are summed in fixed point, because sums of integers do not depend on the order or on the number of
+    ranks. So all ranks have the same density, and a resumed run has the density of an uninterrupted one.
+    """
+
+    def __init__(self, config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> None:
+        super().__init__(config, diffusion, device)
+        bins = min(NUM_BINS, diffusion.num_timesteps)
+        # Bin b holds the timesteps edges[b] to edges[b + 1] - 1.
+        self._edges = (torch.arange(bins + 1) * diffusion.num_timesteps // bins).to(device)
+        self._sizes = self._edges.diff()
+        self._sums = torch.zeros(2, bins, dtype=torch.int64, device=device)  # squared losses, and their number
+        self._mean_squares = torch.ones(bins, dtype=torch.float64, device=device)
+
+    def _probabilities(self) -> Tensor:
+        """Returns the probability of each bin, (bins,) float64."""
+        uniform = self._sizes / self._sizes.sum()
+        wanted = self._mean_squares.sqrt() * uniform
+        return UNIFORM_SHARE * uniform + (1 - UNIFORM_SHARE) * wanted / wanted.sum()
+
+    def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
+        uniforms = torch.rand(batch_size, generator=source)[here].to(self._device, non_blocking=True)
+        probabilities = self._probabilities()
+        ends = probabilities.cumsum(0)
+        bins = torch.searchsorted(ends, uniforms.double(), right=True).clamp(max=len(ends) - 1)
+        # The position of the same uniform number inside its bin gives the timestep inside the bin.
+        inside = (uniforms - (ends - probabilities)[bins]) / probabilities[bins]
+        offsets = (inside.clamp(0, 1) * self._sizes[bins]).long().clamp(max=self._sizes[bins] - 1)
+        weights = (self._sizes / self._sizes.sum() / probabilities)[bins]
+        return self._edges[bins] + offsets, weights.float()
+
+    @torch.no_grad()
+    def observe(self, timesteps: Tensor, losses: Tensor) -> None:
+        bins = torch.searchsorted(self._edges, timesteps, right=True) - 1
+        squares = losses.double().square()
+        counted = squares.isfinite()
+        units = (squares.nan_to_num(posinf=0).clamp(max=MAX_SQUARE) * UNITS).round().long()
+        self._sums[0].index_add_(0, bins, units * counted)
+        self._sums[1].index_add_(0, bins, counted.long())
+
+    def end_step(self, steps_done: int) -> None:
+        if steps_done % RENEW_EVERY:
+            return
+        sums, counts = all_reduce(self._sums).double()
+        self._mean_squares = torch.where(counts > 0, sums / UNITS / counts.clamp(min=1), self._mean_squares)
+        self._sums = torch.zeros_like(self._sums)
+
+    def state_dict(self, alone: bool = False) -> dict[str, Tensor]:
+        return {"sums": self._sums if alone else all_reduce(self._sums.clone()), "mean_squares": self._mean_squares}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        # The sums in the checkpoint are those of all ranks, so one rank continues with them.
+        self._sums.copy_(state["sums"] if rank() == 0 else torch.zeros_like(state["sums"]))
+        self._mean_squares.copy_(state["mean_squares"])
+
+
+SAMPLERS: dict[str, type[TimestepSampler]] = {
+    "uniform": TimestepSampler,
+    "log_snr": LogNormalSNRSampler,
+    "adaptive": AdaptiveSampler,
+}
+"""Sampler of each value of `training.timesteps.sampling`."""
+
+
+def make_sampler(config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> TimestepSampler:
+    """Returns the sampler that the `training.timesteps` section of the config describes."""
+    return SAMPLERS[config.sampling](config, diffusion, device)

@@ -1,0 +1,126 @@
+"""Tests of the sampling of timesteps: distributions, weights, history, and equal results after a resume."""
+
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from config.schema import Timesteps
+from experiment import timesteps
+from experiment.timesteps import SAMPLERS, AdaptiveSampler, TimestepSampler, make_sampler
+from model.diffusion import GaussianDiffusion
+from model.names import TimestepSampling
+from tests.conftest import assert_equal_states, experiment_of
+from training.state import initial_state
+from training.step import train_step, training_pixels
+from utils.logging import PhaseTimer
+
+CPU = torch.device("cpu")
+
+
+def sampler(num_timesteps: int = 1000, **config: Any) -> Any:
+    """Returns a sampler for the cosine schedule."""
+    diffusion = GaussianDiffusion(schedule="cosine", num_timesteps=num_timesteps)
+    return make_sampler(Timesteps(**config), diffusion, CPU)
+
+
+def draw(ours: TimestepSampler, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the timesteps and weights of `count` samples."""
+    return ours.draw(torch.Generator().manual_seed(0), count, slice(None))
+
+
+def test_uniform_timesteps_have_no_weights() -> None:
+    drawn, weights = draw(sampler(), 10_000)
+    assert weights is None and drawn.min() == 0 and drawn.max() == 999
+    assert abs(drawn.float().mean().item() - 499.5) < 4 * 288.7 / 100
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-1.5, 0.5), (1.0, 1.5)])
+def test_log_snr_is_normal(mean: float, std: float) -> None:
+    """The quantiles of the drawn log-SNR are those of the normal distribution."""
+    ours = sampler(sampling="log_snr", log_snr_mean=mean, log_snr_std=std)
+    drawn, weights = draw(ours, 200_000)
+    found = ours.diffusion.alphas_cumprod[drawn].logit().numpy()
+    assert weights is None
+    for probability in (0.02, 0.16, 0.5, 0.84, 0.98):
+        assert abs(np.quantile(found, probability) - norm.ppf(probability, mean, std)) < 0.03 * std, probability
+
+
+@pytest.mark.parametrize("sampling", get_args(TimestepSampling))
+@pytest.mark.parametrize("num_timesteps", [1, 3, 150])
+def test_any_number_of_timesteps_can_be_sampled(sampling: str, num_timesteps: int) -> None:
+    drawn, _ = draw(sampler(num_timesteps, sampling=sampling, log_snr_std=5.0), 5000)
+    assert set(drawn.tolist()) == set(range(num_timesteps))
+
+
+def with_history(losses: torch.Tensor) -> AdaptiveSampler:
+    """Returns an adaptive sampler that has seen this loss of each timestep."""
+    ours = sampler(len(losses), sampling="adaptive")
+    ours.observe(torch.arange(len(losses)), losses)
+    ours.end_step(timesteps.RENEW_EVERY)
+    return ours
+
+
+def test_adaptive_timesteps_follow_the_root_mean_square_of_the_losses() -> None:
+    """Nine tenths of the density are proportional to the root mean square of each bin, one tenth is uniform."""
+    losses = torch.linspace(3, 1, 1000)
+    drawn, _ = draw(with_history(losses), 400_000)
+    found = np.bincount(drawn.numpy() // 10, minlength=100) / 400_000
+    root = losses.view(100, 10).square().mean(dim=1).sqrt().numpy()
+    expected = 0.9 * root / root.sum() + 0.1 / 100
+    assert (np.abs(found - expected) < 5 * np.sqrt(expected / 400_000)).all()
+    inside = np.bincount(drawn.numpy() % 10, minlength=10) / 400_000
+    assert np.abs(inside - 0.1).max() < 5 * math.sqrt(0.1 / 400_000)
+
+
+def test_weights_keep_the_objective_unbiased() -> None:
+    losses = torch.linspace(0.01, 1, 1000) ** 2
+    drawn, weights = draw(with_history(losses), 400_000)
+    assert weights is not None
+    found = (weights * losses[drawn]).mean().item()
+    error = (weights * losses[drawn]).std().item() / math.sqrt(400_000)
+    assert abs(found - losses.mean().item()) < 4 * error
+    assert error < losses[draw(sampler(), 400_000)[0]].std().item() / math.sqrt(400_000), "the variance must fall"
+
+
+def test_the_density_is_uniform_at_first_and_bins_without_losses_keep_their_value() -> None:
+    ours = sampler(sampling="adaptive")
+    first, weights = draw(ours, 100_000)
+    assert weights is not None and weights.eq(1).all() and first.unique().numel() == 1000
+    ours.observe(torch.arange(500), torch.full((500,), 3.0))
+    ours.observe(torch.arange(2), torch.tensor([float("nan"), float("inf")]))
+    ours.end_step(timesteps.RENEW_EVERY - 1)
+    assert draw(ours, 10)[1].eq(1).all(), "only every RENEW_EVERY-th step renews the density"  # type: ignore[union-attr]
+    ours.end_step(2 * timesteps.RENEW_EVERY)
+    drawn, _ = draw(ours, 100_000)
+    assert abs((drawn < 500).float().mean().item() - (0.9 * 0.75 + 0.1 * 0.5)) < 0.01
+
+
+ADAPTIVE = ("training.timesteps.sampling=adaptive", "decoder.dropout=0.0")
+
+
+def test_a_resumed_run_has_the_density_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is interrupted between two renewals. All later weights are equal, bit for bit."""
+    monkeypatch.setattr(timesteps, "RENEW_EVERY", 5)
+    experiment = experiment_of(tmp_path, *ADAPTIVE)
+
+    def train(state: Any, steps: int) -> Any:
+        pixels = training_pixels(experiment, state.step)
+        for _ in range(steps):
+            train_step(experiment, state, pixels, PhaseTimer())
+        return state
+
+    whole = train(initial_state(experiment), 17)
+    saved = train(initial_state(experiment), 8).state_dict()
+    resumed = initial_state(experiment)
+    resumed.load_state_dict(saved)
+    assert_equal_states(train(resumed, 9).state_dict(), whole.state_dict())
+    assert draw(whole.timesteps, 100)[1].unique().numel() > 10  # type: ignore[union-attr]
+
+
+def test_every_name_has_a_sampler() -> None:
+    assert list(SAMPLERS) == list(get_args(TimestepSampling))
