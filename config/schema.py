@@ -91,7 +91,7 @@ class Data(Section):
 
 
 class View(Section):
-    """Augmentation of one view of an image: crop and flip, RandAugment, colours, affine transform, in this order."""
+    """Augmentation of one view: crop and flip, RandAugment, colours, blur, affine transform, in this order."""
 
     crop_flip_probability: Probability = key(
         0.95, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
@@ -114,6 +114,12 @@ class View(Section):
         "(s at most 0.5)",
     )
     grayscale_probability: Probability = key(0.0, "probability of converting an image to greyscale")
+    blur_probability: Probability = key(
+        0.0,
+        "probability of blurring an image by a Gaussian kernel; the width of the kernel is a tenth of the image size, "
+        "made odd, but at least 3 pixels",
+    )
+    blur_sigma: Pair = key([0.1, 2.0], "[lowest, highest] standard deviation of the Gaussian blur in pixels")
     affine_probability: Probability = key(
         0.0, "probability of applying a random affine transform (rotation, shift, zoom, shear) to an image"
     )
@@ -146,13 +152,16 @@ class View(Section):
             parts.append(f"jitter {reach} (p={self.color_jitter_probability:g})")
         if self.grayscale_probability:
             parts.append(f"grey (p={self.grayscale_probability:g})")
+        if self.blur_probability:
+            low, high = self.blur_sigma
+            parts.append(f"blur {low:g}-{high:g} (p={self.blur_probability:g})")
         if self.affine_probability:
             low, high = self.affine_scale
             parts.append(f"affine {self.affine_degrees:g} deg {self.affine_translate:g} x{low:g}-{high:g}")
             parts[-1] += f" shear {self.affine_shear:g} (p={self.affine_probability:g})"
         return " + ".join(parts) or "clean"
 
-    @field_validator("crop_scale", "crop_ratio", "affine_scale")
+    @field_validator("crop_scale", "crop_ratio", "blur_sigma", "affine_scale")
     @classmethod
     def _rising(cls, pair: list[float], info: ValidationInfo) -> list[float]:
         if not 0 < pair[0] <= pair[1]:

@@ -1,8 +1,9 @@
 """Augmentation of a batch: parameters are drawn on the host for each sample and applied to the pixels on their device.
 
-A view is made by crop and flip, RandAugment, colour jitter and greyscale, and an affine transform. The parameters have
-the distributions of these classes of torchvision.transforms.v2: RandomResizedCrop and RandomHorizontalFlip,
-RandAugment, ColorJitter and RandomGrayscale, and RandomAffine. The operations on pixels are in operations.py.
+A view is made by crop and flip, RandAugment, colour jitter and greyscale, blur, and an affine transform. The parameters
+have the distributions of these classes of torchvision.transforms.v2: RandomResizedCrop and RandomHorizontalFlip,
+RandAugment, ColorJitter and RandomGrayscale, GaussianBlur, and RandomAffine. The operations on pixels are in
+operations.py.
 """
 
 import math
@@ -126,16 +127,18 @@ class Augmentation:
     def parameters(self, draw: Draw) -> Parameters:
         """Draws the parameters of N samples; `draw` determines N."""
         view, num_ops = self._view, self._view.randaugment_num_ops
-        jitters = view.color_jitter_probability > 0 or view.grayscale_probability > 0
         widths = [2 * CROP_ATTEMPTS + 4, 1 + 2 * num_ops, 6]
         crop, ops, moves = draw(sum(widths)).split(widths, dim=1)
         apply = ops[:, :1] < view.randaugment_probability
         chosen = (ops[:, 1 : 1 + num_ops] * len(RANDAUGMENT)).long() * apply  # (N, num_ops)
         signs = torch.where((ops[:, 1 + num_ops :] < 0.5) & self._signed[chosen], -1.0, 1.0)
-        operations, strengths = self._indices[chosen], self._magnitudes[chosen] * signs
-        if jitters:
-            more = self._colors(draw(2 + 2 * len(JITTER), " colours"))  # other draws do not depend on colours
-            operations, strengths = torch.cat([operations, more[0]], dim=1), torch.cat([strengths, more[1]], dim=1)
+        rounds = [(self._indices[chosen], self._magnitudes[chosen] * signs)]
+        # Colours and blur have streams of their own, so the other draws do not depend on them.
+        if view.color_jitter_probability > 0 or view.grayscale_probability > 0:
+            rounds.append(self._colors(draw(2 + 2 * len(JITTER), " colours")))
+        if view.blur_probability > 0:
+            rounds.append(self._blur(draw(2, " blur")))
+        operations, strengths = (torch.cat(parts, dim=1) for parts in zip(*rounds, strict=True))
         matrices = operation_matrices(operations.flatten(), strengths.flatten(), self._size)
         matrices = matrices.view(*operations.shape, 2, 3)
         return Parameters(self._boxes(crop), operations, strengths, matrices, self._moves(moves))
@@ -156,6 +159,13 @@ class Augmentation:
         operations = torch.cat([operations, INDEX["Color"] * is_grey], dim=1)
         strengths = torch.cat([strengths.gather(1, order), -is_grey.float()], dim=1)  # Color by strength -1 gives grey
         return operations, strengths
+
+    def _blur(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns operations and strengths, (N, 1) each: GaussianBlur for some samples, by its standard deviation."""
+        apply, sigma = uniforms.split(1, dim=1)
+        blurred = apply < self._view.blur_probability
+        low, high = self._view.blur_sigma
+        return INDEX["GaussianBlur"] * blurred, (low + (high - low) * sigma) * blurred
 
     def _boxes(self, uniforms: Tensor) -> Tensor:
         """Returns RandomResizedCrop's boxes and the flips, (N, 5).

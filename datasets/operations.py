@@ -166,6 +166,26 @@ def hue(pixels: Tensor, turns: Tensor, matrices: Tensor) -> Tensor:
     return (out * (255.999 / 255)).clamp_(0, 255).byte()  # as torchvision converts [0, 1] to levels
 
 
+def gaussian_blur(pixels: Tensor, sigmas: Tensor, matrices: Tensor) -> Tensor:
+    """Blurs each image by a Gaussian kernel with the sample's standard deviation in pixels, above 0.
+
+    The width of the kernel is that of SimCLR (Chen et al. 2020): a tenth of the image size, made odd, but at least 3.
+    As in torchvision, pixels outside the image are reflections of pixels inside.
+    """
+    size = pixels.shape[-1]
+    radius = max(1, size // 20)
+    positions = torch.arange(-radius, radius + 1, device=pixels.device)
+    kernels = ((positions / sigmas[:, None]).square() / -2).softmax(dim=1)  # (N, 2 * radius + 1)
+    values = F.pad(pixels.float(), [radius] * 4, mode="reflect")
+    # A grouped convolution would be shorter, but cuDNN may search for its fastest kernel whenever N changes.
+    for dim in (2, 3):
+        blurred = torch.zeros_like(values.narrow(dim, 0, size))
+        for shift, weights in enumerate(kernels.unbind(dim=1)):
+            blurred.addcmul_(values.narrow(dim, shift, size), _per_sample(weights))
+        values = blurred
+    return values.round_().byte()
+
+
 # Samples are sorted in this order, and neighbours with the same function share one call. Identity must be the first.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Identity": identity,
@@ -183,6 +203,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "AutoContrast": autocontrast,
     "Equalize": equalize,
     "Hue": hue,
+    "GaussianBlur": gaussian_blur,
 }
 
 

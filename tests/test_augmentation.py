@@ -25,6 +25,7 @@ from datasets.augmentation import (
     operation_matrices,
 )
 from datasets.operations import OPERATIONS, operate
+from utils.randomness import uniforms
 
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 EXACT = ("Identity", *GEOMETRIC, "Posterize", "Solarize", "Equalize")
@@ -45,6 +46,7 @@ THEIRS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "AutoContrast": lambda image, m: tv.autocontrast(image),
     "Equalize": lambda image, m: tv.equalize(image),
     "Hue": lambda image, m: tv.adjust_hue(image, m),
+    "GaussianBlur": lambda image, m: tv.gaussian_blur(image, 3, m),  # the width for images of less than 40 px
 }
 
 
@@ -162,6 +164,86 @@ def test_colours_follow_torchvisions_distribution() -> None:
     assert plain.operations.shape == (9, 2), (
         "a view without colour jitter and greyscale must have no operations for them"
     )
+
+
+def test_greyscale_needs_no_colour_jitter() -> None:
+    """Without colour jitter, some samples become torchvision's greyscale image, and all others do not change."""
+    images = pictures(400, 16)
+    view = View(crop_flip_probability=0.0, randaugment_probability=0.0, grayscale_probability=0.3)
+    drawn = Augmentation(view, 16).parameters(random(400))
+    is_grey = drawn.operations[:, -1] == INDEX["Color"]
+    expected = torch.where(is_grey[:, None, None, None], tv.rgb_to_grayscale(images, 3), images)
+    assert torch.equal(augment(images, drawn), expected)
+    assert abs(is_grey.float().mean() - 0.3) < 0.08
+
+
+@pytest.mark.parametrize(("size", "width"), [(8, 3), (32, 3), (39, 3), (64, 7), (96, 9), (224, 23)])
+def test_blur_is_torchvisions(size: int, width: int) -> None:
+    """Each sample is blurred by its own standard deviation; `width` is that of SimCLR's kernel."""
+    images, sigmas = pictures(8, size), torch.tensor([0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 50.0])
+    ours = augment(images, operating(8, size, torch.full((8,), INDEX["GaussianBlur"]), sigmas))
+    theirs = torch.stack([tv.gaussian_blur(image, width, s) for image, s in zip(images, sigmas.tolist(), strict=True)])
+    # torchvision convolves once by a square kernel, ours once along each axis. In float32, a value close to the middle
+    # of two levels may then be rounded the other way.
+    difference = (ours.int() - theirs.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 1e-3
+    assert torch.equal(ours[0], images[0]) and not torch.equal(ours[4], images[4])
+
+
+def test_blur_follows_torchvisions_distribution() -> None:
+    view = View(randaugment_probability=0.0, blur_probability=0.3, blur_sigma=[0.5, 1.5])
+    drawn = Augmentation(view, 16).parameters(random(40_000))
+    blurred = drawn.operations[:, -1] == INDEX["GaussianBlur"]
+    theirs = v2.RandomApply([v2.GaussianBlur(3, (0.5, 1.5))], p=0.3)
+    assert abs(blurred.float().mean() - theirs.p) < 0.01
+    sigmas = torch.tensor([theirs.transforms[0].make_params([])["sigma"][0] for _ in range(10_000)])
+    levels = torch.linspace(0, 1, 21)
+    torch.testing.assert_close(
+        drawn.strengths[blurred, -1].quantile(levels), sigmas.quantile(levels), atol=0.03, rtol=0
+    )
+
+
+def test_blur_comes_after_the_colours_and_before_the_affine_transform() -> None:
+    images = pictures(60, 16)
+    view = View(
+        crop_flip_probability=0.0,
+        randaugment_probability=0.0,
+        color_jitter_probability=0.8,
+        blur_probability=0.5,
+        affine_probability=1.0,
+        affine_translate=0.3,
+    )
+    drawn = Augmentation(view, 16).parameters(random(60))
+    assert drawn.operations[:, -1].unique().tolist() == [0, INDEX["GaussianBlur"]] and drawn.moves is not None
+    assert not (drawn.operations[:, :-1] == INDEX["GaussianBlur"]).any()
+    ours = augment(images, drawn)
+    for sample in range(60):
+        expected = images[sample]
+        for operation, m in zip(drawn.operations[sample].tolist(), drawn.strengths[sample].tolist(), strict=True):
+            expected = THEIRS[NAMES[operation]](expected, m)
+        shift = (-drawn.moves[sample, :, 2]).round().int().tolist()
+        expected = tv.affine(expected, 0.0, shift, 1.0, [0.0, 0.0])
+        assert (ours[sample].int() - expected.int()).abs().float().mean() < 1
+
+
+def test_blur_shifts_no_other_random_number() -> None:
+    streams: list[str] = []
+
+    def draw(columns: int, stream: str = "") -> Tensor:
+        streams.append(stream)
+        return uniforms(range(50), columns, 0, "view" + stream)
+
+    view = View(color_jitter_probability=0.5, affine_probability=0.5, affine_degrees=20.0)
+    plain = Augmentation(view, 16).parameters(draw)
+    assert streams == ["", " colours"], "a view without blur must not draw numbers for it"
+    blurred = Augmentation(view.model_copy(update={"blur_probability": 0.5}), 16).parameters(draw)
+    assert streams[2:] == ["", " colours", " blur"]
+    num_ops = plain.operations.shape[1]
+    assert blurred.operations.shape[1] == num_ops + 1
+    for name in ("operations", "strengths", "matrices"):
+        assert torch.equal(getattr(plain, name), getattr(blurred, name)[:, :num_ops])
+    assert torch.equal(plain.boxes, blurred.boxes)
+    assert plain.moves is not None and blurred.moves is not None and torch.equal(plain.moves, blurred.moves)
 
 
 def test_strengths_are_torchvisions() -> None:
@@ -323,7 +405,7 @@ def test_images_too_small_to_blur_are_left() -> None:
 
 def test_nothing_is_read_from_the_pixels() -> None:
     """augment() works on the meta device, where reading a value or using a shape that depends on values would raise."""
-    view = View(randaugment_probability=1.0, affine_probability=1.0, color_jitter_probability=0.5)
+    view = View(randaugment_probability=1.0, affine_probability=1.0, color_jitter_probability=0.5, blur_probability=0.5)
     drawn = Augmentation(view, 16).parameters(random(200))
     assert drawn.operations.unique().numel() == len(OPERATIONS)
     pixels = torch.empty(200, 3, 16, 16, dtype=torch.uint8, device="meta")

@@ -53,8 +53,18 @@ def test_a_view_is_a_function_of_the_image_and_its_numbers(pixels: torch.Tensor)
 
 def test_a_pair_is_source_and_target_as_they_are_alone(pixels: torch.Tensor) -> None:
     noise, other = torch.randn(12, 3, 16, 16), drawn(range(300, 312))
-    for target in ({}, PLAIN, {"randaugment_num_ops": 3, "randaugment_magnitude": 20}, {"affine_probability": 1.0}):
-        ours = views(target=target)
+    blur, colours = {"blur_probability": 0.5}, {"color_jitter_probability": 0.5}
+    many = {"randaugment_num_ops": 3, "randaugment_magnitude": 20}
+    for source, target in (
+        ({}, {}),
+        ({}, PLAIN),
+        ({}, many),
+        ({}, {"affine_probability": 1.0}),
+        ({}, blur),
+        (blur, PLAIN),
+        (blur, colours | blur),
+    ):
+        ours = views(source, target)
         x_source, x_start = ours.pair(pixels, [(DRAW, noise)], other)
         assert torch.equal(x_source[:, 0], ours.source(pixels, [(DRAW, noise)])[:, 0])
         assert torch.equal(x_start, scale(augment(pixels, Augmentation(View(**target), 16).parameters(other))))
@@ -139,6 +149,10 @@ def test_the_evaluations_view_is_augmented_as_asked(pixels: torch.Tensor) -> Non
         (
             View(affine_probability=1.0, affine_degrees=10.0),
             "flip 0.5 (p=0.95) + RandAugment 2x9 (p=0.65) + affine 10 deg 0 x1-1 shear 0 (p=1)",
+        ),
+        (
+            View(**PLAIN, grayscale_probability=0.2, blur_probability=0.5, blur_sigma=[0.1, 1.5]),
+            "grey (p=0.2) + blur 0.1-1.5 (p=0.5)",
         ),
     ],
 )
