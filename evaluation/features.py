@@ -1,6 +1,7 @@
 """Features of complete splits, in the order of the samples. All ranks share the work of encoding."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,25 @@ from utils.distributed.processes import my_range
 # Features by name, (N, D) each. A name may be a tuple that names the encoder, too, so
 # that several encoders share one pass over the views.
 Features = dict[Hashable, Tensor]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Images of a split at some indices, in the form that `extract_features` takes.
+
+    Attributes:
+        indices: (n,) int64, indices into `images`.
+    """
+
+    images: Images
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, wanted: Iterable[range], pin_memory: bool = False) -> Generator[Tensor, None, None]:
+        """Yields the pixels of each range of positions in `indices`, as `Images.batches` does."""
+        return self.images.batches((self.indices[each.start : each.stop] for each in wanted), pin_memory)
 
 
 def extract_features(
@@ -61,7 +81,7 @@ def encode_clean(
 
 def extract_latents(
     encode: Callable[[Tensor], Tensor],
-    images: Images,
+    images: Images | Subset,
     batch_size: int,
     device: torch.device,
     on_batch: Callable[[int], Any] = lambda count: None,

@@ -27,9 +27,11 @@ from datasets.views import Views
 from evaluation.encoders import baselines, encode_with
 from evaluation.judge import judge
 from evaluation.protocols import config_protocols
+from evaluation.spectrum import effective_rank
 from experiment import timesteps
 from experiment.opening import Experiment, open_experiment
 from tests.conftest import digits_args
+from training.evaluating import latents
 from training.sample_grid import sample_grid
 from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
@@ -214,12 +216,13 @@ def batch_norms(make: type[nn.BatchNorm2d], device: str = "cpu") -> list[dict[st
     return [batch_norm(make, dtype, layout, device) for dtype, layout in LAYOUTS]
 
 
-def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor]:
-    """Judges a random encoder and the baselines. Returns (table of accuracies, sample grid)."""
+def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor, float]:
+    """Judges a random encoder and the baselines. Returns (table of accuracies, sample grid, effective rank)."""
     experiment, state = prepare(folder, *overrides)
     encoders = {"random": encode_with(experiment, state.soda), **baselines(experiment)}
     table = judge(experiment, encoders, config_protocols(experiment.config))
-    return table, sample_grid(experiment, state.soda)
+    _, z = latents(experiment, state.soda)
+    return table, sample_grid(experiment, state.soda), effective_rank(z)
 
 
 def turns(folder: Path) -> dict[str, Any]:

@@ -130,8 +130,9 @@ def test_batch_norm_is_converted_in_place() -> None:
 
 def test_judging_gives_the_same_numbers(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
-        for (table, grid), (expected_table, expected_grid) in zip(rank["judging"], one["judging"], strict=True):
-            assert table == expected_table
+        for found, expected in zip(rank["judging"], one["judging"], strict=True):
+            (table, grid, effective), (expected_table, expected_grid, expected_effective) = found, expected
+            assert table == expected_table and effective == expected_effective
             assert (grid.int() - expected_grid.int()).abs().max() <= 1, "the grids differ by more than one grey level"
     assert one["judging"][0][1].unique().numel() > 100
 

@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import entropy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import Conv2d
 from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
+from analysis.codec import Codec
 from config.reading import load_config
 from datasets import cache
 from datasets.decoding import AHEAD
 from datasets.images import DatasetError
 from datasets.listing import list_folder
+from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from training import loop
 from utils.cli import read_config
@@ -86,6 +89,31 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         assert list(cells) == ["trained", "untrained", "raw pixels"]
         assert all(0 <= cell["top1"] <= cell["top3"] <= 100 for cell in cells.values())
     assert next(iter(results.values()))["raw pixels"]["top1"] > 95
+
+
+def test_each_evaluation_reports_the_spectrum_of_the_latents(finished: Path) -> None:
+    """Rank and spectrum are those of numpy, for the test latents of the kept checkpoint of each evaluation."""
+    events = EventAccumulator(str(finished / "tensorboard"), {"histograms": 0})
+    events.Reload()
+    shown = events.Scalars("evaluation/effective_rank")
+    histograms = events.Histograms("evaluation/log10_spectrum")
+    evaluations = reports(finished, "evaluation")
+    assert (
+        [event.step for event in shown]
+        == [event.step for event in histograms]
+        == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+    )
+    for epoch, report, scalar, histogram in zip((1, 2), evaluations, shown, histograms, strict=True):
+        trained = read_trained(None, finished / "checkpoints" / f"epoch_{epoch:04d}.pt", ["device=cpu"])
+        z = Codec(*open_trained(trained), seed=0).test_z.double().numpy()
+        assert z.shape == (360, 8)
+        np.testing.assert_allclose(report["spectrum"], np.linalg.eigvalsh(np.cov(z.T, bias=True))[::-1], rtol=1e-6)
+        sigma = np.linalg.svd(z, compute_uv=False)
+        assert report["effective_rank"] == pytest.approx(np.exp(entropy(sigma)), rel=1e-5)
+        assert scalar.value == pytest.approx(report["effective_rank"])
+        assert histogram.histogram_value.num == 8
+        assert histogram.histogram_value.max == pytest.approx(np.log10(report["spectrum"][0]))
+    assert evaluations[0]["spectrum"] != evaluations[1]["spectrum"]
 
 
 def test_the_sample_grid_shows_three_rows(finished: Path) -> None:
@@ -300,6 +328,21 @@ def flat_folder(folder: Path, seed: int) -> Path:
     return folder
 
 
+def test_images_without_labels_have_a_spectrum(tmp_path: Path) -> None:
+    """Without labels, the report is about the training images."""
+    images = ["data.name=folder", f"data.root={flat_folder(tmp_path / 'images', 0)}", f"data.cache_dir={tmp_path}"]
+    assert train_program.main(digits_args(tmp_path / "run", *images, *TWO_EPOCHS)) == 0
+    evaluations = reports(tmp_path / "run", "evaluation")
+    assert [report["step"] for report in evaluations] == [1, 2]
+    for report in evaluations:
+        assert report.keys() == {"kind", "step", "epoch", "effective_rank", "spectrum"}
+        assert 1 <= report["effective_rank"] <= 8 and len(report["spectrum"]) == 8 and min(report["spectrum"]) >= 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("evaluation/effective_rank")] == [1, 2]
+    assert [event.step for event in events.Histograms("evaluation/log10_spectrum")] == [1, 2]
+
+
 def test_other_images_are_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = ["data.name=folder", f"data.cache_dir={tmp_path / 'cache'}"]
     first, second = flat_folder(tmp_path / "first", 0), flat_folder(tmp_path / "second", 1)
@@ -334,14 +377,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         assert "encoder.fc.weight" in message and "error: the checkpoint does not fit" in message.splitlines()[-1]
 
 
-def test_reports_are_json_whatever_the_loss(tmp_path: Path) -> None:
+def test_reports_are_json_whatever_the_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Values that are not finite are None in the JSON line. A histogram of such values is left out, without error."""
     with RunLog(tmp_path, 0) as log:
-        log.report("train", 1, {"loss": float("nan"), "lr": 0.5})
+        log.histogram("spectrum", 1, torch.tensor([1.0, float("nan")]))
+        log.report("train", 1, {"loss": float("nan"), "lr": 0.5}, spectrum=[1.0, float("inf")])
+    assert not caplog.text
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
         "kind": "train",
         "step": 1,
         "loss": None,
         "lr": 0.5,
+        "spectrum": [1.0, None],
     }
 
 

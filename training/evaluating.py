@@ -2,16 +2,21 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from evaluation.encoders import baselines, encode_with
-from evaluation.features import encode_clean, extract_latents
+from evaluation.features import Subset, encode_clean, extract_latents
 from evaluation.judge import Table, judge
 from evaluation.protocols import Protocol, config_protocols
+from evaluation.spectrum import effective_rank, variance_spectrum
 from experiment.opening import Experiment
 from model.soda import SODA
 from training.sample_grid import sample_grid
 from utils.device import memory_for
+from utils.randomness import generator
+
+MAX_LATENTS = 10_000  # enough for the spectrum, and TensorBoard's projector loads all of them into the browser
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,14 @@ class Evaluation:
 
     Attributes:
         step: optimiser steps done.
-        at_end: True if training is complete. Only then does the evaluation include baselines and test latents.
+        at_end: True if training is complete. Only then does the evaluation include the baselines.
         protocols: protocols that were applied; empty if the images have no labels.
         table: accuracies by protocol and encoder.
         grid: (3, H, W) uint8 image of samples; None if `sampling.num_images` is 0.
-        test_z: (N, latent_dim) latents of the test images; None before the end of training or without labels.
+        chosen: (n,) int64, indices of the images of `z`: test images, or training images if there are no test images.
+        z: (n, latent_dim) latents of these images, without augmentation.
+        effective_rank: effective rank of `z`.
+        spectrum: (latent_dim,) float64, eigenvalues of the covariance of `z`, largest first.
     """
 
     step: int
@@ -32,7 +40,10 @@ class Evaluation:
     protocols: list[Protocol]
     table: Table
     grid: Tensor | None
-    test_z: Tensor | None
+    chosen: Tensor
+    z: Tensor
+    effective_rank: float
+    spectrum: Tensor
 
 
 def evaluation_due(experiment: Experiment, step: int) -> bool:
@@ -43,29 +54,35 @@ def evaluation_due(experiment: Experiment, step: int) -> bool:
 
 
 def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
-    """Collective. Judges the encoder of `soda` and draws a grid of samples. Raises OutOfMemoryError.
+    """Collective. Judges the encoder of `soda`, measures its latents and draws samples. Raises OutOfMemoryError.
 
     After the last step, the untrained encoder and the raw pixels are judged as well.
     """
-    config, test = experiment.config, experiment.test
-    at_end = step == experiment.total_steps
-    protocols, table, test_z, grid = [], Table(), None, None
-    if test is not None:
-        protocols = config_protocols(config)
-        encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
-        smaller = max(1, config.evaluation.batch_size // 2)
-        with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
+    config, at_end = experiment.config, step == experiment.total_steps
+    protocols, table, grid = [], Table(), None
+    smaller = max(1, config.evaluation.batch_size // 2)
+    with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
+        if experiment.test is not None:
+            protocols = config_protocols(config)
+            encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)
-            if at_end:
-                test_z = extract_latents(
-                    lambda pixels: encode_clean(
-                        soda, experiment.views, pixels, experiment.device, experiment.amp_dtype
-                    ),
-                    test,
-                    config.evaluation.batch_size,
-                    experiment.device,
-                )
+        chosen, z = latents(experiment, soda)
     if config.sampling.num_images:
         with memory_for(lambda: f"set sampling.num_images={config.sampling.num_images // 2}"):
             grid = sample_grid(experiment, soda)
-    return Evaluation(step, at_end, protocols, table, grid, test_z)
+    return Evaluation(step, at_end, protocols, table, grid, chosen, z, effective_rank(z), variance_spectrum(z))
+
+
+def latents(experiment: Experiment, soda: SODA) -> tuple[Tensor, Tensor]:
+    """Collective. Encodes at most MAX_LATENTS test images, or training images if there are no test images.
+
+    Returns the indices of the images (n,), which depend only on the seed, and their z (n, latent_dim).
+    """
+    config, device = experiment.config, experiment.device
+    images = experiment.train if experiment.test is None else experiment.test
+    chosen = torch.randperm(len(images), generator=generator(config.seed, "latents"))[:MAX_LATENTS].sort().values
+
+    def encode(pixels: Tensor) -> Tensor:
+        return encode_clean(soda, experiment.views, pixels, device, experiment.amp_dtype)
+
+    return chosen, extract_latents(encode, Subset(images, chosen), config.evaluation.batch_size, device)

@@ -17,6 +17,8 @@ from utils.logging import PhaseTimer
 from utils.run_folder.results import write_results
 from utils.run_folder.run_log import RunLog
 
+MIN_VARIANCE = 1e-12  # TensorBoard shows smaller eigenvalues, also 0, as this value
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,13 +57,14 @@ def record_steps(
 
 
 def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, folder: Path) -> None:
-    """Logs the accuracies and writes the grid of samples.
+    """Logs the accuracies and the spectrum of the latents, and writes the grid of samples.
 
     After the last step, also writes results.json and the test latents. Writes no second report if the log already has
     one of this evaluation. Raises FolderError.
     """
     epoch = found.step // experiment.loader.steps_per_epoch
-    values: dict[str, float] = {"epoch": epoch}
+    values: dict[str, float] = {"epoch": epoch, "effective_rank": found.effective_rank}
+    logger.info("epoch %d, latents: effective rank %.1f of %d", epoch, found.effective_rank, found.z.shape[1])
     for protocol in found.protocols:
         accuracies = found.table[str(protocol)]["trained"]
         values |= {f"{protocol.metric}_{name}": accuracy for name, accuracy in accuracies.items()}
@@ -71,15 +74,18 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
             save_png(folder / "samples" / f"epoch_{epoch:04d}.png", found.grid)
         log.image("samples", found.step, found.grid)
     if not log.has("evaluation", found.step):
-        log.report("evaluation", found.step, values, **{each.metric: str(each) for each in found.protocols})
+        protocols = {each.metric: str(each) for each in found.protocols}
+        # Logarithms, because the largest eigenvalues would hide the others.
+        log.histogram("evaluation/log10_spectrum", found.step, found.spectrum.clamp(min=MIN_VARIANCE).log10())
+        log.report("evaluation", found.step, values, **protocols, spectrum=found.spectrum.tolist())
     if found.at_end:
         _record_end(log, experiment, found, folder, metrics=[f"evaluation/{name}" for name in values])
 
 
 def _record_end(log: RunLog, experiment: Experiment, found: Evaluation, folder: Path, metrics: list[str]) -> None:
-    config, test, z = experiment.config, experiment.test, found.test_z
-    if test is not None and z is not None:
-        log.embedding("latents", found.step, lambda: projector_points(test, z, config.seed))
+    config, test = experiment.config, experiment.test
+    if test is not None:
+        log.embedding("latents", found.step, lambda: projector_points(test, found.chosen, found.z))
     # TensorBoard keeps the first settings that it sees of a run. training.epochs may be raised later, so the metric
     # "epoch" shows it instead.
     log.hyperparameters({key: value for key, value in flat(config).items() if key != "training.epochs"}, metrics)

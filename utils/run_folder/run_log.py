@@ -42,6 +42,13 @@ def read_reports(folder: Path, step: int) -> list[dict[str, Any]]:
     return entries
 
 
+def _for_json(value: Any) -> Any:
+    """Returns the value, or a list of values, with None in place of infinity and NaN, which JSON does not have."""
+    if isinstance(value, list):
+        return [_for_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RunLog:
     """Reports of one run, written to `folder`/metrics.jsonl and `folder`/tensorboard. A context manager.
 
@@ -74,11 +81,11 @@ class RunLog:
                 "TensorBoard failed (%s): the run continues without it, and %s has all numbers", error, METRICS
             )
 
-    def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str) -> None:
+    def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str | list[float]) -> None:
         """Reports scalars by name, as in report("train", 100, {"loss": 0.1}). `notes` go only into the JSON line."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        entry = {"kind": kind, "step": step, **values, **notes}
         with writing_to(self._jsonl.parent), open(self._jsonl, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **finite, **notes}) + "\n")
+            file.write(json.dumps({name: _for_json(value) for name, value in entry.items()}) + "\n")
         self._reported.add((kind, step))
         with self._tensorboard():
             if self._writer:
@@ -95,6 +102,12 @@ class RunLog:
         with self._tensorboard():
             if self._writer:
                 self._writer.add_image(name, image, step)
+
+    def histogram(self, name: str, step: int, values: Tensor) -> None:
+        """Shows the distribution of numbers in TensorBoard, unless one of them is not finite."""
+        with self._tensorboard():
+            if self._writer and values.isfinite().all():
+                self._writer.add_histogram(name, values, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Shows a text in Markdown in TensorBoard."""
