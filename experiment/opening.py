@@ -10,6 +10,7 @@ from datasets.images import DatasetError, Images, StoredImages
 from datasets.loader import Loader
 from datasets.sources import DatasetInfo, build_dataset
 from datasets.views import Views
+from experiment.threads import choose_num_threads
 from model.diffusion import GaussianDiffusion
 from utils.device import choose_amp_dtype, choose_device
 from utils.distributed.collectives import all_equal, all_gather_object, first_on_each_node, open_tensor_group
@@ -45,13 +46,15 @@ class Experiment:
 
 
 def open_experiment(config: Config) -> Experiment:
-    """Collective. Loads the images and returns the experiment.
+    """Collective. Loads the images and returns the experiment. On a CPU, also chooses the number of threads.
 
     Raises:
         ConfigError: the ranks would compute on different types of device or in different number formats.
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
     device, amp_dtype = open_device(config)
+    if device.type == "cpu":
+        choose_num_threads(config)
     train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
     data_digest = train.digest()
     if not all_equal((data_digest, test and test.digest())):

@@ -1,8 +1,15 @@
 """Tests of the choice of device, number format, backend and compilation. GPUs are faked, so that none is needed."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from config.reading import load_config
+from experiment import threads
+from tests.conftest import ROOT
 from utils import device as module
 from utils.cli import run
 from utils.device import choose_amp_dtype, choose_compile, choose_device
@@ -171,3 +178,29 @@ def test_the_model_is_compiled_where_it_can_be(
     assert choose_compile(setting, torch.device(kind)) == expected
     wanted = setting or (setting is None and kind == "cuda")
     assert ("training without torch.compile" in caplog.text) == (wanted and not expected)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_passively_unless_the_user_decides(policy: str | None, expected: str) -> None:
+    """OMP_WAIT_POLICY is set before torch is imported, because OpenMP reads it then."""
+    code = "import os, sys; from utils.cli import run\n"
+    code += "run(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules) or 0)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if policy is None else {"OMP_WAIT_POLICY": policy}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{expected} False\n", done.stderr
+
+
+def test_the_number_of_threads_depends_on_the_work_of_a_pass(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(threads, "_threads_at_start", lambda: 8)
+    for name, overrides in (("digits", []), ("cifar10", []), ("cifar10", ["training.micro_batch_size=4"])):
+        threads.choose_num_threads(load_config(ROOT / "config" / f"{name}.yaml", overrides))
+    assert chosen == [1, 8, 8] and "computing with one thread: a forward pass of 1.6 GFLOP" in caplog.text
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads.choose_num_threads(load_config(ROOT / "config" / "digits.yaml"))
+    assert len(chosen) == 3, "the user's number must be kept"

@@ -192,6 +192,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    # OpenMP reads it when torch is imported. By default, its threads spin while they wait, which costs a lot if another
+    # program uses the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signals.watch()
     start_logging()
     for name in ("stdout", "stderr"):

@@ -1,0 +1,106 @@
+"""Speed of training on a CPU by number of threads and OpenMP wait policy, idle and beside a busy process.
+
+Each setting trains in a process of its own, because OpenMP reads its policy when torch is imported. The settings take
+turns in each round. The busy process multiplies matrices with one thread. "as train.py" is the setting that train.py
+chooses by itself.
+
+  python -m benchmarks.threads                     # ten minutes on two CPU cores
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from config.reading import load_config
+from utils.cli import run
+
+NARROW = [
+    *("data.name=digits", "data.image_size=32", "encoder.width=32", "decoder.model_channels=32"),
+    *("decoder.channel_mult=[1,2,2]", "decoder.num_res_blocks=1", "decoder.attn_resolutions=[]", "decoder.dropout=0"),
+    *("diffusion.schedule=inverted_cosine", "training.batch_size=128"),
+]
+MODELS = {"digits": ("config/digits.yaml", []), "narrow CIFAR-10": ("config/cifar10.yaml", NARROW)}
+ACTIVE, PASSIVE = {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "passive"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "all threads, active": ACTIVE | {"OMP_NUM_THREADS": str(os.cpu_count())},
+    "all threads, passive": PASSIVE | {"OMP_NUM_THREADS": str(os.cpu_count())},
+    "one thread": PASSIVE | {"OMP_NUM_THREADS": "1"},
+    "as train.py": {},
+}
+BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(1000, 1000)\nwhile True: a @ a"
+
+
+def images_per_s(model: str, seconds: float) -> float:
+    """Trains a model in this process for some seconds and returns its speed. The first ten steps are not counted."""
+    from experiment.opening import open_experiment
+    from training.state import initial_state
+    from training.step import train_step, training_pixels
+    from utils.logging import PhaseTimer
+
+    path, overrides = MODELS[model]
+    experiment = open_experiment(load_config(path, [*overrides, "device=cpu", "training.epochs=100000"]))
+    state, timer = initial_state(experiment), PhaseTimer()
+    pixels = training_pixels(experiment, 0)
+    first, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or state.step < 3:
+        train_step(experiment, state, pixels, timer)
+        if time.perf_counter() - start < seconds / 4 and state.step <= 10:
+            first, begin = state.step, time.perf_counter()
+    return (state.step - first) * experiment.config.training.batch_size / (time.perf_counter() - begin)
+
+
+def main() -> int:
+    """Runs the benchmark and prints a table. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=8, help="seconds of training per measurement; default: %(default)s"
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models; default: all")
+    parser.add_argument("--measure", choices=MODELS, help="only train this model in this process and print its speed")
+    args = parser.parse_args()
+    if args.measure:
+        print(images_per_s(args.measure, args.seconds))
+        return 0
+
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    found: dict[tuple[str, str, bool], list[float]] = {}
+    for _ in range(args.rounds):
+        for model in args.models:
+            for busy in (False, True):
+                for setting, variables in SETTINGS.items():
+                    other = subprocess.Popen([sys.executable, "-c", BUSY], env=plain) if busy else None
+                    try:
+                        command = [sys.executable, "-m", "benchmarks.threads", "--measure", model]
+                        command += ["--seconds", str(args.seconds)]
+                        done = subprocess.run(
+                            command, env=plain | variables, capture_output=True, text=True, check=True
+                        )
+                    finally:
+                        if other:
+                            other.kill()
+                            other.wait()
+                    speed = float(done.stdout.split()[-1])
+                    found.setdefault((model, setting, busy), []).append(speed)
+
+    from benchmarks.measure import machine
+    from utils.device import choose_device
+
+    print(f"images/s, median of {args.rounds}; {machine(choose_device('cpu'))}")
+    print("In brackets: relative to the first setting of the model, idle.")
+    print("| model | threads | idle | beside a busy process |")
+    print("|---|---|---|---|")
+    for model in args.models:
+        first = statistics.median(found[model, next(iter(SETTINGS)), False])
+        for setting in SETTINGS:
+            speeds = [statistics.median(found[model, setting, busy]) for busy in (False, True)]
+            cells = (f"{speed:.0f} ({speed / first:.0%})" for speed in speeds)
+            print(f"| {model} | {setting} | {' | '.join(cells)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

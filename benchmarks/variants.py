@@ -1,0 +1,69 @@
+"""Cost of config keys in a training step: variants of our step take turns in one run.
+
+Each given override is one variant. It is compared with the step without it: the time of the step, and the FLOPs of the
+model. A step that costs as much as its FLOPs say has two equal ratios.
+
+  python -m benchmarks.variants --batch_size 32                             # the keys of LEVERS
+  python -m benchmarks.variants --config config/digits.yaml decoder.dropout=0.5
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.measure import machine, spread, take_turns
+from benchmarks.step import our_step, synthetic
+from experiment.models import build_on_meta
+from model.build import forward_flops
+from utils.cli import run
+from utils.logging import PhaseTimer
+
+LEVERS = [
+    "diffusion.prediction=v",
+    "training.min_snr_gamma=5",
+    "training.timesteps.sampling=log_snr",
+    "training.timesteps.sampling=adaptive",
+    "training.terms.reconstruction=0.1",
+    "views.source.blur_probability=0.5",
+    "views.num_sources=2",
+]
+
+
+def main() -> int:
+    """Runs the benchmark and prints a table. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config",
+        default="config/cifar10.yaml",
+        help="YAML file of the experiment; its data set is not used; default: %(default)s",
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="global batch size; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each variant; default: %(default)s")
+    parser.add_argument("--always", nargs="+", default=[], metavar="key=value", help="overrides of all variants")
+    parser.add_argument("variants", nargs="*", metavar="key=value", help="variants; default: the keys of LEVERS")
+    args = parser.parse_intermixed_args()
+
+    calls: dict[str, Callable[[], object]] = {}
+    flops: dict[str, float] = {}
+    for name in ["none", *(args.variants or LEVERS)]:
+        experiment = synthetic(args.config, args.batch_size, [*args.always, *([] if name == "none" else [name])])
+        config = experiment.config
+        encoder, decoder = forward_flops(build_on_meta(config), config.encoder_size, config.decoder_size)
+        flops[name] = config.views.num_sources * encoder + decoder
+        step, _ = our_step(experiment, compiled=False)
+        calls[name] = partial(step, PhaseTimer())
+    seconds = take_turns(calls, args.rounds, experiment.device)
+
+    print(f"{args.config}, batches of {args.batch_size}; {machine(experiment.device)}")
+    print("| variant | time of a step | time relative to none (range over rounds) | FLOPs relative to none |")
+    print("|---|---|---|---|")
+    for name, each in seconds.items():
+        ratios = [mine / plain for mine, plain in zip(each, seconds["none"], strict=True)]
+        middle = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| `{name}` | {spread(each).strip()} | {middle} | {flops[name] / flops['none']:.3f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,39 @@
+"""Choice of the number of threads that torch computes with on a CPU."""
+
+import logging
+import os
+from functools import cache
+
+import torch
+
+from config.schema import Config
+from experiment.models import build_on_meta
+from experiment.shares import micro_batch_size
+from model.build import forward_flops
+
+logger = logging.getLogger(__name__)
+
+# FLOPs of a forward pass below which one thread is used. The operators of a small model are too short to divide: the
+# threads mostly wait for each other, and much longer if other programs use the cores (docs/performance.md).
+SMALL_PASS = 10e9
+
+
+def choose_num_threads(config: Config) -> None:
+    """Sets the number of torch's threads by the work of a forward pass: one thread, or as many as at start-up.
+
+    The number depends only on the config, because results depend on it in their last bits. If the user or the launcher
+    sets OMP_NUM_THREADS, nothing changes.
+    """
+    if "OMP_NUM_THREADS" in os.environ or _threads_at_start() == 1:
+        return
+    encoder, decoder = forward_flops(build_on_meta(config), config.encoder_size, config.decoder_size)
+    work = micro_batch_size(config.training) * (config.views.num_sources * encoder + decoder)
+    small = work < SMALL_PASS
+    torch.set_num_threads(1 if small else _threads_at_start())
+    if small:
+        logger.info("computing with one thread: a forward pass of %.1f GFLOP is too small for more", work / 1e9)
+
+
+@cache
+def _threads_at_start() -> int:
+    return torch.get_num_threads()
