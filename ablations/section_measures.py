@@ -140,8 +140,8 @@ def losses_without(experiment: Experiment, soda: SODA, sections: dict[str, slice
     for views, here in _clean_views(experiment, order):
         positions = range(here.start, here.stop)
         timesteps = torch.tensor(positions, device=device) * experiment.diffusion.num_timesteps // len(order)
-        noise = image_noise(views.shape[1:], positions, SEED, "test loss", device=device)
-        x_start = experiment.views.denormalize(views) * 2 - 1
+        x_start = experiment.views.x_start_of(views)
+        noise = image_noise(x_start.shape[1:], positions, SEED, "test loss", device=device)
         x_t = experiment.diffusion.q_sample(x_start, timesteps, noise)
         target = experiment.diffusion.target(x_start, timesteps, noise)
         with autocast(device, experiment.amp_dtype):
@@ -162,7 +162,7 @@ def swap_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice]
     COARSE x COARSE pixels.
     """
     assert experiment.test is not None
-    device, diffusion = experiment.device, experiment.diffusion
+    device, diffusion, size = experiment.device, experiment.diffusion, experiment.config.decoder_size
 
     def decode(z: Tensor, x_T: Tensor) -> Tensor:
         return diffusion.ddim_sample(guided_denoiser(soda.decoder, z), x_T, NUM_SAMPLING_STEPS)
@@ -171,7 +171,7 @@ def swap_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice]
     pairs = zip(*(_clean_views(experiment, half) for half in chosen.chunk(2)), strict=True)
     squares = torch.zeros(2, len(sections), dtype=torch.float64)  # (2, sections): the change, its coarse part
     for (views, here), (other_views, _) in pairs:
-        x_T = image_noise(views.shape[1:], range(here.start, here.stop), SEED, "x_T", device=device)
+        x_T = image_noise((3, size, size), range(here.start, here.stop), SEED, "x_T", device=device)
         with autocast(device, experiment.amp_dtype):
             own, other = soda.encoder(views).float(), soda.encoder(other_views).float()
             before = decode(own, x_T)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from datasets.images import Images
-from datasets.views import scale
 from evaluation.features import encode_clean, extract_latents
 from experiment.opening import Experiment
 from model.diffusion import Denoiser
@@ -31,8 +30,8 @@ class Codec:
     """The EMA model as an encoder and a decoder of images (Preechakul et al. 2022, section 3).
 
     Collective: call each method on all ranks. The ranks share the work, and each rank gets the full result. Pixels are
-    (N, 3, H, W) uint8. z is (N, latent_dim). x_T, and images in [-1, 1], are (N, 3, decoder_size, decoder_size). All
-    results are float32 on the device.
+    (N, 3, encoder_size, encoder_size) uint8. z is (N, latent_dim). x_T, and images in [-1, 1], are (N, 3, decoder_size,
+    decoder_size). All results are float32 on the device.
 
     Args:
         seed: seed of `noise`, and of the noise that `sample` adds if eta is above 0.
@@ -79,7 +78,8 @@ class Codec:
 
     def invert(self, pixels: Tensor, z: Tensor) -> Tensor:
         """Returns the x_T that `decode` maps back to the images, given their z (DDIM inversion)."""
-        x_start, diffusion = scale(pixels).to(self.experiment.device), self.experiment.diffusion
+        diffusion = self.experiment.diffusion
+        x_start = self.experiment.views.x_start(pixels).to(self.experiment.device)
         steps = self.experiment.config.sampling.num_sampling_steps
 
         def invert(denoise: Denoiser, x_start: Tensor, positions: range) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.files import replacing
 
-CELL = 72  # smallest width of a shown image in pixels; smaller images are enlarged by an integer factor
+CELL = 72  # smallest width of a shown image in pixels
 GAP, MARGIN, LINE = 8, 16, 15
 MAX_LABEL = 130  # largest width of a row's label in pixels
 GREY = "#555555"
@@ -76,11 +76,11 @@ def _font(size: int) -> Any:
 def save_grid(grid: Grid, path: Path, footer: str) -> None:
     """Writes the grid as a PNG file, with `footer`, a note on how the picture was made, at the bottom.
 
+    All images are shown at one width. This is the width of the largest image, times an integer if it is below CELL.
     Equal grids give identical bytes. Missing folders are created.
     """
-    side = next(cell.image.shape[-1] for row in grid.cells for cell in row if cell.image is not None)
-    scale = max(1, -(-CELL // side))
-    side *= scale
+    side = max(cell.image.shape[-1] for row in grid.cells for cell in row if cell.image is not None)
+    side *= max(1, -(-CELL // side))
     small, large = _font(11), _font(17)
     heads = [_lines(name, side + GAP - 4, small) for name in grid.columns]
     labels = [_lines(name, MAX_LABEL, small) for name in grid.rows]
@@ -120,7 +120,7 @@ def save_grid(grid: Grid, path: Path, footer: str) -> None:
         for column, cell in enumerate(row_cells):
             x = left + column * (side + GAP)
             if cell.image is not None:
-                enlarged = F.interpolate(cell.image[None], scale_factor=scale, mode="nearest")[0]
+                enlarged = F.interpolate(cell.image[None], (side, side), mode="nearest")[0]
                 canvas.paste(Image.fromarray(enlarged.permute(1, 2, 0).numpy()), (x, y))
             write_centred(captions[row][column], x, y + side)
         y += heights[row]

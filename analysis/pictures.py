@@ -154,7 +154,6 @@ class Reconstruct(PictureOfImages):
 
         from analysis import quality
         from analysis.grid import Grid, rows_of, to_cells
-        from datasets.views import scale
 
         z = codec.encode(found.pixels)
         x_T = codec.invert(found.pixels, z)
@@ -162,11 +161,12 @@ class Reconstruct(PictureOfImages):
         sampled = codec.sample(z.repeat(len(noises), 1), torch.cat(noises)).split(len(found)) if noises else ()
         decoded = codec.decode(z, x_T)
 
-        sources = scale(found.pixels).to(z.device)
+        sources, size = codec.experiment.views.x_start(found.pixels).to(z.device), found.pixels.shape[-1]
         deviations = [f"std {value:.2f}" for value in x_T.std(dim=(1, 2, 3)).tolist()]
         columns = [to_cells(found.pixels)]
         columns += [to_cells(images, quality.captions(images, sources)) for images in sampled]
         columns += [to_cells(x_T / 3, deviations), to_cells(decoded, quality.captions(decoded, sources))]
+        reduced = "" if x_T.shape[-1] == size else f", averaged down from {size} to {x_T.shape[-1]} px"
         of_samples = (
             "All samples decode the source's z, each from new random noise: what they have in common comes from z. "
         )
@@ -175,7 +175,7 @@ class Reconstruct(PictureOfImages):
             explanation=(of_samples if noises else "")
             + f"The last column decodes z from the x_T beside it. This noise {INVERTED.removeprefix('x_T ')} of the "
             "source. It is shown divided by 3; std is its standard deviation. PSNR (in dB) and SSIM compare an image "
-            "with its source.",
+            f"with its source{reduced}.",
             columns=["source", *(f"sample {i + 1}" for i in range(len(noises))), "x_T", "decoded from z and x_T"],
             rows=found.names,
             cells=rows_of(columns),

@@ -174,7 +174,7 @@ def write_report(
         tsne=svg.scatter("tsne", *tsne(codec), found.classes),
         num_tsne=min(MAX_TSNE, len(test)),
         pictures=pictures,
-        side=min(max(72, config.decoder_size), 128),
+        side=min(max(72, config.encoder_size), 128),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html)

@@ -3,7 +3,7 @@
 Each test image is inverted to noise x_T. Then x_T is decoded with the image's z, without guidance and clipping. The
 printed table has these columns:
 
-- worst dB, median dB: PSNR of the decoded image against the original, over all images;
+- worst dB, median dB: PSNR of the decoded image against the original at the decoder's size, over all images;
 - own z is nearer: per cent of the images for which decoding with their own z is nearer to the original than decoding
   with another image's z;
 - standard deviation of x_T: over all values of all x_T.
@@ -18,7 +18,6 @@ import torch
 
 from benchmarks.measure import machine
 from datasets.images import DatasetError
-from datasets.views import scale
 from experiment.trained import open_trained, read_trained
 from model.guidance import guided_denoiser
 from utils.cli import run
@@ -68,7 +67,7 @@ def main() -> int:
         for iterations in args.iterations:
             decibels, nearer, codes = [], [], []
             for pixels in test.batches(batches):
-                x_start = scale(pixels.to(experiment.device))
+                x_start = views.x_start(pixels.to(experiment.device))
                 z = soda.encoder(views.evaluation(pixels))
                 x_T = diffusion.ddim_invert(guided_denoiser(soda.decoder, z), x_start, steps, iterations)
                 own, other = (

@@ -77,7 +77,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experiment:
     """Returns the experiment of a config, but with random images, so that no data set is needed."""
-    size = load_config(config_path, overrides).data.image_size
+    size = load_config(config_path, overrides).encoder_size
     digits = ["data.name=digits", f"data.image_size={size}", f"training.batch_size={min(batch_size, 1024)}"]
     experiment = open_experiment(load_config(config_path, [*overrides, *digits]))
     training = experiment.config.training.model_copy(update={"batch_size": batch_size})
@@ -155,11 +155,14 @@ def main() -> int:
     for batch_size in args.batch_sizes:
         exact = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=false"])
         mixed = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=true"])
-        device, size = exact.device, exact.config.data.image_size
-        flops = forward_flops(build_on_meta(exact.config), exact.config.encoder_size, exact.config.decoder_size)
+        device, sizes = exact.device, (exact.config.encoder_size, exact.config.decoder_size)
+        flops = forward_flops(build_on_meta(exact.config), *sizes)
         work = 3 * (exact.config.views.num_sources * flops[0] + flops[1]) * batch_size
         rates = {dtype: matrix_rate(dtype, device) for dtype in {torch.float32, mixed.amp_dtype or torch.float32}}
-        print(f"\nbatches of {batch_size} images of {size} px, {work / 1e12:.2f} TFLOP per step; {machine(device)}")
+        print(
+            f"\nbatches of {batch_size} images of {sizes[0]} px for the encoder and {sizes[1]} px for the decoder, "
+            f"{work / 1e12:.2f} TFLOP per step; {machine(device)}"
+        )
         print("matrix rate: " + ", ".join(f"{str(d)[6:]} {rate / 1e12:.2f} TFLOP/s" for d, rate in rates.items()))
 
         named: dict[str, tuple[Callable[[PhaseTimer], object], torch.dtype]] = {}

@@ -11,9 +11,18 @@ def check_consistency(config: Any) -> None:
     size, decoder, num_levels = config.decoder_size, config.decoder, len(config.decoder.channel_mult)
     halvings = num_levels - 1
     if size % 2**halvings:
+        name = "decoder.image_size" if decoder.image_size else "data.image_size"
         raise ValueError(
-            f"data.image_size {size} cannot be halved {halvings} times, as decoder.channel_mult requires: "
+            f"{name} {size} cannot be halved {halvings} times, as decoder.channel_mult requires: "
             f"take a multiple of {2**halvings}, or fewer levels in decoder.channel_mult"
+        )
+    if config.encoder_size % size:
+        smaller = range(2**halvings, config.encoder_size + 1, 2**halvings)
+        divisors = [each for each in smaller if each >= 4 and config.encoder_size % each == 0]
+        hint = f", or decoder.image_size to one of {divisors}" if divisors else ""
+        raise ValueError(
+            f"decoder.image_size {size} does not divide data.image_size {config.encoder_size}: "
+            f"set data.image_size to a multiple of {size}{hint}"
         )
     levels = resolutions(size, num_levels)
     for resolution in decoder.attn_resolutions:

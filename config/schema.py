@@ -70,7 +70,8 @@ class Data(Section):
     cache_dir: PathText = key("data/cache", "folder for the decoded images of `tiny` and `folder`", run=True)
     image_size: int = key(
         32,
-        "height and width in pixels to which all images are resized; encoder and decoder work at this size",
+        "height and width in pixels to which all images are resized; the encoder works at this size, and so does the "
+        "decoder, unless decoder.image_size is set",
         ge=4,
         le=4096,
     )
@@ -227,6 +228,13 @@ class Encoder(Section):
 class Decoder(Section):
     """Architecture of the denoising decoder."""
 
+    image_size: int | None = key(
+        None,
+        "height and width in pixels of the images that the decoder denoises; target views are drawn at data.image_size "
+        "and averaged down to this size, which must divide it; null: data.image_size",
+        ge=4,
+        le=4096,
+    )
     model_channels: Channels = key(
         128, "base number of channels of the decoder; decoder.channel_mult multiplies it at each level"
     )
@@ -565,7 +573,7 @@ class Config(Section):
     @property
     def decoder_size(self) -> int:
         """Height and width in pixels of the images that the decoder denoises."""
-        return self.data.image_size
+        return self.decoder.image_size or self.data.image_size
 
     def to_yaml(self) -> str:
         """Returns the config with all keys as YAML; `parse_config` reads back an equal config."""

@@ -145,7 +145,6 @@ SOURCES: dict[str, Callable[[Data, int], Splits]] = {
 class DatasetInfo:
     """Facts about a data set for the views and the evaluation. `mean` and `std` are on the scale of [0, 1]."""
 
-    image_size: int
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -159,4 +158,4 @@ def build_dataset(data: Data, processes: int = 1) -> tuple[Images, Images | None
     """
     train, test = SOURCES[data.name](data, processes)
     mean, std = STATISTICS.get(data.name) or train.summary.statistics
-    return train, test, DatasetInfo(data.image_size, train.classes, mean, tuple(max(s, 1e-3) for s in std))
+    return train, test, DatasetInfo(train.classes, mean, tuple(max(s, 1e-3) for s in std))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import schema
@@ -15,25 +16,28 @@ SourceDraw = tuple[Draw, Tensor]
 CPU_CHUNK = 512  # samples augmented at the same time; more would not fit in the CPU's caches
 
 
-def scale(pixels: Tensor) -> Tensor:
-    """Converts uint8 pixels to float32 in [-1, 1], the scale of the decoder's images."""
-    return pixels.float().div_(127.5).sub_(1)
-
-
 class Views:
     """Maker of views: batches of uint8 images (N, 3, S, S) -> batches of float32 views on `device`.
 
     Args:
         config: the `views` section; only `source` and `target` are used.
+        image_size: height and width S of the images in pixels. All views are drawn at this size.
+        decoder_size: height and width D in pixels of the images that the decoder denoises; D divides S.
         mean, std: statistics of the data set's channels, on the scale of [0, 1].
     """
 
     def __init__(
-        self, config: schema.Views, image_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
+        self,
+        config: schema.Views,
+        image_size: int,
+        decoder_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
     ) -> None:
         self._source = Augmentation(config.source, image_size)
         self._target = Augmentation(config.target, image_size)
-        self._image_size = image_size
+        self._image_size, self._decoder_size = image_size, decoder_size
         self._noise_std = config.source.noise_std
         self._device = device
         self._mean = torch.tensor(mean, device=device)[:, None, None]
@@ -52,6 +56,19 @@ class Views:
         """Converts normalised views back to the scale of [0, 1], for pictures."""
         return views * self._std + self._mean
 
+    def x_start(self, pixels: Tensor) -> Tensor:
+        """Converts pixels (N, 3, S, S) uint8, on any device, to images of the decoder (N, 3, D, D) in [-1, 1]."""
+        return self._reduce(pixels.float().div_(127.5).sub_(1))
+
+    def x_start_of(self, views: Tensor) -> Tensor:
+        """Converts normalised views (N, 3, S, S) to images of the decoder (N, 3, D, D) in [-1, 1]."""
+        return self._reduce(self.denormalize(views) * 2 - 1)
+
+    def _reduce(self, images: Tensor) -> Tensor:
+        """Averages images (N, 3, S, S) over squares of S/D x S/D pixels: (N, 3, D, D)."""
+        factor = self._image_size // self._decoder_size
+        return F.avg_pool2d(images, factor) if factor > 1 else images
+
     def source(self, pixels: Tensor, sources: Sequence[SourceDraw]) -> Tensor:
         """Returns x_source (N, K, 3, S, S): augmented and normalised pixels plus `noise_std` times the noise.
 
@@ -61,16 +78,16 @@ class Views:
         return self._stack([self._augment(pixels, self._source.parameters(draw)) for draw, _ in sources], sources)
 
     def pair(self, pixels: Tensor, sources: Sequence[SourceDraw], target: Draw) -> tuple[Tensor, Tensor]:
-        """Returns (x_source (N, K, 3, S, S), x_start (N, 3, S, S)).
+        """Returns (x_source (N, K, 3, S, S), x_start (N, 3, D, D)).
 
-        x_source is made as in `source`. x_start is augmented and scaled to [-1, 1]. All views are augmented as one
-        batch, because this needs fewer calls.
+        x_source is made as in `source`. x_start is augmented, scaled to [-1, 1] and then averaged down to the decoder's
+        size. All views are augmented as one batch, because this needs fewer calls.
         """
         parameters = [self._source.parameters(draw) for draw, _ in sources] + [self._target.parameters(target)]
         pixels = pixels.to(self._device, non_blocking=True)
         views = self._augment(pixels.repeat(len(parameters), 1, 1, 1), reduce(Parameters.concatenate, parameters))
-        *augmented, x_start = views.split(len(pixels))
-        return self._stack(augmented, sources), scale(x_start)
+        *augmented, target_view = views.split(len(pixels))
+        return self._stack(augmented, sources), self.x_start(target_view)
 
     def _stack(self, augmented: Sequence[Tensor], sources: Sequence[SourceDraw]) -> Tensor:
         noises = [noise for _, noise in sources]

@@ -64,7 +64,7 @@ class Picture:
 
 def draw(config: Config) -> Figure:
     """Returns a figure of the model that the config describes."""
-    soda, size = build_on_meta(config), config.data.image_size
+    soda = build_on_meta(config)
     decoder: UNetDecoder = soda.decoder
     layers = {layer.name: layer for layer in decoder.layers()}
     going_up = [layer for name, layer in layers.items() if name.startswith("up.")]
@@ -75,7 +75,7 @@ def draw(config: Config) -> Figure:
 
     # The UNet. In row i, the layer on the left produces the i-th skip connection, and the block on the right consumes
     # it.
-    resolution, above = size, going_up[-1]
+    resolution, above = config.decoder_size, going_up[-1]
     makers = [("conv_in", None), *((f"down.{i}", layers.get(f"down.{i}")) for i in range(len(decoder.down)))]
     for row, ((name, layer), consumer) in enumerate(zip(makers, reversed(going_up), strict=True)):
         if layer is not None:
@@ -109,10 +109,10 @@ def draw(config: Config) -> Figure:
     picture.text(UP + WIDTH / 2 + 0.36, 0, "channels", ha="left", fontsize=7.5, color="0.3")
 
     # Input and output.
-    image = f"(N, 3, {size}, {size})"
-    picture.box(DOWN, -1.1, f"$x_t$ {image}", "white", width=2.3)
+    source_shape, target_shape = (f"(N, 3, {size}, {size})" for size in (config.encoder_size, config.decoder_size))
+    picture.box(DOWN, -1.1, f"$x_t$ {target_shape}", "white", width=2.3)
     picture.arrow((DOWN, -1.1 + HEIGHT / 2), (DOWN, -HEIGHT / 2))
-    picture.box(UP, -1.1, f"eps {image}", "white", width=2.3)
+    picture.box(UP, -1.1, f"eps {target_shape}", "white", width=2.3)
     picture.text(UP + 0.08, -0.55, "conv(silu(norm(h)))", ha="left", fontsize=7.5)
     picture.box((DOWN + UP) / 2, -1.1, "timestep t,\nto every block", "white", width=1.0, height=0.8)
     picture.arrow((UP, -HEIGHT / 2), (UP, -1.1 + HEIGHT / 2))
@@ -120,10 +120,10 @@ def draw(config: Config) -> Figure:
 
     # Two views and the latent.
     x_z, top, height = 3.9, 1.6, (left_bottom - 2.6) / len(decoder.section_dims)
-    picture.box(0.95, -1.1, f"target view {image}", "white", width=2.1)
+    picture.box(0.95, -1.1, f"target view {target_shape}", "white", width=2.1)
     picture.arrow((2.0, -1.1), (DOWN - 1.15, -1.1))
     picture.text(3.55, -1.36, "+ noise of timestep t", fontsize=8)
-    picture.box(0.95, top + 0.3, f"source view {image}", "white", width=2.1)
+    picture.box(0.95, top + 0.3, f"source view {source_shape}", "white", width=2.1)
     encoder = f"{config.encoder.architecture}\nto (N, {soda.encoder.pooled_dim}),\nlinear to z"
     picture.box(0.95, top + 2.6, encoder, height=1.7)
     picture.arrow((0.95, top + 0.3 + HEIGHT / 2), (0.95, top + 2.6 - 0.85))

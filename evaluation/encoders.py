@@ -52,8 +52,8 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
         name: decoder.<block>@<timestep>: name of the block, and timestep of the noise that is added to the views.
     """
     block, timestep = name.removeprefix("decoder.").split("@")
-    x_start = experiment.views.denormalize(views) * 2 - 1
-    noise = image_noise(views.shape[1:], indices, experiment.config.seed, "features", device=views.device)
+    x_start = experiment.views.x_start_of(views)
+    noise = image_noise(x_start.shape[1:], indices, experiment.config.seed, "features", device=views.device)
     timesteps = torch.full((len(views),), int(timestep), device=views.device)
     z = torch.zeros(len(views), experiment.config.encoder.latent_dim, device=views.device)
     x_t = experiment.diffusion.q_sample(x_start, timesteps, noise)

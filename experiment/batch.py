@@ -19,11 +19,11 @@ class Batch:
     """One micro-batch: inputs of a forward pass for N samples of the global batch.
 
     Attributes:
-        x_source: (N, K, 3, H, W) source views, normalised, with Gaussian noise added.
-        x_start: (N, 3, H, W) target view in [-1, 1], without noise.
+        x_source: (N, K, 3, S, S) source views, normalised, with Gaussian noise added; S is the encoder's size.
+        x_start: (N, 3, D, D) target view in [-1, 1], without noise; D is the decoder's size.
         timesteps: (N,) int64.
         weights: (N,) factors of the samples' losses, which depend on the sampling of timesteps; None: all are 1.
-        noise: (N, 3, H, W) standard normal; x_t is made from x_start and this noise.
+        noise: (N, 3, D, D) standard normal; x_t is made from x_start and this noise.
         drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros.
     """
 
@@ -76,7 +76,7 @@ def draw_batch(
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
-    """Returns x_source (N, K, 3, H, W) alone, drawn as in `draw_batch`, for the same arguments."""
+    """Returns x_source (N, K, 3, S, S) alone, drawn as in `draw_batch`, for the same arguments."""
     return experiment.views.source(pixels, source_draws(experiment, positions, "source", step))
 
 

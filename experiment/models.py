@@ -38,17 +38,21 @@ def to_device(soda: SODA, device: torch.device) -> SODA:
 
 
 def describe_model(config: Config) -> str:
-    """Returns a text with the number of parameters and the FLOPs per image of encoder and decoder.
+    """Returns a text with the number of parameters, the image size and the FLOPs per image of encoder and decoder.
 
     If decoder.modulation is sectioned, the text also lists the section of z that modulates each layer of the decoder.
     """
     soda = build_on_meta(config)
-    flops = forward_flops(soda, config.encoder_size, config.decoder_size)
+    sizes = config.encoder_size, config.decoder_size
+    flops = forward_flops(soda, *sizes)
     training_flops = 3 * (config.views.num_sources * flops[0] + flops[1])
     lines = []
-    for name, module, work in zip(("encoder", "decoder"), (soda.encoder, soda.decoder), flops, strict=True):
+    modules = {"encoder": soda.encoder, "decoder": soda.decoder}
+    for (name, module), size, work in zip(modules.items(), sizes, flops, strict=True):
         parameters = sum(p.numel() for p in module.parameters())
-        lines.append(f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP per image in a forward pass")
+        lines.append(
+            f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP per image of {size} px in a forward pass"
+        )
     lines.append(f"training: about {training_flops / 1e9:.2f} GFLOP per image, forward and backward")
     if config.decoder.modulation == "sectioned":
         row = "{:<10}{:>5}{:>10}{:>9}  {}".format

@@ -79,7 +79,7 @@ def open_experiment(config: Config) -> Experiment:
         test=test,
         data_digest=data_digest,
         info=info,
-        views=Views(config.views, info.image_size, info.mean, info.std, device),
+        views=Views(config.views, config.encoder_size, config.decoder_size, info.mean, info.std, device),
         loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
         diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
     )

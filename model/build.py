@@ -19,14 +19,15 @@ def build_soda(
 
     Args:
         decoder_size: height and width in pixels of the images that the decoder denoises.
-        encoder, decoder: keys and values of the `encoder` and `decoder` sections of the config.
+        encoder, decoder: keys and values of the `encoder` and `decoder` sections of the config. `decoder_size` replaces
+            `decoder.image_size`, which may be null.
         initialization: `default` or `paper` (model/initialization.py).
     """
     as_paper = initialization == "paper"
     latent_dim = encoder["latent_dim"]
     soda = SODA(
         ENCODERS[encoder["architecture"]](**encoder),
-        UNetDecoder(image_size=decoder_size, latent_dim=latent_dim, rescale_residual=as_paper, **decoder),
+        UNetDecoder(**decoder | {"image_size": decoder_size}, latent_dim=latent_dim, rescale_residual=as_paper),
     )
     if as_paper:
         initialize_as_paper(soda)

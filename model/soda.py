@@ -21,15 +21,15 @@ class SODA(nn.Module):
         """Denoises x_t, given source views of the same image.
 
         Args:
-            x_source: (N, K, 3, H, W) source views, normalised.
-            x_t: (N, 3, H, W) noised target view.
+            x_source: (N, K, 3, S, S) source views, normalised.
+            x_t: (N, 3, D, D) noised target view. D need not be S.
             timesteps: (N,) int64.
             drop_mask: (N, sections) bool. True replaces a section of the sample's latent by zeros (layer masking, SODA,
                 section 3). A row of True gives the null latent. The decoder must be trained with the null latent for
                 classifier-free guidance.
 
         Returns:
-            The prediction (N, 3, H, W): eps, or another quantity of `diffusion.prediction`.
+            The prediction (N, 3, D, D): eps, or another quantity of `diffusion.prediction`.
         """
         z = self.encode(x_source)  # (N, latent_dim)
         return self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask))

@@ -98,6 +98,22 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("views.source.crop_scale=[1]", "views.source.crop_scale"),
         ("training.checkpoint_every=10min", "training.checkpoint_every"),
         ("data.image_size=30", "cannot be halved 3 times"),
+        (
+            "decoder.image_size=24",
+            "decoder.image_size 24 does not divide data.image_size 32: set data.image_size to a multiple of 24, or "
+            "decoder.image_size to one of [8, 16, 32]",
+        ),
+        ("decoder.image_size=64", "decoder.image_size 64 does not divide data.image_size 32"),
+        (
+            "decoder.image_size=8 data.image_size=30",
+            "does not divide data.image_size 30: set data.image_size to a multi",
+        ),
+        ("decoder.image_size=4", "decoder.image_size 4 cannot be halved 3 times"),
+        ("decoder.image_size=2", "decoder.image_size: input should be greater than or equal to 4"),
+        (
+            "decoder.image_size=8",
+            "decoder.attn_resolutions: 16 is none of the decoder's sizes: choose from [8, 4, 2, 1]",
+        ),
         ("decoder.attn_resolutions=[15]", "none of the decoder's sizes: choose from [32, 16, 8, 4]"),
         ("decoder.num_head_channels=48", "decoder.num_head_channels"),
         ("encoder.stem=imagenet data.image_size=16", "encoder.stem"),

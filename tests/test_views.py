@@ -2,24 +2,26 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from config.schema import ProbeView, SourceView, View
 from config.schema import Views as ViewsConfig
 from datasets.augmentation import Augmentation, Draw, augment
-from datasets.views import Views, scale
+from datasets.views import Views
 from utils.randomness import uniforms
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PLAIN: dict[str, Any] = {"crop_flip_probability": 0.0, "randaugment_probability": 0.0}
 
 
-def views(source: dict | None = None, target: dict | None = None) -> Views:
+def views(source: dict | None = None, target: dict | None = None, decoder_size: int = 16) -> Views:
     """Returns views of 16 px with these settings of the source and target view."""
     config = ViewsConfig(source=SourceView(**source or {}), target=View(**target or {}))
-    return Views(config, 16, MEAN, STD, torch.device("cpu"))
+    return Views(config, 16, decoder_size, MEAN, STD, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,8 @@ def test_a_pair_is_source_and_target_as_they_are_alone(pixels: torch.Tensor) -> 
         ours = views(source, target)
         x_source, x_start = ours.pair(pixels, [(DRAW, noise)], other)
         assert torch.equal(x_source[:, 0], ours.source(pixels, [(DRAW, noise)])[:, 0])
-        assert torch.equal(x_start, scale(augment(pixels, Augmentation(View(**target), 16).parameters(other))))
+        augmented = augment(pixels, Augmentation(View(**target), 16).parameters(other))
+        assert torch.equal(x_start, augmented / 127.5 - 1) and torch.equal(x_start, ours.x_start(augmented))
 
 
 def test_several_source_views_are_drawn_together_as_each_alone(pixels: torch.Tensor) -> None:
@@ -87,6 +90,23 @@ def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
     torch.testing.assert_close(ours.source(pixels, [(DRAW, noise)])[:, 0], normalise(pixels) + 0.25 * noise)
     torch.testing.assert_close(target_view(ours, pixels, DRAW), pixels / 127.5 - 1)
     torch.testing.assert_close(ours.denormalize(ours.evaluation(pixels)), pixels / 255)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_the_decoders_images_are_averaged_after_the_views_are_drawn(pixels: torch.Tensor, factor: int) -> None:
+    def averaged(images: torch.Tensor) -> torch.Tensor:
+        return images.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).mean(dim=(3, 5))
+
+    ours, sources = views(decoder_size=16 // factor), [(DRAW, torch.randn(12, 3, 16, 16))]
+    x_source, x_start = ours.pair(pixels, sources, DRAW)
+    same_source, whole = views().pair(pixels, sources, DRAW)
+    assert torch.equal(x_source, same_source), "the decoder's size must not change the source view"
+    torch.testing.assert_close(x_start, averaged(whole))
+    torch.testing.assert_close(ours.x_start_of(ours.evaluation(pixels)), averaged(pixels / 127.5 - 1))
+    clean = ours.x_start(pixels)
+    for image, found in zip(pixels, clean, strict=True):  # Pillow rounds to levels
+        reduced = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).reduce(factor))
+        assert np.abs(found.permute(1, 2, 0).numpy() * 127.5 + 127.5 - reduced).max() < 0.51
 
 
 def test_target_views_stay_in_range(pixels: torch.Tensor) -> None:

@@ -54,13 +54,13 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
                 config.eta,
                 draw_noise=lambda t: noise("grid eta", t),
             )
-    rows = torch.cat([experiment.views.denormalize(x_source[:, 0]) * 2 - 1, all_reduce(samples), x_target])
-    rows = (rows.clamp(-1, 1) * 127.5 + 127.5).round().byte()
-    enlarge = max(1, round(64 / rows.shape[-1]))  # small images are enlarged to about 64 px
-    grid = make_grid(
-        F.interpolate(rows, scale_factor=enlarge, mode="nearest"), nrow=num_images, padding=2, pad_value=255
-    )
-    return grid.cpu()
+    rows = [experiment.views.denormalize(x_source[:, 0]) * 2 - 1, all_reduce(samples), x_target]
+    size = x_source.shape[-1]  # the decoder's images may be smaller
+    size *= max(1, round(64 / size))  # small images are enlarged to about 64 px
+    shown = [
+        F.interpolate((row.clamp(-1, 1) * 127.5 + 127.5).round().byte(), (size, size), mode="nearest") for row in rows
+    ]
+    return make_grid(torch.cat(shown), nrow=num_images, padding=2, pad_value=255).cpu()
 
 
 def save_png(path: Path, image: Tensor) -> None:
