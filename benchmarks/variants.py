@@ -27,6 +27,7 @@ LEVERS = [
     "training.terms.reconstruction=0.1",
     "views.source.blur_probability=0.5",
     "views.num_sources=2",
+    "decoder.image_size=16",
 ]
 
 
