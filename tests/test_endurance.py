@@ -95,11 +95,11 @@ def test_fifty_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
             process.wait()
             inside += (run / "checkpoints" / "last.pt.partial").exists()
     stopped_at = last(run)["step"]
-    done = launch(*args("run"))
+    done = launch(*args("run"), timeout=900)
     assert done.returncode == 0, done.stderr
     assert 22 < stopped_at < 22 * 40 and inside >= 10, (stopped_at, inside)
 
-    assert launch(*args("undisturbed")).returncode == 0
+    assert launch(*args("undisturbed"), timeout=900).returncode == 0
     for part in ("model", "ema", "optimizer", "scaler", "tally", "step", "data"):
         assert_equal_states(last(run)[part], last(tmp_path / "undisturbed")[part], part)
     assert losses(run) == losses(tmp_path / "undisturbed")
