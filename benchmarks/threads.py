@@ -1,4 +1,4 @@
-"""Speed of training on a CPU by number of threads and OpenMP wait policy, idle and beside a busy process.
+"""Speed of training on a CPU by number of threads and OpenMP wait policy, on an idle machine and beside a busy process.
 
 Each setting trains in a process of its own, because OpenMP reads its policy when torch is imported. The settings take
 turns in each round. The busy process multiplies matrices with one thread. "as train.py" is the setting that train.py
@@ -34,7 +34,7 @@ BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(1000, 1000)\nwhi
 
 
 def images_per_s(model: str, seconds: float) -> float:
-    """Trains a model in this process for some seconds and returns its speed. The first ten steps are not counted."""
+    """Trains a model in this process for some seconds and returns its speed. Two warm-up steps are not counted."""
     from experiment.opening import open_experiment
     from training.state import initial_state
     from training.step import train_step, training_pixels
@@ -44,12 +44,12 @@ def images_per_s(model: str, seconds: float) -> float:
     experiment = open_experiment(load_config(path, [*overrides, "device=cpu", "training.epochs=100000"]))
     state, timer = initial_state(experiment), PhaseTimer()
     pixels = training_pixels(experiment, 0)
-    first, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds or state.step < 3:
+    for _ in range(2):
         train_step(experiment, state, pixels, timer)
-        if time.perf_counter() - start < seconds / 4 and state.step <= 10:
-            first, begin = state.step, time.perf_counter()
-    return (state.step - first) * experiment.config.training.batch_size / (time.perf_counter() - begin)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        train_step(experiment, state, pixels, timer)
+    return (state.step - 2) * experiment.config.training.batch_size / (time.perf_counter() - start)
 
 
 def main() -> int:
@@ -90,7 +90,7 @@ def main() -> int:
     from utils.device import choose_device
 
     print(f"images/s, median of {args.rounds}; {machine(choose_device('cpu'))}")
-    print("In brackets: relative to the first setting of the model, idle.")
+    print("In brackets: relative to the model's first setting on the idle machine.")
     print("| model | threads | idle | beside a busy process |")
     print("|---|---|---|---|")
     for model in args.models:

@@ -1,9 +1,9 @@
 """Cost of config keys in a training step: variants of our step take turns in one run.
 
-Each given override is one variant. It is compared with the step without it: the time of the step, and the FLOPs of the
-model. A step that costs as much as its FLOPs say has two equal ratios.
+Each given override is one variant. The table gives the time of a step and the FLOPs of the model, both relative to the
+step without the override. The two ratios are equal if the time grows in proportion to the FLOPs.
 
-  python -m benchmarks.variants --batch_size 32                             # the keys of LEVERS
+  python -m benchmarks.variants --batch_size 32                             # the overrides in LEVERS
   python -m benchmarks.variants --config config/digits.yaml decoder.dropout=0.5
 """
 
@@ -11,6 +11,8 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+
+import torch
 
 from benchmarks.measure import machine, spread, take_turns
 from benchmarks.step import our_step, synthetic
@@ -41,19 +43,33 @@ def main() -> int:
     )
     parser.add_argument("--batch_size", type=int, default=32, help="global batch size; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each variant; default: %(default)s")
-    parser.add_argument("--always", nargs="+", default=[], metavar="key=value", help="overrides of all variants")
-    parser.add_argument("variants", nargs="*", metavar="key=value", help="variants; default: the keys of LEVERS")
+    parser.add_argument(
+        "--always",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="overrides of all variants; put the variants before this option",
+    )
+    parser.add_argument(
+        "variants",
+        nargs="*",
+        metavar="key=value",
+        help="overrides to measure, one variant each; default: the list LEVERS in benchmarks/variants.py",
+    )
     args = parser.parse_intermixed_args()
 
     calls: dict[str, Callable[[], object]] = {}
     flops: dict[str, float] = {}
     for name in ["none", *(args.variants or LEVERS)]:
         experiment = synthetic(args.config, args.batch_size, [*args.always, *([] if name == "none" else [name])])
+        if name == "none":
+            threads = torch.get_num_threads()
         config = experiment.config
         encoder, decoder = forward_flops(build_on_meta(config), config.encoder_size, config.decoder_size)
         flops[name] = config.views.num_sources * encoder + decoder
         step, _ = our_step(experiment, compiled=False)
         calls[name] = partial(step, PhaseTimer())
+    torch.set_num_threads(threads)  # a variant may have chosen another number
     seconds = take_turns(calls, args.rounds, experiment.device)
 
     print(f"{args.config}, batches of {args.batch_size}; {machine(experiment.device)}")

@@ -231,7 +231,7 @@ class Decoder(Section):
     image_size: int | None = key(
         None,
         "height and width in pixels of the images that the decoder denoises; target views are drawn at data.image_size "
-        "and averaged down to this size, which must divide it; null: data.image_size",
+        "and averaged down to this size; it must divide data.image_size; null: data.image_size",
         ge=4,
         le=4096,
     )
@@ -342,7 +342,7 @@ class Timesteps(Section):
     sampling: TimestepSampling = key(
         "uniform",
         "distribution of timesteps in training; log_snr: normal in the logarithm of the signal-to-noise ratio; "
-        "adaptive: follows the losses, with weights that keep the objective that of uniform",
+        "adaptive: follows the losses, with weights, so that the objective is the same as with uniform",
     )
     log_snr_mean: float = key(
         0.0, "mean of the log-SNR if training.timesteps.sampling=log_snr; 0: signal and noise are equally strong"
@@ -356,7 +356,7 @@ class Terms(Section):
     reconstruction: float = key(
         0.0,
         "weight of the mean squared error of the predicted clean target view; 0: no such term; with "
-        "diffusion.prediction=eps, this error is that of eps divided by the signal-to-noise ratio",
+        "diffusion.prediction=eps, this error equals the squared error of eps, divided by the signal-to-noise ratio",
         ge=0,
     )
 
@@ -390,8 +390,8 @@ class Training(Section):
     terms: Terms = Terms()
     min_snr_gamma: Positive | None = key(
         None,
-        "weight the loss by min-SNR: the squared error of x_start is multiplied by the signal-to-noise ratio, but at "
-        "most by this number (5 in the paper of Hang et al. 2023); null: no such weight",
+        "weight the denoising loss by min-SNR: the squared error of x_start is multiplied by the signal-to-noise "
+        "ratio, but at most by this number (5 in the paper of Hang et al. 2023); null: no such weight",
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(
         0.9999, "largest decay of the exponential moving average (EMA) of the weights; training.ema_power sets its rise"

@@ -11,7 +11,7 @@ from config import schema
 from datasets.augmentation import Augmentation, Draw, Parameters, augment
 
 SourceDraw = tuple[Draw, Tensor]
-"""Random numbers of one source view: of its augmentation, and the standard normal noise (N, 3, S, S) to add."""
+"""Random numbers of one source view: the draws of its augmentation, and standard normal noise (N, 3, S, S)."""
 
 CPU_CHUNK = 512  # samples augmented at the same time; more would not fit in the CPU's caches
 

@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     for size in (8, 32, 64):
         shift = 0.5 * math.sqrt(3 * size**2) * math.sqrt(last / (1 - last))
         print(
-            f"inverted cosine, {size} px: at T-1, an image of 0.5s shifts the mean by {shift:.1f} standard deviations"
+            f"inverted cosine, {size} px: at T-1, an image with all values 0.5 shifts the mean "
+            f"by {shift:.1f} standard deviations"
         )
 
 

@@ -14,8 +14,8 @@ EPS = 1e-7  # the epsilon of RankMe for float32
 def effective_rank(z: Tensor) -> float:
     """Returns RankMe (Garrido et al. 2023) of latents (N, D): a number from 1 to about min(N, D).
 
-    RankMe is the exponential of the entropy of the singular values of the matrix of latents, divided by their sum. As
-    in the paper, the latents are not centred: equal latents have rank 1.
+    RankMe is the exponential of the entropy of the latent matrix's singular values, after these are divided by their
+    sum. As in the paper, the latents are not centred: equal latents have rank 1.
     """
     z = z.cpu().double()
     # The singular values are the square roots of the eigenvalues of z^T z. For D = 2048 this is several times cheaper
@@ -27,7 +27,7 @@ def effective_rank(z: Tensor) -> float:
 
 @torch.no_grad()
 def variance_spectrum(z: Tensor) -> Tensor:
-    """Returns the eigenvalues (D,) of the covariance of latents (N, D), largest first. It is normalised by N."""
+    """Returns the eigenvalues (D,) of the covariance of latents (N, D), divided by N, largest first."""
     return _eigenvalues(torch.cov(z.cpu().double().T, correction=0).view(z.shape[1], z.shape[1]))
 
 

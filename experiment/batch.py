@@ -22,7 +22,7 @@ class Batch:
         x_source: (N, K, 3, S, S) source views, normalised, with Gaussian noise added; S is the encoder's size.
         x_start: (N, 3, D, D) target view in [-1, 1], without noise; D is the decoder's size.
         timesteps: (N,) int64.
-        weights: (N,) factors of the samples' losses, which depend on the sampling of timesteps; None: all are 1.
+        weights: (N,) factors of the samples' losses, which correct for the sampling of timesteps; None: all are 1.
         noise: (N, 3, D, D) standard normal; x_t is made from x_start and this noise.
         drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros.
     """
@@ -84,7 +84,7 @@ def source_draws(experiment: Experiment, positions: range, name: str, *counters:
     """Returns the random numbers of the source views of the samples at `positions`, one entry per view.
 
     Args:
-        name, counters: name of the random streams, to which the number of each view after the first is added.
+        name, counters: together, the name of the random streams. For each view after the first, its number is added.
     """
     config, size = experiment.config, experiment.config.encoder_size
     draws = []

@@ -21,8 +21,8 @@ SMALL_PASS = 10e9
 def choose_num_threads(config: Config) -> None:
     """Sets the number of torch's threads by the work of a forward pass: one thread, or as many as at start-up.
 
-    The number depends only on the config, because results depend on it in their last bits. If the user or the launcher
-    sets OMP_NUM_THREADS, nothing changes.
+    The number does not depend on the machine's load, because the last bits of results depend on it. If the user or the
+    launcher sets OMP_NUM_THREADS, nothing changes.
     """
     if "OMP_NUM_THREADS" in os.environ or _threads_at_start() == 1:
         return

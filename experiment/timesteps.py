@@ -6,6 +6,7 @@ To add a way of sampling, write a subclass of TimestepSampler and add it to SAMP
 import torch
 from torch import Tensor
 
+from config.errors import ConfigError
 from config.schema import Timesteps
 from model.diffusion import GaussianDiffusion
 from utils.distributed.collectives import all_reduce
@@ -38,7 +39,10 @@ class TimestepSampler:
         return drawn[here].to(self._device, non_blocking=True), None
 
     def observe(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Takes note of the losses (N,) of samples with these timesteps (N,), without their weights from `draw`."""
+        """Takes note of the losses (N,) of samples with these timesteps (N,), without their weights from `draw`.
+
+        The training step calls it if `draw` returns weights.
+        """
 
     def end_step(self, steps_done: int) -> None:
         """Collective. Ends a training step, after which `steps_done` steps are done."""
@@ -57,13 +61,19 @@ class TimestepSampler:
 class LogNormalSNRSampler(TimestepSampler):
     """Timesteps whose log-SNR has a normal density, so that alphas_cumprod has a logit-normal density.
 
-    Each timestep has the probability of the interval around its log-SNR. The density changes the objective, so there
-    are no weights. EDM (Karras et al. 2022) draws its noise levels in this way.
+    Each timestep has the probability of the interval around its log-SNR. There are no weights, because the density is
+    meant to change the objective. EDM (Karras et al. 2022) draws its noise levels in this way.
     """
 
     def __init__(self, config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> None:
         super().__init__(config, diffusion, device)
         probabilities = normal_probabilities(diffusion.alphas_cumprod, config.log_snr_mean, config.log_snr_std)
+        if not probabilities.isfinite().all():
+            first, last = diffusion.alphas_cumprod[[0, -1]].logit().tolist()
+            raise ConfigError(
+                f"no timestep has a log-SNR near training.timesteps.log_snr_mean={config.log_snr_mean:g}: "
+                f"choose a mean between {last:.1f} and {first:.1f}, or a larger log_snr_std"
+            )
         self._ends = probabilities.cumsum(0).float().to(device)
 
     def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
@@ -74,8 +84,8 @@ class LogNormalSNRSampler(TimestepSampler):
 def normal_probabilities(alphas_cumprod: Tensor, mean: float, std: float) -> Tensor:
     """Returns the probability of each timestep, (T,) float64, if log-SNR is normal with this mean and deviation.
 
-    The log-SNR of timestep t stands for the interval between the midpoints to its neighbours. The first and last
-    intervals are as long as their inner halves allow. The probabilities are normalised, which cuts off both tails.
+    Timestep t has the interval between the midpoints to its neighbours' log-SNR. The first and last intervals extend
+    equally far to both sides of their own log-SNR. The probabilities are normalised, which cuts off both tails.
     """
     log_snr = alphas_cumprod.logit()
     if len(log_snr) == 1:
@@ -100,24 +110,25 @@ class AdaptiveSampler(TimestepSampler):
 
     def __init__(self, config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> None:
         super().__init__(config, diffusion, device)
+        self._real = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         bins = min(NUM_BINS, diffusion.num_timesteps)
         # Bin b holds the timesteps edges[b] to edges[b + 1] - 1.
         self._edges = (torch.arange(bins + 1) * diffusion.num_timesteps // bins).to(device)
         self._sizes = self._edges.diff()
         self._sums = torch.zeros(2, bins, dtype=torch.int64, device=device)  # squared losses, and their number
-        self._mean_squares = torch.ones(bins, dtype=torch.float64, device=device)
+        self._mean_squares = torch.ones(bins, dtype=self._real, device=device)
 
     def _probabilities(self) -> Tensor:
-        """Returns the probability of each bin, (bins,) float64."""
-        uniform = self._sizes / self._sizes.sum()
-        wanted = self._mean_squares.sqrt() * uniform
+        """Returns the probability of each bin, (bins,)."""
+        uniform = self._sizes.to(self._real) / self._sizes.sum()
+        wanted = self._mean_squares.clamp(min=1 / UNITS).sqrt() * uniform  # the sum must not be 0
         return UNIFORM_SHARE * uniform + (1 - UNIFORM_SHARE) * wanted / wanted.sum()
 
     def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
         uniforms = torch.rand(batch_size, generator=source)[here].to(self._device, non_blocking=True)
         probabilities = self._probabilities()
         ends = probabilities.cumsum(0)
-        bins = torch.searchsorted(ends, uniforms.double(), right=True).clamp(max=len(ends) - 1)
+        bins = torch.searchsorted(ends, uniforms.to(self._real), right=True).clamp(max=len(ends) - 1)
         # The position of the same uniform number inside its bin gives the timestep inside the bin.
         inside = (uniforms - (ends - probabilities)[bins]) / probabilities[bins]
         offsets = (inside.clamp(0, 1) * self._sizes[bins]).long().clamp(max=self._sizes[bins] - 1)
@@ -127,7 +138,7 @@ class AdaptiveSampler(TimestepSampler):
     @torch.no_grad()
     def observe(self, timesteps: Tensor, losses: Tensor) -> None:
         bins = torch.searchsorted(self._edges, timesteps, right=True) - 1
-        squares = losses.double().square()
+        squares = losses.to(self._real).square()
         counted = squares.isfinite()
         units = (squares.nan_to_num(posinf=0).clamp(max=MAX_SQUARE) * UNITS).round().long()
         self._sums[0].index_add_(0, bins, units * counted)
@@ -136,7 +147,7 @@ class AdaptiveSampler(TimestepSampler):
     def end_step(self, steps_done: int) -> None:
         if steps_done % RENEW_EVERY:
             return
-        sums, counts = all_reduce(self._sums).double()
+        sums, counts = all_reduce(self._sums).to(self._real)
         self._mean_squares = torch.where(counts > 0, sums / UNITS / counts.clamp(min=1), self._mean_squares)
         self._sums = torch.zeros_like(self._sums)
 

@@ -49,7 +49,7 @@ class Stage(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """UNet that predicts eps from x_t, timesteps and z (Ho et al. 2020, with the AdaGN of SODA).
+    """UNet that denoises x_t, given timesteps and z (Ho et al. 2020, with the AdaGN of SODA).
 
     Each level has `num_res_blocks` blocks in the downward path and one more in the upward path. Each block in the
     upward path consumes one skip connection. Skip connections come from the blocks in the downward path, from the
@@ -164,7 +164,7 @@ class UNetDecoder(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(channels, IMAGE_CHANNELS, 3, padding=1))
 
     def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        """Returns eps (N, 3, H, W) for x_t (N, 3, H, W), timesteps (N,) int64 and z (N, latent_dim).
+        """Returns the prediction, such as eps, (N, 3, H, W) for x_t, timesteps (N,) int64 and z (N, latent_dim).
 
         A row of zeros in `z` is the null latent: the sample is denoised unconditionally. If only one section of a row
         is zero, the layers of that section are modulated as by the null latent.

@@ -16,9 +16,10 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Function (x_t (N, C, H, W), timesteps (N,) int64) -> predicted eps, v or x_start (N, C, H, W)."""
 
 
-# Each schedule function is called with the keys of the config's `diffusion` section, except `schedule`, and ignores the
-# keys that it does not need. It returns alphas_cumprod, the fraction of the signal's variance that remains at each
-# timestep: (num_timesteps,) float64, decreasing. In the equations, u = (t + 1/2) / T (`midpoints`).
+# Each schedule function is called with the keys of the config's `diffusion` section, except `schedule` and
+# `prediction`, and ignores the keys that it does not need. It returns alphas_cumprod, the fraction of the signal's
+# variance that remains at each timestep: (num_timesteps,) float64, decreasing. In the equations, u = (t + 1/2) / T
+# (`midpoints`).
 
 
 def linear(num_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
@@ -57,7 +58,9 @@ SCHEDULES: dict[Schedule, Callable[..., Tensor]] = {
 
 
 class Target(NamedTuple):
-    """Definition of a quantity that a decoder can predict. `a` and `s` are the roots of alphas_cumprod and 1 minus it.
+    """Definition of a quantity that a decoder can predict.
+
+    `a` and `s` are the square roots of alphas_cumprod and of 1 - alphas_cumprod.
 
     Attributes:
         make: (a, s, x_start, noise) -> the true quantity.

@@ -17,7 +17,7 @@ def guided_denoiser(
     guidance_scale: float | Sequence[float] = 1.0,
     sections: Collection[int] | None = None,
 ) -> Denoiser:
-    """Returns a function (x_t, timesteps) -> eps for the sampler, conditioned on z (N, latent_dim).
+    """Returns a function (x_t, timesteps) -> prediction for the sampler, conditioned on z (N, latent_dim).
 
     With one scale w for all sections, this is classifier-free guidance (Ho & Salimans 2022):
     eps_uncond + w (eps_cond - eps_uncond). A scale of 1 is the conditional model alone. It costs one forward pass
@@ -31,6 +31,8 @@ def guided_denoiser(
     all scales are equal. It is eps(S) if the scales are 1 for the sections in S and 0 for the others. The formula is
     the choice of this project, because the paper's formula is not known. The simpler formula
     eps({}) + sum over i of s_i (eps({i}) - eps({})) does not have these two properties in general.
+
+    For v and x_start the formulas are the same, because the weights of the passes sum to 1.
 
     The cost is one forward pass for each distinct scale above 0. An unconditional pass is added unless the largest
     scale is 1.

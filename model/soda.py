@@ -7,7 +7,7 @@ from model.encoder import Encoder
 
 
 class SODA(nn.Module):
-    """eps = decoder(x_t, timesteps, encoder(x_source)) (Hudson et al., CVPR 2024, figure 2).
+    """prediction = decoder(x_t, timesteps, z), z = mean of encoder(source view) (Hudson et al., CVPR 2024, figure 2).
 
     The decoder receives the source view only through z. Therefore, the denoising loss determines what z encodes.
     """

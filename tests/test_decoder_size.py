@@ -51,7 +51,7 @@ def last(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(last: Path) -> Any:
-    """The experiment and the EMA model of the checkpoint. The experiment's features are those of a decoder block."""
+    """The experiment and the EMA model of the checkpoint. `evaluation.features` names a decoder block."""
     return open_trained(read_trained(None, last, ["device=cpu", "evaluation.features=decoder.up.1@20"]))
 
 

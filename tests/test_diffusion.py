@@ -230,7 +230,7 @@ def test_ddim_with_other_predictions_against_diffusers(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_sampler_and_inversion_do_not_depend_on_the_prediction(prediction: Prediction) -> None:
-    """A network that predicts eps and one that says the same as v or x_start give the same images and noise."""
+    """A network that predicts eps, and one that predicts the equivalent v or x_start, give equal images and noise."""
     plain, other = diffusion("cosine"), diffusion("cosine", prediction=prediction)
 
     def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:

@@ -329,7 +329,7 @@ def flat_folder(folder: Path, seed: int) -> Path:
 
 
 def test_images_without_labels_have_a_spectrum(tmp_path: Path) -> None:
-    """Without labels, the report is about the training images."""
+    """Without labels, each evaluation reports the spectrum of the training latents."""
     images = ["data.name=folder", f"data.root={flat_folder(tmp_path / 'images', 0)}", f"data.cache_dir={tmp_path}"]
     assert train_program.main(digits_args(tmp_path / "run", *images, *TWO_EPOCHS)) == 0
     evaluations = reports(tmp_path / "run", "evaluation")

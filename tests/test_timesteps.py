@@ -9,8 +9,10 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from config.errors import ConfigError
 from config.schema import Timesteps
 from experiment import timesteps
+from experiment.batch import draw_batch, read_pixels
 from experiment.timesteps import SAMPLERS, AdaptiveSampler, TimestepSampler, make_sampler
 from model.diffusion import GaussianDiffusion
 from model.names import TimestepSampling
@@ -58,7 +60,7 @@ def test_any_number_of_timesteps_can_be_sampled(sampling: str, num_timesteps: in
 
 
 def with_history(losses: torch.Tensor) -> AdaptiveSampler:
-    """Returns an adaptive sampler that has seen this loss of each timestep."""
+    """Returns an adaptive sampler that has observed `losses`, one loss per timestep."""
     ours = sampler(len(losses), sampling="adaptive")
     ours.observe(torch.arange(len(losses)), losses)
     ours.end_step(timesteps.RENEW_EVERY)
@@ -120,6 +122,26 @@ def test_a_resumed_run_has_the_density_of_an_uninterrupted_one(tmp_path: Path, m
     resumed.load_state_dict(saved)
     assert_equal_states(train(resumed, 9).state_dict(), whole.state_dict())
     assert draw(whole.timesteps, 100)[1].unique().numel() > 10  # type: ignore[union-attr]
+
+
+def test_the_loss_of_a_step_has_the_weights_of_the_samplers_history(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, *ADAPTIVE)
+    state = initial_state(experiment)
+    state.timesteps.load_state_dict(with_history(torch.linspace(3, 0.1, 1000)).state_dict())
+    (pixels,) = read_pixels(experiment, [(0, range(64))])
+    batch = draw_batch(experiment, pixels, 0, range(64), state.timesteps)
+    assert batch.weights is not None and batch.weights.max() > 1.5 > 0.9 > batch.weights.min()
+    # The decoder predicts zeros at first, so the error is the noise.
+    expected = (batch.weights * batch.noise.square().mean(dim=(1, 2, 3))).mean().item()
+    loss, _ = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert state.timesteps.state_dict()["sums"][1].sum() == 64
+
+
+@pytest.mark.parametrize("mean", [30.0, -60.0])
+def test_a_log_snr_that_no_timestep_has_is_refused(mean: float) -> None:
+    with pytest.raises(ConfigError, match=r"choose a mean between -14.3 and 10.8"):
+        sampler(sampling="log_snr", log_snr_mean=mean, log_snr_std=0.1)
 
 
 def test_every_name_has_a_sampler() -> None:

@@ -29,7 +29,8 @@ class Evaluation:
         protocols: protocols that were applied; empty if the images have no labels.
         table: accuracies by protocol and encoder.
         grid: (3, H, W) uint8 image of samples; None if `sampling.num_images` is 0.
-        chosen: (n,) int64, indices of the images of `z`: test images, or training images if there are no test images.
+        chosen: (n,) int64, indices of the images that `z` encodes: test images, or training images if there is no test
+            split.
         z: (n, latent_dim) latents of these images, without augmentation.
         effective_rank: effective rank of `z`.
         spectrum: (latent_dim,) float64, eigenvalues of the covariance of `z`, largest first.

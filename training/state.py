@@ -185,7 +185,7 @@ class TrainState:
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """Returns model, EMA, optimiser, scaler and tally before the first step. Raises OutOfMemoryError."""
+    """Returns model, EMA, optimiser, scaler, sampler and tally before the first step. Raises OutOfMemoryError."""
     training, device = experiment.config.training, experiment.device
     with memory_for(lambda: "use a smaller model or another device"):
         soda = initial_soda(experiment.config, device)

@@ -1,4 +1,4 @@
-"""One training step: draw the batch, denoise, update. Every random draw is a function of (seed, purpose, step)."""
+"""One training step: draw the batch, denoise, update. Random draws are functions of (seed, purpose, step)."""
 
 import math
 from collections.abc import Generator, Iterator

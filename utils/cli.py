@@ -192,8 +192,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    # OpenMP reads it when torch is imported. By default, its threads spin while they wait, which costs a lot if another
-    # program uses the cores.
+    # OpenMP reads it when torch is imported. By default, its threads spin for a while before they sleep, which costs a
+    # lot if another program uses the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signals.watch()
     start_logging()

@@ -66,10 +66,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Returns the contents of a checkpoint, with all tensors on the host.
 
-    The contents are model, EMA, optimiser, scaler, tally (losses since the last report), step, config and digest of the
-    images. "sha256" is added: the digest of the file itself. If SHA256SUMS lists the file name, SHA256SUMS must also
-    list this digest, under the same name or another one. Raises CheckpointError if the file is missing, damaged or not
-    a checkpoint of this program.
+    The contents are model, EMA, optimiser, scaler, timestep sampler, tally (losses since the last report), step,
+    config, and digest, mean and standard deviation of the images. "sha256" is added: the digest of the file itself. If
+    SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same name or another one. Raises
+    CheckpointError if the file is missing, damaged or not a checkpoint of this program.
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")

@@ -43,7 +43,7 @@ def read_reports(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _for_json(value: Any) -> Any:
-    """Returns the value, or a list of values, with None in place of infinity and NaN, which JSON does not have."""
+    """Returns `value`, a single value or a list, with None in place of infinity and NaN, which JSON does not have."""
     if isinstance(value, list):
         return [_for_json(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
