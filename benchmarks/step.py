@@ -31,9 +31,8 @@ from config.reading import load_config
 from datasets.images import StoredImages
 from datasets.loader import Loader
 from experiment.batch import draw_batch, read_pixels
-from experiment.models import build_on_meta, initial_soda
+from experiment.models import build_on_meta, initial_soda, pass_flops
 from experiment.opening import Experiment, open_experiment
-from model.build import forward_flops
 from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
 from utils.cli import run
@@ -156,8 +155,7 @@ def main() -> int:
         exact = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=false"])
         mixed = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=true"])
         device, sizes = exact.device, (exact.config.encoder_size, exact.config.decoder_size)
-        flops = forward_flops(build_on_meta(exact.config), *sizes)
-        work = 3 * (exact.config.views.num_sources * flops[0] + flops[1]) * batch_size
+        work = 3 * pass_flops(exact.config, build_on_meta(exact.config))[-1] * batch_size
         rates = {dtype: matrix_rate(dtype, device) for dtype in {torch.float32, mixed.amp_dtype or torch.float32}}
         print(
             f"\nbatches of {batch_size} images of {sizes[0]} px for the encoder and {sizes[1]} px for the decoder, "

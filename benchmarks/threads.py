@@ -4,7 +4,7 @@ Each setting trains in a process of its own, because OpenMP reads its policy whe
 turns in each round. The busy process multiplies matrices with one thread. "as train.py" is the setting that train.py
 chooses by itself.
 
-  python -m benchmarks.threads                     # ten minutes on two CPU cores
+  python -m benchmarks.threads --rounds 2          # twelve minutes on two CPU cores
 """
 
 import argparse
@@ -13,6 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
 
 from config.reading import load_config
 from utils.cli import run
@@ -30,6 +33,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "one thread": PASSIVE | {"OMP_NUM_THREADS": "1"},
     "as train.py": {},
 }
+PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
 BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(1000, 1000)\nwhile True: a @ a"
 
 
@@ -52,6 +56,24 @@ def images_per_s(model: str, seconds: float) -> float:
     return (state.step - 2) * experiment.config.training.batch_size / (time.perf_counter() - start)
 
 
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Runs a process that keeps one core busy inside the context."""
+    other = subprocess.Popen([sys.executable, "-c", BUSY], env=PLAIN)
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def measure(model: str, variables: dict[str, str], seconds: float) -> float:
+    """Returns `images_per_s` of a new process with these environment variables."""
+    command = [sys.executable, "-m", "benchmarks.threads", "--measure", model, "--seconds", str(seconds)]
+    done = subprocess.run(command, env=PLAIN | variables, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
 def main() -> int:
     """Runs the benchmark and prints a table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,25 +88,11 @@ def main() -> int:
         print(images_per_s(args.measure, args.seconds))
         return 0
 
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     found: dict[tuple[str, str, bool], list[float]] = {}
-    for _ in range(args.rounds):
-        for model in args.models:
-            for busy in (False, True):
-                for setting, variables in SETTINGS.items():
-                    other = subprocess.Popen([sys.executable, "-c", BUSY], env=plain) if busy else None
-                    try:
-                        command = [sys.executable, "-m", "benchmarks.threads", "--measure", model]
-                        command += ["--seconds", str(args.seconds)]
-                        done = subprocess.run(
-                            command, env=plain | variables, capture_output=True, text=True, check=True
-                        )
-                    finally:
-                        if other:
-                            other.kill()
-                            other.wait()
-                    speed = float(done.stdout.split()[-1])
-                    found.setdefault((model, setting, busy), []).append(speed)
+    for _, model, busy, setting in product(range(args.rounds), args.models, (False, True), SETTINGS):
+        with busy_process() if busy else nullcontext():
+            speed = measure(model, SETTINGS[setting], args.seconds)
+        found.setdefault((model, setting, busy), []).append(speed)
 
     from benchmarks.measure import machine
     from utils.device import choose_device

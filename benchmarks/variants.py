@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.measure import machine, spread, take_turns
 from benchmarks.step import our_step, synthetic
-from experiment.models import build_on_meta
-from model.build import forward_flops
+from experiment.models import build_on_meta, pass_flops
 from utils.cli import run
 from utils.logging import PhaseTimer
 
@@ -64,9 +63,7 @@ def main() -> int:
         experiment = synthetic(args.config, args.batch_size, [*args.always, *([] if name == "none" else [name])])
         if name == "none":
             threads = torch.get_num_threads()
-        config = experiment.config
-        encoder, decoder = forward_flops(build_on_meta(config), config.encoder_size, config.decoder_size)
-        flops[name] = config.views.num_sources * encoder + decoder
+        flops[name] = pass_flops(experiment.config, build_on_meta(experiment.config))[-1]
         step, _ = our_step(experiment, compiled=False)
         calls[name] = partial(step, PhaseTimer())
     torch.set_num_threads(threads)  # a variant may have chosen another number

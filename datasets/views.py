@@ -90,11 +90,11 @@ class Views:
         return self._stack(augmented, sources), self.x_start(target_view)
 
     def _stack(self, augmented: Sequence[Tensor], sources: Sequence[SourceDraw]) -> Tensor:
-        noises = [noise for _, noise in sources]
         views = [
-            self._normalize(v).add_(noise, alpha=self._noise_std) for v, noise in zip(augmented, noises, strict=True)
+            self._normalize(pixels).add_(noise, alpha=self._noise_std)
+            for pixels, (_, noise) in zip(augmented, sources, strict=True)
         ]
-        return torch.stack(views, dim=1) if len(views) > 1 else views[0][:, None]
+        return torch.stack(views, dim=1) if len(views) > 1 else views[0][:, None]  # one view needs no copy
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
         """Returns augmented views for the evaluation: augmented by `view`, such as `views.probe`, and normalised."""

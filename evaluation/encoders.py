@@ -72,7 +72,7 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
     positions = range(experiment.config.training.batch_size)
     steps = range(SETTLING_PASSES)
     for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
-        encoder(draw_source(experiment, pixels, step, positions)[:, 0])
+        encoder(draw_source(experiment, pixels, step, positions))
     return SODA(encoder, soda.decoder)
 
 

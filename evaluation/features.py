@@ -14,8 +14,8 @@ from utils.device import autocast
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range
 
-# Features by name, (N, D) each. A name may be a tuple that names the encoder, too, so
-# that several encoders share one pass over the views.
+# Features by name, (N, D) each. A name may be a tuple that also names the encoder, so that several encoders share one
+# pass over the views.
 Features = dict[Hashable, Tensor]
 
 

@@ -1,4 +1,7 @@
-"""Construction of a batch: images, views, timesteps, noise and drop mask, all functions of (seed, purpose, step)."""
+"""Construction of a batch: images, views, timesteps, noise and drop mask, all functions of (seed, purpose, step).
+
+Adaptive timesteps also depend on the losses of earlier steps.
+"""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -62,7 +65,7 @@ def draw_batch(
     timesteps, weights = sampler.draw(generator(seed, "timesteps", step), config.training.batch_size, here)
     x_source, x_start = experiment.views.pair(
         pixels,
-        source_draws(experiment, positions, "source", step),
+        source_draws(experiment, config.views.num_sources, positions, "source", step),
         view_draw(seed, positions, "target view", step),
     )
     return Batch(
@@ -76,19 +79,21 @@ def draw_batch(
 
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
-    """Returns x_source (N, K, 3, S, S) alone, drawn as in `draw_batch`, for the same arguments."""
-    return experiment.views.source(pixels, source_draws(experiment, positions, "source", step))
+    """Returns only the first source view (N, 3, S, S), drawn as in `draw_batch`, for the same arguments."""
+    return experiment.views.source(pixels, source_draws(experiment, 1, positions, "source", step))[:, 0]
 
 
-def source_draws(experiment: Experiment, positions: range, name: str, *counters: int) -> list[SourceDraw]:
-    """Returns the random numbers of the source views of the samples at `positions`, one entry per view.
+def source_draws(
+    experiment: Experiment, num_views: int, positions: range, name: str, *counters: int
+) -> list[SourceDraw]:
+    """Returns the random numbers of the first `num_views` source views of the samples at `positions`.
 
     Args:
         name, counters: together, the name of the random streams. For each view after the first, its number is added.
     """
     config, size = experiment.config, experiment.config.encoder_size
     draws = []
-    for view in range(config.views.num_sources):
+    for view in range(num_views):
         suffix = f" {view}" if view else ""
         noise = image_noise(
             (3, size, size), positions, config.seed, f"{name} noise{suffix}", *counters, device=experiment.device

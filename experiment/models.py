@@ -37,6 +37,15 @@ def to_device(soda: SODA, device: torch.device) -> SODA:
     return soda.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
+def pass_flops(config: Config, soda: SODA) -> tuple[int, int, int]:
+    """Returns FLOPs per image: of the encoder for one source view, of the decoder, and of the whole forward pass.
+
+    The forward pass encodes all source views. `soda` may be on the meta device.
+    """
+    encoder, decoder = forward_flops(soda, config.encoder_size, config.decoder_size)
+    return encoder, decoder, config.views.num_sources * encoder + decoder
+
+
 def describe_model(config: Config) -> str:
     """Returns a text with the number of parameters, the image size and the FLOPs per image of encoder and decoder.
 
@@ -44,8 +53,7 @@ def describe_model(config: Config) -> str:
     """
     soda = build_on_meta(config)
     sizes = config.encoder_size, config.decoder_size
-    flops = forward_flops(soda, *sizes)
-    training_flops = 3 * (config.views.num_sources * flops[0] + flops[1])
+    *flops, whole = pass_flops(config, soda)
     lines = []
     modules = {"encoder": soda.encoder, "decoder": soda.decoder}
     for (name, module), size, work in zip(modules.items(), sizes, flops, strict=True):
@@ -53,7 +61,7 @@ def describe_model(config: Config) -> str:
         lines.append(
             f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP per image of {size} px in a forward pass"
         )
-    lines.append(f"training: about {training_flops / 1e9:.2f} GFLOP per image, forward and backward")
+    lines.append(f"training: about {3 * whole / 1e9:.2f} GFLOP per image, forward and backward")
     if config.decoder.modulation == "sectioned":
         row = "{:<10}{:>5}{:>10}{:>9}  {}".format
         lines += ["", row("layer", "px", "channels", "section", "dimensions of z (width)")]

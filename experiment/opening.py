@@ -46,15 +46,13 @@ class Experiment:
 
 
 def open_experiment(config: Config) -> Experiment:
-    """Collective. Loads the images and returns the experiment. On a CPU, also chooses the number of threads.
+    """Collective. Loads the images and returns the experiment.
 
     Raises:
         ConfigError: the ranks would compute on different types of device or in different number formats.
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
     device, amp_dtype = open_device(config)
-    if device.type == "cpu":
-        choose_num_threads(config)
     train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
     data_digest = train.digest()
     if not all_equal((data_digest, test and test.digest())):
@@ -88,6 +86,8 @@ def open_experiment(config: Config) -> Experiment:
 def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:
     """Collective. Returns (device, number format of autocast) of this rank and opens the tensor group.
 
+    On a CPU, also chooses the number of threads.
+
     Raises ConfigError if the type of device or the number format is not the same on all ranks.
     """
     device = choose_device(config.device)
@@ -99,6 +99,8 @@ def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:
             "set device and training.use_amp to values that all processes support"
         )
     open_tensor_group(config.distributed.backend, device)
+    if device.type == "cpu":
+        choose_num_threads(config)
     return device, amp_dtype
 
 

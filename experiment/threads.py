@@ -7,9 +7,8 @@ from functools import cache
 import torch
 
 from config.schema import Config
-from experiment.models import build_on_meta
+from experiment.models import build_on_meta, pass_flops
 from experiment.shares import micro_batch_size
-from model.build import forward_flops
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +25,7 @@ def choose_num_threads(config: Config) -> None:
     """
     if "OMP_NUM_THREADS" in os.environ or _threads_at_start() == 1:
         return
-    encoder, decoder = forward_flops(build_on_meta(config), config.encoder_size, config.decoder_size)
-    work = micro_batch_size(config.training) * (config.views.num_sources * encoder + decoder)
+    work = micro_batch_size(config.training) * pass_flops(config, build_on_meta(config))[-1]
     small = work < SMALL_PASS
     torch.set_num_threads(1 if small else _threads_at_start())
     if small:

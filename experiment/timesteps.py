@@ -115,14 +115,14 @@ class AdaptiveSampler(TimestepSampler):
         # Bin b holds the timesteps edges[b] to edges[b + 1] - 1.
         self._edges = (torch.arange(bins + 1) * diffusion.num_timesteps // bins).to(device)
         self._sizes = self._edges.diff()
+        self._uniform = self._sizes.to(self._real) / diffusion.num_timesteps  # probability of each bin
         self._sums = torch.zeros(2, bins, dtype=torch.int64, device=device)  # squared losses, and their number
         self._mean_squares = torch.ones(bins, dtype=self._real, device=device)
 
     def _probabilities(self) -> Tensor:
         """Returns the probability of each bin, (bins,)."""
-        uniform = self._sizes.to(self._real) / self._sizes.sum()
-        wanted = self._mean_squares.clamp(min=1 / UNITS).sqrt() * uniform  # the sum must not be 0
-        return UNIFORM_SHARE * uniform + (1 - UNIFORM_SHARE) * wanted / wanted.sum()
+        wanted = self._mean_squares.clamp(min=1 / UNITS).sqrt() * self._uniform  # the sum must not be 0
+        return UNIFORM_SHARE * self._uniform + (1 - UNIFORM_SHARE) * wanted / wanted.sum()
 
     def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
         uniforms = torch.rand(batch_size, generator=source)[here].to(self._device, non_blocking=True)
@@ -132,7 +132,7 @@ class AdaptiveSampler(TimestepSampler):
         # The position of the same uniform number inside its bin gives the timestep inside the bin.
         inside = (uniforms - (ends - probabilities)[bins]) / probabilities[bins]
         offsets = (inside.clamp(0, 1) * self._sizes[bins]).long().clamp(max=self._sizes[bins] - 1)
-        weights = (self._sizes / self._sizes.sum() / probabilities)[bins]
+        weights = (self._uniform / probabilities)[bins]
         return self._edges[bins] + offsets, weights.float()
 
     @torch.no_grad()

@@ -287,6 +287,9 @@ def test_more_source_views_leave_all_other_draws_as_they_are(tmp_path: Path) -> 
         assert torch.equal(getattr(one, name), getattr(three, name)), name
     pairs = (three.x_source[:, a] - three.x_source[:, b] for a, b in ((0, 1), (0, 2), (1, 2)))
     assert all(each.abs().flatten(1).max(dim=1).values.min() > 0.1 for each in pairs), "views must differ"
+    plain = ("views.source.affine_probability=0.0", "views.source.noise_std=1.0", "views.num_sources=2")
+    first, second = batch_of(experiment_of(tmp_path, *plain), 2, range(64)).x_source.unbind(dim=1)
+    assert abs((first - second).std().item() - 2**0.5) < 0.02, "each view must have noise of its own"
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x_start"])
@@ -461,9 +464,19 @@ class WatchedPhases(PhaseTimer):
         return stack
 
 
-def test_a_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "training.micro_batch_size=16")
+LEVERS = (
+    *("training.timesteps.sampling=adaptive", "training.min_snr_gamma=5", "training.terms.reconstruction=0.1"),
+    *("diffusion.prediction=v", "views.num_sources=2"),
+)
+
+
+@pytest.mark.parametrize("settings", [(), LEVERS], ids=["default", "levers"])
+def test_a_step_reads_nothing_from_the_device(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    experiment = experiment_of(tmp_path, "training.micro_batch_size=16", *settings)
     state = initial_state(experiment)
+    with NoHostReads():
+        state.timesteps.draw(torch.Generator(), 64, slice(0, 32))
+        state.timesteps.end_step(100)
     pixels = training_pixels(experiment, 0)
     for _ in range(2):
         train_step(experiment, state, pixels, WatchedPhases())

@@ -33,7 +33,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     positions = range(num_images)
     x_source, x_target = experiment.views.pair(
         pixels,
-        source_draws(experiment, positions, "grid source"),
+        source_draws(experiment, experiment.config.views.num_sources, positions, "grid source"),
         view_draw(seed, positions, "grid target view"),
     )
 
