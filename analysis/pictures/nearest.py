@@ -1,0 +1,66 @@
+"""Nearest training images in the latent space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from analysis.pictures.base import PictureOfImages, number
+from config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from analysis.codec import Codec
+    from analysis.grid import Grid
+    from analysis.references import Chosen
+    from experiment.opening import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest(PictureOfImages):
+    """The training images nearest to each image in z, by cosine: the neighbours that k-NN finds on unit z."""
+
+    name = "nearest"
+    meaning = "for each image, the training images whose z is nearest"
+
+    num_neighbours: int = number(8, "number of neighbours of each image")
+
+    def find(self, experiment: Experiment) -> Chosen:
+        count = len(experiment.train)
+        if self.num_neighbours > count:
+            raise ConfigError(
+                f"--num_neighbours {self.num_neighbours} is too large: use at most {count} (all training images)"
+            )
+        return super().find(experiment)
+
+    def draw(self, codec: Codec, found: Chosen) -> Grid:
+        import torch
+        import torch.nn.functional as F
+
+        from analysis.grid import Cell, Grid, to_cells
+        from analysis.references import image_name
+        from evaluation.knn import nearest_neighbours
+
+        train = codec.experiment.train
+        bank, queries = F.normalize(codec.train_z), F.normalize(codec.encode(found.pixels))
+        cells = []
+        neighbours = nearest_neighbours(bank, queries, self.num_neighbours)
+        for i, (distance, indices) in enumerate(zip(*neighbours, strict=True)):
+            own = found.train_indices[i]
+            if own is not None:  # the image itself comes before its copies
+                indices = torch.cat([torch.tensor([own]), indices[indices != own]])[: self.num_neighbours]
+                distance = (bank[indices.to(bank.device)] - bank[own]).norm(dim=1).cpu()
+            (pixels,) = train.batches([indices])
+            cosines = (1 - distance.square() / 2).tolist()
+            names = [
+                f"{image_name(train, 'train', j)}\n{cosine:.3f}"
+                for j, cosine in zip(indices.tolist(), cosines, strict=True)
+            ]
+            cells.append([Cell(found.pixels[i], found.names[i]), *to_cells(pixels, names)])
+        return Grid(
+            title="Nearest training images in the latent space",
+            explanation="Neighbours are sorted by the distance that k-NN uses: Euclidean, between latents scaled to "
+            "length 1. The number below a neighbour is the cosine between its latent and the query's.",
+            columns=["query", *(f"{i + 1}" for i in range(self.num_neighbours))],
+            rows=[],
+            cells=cells,
+        )
