@@ -113,7 +113,8 @@ def main() -> None:
     )[""]
     print(f"linear probe, one epoch in batches of 128: {spread(epoch)}")
 
-    views = Views(load_config("config/cifar10.yaml").views, 32, 32, [0.5] * 3, [0.25] * 3, device)
+    config = load_config("config/cifar10.yaml").views
+    views = Views(config, encoder_size=32, decoder_size=32, mean=[0.5] * 3, std=[0.25] * 3, device=device)
     pixels = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8).to(device)
     probe_view = load_config("config/cifar10.yaml").views.probe
     draw = partial(uniforms, range(512), seed=0, purpose="probe view")

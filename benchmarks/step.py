@@ -33,6 +33,7 @@ from datasets.loader import Loader
 from experiment.batch import draw_batch, read_pixels
 from experiment.models import build_on_meta, initial_soda, pass_flops
 from experiment.opening import Experiment, open_experiment
+from experiment.timesteps import make_sampler
 from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
 from utils.cli import run
@@ -99,7 +100,8 @@ def plain_step(experiment: Experiment) -> Callable[[], object]:
     averages = copy.deepcopy(soda).requires_grad_(False)
     positions = range(config.training.batch_size)
     (pixels,) = read_pixels(experiment, [(0, positions)])
-    batch = draw_batch(experiment, pixels, 0, positions)
+    sampler = make_sampler(config.training.timesteps, experiment.diffusion, device)
+    batch = draw_batch(experiment, pixels, 0, positions, sampler)
 
     def step() -> float:
         soda.train()

@@ -1,14 +1,15 @@
 """Speed of training on a CPU by number of threads and OpenMP wait policy, on an idle machine and beside a busy process.
 
-Each setting trains in a process of its own, because OpenMP reads its policy when torch is imported. The settings take
-turns in each round. The busy process multiplies matrices with one thread. "as train.py" is the setting that train.py
-chooses by itself.
+Each setting trains in a process of its own, because OpenMP reads its policy when torch is imported. In each round, all
+settings are measured in a random order. The busy process multiplies matrices with one thread. In the first setting,
+OMP_WAIT_POLICY is not set. "as train.py" is the setting that train.py chooses by itself.
 
   python -m benchmarks.threads --rounds 2          # twelve minutes on two CPU cores
 """
 
 import argparse
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -26,11 +27,12 @@ NARROW = [
     *("diffusion.schedule=inverted_cosine", "training.batch_size=128"),
 ]
 MODELS = {"digits": ("config/digits.yaml", []), "narrow CIFAR-10": ("config/cifar10.yaml", NARROW)}
-ACTIVE, PASSIVE = {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "passive"}
+ALL_THREADS = {"OMP_NUM_THREADS": str(os.cpu_count())}
+NO_POLICY = "all threads, no policy"
 SETTINGS: dict[str, dict[str, str]] = {
-    "all threads, active": ACTIVE | {"OMP_NUM_THREADS": str(os.cpu_count())},
-    "all threads, passive": PASSIVE | {"OMP_NUM_THREADS": str(os.cpu_count())},
-    "one thread": PASSIVE | {"OMP_NUM_THREADS": "1"},
+    NO_POLICY: ALL_THREADS,
+    "all threads, passive": ALL_THREADS,
+    "one thread, passive": {"OMP_NUM_THREADS": "1"},
     "as train.py": {},
 }
 PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
@@ -67,10 +69,15 @@ def busy_process() -> Iterator[None]:
         other.wait()
 
 
-def measure(model: str, variables: dict[str, str], seconds: float) -> float:
-    """Returns `images_per_s` of a new process with these environment variables."""
-    command = [sys.executable, "-m", "benchmarks.threads", "--measure", model, "--seconds", str(seconds)]
-    done = subprocess.run(command, env=PLAIN | variables, stdout=subprocess.PIPE, text=True, check=True)
+def measure(model: str, setting: str, seconds: float) -> float:
+    """Returns `images_per_s` of a new process with this setting."""
+    # The package sets the passive policy when it is imported. A torch that was imported before has no policy.
+    first = "import torch; " if setting == NO_POLICY else ""
+    program = f"{first}from benchmarks.threads import images_per_s; print(images_per_s({model!r}, {seconds}))"
+    environment = PLAIN | SETTINGS[setting]
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -82,17 +89,15 @@ def main() -> int:
         "--seconds", type=float, default=8, help="seconds of training per measurement; default: %(default)s"
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models; default: all")
-    parser.add_argument("--measure", choices=MODELS, help="only train this model in this process and print its speed")
     args = parser.parse_args()
-    if args.measure:
-        print(images_per_s(args.measure, args.seconds))
-        return 0
 
     found: dict[tuple[str, str, bool], list[float]] = {}
-    for _, model, busy, setting in product(range(args.rounds), args.models, (False, True), SETTINGS):
-        with busy_process() if busy else nullcontext():
-            speed = measure(model, SETTINGS[setting], args.seconds)
-        found.setdefault((model, setting, busy), []).append(speed)
+    order = random.Random(0)
+    for _, model, busy in product(range(args.rounds), args.models, (False, True)):
+        for setting in order.sample(list(SETTINGS), len(SETTINGS)):
+            with busy_process() if busy else nullcontext():
+                speed = measure(model, setting, args.seconds)
+            found.setdefault((model, setting, busy), []).append(speed)
 
     from benchmarks.measure import machine
     from utils.device import choose_device

@@ -99,7 +99,8 @@ def main() -> None:
     share = pixels[: -(-args.batch_size // args.cores)].clone()  # every process uses these images
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.cores, _start_worker, (config, share, mean, std)) as pool:
-        views, on_device = Views(config, size, size, mean, std, device), pixels.to(device)
+        views = Views(config, encoder_size=size, decoder_size=size, mean=mean, std=std, device=device)
+        on_device = pixels.to(device)
         noise = torch.zeros(pixels.shape, device=device)
         step = iter(range(10**9))
 

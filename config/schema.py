@@ -347,7 +347,11 @@ class Timesteps(Section):
     log_snr_mean: float = key(
         0.0, "mean of the log-SNR if training.timesteps.sampling=log_snr; 0: signal and noise are equally strong"
     )
-    log_snr_std: Positive = key(2.0, "standard deviation of the log-SNR if training.timesteps.sampling=log_snr")
+    log_snr_std: Positive = key(
+        2.0,
+        "standard deviation of the log-SNR if training.timesteps.sampling=log_snr; the part of the density outside the "
+        "log-SNRs of diffusion.schedule is cut off",
+    )
 
 
 class Terms(Section):
@@ -356,7 +360,8 @@ class Terms(Section):
     reconstruction: float = key(
         0.0,
         "weight of the mean squared error of the predicted clean target view; 0: no such term; with "
-        "diffusion.prediction=eps, this error equals the squared error of eps, divided by the signal-to-noise ratio",
+        "diffusion.prediction=eps, this error equals the squared error of eps, divided by the signal-to-noise ratio, "
+        "so the last timesteps dominate: use v or x_start",
         ge=0,
     )
 

@@ -21,7 +21,7 @@ class Views:
 
     Args:
         config: the `views` section; only `source` and `target` are used.
-        image_size: height and width S of the images in pixels. All views are drawn at this size.
+        encoder_size: height and width S in pixels of the images. All views are drawn at this size.
         decoder_size: height and width D in pixels of the images that the decoder denoises; D divides S.
         mean, std: statistics of the data set's channels, on the scale of [0, 1].
     """
@@ -29,15 +29,16 @@ class Views:
     def __init__(
         self,
         config: schema.Views,
-        image_size: int,
+        *,
+        encoder_size: int,
         decoder_size: int,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
     ) -> None:
-        self._source = Augmentation(config.source, image_size)
-        self._target = Augmentation(config.target, image_size)
-        self._image_size, self._decoder_size = image_size, decoder_size
+        self._source = Augmentation(config.source, encoder_size)
+        self._target = Augmentation(config.target, encoder_size)
+        self._encoder_size, self._decoder_size = encoder_size, decoder_size
         self._noise_std = config.source.noise_std
         self._device = device
         self._mean = torch.tensor(mean, device=device)[:, None, None]
@@ -66,39 +67,39 @@ class Views:
 
     def _reduce(self, images: Tensor) -> Tensor:
         """Averages images (N, 3, S, S) over squares of S/D x S/D pixels: (N, 3, D, D)."""
-        factor = self._image_size // self._decoder_size
+        factor = self._encoder_size // self._decoder_size
         return F.avg_pool2d(images, factor) if factor > 1 else images
 
-    def source(self, pixels: Tensor, sources: Sequence[SourceDraw]) -> Tensor:
-        """Returns x_source (N, K, 3, S, S): augmented and normalised pixels plus `noise_std` times the noise.
+    def source(self, pixels: Tensor, source: SourceDraw) -> Tensor:
+        """Returns one source view (N, 3, S, S): augmented and normalised pixels plus `noise_std` times the noise."""
+        draw, noise = source
+        return self._noisy(self._augment(pixels, self._source.parameters(draw)), noise)
 
-        Args:
-            sources: random numbers of the K source views.
-        """
-        return self._stack([self._augment(pixels, self._source.parameters(draw)) for draw, _ in sources], sources)
+    def _noisy(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        return self._normalize(pixels).add_(noise, alpha=self._noise_std)
 
     def pair(self, pixels: Tensor, sources: Sequence[SourceDraw], target: Draw) -> tuple[Tensor, Tensor]:
         """Returns (x_source (N, K, 3, S, S), x_start (N, 3, D, D)).
 
-        x_source is made as in `source`. x_start is augmented, scaled to [-1, 1] and then averaged down to the decoder's
-        size. All views are augmented as one batch, because this needs fewer calls.
+        Each source view is made as in `source`. x_start is augmented, scaled to [-1, 1] and then averaged down to the
+        decoder's size. All views are augmented as one batch, because this needs fewer calls.
+
+        Args:
+            sources: random numbers of the K source views.
+            target: random numbers of the target view.
         """
         parameters = [self._source.parameters(draw) for draw, _ in sources] + [self._target.parameters(target)]
         pixels = pixels.to(self._device, non_blocking=True)
         views = self._augment(pixels.repeat(len(parameters), 1, 1, 1), reduce(Parameters.concatenate, parameters))
         *augmented, target_view = views.split(len(pixels))
-        return self._stack(augmented, sources), self.x_start(target_view)
-
-    def _stack(self, augmented: Sequence[Tensor], sources: Sequence[SourceDraw]) -> Tensor:
-        views = [
-            self._normalize(pixels).add_(noise, alpha=self._noise_std)
-            for pixels, (_, noise) in zip(augmented, sources, strict=True)
-        ]
-        return torch.stack(views, dim=1) if len(views) > 1 else views[0][:, None]  # one view needs no copy
+        source_views = [self._noisy(view, noise) for view, (_, noise) in zip(augmented, sources, strict=True)]
+        first, *others = source_views
+        x_source = torch.stack(source_views, dim=1) if others else first[:, None]  # one view needs no copy
+        return x_source, self.x_start(target_view)
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
         """Returns augmented views for the evaluation: augmented by `view`, such as `views.probe`, and normalised."""
-        return self._normalize(self._augment(pixels, Augmentation(view, self._image_size).parameters(draw)))
+        return self._normalize(self._augment(pixels, Augmentation(view, self._encoder_size).parameters(draw)))
 
     def evaluation(self, pixels: Tensor) -> Tensor:
         """Returns clean views for the evaluation: normalised, not augmented."""

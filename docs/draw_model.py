@@ -112,11 +112,12 @@ def draw(config: Config) -> Figure:
     source_shape, target_shape = (f"(N, 3, {size}, {size})" for size in (config.encoder_size, config.decoder_size))
     picture.box(DOWN, -1.1, f"$x_t$ {target_shape}", "white", width=2.3)
     picture.arrow((DOWN, -1.1 + HEIGHT / 2), (DOWN, -HEIGHT / 2))
-    picture.box(UP, -1.1, f"eps {target_shape}", "white", width=2.3)
+    picture.box(UP, -1.1, f"{config.diffusion.prediction} {target_shape}", "white", width=2.3)
     picture.text(UP + 0.08, -0.55, "conv(silu(norm(h)))", ha="left", fontsize=7.5)
     picture.box((DOWN + UP) / 2, -1.1, "timestep t,\nto every block", "white", width=1.0, height=0.8)
     picture.arrow((UP, -HEIGHT / 2), (UP, -1.1 + HEIGHT / 2))
-    picture.text(UP + 1.2, -1.1, "loss =\nmean (eps - noise)²", ha="left")
+    truth = "noise" if config.diffusion.prediction == "eps" else f"true {config.diffusion.prediction}"
+    picture.text(UP + 1.2, -1.1, f"loss =\nmean ({config.diffusion.prediction} - {truth})²", ha="left")
 
     # Two views and the latent.
     x_z, top, height = 3.9, 1.6, (left_bottom - 2.6) / len(decoder.section_dims)

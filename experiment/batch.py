@@ -13,7 +13,7 @@ from config.schema import Config
 from datasets.augmentation import Draw
 from datasets.views import SourceDraw
 from experiment.opening import Experiment
-from experiment.timesteps import TimestepSampler, make_sampler
+from experiment.timesteps import TimestepSampler
 from utils.randomness import generator, image_noise, uniforms
 
 
@@ -48,20 +48,17 @@ def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> 
     return experiment.train.batches(indices, pin_memory=experiment.device.type == "cuda")
 
 
-def draw_batch(
-    experiment: Experiment, pixels: Tensor, step: int, positions: range, sampler: TimestepSampler | None = None
-) -> Batch:
+def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: range, sampler: TimestepSampler) -> Batch:
     """Returns the micro-batch of the samples at `positions` of the global batch of `step`.
 
     Args:
         pixels: (N, 3, H, W) uint8 images of these samples.
-        sampler: sampler of the timesteps, with its history; None: a new one.
+        sampler: sampler of the timesteps, with its history.
     """
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
     # Timesteps and drop mask are drawn for the whole global batch and then sliced. A sample's values therefore do not
     # depend on how the batch is divided.
     here = slice(positions.start, positions.stop)
-    sampler = sampler or make_sampler(config.training.timesteps, experiment.diffusion, device)
     timesteps, weights = sampler.draw(generator(seed, "timesteps", step), config.training.batch_size, here)
     x_source, x_start = experiment.views.pair(
         pixels,
@@ -80,25 +77,27 @@ def draw_batch(
 
 def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
     """Returns only the first source view (N, 3, S, S), drawn as in `draw_batch`, for the same arguments."""
-    return experiment.views.source(pixels, source_draws(experiment, 1, positions, "source", step))[:, 0]
+    (draw,) = source_draws(experiment, 1, positions, "source", step)
+    return experiment.views.source(pixels, draw)
 
 
 def source_draws(
-    experiment: Experiment, num_views: int, positions: range, name: str, *counters: int
+    experiment: Experiment, num_views: int, positions: range, purpose: str, *counters: int
 ) -> list[SourceDraw]:
     """Returns the random numbers of the first `num_views` source views of the samples at `positions`.
 
     Args:
-        name, counters: together, the name of the random streams. For each view after the first, its number is added.
+        purpose, counters: as in `view_draw`. " view" or " noise" is added to the purpose, and then, for each view after
+            the first, its number.
     """
     config, size = experiment.config, experiment.config.encoder_size
     draws = []
     for view in range(num_views):
         suffix = f" {view}" if view else ""
         noise = image_noise(
-            (3, size, size), positions, config.seed, f"{name} noise{suffix}", *counters, device=experiment.device
+            (3, size, size), positions, config.seed, f"{purpose} noise{suffix}", *counters, device=experiment.device
         )
-        draws.append((view_draw(config.seed, positions, f"{name} view{suffix}", *counters), noise))
+        draws.append((view_draw(config.seed, positions, f"{purpose} view{suffix}", *counters), noise))
     return draws
 
 

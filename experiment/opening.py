@@ -11,6 +11,7 @@ from datasets.loader import Loader
 from datasets.sources import DatasetInfo, build_dataset
 from datasets.views import Views
 from experiment.threads import choose_num_threads
+from experiment.timesteps import make_sampler
 from model.diffusion import GaussianDiffusion
 from utils.device import choose_amp_dtype, choose_device
 from utils.distributed.collectives import all_equal, all_gather_object, first_on_each_node, open_tensor_group
@@ -49,10 +50,13 @@ def open_experiment(config: Config) -> Experiment:
     """Collective. Loads the images and returns the experiment.
 
     Raises:
-        ConfigError: the ranks would compute on different types of device or in different number formats.
+        ConfigError: the ranks would compute on different types of device or in different number formats, or no timestep
+            has a log-SNR near the one that the config asks for.
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
     device, amp_dtype = open_device(config)
+    diffusion = GaussianDiffusion(**config.diffusion.model_dump(), device=device)
+    make_sampler(config.training.timesteps, diffusion, device)  # a mistake is reported before images are loaded
     train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
     data_digest = train.digest()
     if not all_equal((data_digest, test and test.digest())):
@@ -77,9 +81,16 @@ def open_experiment(config: Config) -> Experiment:
         test=test,
         data_digest=data_digest,
         info=info,
-        views=Views(config.views, config.encoder_size, config.decoder_size, info.mean, info.std, device),
+        views=Views(
+            config.views,
+            encoder_size=config.encoder_size,
+            decoder_size=config.decoder_size,
+            mean=info.mean,
+            std=info.std,
+            device=device,
+        ),
         loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
-        diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
+        diffusion=diffusion,
     )
 
 

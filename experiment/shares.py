@@ -36,7 +36,8 @@ def micro_batch_size(training: Training) -> int:
 def batch_norm_batch_size(training: Training) -> int:
     """Returns the number of images over which BatchNorm normalises: one micro-batch of every rank.
 
-    If views.num_sources is above 1, it normalises over all source views of these images."""
+    If views.num_sources is above 1, BatchNorm normalises over all source views of these images.
+    """
     return micro_batch_size(training) * world_size()
 
 

@@ -3,6 +3,8 @@
 To add a way of sampling, write a subclass of TimestepSampler and add it to SAMPLERS.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from model.diffusion import GaussianDiffusion
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import rank
 
-NUM_BINS = 100  # bins of neighbouring timesteps whose losses `AdaptiveSampler` keeps apart
+NUM_BINS = 100  # bins of neighbouring timesteps; `AdaptiveSampler` has one probability per bin
 RENEW_EVERY = 100  # steps between renewals of the adaptive density
 UNIFORM_SHARE = 0.1  # fraction of the adaptive density that is always uniform, so that every bin is drawn
 UNITS = 2.0**24  # fixed-point units per 1.0 of a squared loss
@@ -29,23 +31,24 @@ class TimestepSampler:
     def __init__(self, config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> None:
         self.diffusion, self._device = diffusion, device
 
-    def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
+    def draw(self, generator: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
         """Returns the timesteps (N,) int64 of the samples `here` of the global batch, and their loss weights (N,).
 
-        The draws of the whole global batch come from `source`, a generator on the host. None means that all weights
+        The draws of the whole global batch come from `generator`, which is on the host. None means that all weights
         are 1. Does not synchronise with the device.
         """
-        drawn = torch.randint(self.diffusion.num_timesteps, (batch_size,), generator=source)
+        drawn = torch.randint(self.diffusion.num_timesteps, (batch_size,), generator=generator)
         return drawn[here].to(self._device, non_blocking=True), None
 
-    def observe(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Takes note of the losses (N,) of samples with these timesteps (N,), without their weights from `draw`.
+    def observe(self, timesteps: Tensor, errors: Tensor) -> None:
+        """Records the errors (N, C, H, W) of samples at these timesteps (N,), without the weights from `draw`."""
 
-        The training step calls it if `draw` returns weights.
-        """
+    def tensors(self) -> list[Tensor]:
+        """Returns the tensors that `observe` changes, so that a skipped step can restore them."""
+        return []
 
     def end_step(self, steps_done: int) -> None:
-        """Collective. Ends a training step, after which `steps_done` steps are done."""
+        """Collective. Call it at the end of each training step. `steps_done` includes this step."""
 
     def state_dict(self, alone: bool = False) -> dict[str, Tensor]:
         """Collective unless `alone`. Returns everything that the next draws depend on, the same on all ranks.
@@ -76,24 +79,27 @@ class LogNormalSNRSampler(TimestepSampler):
             )
         self._ends = probabilities.cumsum(0).float().to(device)
 
-    def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
-        uniforms = torch.rand(batch_size, generator=source)[here].to(self._device, non_blocking=True)
+    def draw(self, generator: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
+        uniforms = torch.rand(batch_size, generator=generator)[here].to(self._device, non_blocking=True)
         return torch.searchsorted(self._ends, uniforms, right=True).clamp(max=self.diffusion.num_timesteps - 1), None
 
 
 def normal_probabilities(alphas_cumprod: Tensor, mean: float, std: float) -> Tensor:
     """Returns the probability of each timestep, (T,) float64, if log-SNR is normal with this mean and deviation.
 
-    Timestep t has the interval between the midpoints to its neighbours' log-SNR. The first and last intervals extend
-    equally far to both sides of their own log-SNR. The probabilities are normalised, which cuts off both tails.
+    Timestep t covers the log-SNRs from the midpoint to one neighbour to the midpoint to the other. The first and last
+    intervals extend equally far to both sides of their own log-SNR. The probabilities are normalised, so the parts of
+    the density outside the schedule are lost.
     """
     log_snr = alphas_cumprod.logit()
     if len(log_snr) == 1:
         return torch.ones(1, dtype=torch.float64)
     between = (log_snr[1:] + log_snr[:-1]) / 2
     edges = torch.cat([2 * log_snr[:1] - between[:1], between, 2 * log_snr[-1:] - between[-1:]])
-    below = torch.special.ndtr((edges - mean) / std)
-    probabilities = below[:-1] - below[1:]  # log-SNR falls with t
+    edges = (edges - mean) / (std * math.sqrt(2))  # decreasing, because log-SNR falls with t
+    below, above = torch.erfc(-edges), torch.erfc(edges)  # twice the probabilities of both tails
+    # The difference of the smaller tails, because a difference of numbers near 2 is 0 far from the mean.
+    probabilities = torch.where(edges[1:] > 0, above[1:] - above[:-1], below[:-1] - below[1:])
     return probabilities / probabilities.sum()
 
 
@@ -103,6 +109,8 @@ class AdaptiveSampler(TimestepSampler):
     The probability of a bin of timesteps is proportional to the root mean square of its losses (Nichol & Dhariwal 2021,
     section 3.3), except for a uniform share. The density is renewed every RENEW_EVERY steps from the losses since the
     last renewal, of all ranks. A bin without new losses keeps its old value.
+
+    The losses are the samples' denoising losses. Other loss terms get the same weights, but do not change the density.
 
     Squared losses are summed in fixed point, because sums of integers do not depend on the order or on the number of
     ranks. So all ranks have the same density, and a resumed run has the density of an uninterrupted one.
@@ -124,8 +132,8 @@ class AdaptiveSampler(TimestepSampler):
         wanted = self._mean_squares.clamp(min=1 / UNITS).sqrt() * self._uniform  # the sum must not be 0
         return UNIFORM_SHARE * self._uniform + (1 - UNIFORM_SHARE) * wanted / wanted.sum()
 
-    def draw(self, source: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
-        uniforms = torch.rand(batch_size, generator=source)[here].to(self._device, non_blocking=True)
+    def draw(self, generator: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
+        uniforms = torch.rand(batch_size, generator=generator)[here].to(self._device, non_blocking=True)
         probabilities = self._probabilities()
         ends = probabilities.cumsum(0)
         bins = torch.searchsorted(ends, uniforms.to(self._real), right=True).clamp(max=len(ends) - 1)
@@ -136,20 +144,23 @@ class AdaptiveSampler(TimestepSampler):
         return self._edges[bins] + offsets, weights.float()
 
     @torch.no_grad()
-    def observe(self, timesteps: Tensor, losses: Tensor) -> None:
+    def observe(self, timesteps: Tensor, errors: Tensor) -> None:
         bins = torch.searchsorted(self._edges, timesteps, right=True) - 1
-        squares = losses.to(self._real).square()
+        squares = errors.mean(dim=(1, 2, 3)).to(self._real).square()
         counted = squares.isfinite()
         units = (squares.nan_to_num(posinf=0).clamp(max=MAX_SQUARE) * UNITS).round().long()
         self._sums[0].index_add_(0, bins, units * counted)
         self._sums[1].index_add_(0, bins, counted.long())
+
+    def tensors(self) -> list[Tensor]:
+        return [self._sums]
 
     def end_step(self, steps_done: int) -> None:
         if steps_done % RENEW_EVERY:
             return
         sums, counts = all_reduce(self._sums).to(self._real)
         self._mean_squares = torch.where(counts > 0, sums / UNITS / counts.clamp(min=1), self._mean_squares)
-        self._sums = torch.zeros_like(self._sums)
+        self._sums.zero_()
 
     def state_dict(self, alone: bool = False) -> dict[str, Tensor]:
         return {"sums": self._sums if alone else all_reduce(self._sums.clone()), "mean_squares": self._mean_squares}

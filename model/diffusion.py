@@ -195,8 +195,7 @@ class GaussianDiffusion:
             x_start, eps = self.split(x_t, timesteps, denoise(x_t, timesteps).float())
             if clip_denoised:
                 x_start = x_start.clamp(-1, 1)
-                signal, deviation = self._roots(timesteps)
-                eps = (x_t - signal * x_start) / deviation
+                _, eps = PREDICTIONS["x_start"].split(*self._roots(timesteps), x_t, x_start)
             # In float64, because 1 - alphas_cumprod may be 0 in float32. The last step produces the image (alpha 1).
             alpha = self.alphas_cumprod[t].item()
             alpha_next = 1.0 if t_next is None else self.alphas_cumprod[t_next].item()

@@ -70,7 +70,7 @@ def guided_denoiser(
     z = decoder.mask(z.repeat(len(passes), 1), drop_mask)
 
     def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        eps = decoder(x_t.repeat(len(passes), 1, 1, 1), timesteps.repeat(len(passes)), z)
-        return sum(weight * each for weight, each in zip(weights, eps.float().chunk(len(passes)), strict=True))
+        predictions = decoder(x_t.repeat(len(passes), 1, 1, 1), timesteps.repeat(len(passes)), z).float()
+        return sum(weight * each for weight, each in zip(weights, predictions.chunk(len(passes)), strict=True))
 
     return guided

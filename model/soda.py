@@ -35,6 +35,6 @@ class SODA(nn.Module):
         return self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask))
 
     def encode(self, x_source: Tensor) -> Tensor:
-        """Returns z (N, latent_dim), the mean of the latents of K source views (N, K, 3, H, W)."""
+        """Returns z (N, latent_dim), the mean of the latents of K source views (N, K, 3, S, S)."""
         latents = self.encoder(x_source.flatten(0, 1))  # (N * K, latent_dim)
         return latents.unflatten(0, x_source.shape[:2]).mean(dim=1)

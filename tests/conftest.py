@@ -12,6 +12,7 @@ import torch
 from config.reading import load_config
 from experiment.batch import Batch, draw_batch, read_pixels
 from experiment.opening import open_experiment
+from experiment.timesteps import make_sampler
 from model.build import build_soda
 from model.soda import SODA
 
@@ -78,7 +79,8 @@ def experiment_of(tmp_path: Path, *overrides: str) -> Any:
 def batch_of(experiment: Any, step: int, positions: range) -> Batch:
     """Returns the samples at `positions` of the global batch of `step`."""
     (pixels,) = read_pixels(experiment, [(step, positions)])
-    return draw_batch(experiment, pixels, step, positions)
+    sampler = make_sampler(experiment.config.training.timesteps, experiment.diffusion, experiment.device)
+    return draw_batch(experiment, pixels, step, positions, sampler)
 
 
 def small_soda(**decoder: Any) -> SODA:

@@ -37,7 +37,13 @@ from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
 from utils.cli import gather_user_errors, run
 from utils.distributed import data_parallel
-from utils.distributed.collectives import all_equal, all_reduce, destroy_process_groups, first_on_each_node
+from utils.distributed.collectives import (
+    all_equal,
+    all_reduce,
+    broadcast_object,
+    destroy_process_groups,
+    first_on_each_node,
+)
 from utils.distributed.processes import my_range, rank, world_size
 from utils.logging import PhaseTimer
 from utils.run_folder.checkpoint_writer import CheckpointWriter
@@ -128,8 +134,20 @@ def training(
 
 
 def adaptive(folder: Path) -> dict[str, Any]:
-    """Trains for 8 steps with adaptive timesteps, whose density is renewed twice."""
-    with mock.patch.object(timesteps, "RENEW_EVERY", 3):
+    """Trains for 8 steps with adaptive timesteps, whose density is renewed twice.
+
+    After each step, all ranks load the history that rank 0 would save, as when a run is resumed.
+    """
+    end_step = timesteps.AdaptiveSampler.end_step
+
+    def end_and_resume(sampler: timesteps.AdaptiveSampler, steps_done: int) -> None:
+        end_step(sampler, steps_done)
+        sampler.load_state_dict(broadcast_object(sampler.state_dict()))
+
+    with (
+        mock.patch.object(timesteps, "RENEW_EVERY", 3),
+        mock.patch.object(timesteps.AdaptiveSampler, "end_step", end_and_resume),
+    ):
         return training(folder, 8, "training.timesteps.sampling=adaptive")
 
 

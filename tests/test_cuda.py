@@ -16,7 +16,7 @@ from datasets.listing import Listing
 from tests import processes
 from tests.conftest import TWO_PROCESSES, assert_equal_states, digits_args, launch
 from tests.test_distributed import assert_like_torch, relative_error
-from tests.test_step import with_nan_at
+from tests.test_step import LEVERS, with_nan_at
 from training.step import train_step, training_pixels
 from utils.device import choose_compile
 from utils.logging import PhaseTimer
@@ -47,9 +47,12 @@ def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
         assert_like_torch(two["batch norms"], "cuda")
 
 
+@pytest.mark.parametrize("settings", [(), LEVERS], ids=["default", "levers"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_step_in_mixed_precision_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> None:
-    experiment, state = processes.prepare(tmp_path, "device=cuda", "training.use_amp=true")
+def test_a_step_in_mixed_precision_never_waits_for_the_gpu(
+    tmp_path: Path, compiled: bool, settings: tuple[str, ...]
+) -> None:
+    experiment, state = processes.prepare(tmp_path, "device=cuda", "training.use_amp=true", *settings)
     if experiment.amp_dtype != torch.bfloat16:
         pytest.skip("fp16 needs a gradient scaler, which synchronises with the GPU")
     if compiled:

@@ -1,13 +1,14 @@
 """Tests of decoder.image_size: a run on digits of 8 px whose decoder works at 4 px."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import embed as embed_program
@@ -22,11 +23,10 @@ from analysis.references import choose_images
 from benchmarks import inversion
 from config.reading import load_config
 from docs import draw_model
-from evaluation.encoders import encode_with
 from experiment.models import describe_model
 from experiment.trained import open_trained, read_trained
+from model.diffusion import GaussianDiffusion
 from tests.conftest import ROOT, assert_equal_states, digits_args
-from utils.randomness import image_noise
 
 SMALL = (
     *("decoder.image_size=4", "decoder.modulation=sectioned", "decoder.attn_resolutions=[]"),
@@ -75,18 +75,6 @@ def test_another_size_than_the_checkpoints_is_refused(last: Path, capsys: pytest
     with pytest.raises(SystemExit, match="2"):
         judge_program.main([*others, "--checkpoint", str(last)])
     assert "was trained with another config: add decoder.image_size=4 to the command" in capsys.readouterr().err
-
-
-def test_features_of_the_decoder_are_those_of_averaged_images(opened: Any) -> None:
-    experiment, soda = opened
-    (pixels,) = experiment.test.batches([range(3, 10)])
-    found = encode_with(experiment, soda)(experiment.views.evaluation(pixels), range(3, 10))["decoder.up.1@20"]
-    noise = image_noise((3, 4, 4), range(12), 0, "features", device=experiment.device)[3:10]
-    share = experiment.diffusion.alphas_cumprod[20]
-    x_t = share.sqrt() * F.avg_pool2d(pixels / 127.5 - 1, 2) + (1 - share).sqrt() * noise
-    with torch.no_grad():
-        expected = soda.decoder.features(x_t, torch.full((7,), 20), torch.zeros(7, 8), "up.1")
-    torch.testing.assert_close(found, expected.mean(dim=(2, 3)), atol=1e-5, rtol=1e-4)
 
 
 def sizes(cells: list[Cell]) -> list[int]:
@@ -146,6 +134,13 @@ def test_sections_are_measured_at_the_decoders_size(opened: Any) -> None:
     losses = section_measures.losses_without(experiment, soda, named)
     swapped, _ = section_measures.swap_sections(experiment, soda, named)
     assert len(losses) == 5 and losses[0] > 0 and swapped[-1] == 1
+    # The same weights, read as a prediction of x_start. The decoder's output is replaced by zeros.
+    settings = {**experiment.config.diffusion.model_dump(), "prediction": "x_start"}
+    other = replace(experiment, diffusion=GaussianDiffusion(**settings))
+    (pixels,) = experiment.test.batches([range(len(experiment.test))])
+    with mock.patch.object(soda.decoder, "forward", lambda x_t, timesteps, z: torch.zeros_like(x_t)):
+        losses = section_measures.losses_without(other, soda, named)
+    assert losses[0] == pytest.approx(experiment.views.x_start(pixels).square().mean().item(), rel=1e-4)
 
 
 def test_a_decoder_of_half_the_size_does_a_quarter_of_the_work() -> None:
@@ -153,11 +148,12 @@ def test_a_decoder_of_half_the_size_does_a_quarter_of_the_work() -> None:
     narrow = ["encoder.width=32", "decoder.model_channels=32", "decoder.channel_mult=[1,2,2]"]
     narrow += ["decoder.num_res_blocks=1", "decoder.attn_resolutions=[]"]
     found = []
-    for more in ([], ["decoder.image_size=16"]):
+    for more in ([], ["decoder.image_size=16"], ["views.num_sources=2"]):
         text = describe_model(load_config(ROOT / "config" / "cifar10.yaml", narrow + more))
         found.append(re.findall(r"([\d.]+) GFLOP per image(?: of (\d+) px)?", text))
     assert found[0] == [("0.279", "32"), ("0.491", "32"), ("2.31", "")]
     assert found[1] == [("0.279", "32"), ("0.123", "16"), ("1.20", "")]
+    assert found[2] == [("0.279", "32"), ("0.491", "32"), ("3.14", "")]
 
 
 def test_the_model_is_drawn_with_both_sizes() -> None:

@@ -1,4 +1,4 @@
-"""Tests of the choice of device, number format, backend and compilation. GPUs are faked, so that none is needed."""
+"""Tests of the choice of device, number format, backend, compilation and threads. GPUs are faked."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import torch
 
 from config.reading import load_config
 from experiment import threads
+from experiment.opening import open_device
 from tests.conftest import ROOT
 from utils import device as module
 from utils.cli import run
@@ -204,3 +205,10 @@ def test_the_number_of_threads_depends_on_the_work_of_a_pass(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     threads.choose_num_threads(load_config(ROOT / "config" / "digits.yaml"))
     assert len(chosen) == 3, "the user's number must be kept"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    open_device(load_config(ROOT / "config" / "digits.yaml", ["device=cpu"]))
+    assert chosen == [1, 8, 8, 1]
+    monkeypatch.setattr("experiment.opening.choose_device", lambda asked: torch.device("cuda"))
+    monkeypatch.setattr("experiment.opening.choose_amp_dtype", lambda use_amp, device: None)
+    open_device(load_config(ROOT / "config" / "digits.yaml"))
+    assert len(chosen) == 4, "on a GPU, the number of threads must not change"

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from model.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion, squared_errors
@@ -212,6 +213,16 @@ def test_min_snr_weighs_the_error_of_x_start(prediction: Prediction, gamma: floa
     torch.testing.assert_close(weights * (0.1 * error).square(), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_v_and_the_signal_to_noise_ratio_are_those_of_diffusers() -> None:
+    scheduler, ours = DDPMScheduler(**LINEAR), diffusion(prediction="v")
+    x_start, noise = torch.randn(2, 4, 3, 4, 4).unbind()
+    timesteps = torch.tensor([0, 30, 500, 999])
+    expected = scheduler.get_velocity(x_start, noise, timesteps)
+    torch.testing.assert_close(ours.target(x_start, timesteps, noise), expected, atol=1e-5, rtol=1e-4)
+    snr = compute_snr(scheduler, timesteps)
+    torch.testing.assert_close(ours.min_snr_weights(timesteps, 5), snr.clamp(max=5) / (snr + 1), atol=0, rtol=1e-3)
+
+
 @pytest.mark.parametrize("clip_denoised", [True, False])
 @pytest.mark.parametrize(("prediction", "theirs"), [("v", "v_prediction"), ("x_start", "sample")])
 def test_ddim_with_other_predictions_against_diffusers(
@@ -230,7 +241,10 @@ def test_ddim_with_other_predictions_against_diffusers(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_sampler_and_inversion_do_not_depend_on_the_prediction(prediction: Prediction) -> None:
-    """A network that predicts eps, and one that predicts the equivalent v or x_start, give equal images and noise."""
+    """A network that predicts eps, and one that predicts the equivalent v or x_start, give equal images and noise.
+
+    diffusers' DDIMInverseScheduler is no oracle for v and x_start: it converts them at the less noisy timestep.
+    """
     plain, other = diffusion("cosine"), diffusion("cosine", prediction=prediction)
 
     def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:

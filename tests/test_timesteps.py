@@ -52,6 +52,18 @@ def test_log_snr_is_normal(mean: float, std: float) -> None:
         assert abs(np.quantile(found, probability) - norm.ppf(probability, mean, std)) < 0.03 * std, probability
 
 
+def test_the_probability_of_a_timestep_is_that_of_its_interval() -> None:
+    """The intervals, computed by hand for three log-SNRs: 4, 1 and -1."""
+    log_snr = torch.tensor([4.0, 1.0, -1.0], dtype=torch.float64)
+    edges = np.array([5.5, 2.5, 0.0, -2.0])
+    for mean, std in ((0.0, 1.0), (2.0, 3.0), (-30.0, 1.0), (30.0, 1.0)):
+        logs = [norm.logsf(edges, mean, std), norm.logcdf(edges, mean, std)]  # exact in one tail each
+        upper, lower = np.diff(np.exp(logs[0])), -np.diff(np.exp(logs[1]))
+        expected = upper if mean < 0 else lower
+        found = timesteps.normal_probabilities(log_snr.sigmoid(), mean, std)
+        np.testing.assert_allclose(found, expected / expected.sum(), rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("sampling", get_args(TimestepSampling))
 @pytest.mark.parametrize("num_timesteps", [1, 3, 150])
 def test_any_number_of_timesteps_can_be_sampled(sampling: str, num_timesteps: int) -> None:
@@ -59,10 +71,15 @@ def test_any_number_of_timesteps_can_be_sampled(sampling: str, num_timesteps: in
     assert set(drawn.tolist()) == set(range(num_timesteps))
 
 
+def as_errors(losses: torch.Tensor) -> torch.Tensor:
+    """Returns errors (N, 1, 1, 2) whose means are the losses (N,)."""
+    return (losses[:, None] * torch.tensor([0.5, 1.5]))[:, None, None]
+
+
 def with_history(losses: torch.Tensor) -> AdaptiveSampler:
     """Returns an adaptive sampler that has observed `losses`, one loss per timestep."""
     ours = sampler(len(losses), sampling="adaptive")
-    ours.observe(torch.arange(len(losses)), losses)
+    ours.observe(torch.arange(len(losses)), as_errors(losses))
     ours.end_step(timesteps.RENEW_EVERY)
     return ours
 
@@ -79,27 +96,44 @@ def test_adaptive_timesteps_follow_the_root_mean_square_of_the_losses() -> None:
     assert np.abs(inside - 0.1).max() < 5 * math.sqrt(0.1 / 400_000)
 
 
-def test_weights_keep_the_objective_unbiased() -> None:
-    losses = torch.linspace(0.01, 1, 1000) ** 2
+@pytest.mark.parametrize("num_timesteps", [1000, 150])
+def test_weights_keep_the_objective_unbiased(num_timesteps: int) -> None:
+    """Also if the bins have different sizes: 150 timesteps have bins of one and of two."""
+    losses = torch.linspace(0.01, 1, num_timesteps) ** 2
     drawn, weights = draw(with_history(losses), 400_000)
     assert weights is not None
     found = (weights * losses[drawn]).mean().item()
     error = (weights * losses[drawn]).std().item() / math.sqrt(400_000)
     assert abs(found - losses.mean().item()) < 4 * error
-    assert error < losses[draw(sampler(), 400_000)[0]].std().item() / math.sqrt(400_000), "the variance must fall"
+    assert error < losses[draw(sampler(num_timesteps), 400_000)[0]].std().item() / math.sqrt(400_000), (
+        "the variance must fall"
+    )
 
 
 def test_the_density_is_uniform_at_first_and_bins_without_losses_keep_their_value() -> None:
     ours = sampler(sampling="adaptive")
     first, weights = draw(ours, 100_000)
     assert weights is not None and weights.eq(1).all() and first.unique().numel() == 1000
-    ours.observe(torch.arange(500), torch.full((500,), 3.0))
-    ours.observe(torch.arange(2), torch.tensor([float("nan"), float("inf")]))
+    ours.observe(torch.arange(500), as_errors(torch.full((500,), 3.0)))
     ours.end_step(timesteps.RENEW_EVERY - 1)
     assert draw(ours, 10)[1].eq(1).all(), "only every RENEW_EVERY-th step renews the density"  # type: ignore[union-attr]
     ours.end_step(2 * timesteps.RENEW_EVERY)
     drawn, _ = draw(ours, 100_000)
     assert abs((drawn < 500).float().mean().item() - (0.9 * 0.75 + 0.1 * 0.5)) < 0.01
+
+
+def test_extreme_losses_are_clamped_or_not_counted() -> None:
+    """A mean square is at most MAX_SQUARE. NaN and inf are not counted. If all losses are 0, all weights are 1."""
+    ours = sampler(100, sampling="adaptive")
+    losses = torch.tensor([2.0, 1e30, math.nan, math.inf, 0.0])
+    ours.observe(torch.tensor([0, 1, 2, 3, 4]), as_errors(losses))
+    ours.observe(torch.tensor([0, 2, 3]), as_errors(torch.tensor([4.0, 3.0, 5.0])))
+    ours.end_step(timesteps.RENEW_EVERY)
+    found = ours.state_dict()["mean_squares"][:6].tolist()
+    assert found == pytest.approx([10.0, timesteps.MAX_SQUARE, 9.0, 25.0, 0.0, 1.0])
+    silent = with_history(torch.zeros(100))
+    drawn, weights = draw(silent, 10_000)
+    assert weights is not None and weights.eq(1).all() and drawn.unique().numel() == 100
 
 
 ADAPTIVE = ("training.timesteps.sampling=adaptive", "decoder.dropout=0.0")
@@ -121,21 +155,28 @@ def test_a_resumed_run_has_the_density_of_an_uninterrupted_one(tmp_path: Path, m
     resumed = initial_state(experiment)
     resumed.load_state_dict(saved)
     assert_equal_states(train(resumed, 9).state_dict(), whole.state_dict())
-    assert draw(whole.timesteps, 100)[1].unique().numel() > 10  # type: ignore[union-attr]
+    assert draw(whole.timestep_sampler, 100)[1].unique().numel() > 10  # type: ignore[union-attr]
 
 
 def test_the_loss_of_a_step_has_the_weights_of_the_samplers_history(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, *ADAPTIVE)
+    """The weights multiply every loss term. The sampler observes the denoising losses with the weights of min-SNR."""
+    terms = ("training.min_snr_gamma=0.5", "training.terms.reconstruction=0.3", "diffusion.prediction=x_start")
+    experiment = experiment_of(tmp_path, *ADAPTIVE, *terms)
     state = initial_state(experiment)
-    state.timesteps.load_state_dict(with_history(torch.linspace(3, 0.1, 1000)).state_dict())
+    state.timestep_sampler.load_state_dict(with_history(torch.linspace(3, 0.1, 1000)).state_dict())
     (pixels,) = read_pixels(experiment, [(0, range(64))])
-    batch = draw_batch(experiment, pixels, 0, range(64), state.timesteps)
+    batch = draw_batch(experiment, pixels, 0, range(64), state.timestep_sampler)
     assert batch.weights is not None and batch.weights.max() > 1.5 > 0.9 > batch.weights.min()
-    # The decoder predicts zeros at first, so the error is the noise.
-    expected = (batch.weights * batch.noise.square().mean(dim=(1, 2, 3))).mean().item()
+    # The decoder predicts zeros at first, so the error is x_start.
+    squares = batch.x_start.square().mean(dim=(1, 2, 3))
+    alpha = experiment.diffusion.alphas_cumprod[batch.timesteps]
+    denoising = (alpha / (1 - alpha)).clamp(max=0.5) * squares
     loss, _ = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert state.timesteps.state_dict()["sums"][1].sum() == 64
+    assert loss.item() == pytest.approx((batch.weights * (denoising + 0.3 * squares)).mean().item(), rel=1e-5)
+    sums, counts = state.timestep_sampler.state_dict()["sums"]
+    assert counts.sum() == 64 and sums.sum() / timesteps.UNITS == pytest.approx(
+        denoising.square().sum().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("mean", [30.0, -60.0])

@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {"crop_flip_probability": 0.0, "randaugment_probability"
 def views(source: dict | None = None, target: dict | None = None, decoder_size: int = 16) -> Views:
     """Returns views of 16 px with these settings of the source and target view."""
     config = ViewsConfig(source=SourceView(**source or {}), target=View(**target or {}))
-    return Views(config, 16, decoder_size, MEAN, STD, torch.device("cpu"))
+    return Views(config, encoder_size=16, decoder_size=decoder_size, mean=MEAN, std=STD, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ DRAW = drawn(range(100, 112))
 def test_a_view_is_a_function_of_the_image_and_its_numbers(pixels: torch.Tensor) -> None:
     noise = torch.zeros(12, 3, 16, 16)
     state = torch.random.get_rng_state()
-    whole = views().source(pixels, [(DRAW, noise)])[:, 0]
-    assert torch.equal(views().source(pixels[4:8], [(drawn(range(104, 108)), noise[4:8])])[:, 0], whole[4:8])
+    whole = views().source(pixels, (DRAW, noise))
+    assert torch.equal(views().source(pixels[4:8], (drawn(range(104, 108)), noise[4:8])), whole[4:8])
     assert torch.equal(torch.random.get_rng_state(), state), "the view changed the global random state"
     same_image = target_view(views(), pixels[:1].expand(12, -1, -1, -1), DRAW)
     assert len(torch.unique(same_image.flatten(1), dim=0)) > 8, "different random numbers should give different views"
@@ -68,7 +68,7 @@ def test_a_pair_is_source_and_target_as_they_are_alone(pixels: torch.Tensor) -> 
     ):
         ours = views(source, target)
         x_source, x_start = ours.pair(pixels, [(DRAW, noise)], other)
-        assert torch.equal(x_source[:, 0], ours.source(pixels, [(DRAW, noise)])[:, 0])
+        assert torch.equal(x_source[:, 0], ours.source(pixels, (DRAW, noise)))
         augmented = augment(pixels, Augmentation(View(**target), 16).parameters(other))
         assert torch.equal(x_start, augmented / 127.5 - 1) and torch.equal(x_start, ours.x_start(augmented))
 
@@ -78,7 +78,7 @@ def test_several_source_views_are_drawn_together_as_each_alone(pixels: torch.Ten
     x_source, x_start = views().pair(pixels, sources, DRAW)
     assert x_source.shape == (12, 3, 3, 16, 16) and torch.equal(x_start, target_view(views(), pixels, DRAW))
     for view, source in zip(x_source.unbind(dim=1), sources, strict=True):
-        assert torch.equal(view, views().source(pixels, [source])[:, 0])
+        assert torch.equal(view, views().source(pixels, source))
 
 
 def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
@@ -87,7 +87,7 @@ def test_plain_views_are_only_scaled(pixels: torch.Tensor) -> None:
     ours = views(source=PLAIN | {"noise_std": 0.25}, target=PLAIN)
     torch.testing.assert_close(ours.evaluation(pixels), normalise(pixels))
     torch.testing.assert_close(ours.augmented(pixels, DRAW, ProbeView(**PLAIN)), normalise(pixels))
-    torch.testing.assert_close(ours.source(pixels, [(DRAW, noise)])[:, 0], normalise(pixels) + 0.25 * noise)
+    torch.testing.assert_close(ours.source(pixels, (DRAW, noise)), normalise(pixels) + 0.25 * noise)
     torch.testing.assert_close(target_view(ours, pixels, DRAW), pixels / 127.5 - 1)
     torch.testing.assert_close(ours.denormalize(ours.evaluation(pixels)), pixels / 255)
 
@@ -148,9 +148,7 @@ def test_affine_moves_within_its_bounds() -> None:
 def test_source_and_target_are_configured_apart(pixels: torch.Tensor) -> None:
     ours = views(source={"noise_std": 0.0}, target=PLAIN)
     assert torch.equal(target_view(ours, pixels, DRAW), pixels / 127.5 - 1)
-    assert not torch.isclose(
-        ours.source(pixels, [(DRAW, torch.zeros(12, 3, 16, 16))])[:, 0], ours.evaluation(pixels)
-    ).all()
+    assert not torch.isclose(ours.source(pixels, (DRAW, torch.zeros(12, 3, 16, 16))), ours.evaluation(pixels)).all()
 
 
 def test_the_evaluations_view_is_augmented_as_asked(pixels: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ class ForwardPass:
             return errors
         return errors * self.diffusion.min_snr_weights(batch.timesteps, gamma)[:, None, None, None]
 
-    def mean(self, errors: Tensor) -> Tensor:
+    def weighted_mean(self, errors: Tensor) -> Tensor:
         """Returns the mean of errors (N, 3, H, W), weighted as the sampling of the timesteps requires."""
         if self.batch.weights is None:
             return errors.mean()
@@ -51,22 +51,28 @@ class ForwardPass:
 
 def denoising(found: ForwardPass) -> Tensor:
     """Returns the mean squared error of the prediction, a scalar (DDPM, eq. 14, for eps)."""
-    return found.mean(found.errors)
+    return found.weighted_mean(found.errors)
 
 
 def reconstruction(found: ForwardPass) -> Tensor:
     """Returns the mean squared error of the predicted clean target view, a scalar. This term is not SODA's."""
     x_start, _ = found.diffusion.split(found.x_t, found.batch.timesteps, found.prediction.float())
-    return found.mean(squared_errors(x_start, found.batch.x_start))
+    return found.weighted_mean(squared_errors(x_start, found.batch.x_start))
 
 
 TERMS: dict[str, Callable[[ForwardPass], Tensor]] = {"denoising": denoising, "reconstruction": reconstruction}
 
 
 def term_weights(config: Training) -> dict[str, float]:
-    """Returns the weight of each term that is used. A term without a key in `training.terms` has the weight 1."""
-    weights = {name: getattr(config.terms, name, 1.0) for name in TERMS}
+    """Returns the weight of each term that is used. The weight of the denoising loss is 1."""
+    weights = {"denoising": 1.0} | config.terms.model_dump()
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def logged_names(config: Training) -> list[str]:
+    """Returns the names of the losses to log: "loss", and the terms if there are several. A single one is the loss."""
+    terms = list(term_weights(config))
+    return ["loss", *terms] if len(terms) > 1 else ["loss"]
 
 
 def loss_terms(found: ForwardPass) -> dict[str, Tensor]:

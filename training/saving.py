@@ -47,7 +47,8 @@ class Saver:
 
         Args:
             keep_as: second file name, under which the checkpoint is kept permanently.
-            alone: save without the other ranks. Only rank 0 writes, and the tally covers only its share of each batch.
+            alone: save without the other ranks. Only rank 0 writes. The tally and the history of adaptive
+                timesteps cover only its share of each batch.
         """
         experiment, state = self._experiment, self._state
         self.saved_step = state.step

@@ -14,7 +14,7 @@ from experiment.opening import Experiment
 from experiment.timesteps import TimestepSampler, make_sampler
 from experiment.trained import check_weights
 from model.soda import SODA
-from training.losses import term_weights
+from training.losses import logged_names
 from utils.device import FUSED, memory_for
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import world_size
@@ -130,7 +130,7 @@ class TrainState:
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    timesteps: TimestepSampler
+    timestep_sampler: TimestepSampler
     tally: Tally
     step: int = 0
     wrapped: Any = None
@@ -139,13 +139,16 @@ class TrainState:
         self.wrapped = self.wrapped or self.soda
 
     def state_dict(self, alone: bool = False) -> dict[str, Any]:
-        """Collective unless `alone`. Returns the state. With `alone`, the tally covers only this rank's share."""
+        """Collective unless `alone`. Returns the state.
+
+        With `alone`, the tally and the history of adaptive timesteps cover only this rank's share.
+        """
         return {
             "model": self.soda.state_dict(),
             "ema": {"model": self.ema.ema_model.state_dict(), "step": self.ema.step, "initted": self.ema.initted},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "timesteps": self.timesteps.state_dict(alone),
+            "timesteps": self.timestep_sampler.state_dict(alone),
             "tally": self.tally.state_dict(alone),
             "step": self.step,
         }
@@ -179,7 +182,7 @@ class TrainState:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.timesteps.load_state_dict(state.get("timesteps", {}))
+        self.timestep_sampler.load_state_dict(state.get("timesteps", {}))
         self.tally.load_state_dict(state["tally"])
         self.step = state["step"]
 
@@ -206,9 +209,8 @@ def initial_state(experiment: Experiment) -> TrainState:
             ema=ema,
             optimizer=_optimizer(soda, experiment.config.optimizer, device),
             scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
-            timesteps=make_sampler(training.timesteps, experiment.diffusion, device),
-            # A single term equals the loss, so it is not reported a second time.
-            tally=Tally(device, ["loss", *(terms if len(terms := term_weights(training)) > 1 else [])]),
+            timestep_sampler=make_sampler(training.timesteps, experiment.diffusion, device),
+            tally=Tally(device, logged_names(training)),
         )
 
 

@@ -45,8 +45,8 @@ def train_step(
     Both are scalars on the device. The loss is the mean over this rank's share of the batch. The gradient norm is that
     of the global batch.
 
-    If the norm is not finite, all ranks skip the step: weights, moments and BatchNorm statistics do not change. A
-    skipped step still increases `state.step`, and the EMA still moves towards the weights.
+    If the norm is not finite, all ranks skip the step: weights, moments, BatchNorm statistics and the sampler's history
+    do not change. A skipped step still increases `state.step`, and the EMA still moves towards the weights.
 
     Args:
         pixels: iterator made by `training_pixels`, at `state.step`.
@@ -61,7 +61,7 @@ def train_step(
         starts = range(share.start, share.stop, micro_size)  # positions in the global batch
         micro_batches = list(zip(starts, next(pixels).split(micro_size), strict=True))
     state.soda.train()
-    batch_norm_before = Snapshot(state.soda.buffers())
+    before = Snapshot([*state.soda.buffers(), *state.timestep_sampler.tensors()])
     for group, lr in zip(state.optimizer.param_groups, learning_rates(experiment, state.step), strict=True):
         group["lr"] = lr
 
@@ -69,7 +69,7 @@ def train_step(
     for start, images in micro_batches:
         with timer.phase("views"):
             positions = range(start, start + micro_size)
-            batch = draw_batch(experiment, images, state.step, positions, state.timesteps)
+            batch = draw_batch(experiment, images, state.step, positions, state.timestep_sampler)
         # Ranks average their gradients only in the last backward pass.
         is_last = start + micro_size == share.stop
         with nullcontext() if is_last or world_size() == 1 else state.wrapped.no_sync():
@@ -81,8 +81,7 @@ def train_step(
                     prediction = state.wrapped(batch.x_source, x_t, batch.timesteps, batch.drop_mask)
                 found = ForwardPass(config.training, experiment.diffusion, batch, x_t, prediction)
                 losses = loss_terms(found)
-                if batch.weights is not None:
-                    state.timesteps.observe(batch.timesteps, found.errors.detach().mean(dim=(1, 2, 3)))
+                state.timestep_sampler.observe(batch.timesteps, found.errors)
                 losses = {name: loss / len(micro_batches) for name, loss in losses.items()}
                 totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
             with timer.phase("backward"):
@@ -94,7 +93,7 @@ def train_step(
         # The same on all ranks, because gradients have been averaged.
         skipped = grad_norm.isfinite().logical_not().float()
         state.tally.add(totals, skipped)
-        batch_norm_before.restore(skipped.bool())
+        before.restore(skipped.bool())
         # Not scaler.step, because it tests whether the scaled gradients are finite, but does not test their norm.
         if device.type in FUSED:
             state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # skips the step on the device
@@ -106,5 +105,5 @@ def train_step(
     with timer.phase("EMA"):
         state.ema.update()
     state.step += 1
-    state.timesteps.end_step(state.step)
+    state.timestep_sampler.end_step(state.step)
     return totals["loss"], grad_norm

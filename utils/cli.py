@@ -176,6 +176,15 @@ class _Console:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
+def set_wait_policy() -> None:
+    """Makes OpenMP's threads sleep while they wait, unless the user has set OMP_WAIT_POLICY.
+
+    Call it before torch is imported, because OpenMP reads this variable then. By default, its threads spin before they
+    sleep, which is slow if another program uses the cores.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs a program and exits with its status.
 
@@ -192,9 +201,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    # OpenMP reads it when torch is imported. By default, its threads spin for a while before they sleep, which costs a
-    # lot if another program uses the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_wait_policy()
     signals.watch()
     start_logging()
     for name in ("stdout", "stderr"):
