@@ -395,7 +395,7 @@ def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None
     assert losses(run)[-1][0] == last(run)["step"]
 
 
-def wait_for(done: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:
     """Waits until `done()` is true. Fails after `seconds`."""
     until = time.monotonic() + seconds
     while not done():

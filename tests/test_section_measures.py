@@ -30,7 +30,9 @@ def prepared(tmp_path: Path, *overrides: str) -> tuple[Any, Any]:
     return experiment, soda
 
 
-def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path) -> None:
+def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(section_measures, "NUM_PAIRS", 64)
+    monkeypatch.setattr(section_measures, "NUM_SAMPLING_STEPS", 5)
     experiment, soda = prepared(tmp_path)
     named = section_measures.sections_of(experiment.config)
     assert list(named) == NAMES and [named[name] for name in NAMES[:3]] == [slice(0, 3), slice(3, 6), slice(6, 8)]
@@ -46,7 +48,9 @@ def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_section_is_probed_alone(tmp_path: Path) -> None:
     """If section 2 has all information about the image and the others are noise, only section 2 is classified well."""
-    experiment, soda = prepared(tmp_path, "evaluation.probe.transform=clean", "evaluation.probe.epochs=20")
+    experiment, soda = prepared(
+        tmp_path, "evaluation.probe.transform=clean", "evaluation.probe.epochs=8", "evaluation.probe.lr=5e-3"
+    )
     encode = soda.encoder.features
     brightness = torch.Generator().manual_seed(0)
 
