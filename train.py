@@ -35,10 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     from experiment.models import describe_model
     from experiment.opening import open_experiment
     from experiment.shares import check_shares
+    from experiment.timesteps import check_timesteps
     from training.loop import train
     from training.state import initial_state
     from utils.run_folder.folder import RunFolder
 
+    with gather_user_errors():
+        check_shares(config.training)
+        check_timesteps(config)
     if args.dry_run:
         if rank() == 0:
             print(config.to_yaml(), describe_model(config), sep="\n")
@@ -47,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
         # Open the run folder, the images and the state. Until all of them are valid, nothing in the run folder changes,
         # except its lock.
         with gather_user_errors():
-            check_shares(config.training)
             folder.open()
             if folder.is_finished():
                 logger.info(

@@ -10,19 +10,24 @@ def check_consistency(config: Any) -> None:
     """Raises ValueError, with advice, if keys of a `Config` contradict each other."""
     size, decoder, num_levels = config.decoder_size, config.decoder, len(config.decoder.channel_mult)
     halvings = num_levels - 1
-    if size % 2**halvings:
-        name = "decoder.image_size" if decoder.image_size else "data.image_size"
-        raise ValueError(
-            f"{name} {size} cannot be halved {halvings} times, as decoder.channel_mult requires: "
-            f"take a multiple of {2**halvings}, or fewer levels in decoder.channel_mult"
-        )
+    halved = range(2**halvings, config.encoder_size + 1, 2**halvings)
+    divisors = [each for each in halved if each >= 4 and config.encoder_size % each == 0]
     if config.encoder_size % size:
-        smaller = range(2**halvings, config.encoder_size + 1, 2**halvings)
-        divisors = [each for each in smaller if each >= 4 and config.encoder_size % each == 0]
         hint = f", or decoder.image_size to one of {divisors}" if divisors else ""
         raise ValueError(
             f"decoder.image_size {size} does not divide data.image_size {config.encoder_size}: "
             f"set data.image_size to a multiple of {size}{hint}"
+        )
+    if size % 2**halvings:
+        name, advice = "data.image_size", f"take a multiple of {2**halvings}"
+        if decoder.image_size:
+            name, advice = (
+                "decoder.image_size",
+                f"take one of {divisors}" if divisors else "take another data.image_size",
+            )
+        raise ValueError(
+            f"{name} {size} cannot be halved {halvings} times, as decoder.channel_mult requires: "
+            f"{advice}, or fewer levels in decoder.channel_mult"
         )
     levels = resolutions(size, num_levels)
     for resolution in decoder.attn_resolutions:

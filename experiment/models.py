@@ -59,9 +59,10 @@ def describe_model(config: Config) -> str:
     for (name, module), size, work in zip(modules.items(), sizes, flops, strict=True):
         parameters = sum(p.numel() for p in module.parameters())
         lines.append(
-            f"{name}: {parameters:,} parameters, {work / 1e9:.3f} GFLOP per image of {size} px in a forward pass"
+            f"{name}: {parameters:,} parameters, {work / 1e9:#.4g} GFLOP per image of {size} px in a forward pass"
         )
-    lines.append(f"training: about {3 * whole / 1e9:.2f} GFLOP per image, forward and backward")
+    views = f" and {config.views.num_sources} source views" if config.views.num_sources > 1 else ""
+    lines.append(f"training: about {3 * whole / 1e9:#.4g} GFLOP per image{views}, forward and backward")
     if config.decoder.modulation == "sectioned":
         row = "{:<10}{:>5}{:>10}{:>9}  {}".format
         lines += ["", row("layer", "px", "channels", "section", "dimensions of z (width)")]

@@ -11,7 +11,6 @@ from datasets.loader import Loader
 from datasets.sources import DatasetInfo, build_dataset
 from datasets.views import Views
 from experiment.threads import choose_num_threads
-from experiment.timesteps import make_sampler
 from model.diffusion import GaussianDiffusion
 from utils.device import choose_amp_dtype, choose_device
 from utils.distributed.collectives import all_equal, all_gather_object, first_on_each_node, open_tensor_group
@@ -50,13 +49,10 @@ def open_experiment(config: Config) -> Experiment:
     """Collective. Loads the images and returns the experiment.
 
     Raises:
-        ConfigError: the ranks would compute on different types of device or in different number formats, or no timestep
-            has a log-SNR near the one that the config asks for.
+        ConfigError: the ranks would compute on different types of device or in different number formats.
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
     device, amp_dtype = open_device(config)
-    diffusion = GaussianDiffusion(**config.diffusion.model_dump(), device=device)
-    make_sampler(config.training.timesteps, diffusion, device)  # a mistake is reported before images are loaded
     train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
     data_digest = train.digest()
     if not all_equal((data_digest, test and test.digest())):
@@ -90,7 +86,7 @@ def open_experiment(config: Config) -> Experiment:
             device=device,
         ),
         loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
-        diffusion=diffusion,
+        diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from config.errors import ConfigError
-from config.schema import Timesteps
+from config.schema import Config, Timesteps
 from model.diffusion import GaussianDiffusion
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import rank
@@ -18,6 +18,7 @@ NUM_BINS = 100  # bins of neighbouring timesteps; `AdaptiveSampler` has one prob
 RENEW_EVERY = 100  # steps between renewals of the adaptive density
 UNIFORM_SHARE = 0.1  # fraction of the adaptive density that is always uniform, so that every bin is drawn
 UNITS = 2.0**24  # fixed-point units per 1.0 of a squared loss
+MIN_INSIDE = 0.01  # smallest fraction of a density over log-SNR that must lie inside the schedule
 MAX_SQUARE = 1e4  # largest squared loss that is counted; larger ones are counted as this
 
 
@@ -71,12 +72,14 @@ class LogNormalSNRSampler(TimestepSampler):
     def __init__(self, config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> None:
         super().__init__(config, diffusion, device)
         probabilities = normal_probabilities(diffusion.alphas_cumprod, config.log_snr_mean, config.log_snr_std)
-        if not probabilities.isfinite().all():
+        if probabilities.sum() < MIN_INSIDE:
             first, last = diffusion.alphas_cumprod[[0, -1]].logit().tolist()
             raise ConfigError(
-                f"no timestep has a log-SNR near training.timesteps.log_snr_mean={config.log_snr_mean:g}: "
-                f"choose a mean between {last:.1f} and {first:.1f}, or a larger log_snr_std"
+                f"with training.timesteps.log_snr_mean={config.log_snr_mean:g} and log_snr_std={config.log_snr_std:g}, "
+                f"less than {MIN_INSIDE:.0%} of the density lies between the log-SNRs of the schedule, {last:.1f} and "
+                f"{first:.1f}: choose a mean between them, or a larger log_snr_std"
             )
+        probabilities /= probabilities.sum()  # the density outside the schedule is cut off
         self._ends = probabilities.cumsum(0).float().to(device)
 
     def draw(self, generator: torch.Generator, batch_size: int, here: slice) -> tuple[Tensor, Tensor | None]:
@@ -85,11 +88,11 @@ class LogNormalSNRSampler(TimestepSampler):
 
 
 def normal_probabilities(alphas_cumprod: Tensor, mean: float, std: float) -> Tensor:
-    """Returns the probability of each timestep, (T,) float64, if log-SNR is normal with this mean and deviation.
+    """Returns the probability of the interval around each timestep, (T,) float64, for a normal log-SNR.
 
     Timestep t covers the log-SNRs from the midpoint to one neighbour to the midpoint to the other. The first and last
-    intervals extend equally far to both sides of their own log-SNR. The probabilities are normalised, so the parts of
-    the density outside the schedule are lost.
+    intervals extend equally far to both sides of their own log-SNR. The sum is below 1, because the density extends
+    beyond the schedule.
     """
     log_snr = alphas_cumprod.logit()
     if len(log_snr) == 1:
@@ -99,8 +102,7 @@ def normal_probabilities(alphas_cumprod: Tensor, mean: float, std: float) -> Ten
     edges = (edges - mean) / (std * math.sqrt(2))  # decreasing, because log-SNR falls with t
     below, above = torch.erfc(-edges), torch.erfc(edges)  # twice the probabilities of both tails
     # The difference of the smaller tails, because a difference of numbers near 2 is 0 far from the mean.
-    probabilities = torch.where(edges[1:] > 0, above[1:] - above[:-1], below[:-1] - below[1:])
-    return probabilities / probabilities.sum()
+    return torch.where(edges[1:] > 0, above[1:] - above[:-1], below[:-1] - below[1:]) / 2
 
 
 class AdaptiveSampler(TimestepSampler):
@@ -177,6 +179,11 @@ SAMPLERS: dict[str, type[TimestepSampler]] = {
     "adaptive": AdaptiveSampler,
 }
 """Sampler of each value of `training.timesteps.sampling`."""
+
+
+def check_timesteps(config: Config) -> None:
+    """Raises ConfigError if the timesteps cannot be drawn as the config describes."""
+    make_sampler(config.training.timesteps, GaussianDiffusion(**config.diffusion.model_dump()), torch.device("cpu"))
 
 
 def make_sampler(config: Timesteps, diffusion: GaussianDiffusion, device: torch.device) -> TimestepSampler:

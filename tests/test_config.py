@@ -108,7 +108,10 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
             "decoder.image_size=8 data.image_size=30",
             "does not divide data.image_size 30: set data.image_size to a multi",
         ),
-        ("decoder.image_size=4", "decoder.image_size 4 cannot be halved 3 times"),
+        (
+            "decoder.image_size=4",
+            "decoder.image_size 4 cannot be halved 3 times, as decoder.channel_mult requires: take one of [8, 16, 32]",
+        ),
         ("decoder.image_size=2", "decoder.image_size: input should be greater than or equal to 4"),
         (
             "decoder.image_size=8",

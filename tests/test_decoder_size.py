@@ -151,9 +151,9 @@ def test_a_decoder_of_half_the_size_does_a_quarter_of_the_work() -> None:
     for more in ([], ["decoder.image_size=16"], ["views.num_sources=2"]):
         text = describe_model(load_config(ROOT / "config" / "cifar10.yaml", narrow + more))
         found.append(re.findall(r"([\d.]+) GFLOP per image(?: of (\d+) px)?", text))
-    assert found[0] == [("0.279", "32"), ("0.491", "32"), ("2.31", "")]
-    assert found[1] == [("0.279", "32"), ("0.123", "16"), ("1.20", "")]
-    assert found[2] == [("0.279", "32"), ("0.491", "32"), ("3.14", "")]
+    assert found[0] == [("0.2787", "32"), ("0.4907", "32"), ("2.308", "")]
+    assert found[1] == [("0.2787", "32"), ("0.1230", "16"), ("1.205", "")]
+    assert found[2] == [("0.2787", "32"), ("0.4907", "32"), ("3.144", "")]
 
 
 def test_the_model_is_drawn_with_both_sizes() -> None:

@@ -82,7 +82,7 @@ def test_dry_run_prints_config_size_and_work(tmp_path: Path) -> None:
     done = launch("train.py", "--config", "config/cifar10.yaml", "--dry-run", f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "encoder_lr: 0.0008" in done.stdout
-    assert "11,234,496 parameters, 1.111 GFLOP" in done.stdout and "39,595,139 parameters, 12.451 GFLOP" in done.stdout
+    assert "11,234,496 parameters, 1.111 GFLOP" in done.stdout and "39,595,139 parameters, 12.45 GFLOP" in done.stdout
     assert not (tmp_path / "run").exists()
 
 
