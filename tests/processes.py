@@ -152,7 +152,7 @@ def adaptive(folder: Path) -> dict[str, Any]:
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:
-    """Trains three times for 4 steps with fixed BatchNorm statistics: with 1, 2 and 4 micro-batches per process.
+    """Trains three times for 6 steps with fixed BatchNorm statistics: with 1, 2 and 4 micro-batches per process.
 
     Adds to each result of `training` the key "unreduced": the number of backward passes without a reduction.
     """
@@ -168,7 +168,7 @@ def micro_batches(folder: Path) -> list[dict[str, Any]]:
     for parts in (1, 2, 4):
         unreduced = 0
         size = 64 // world_size() // parts
-        found.append(training(folder, 4, f"training.micro_batch_size={size}", fixed_statistics=True))
+        found.append(training(folder, 6, f"training.micro_batch_size={size}", fixed_statistics=True))
         found[-1]["unreduced"] = unreduced
     DistributedDataParallel.no_sync = no_sync  # type: ignore[method-assign]
     return found

@@ -74,7 +74,7 @@ def test_with_fixed_statistics_neither_processes_nor_micro_batches_matter(
     expected = one["micro-batches"][0]
     assert abs(expected["losses"][-1] / expected["losses"][0] - 1) > 0.01, "the loss has not changed"
     for found in (*one["micro-batches"][1:], *two[0]["micro-batches"], *two[1]["micro-batches"]):
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6) and len(found["losses"]) == 4
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6) and len(found["losses"]) == 6
         # Gradients are compared directly, because AdamW's updates hardly depend on their scale.
         for name, gradient in expected["gradients"].items():
             assert relative_error(found["gradients"][name], gradient) < 1e-5, name
@@ -83,7 +83,7 @@ def test_with_fixed_statistics_neither_processes_nor_micro_batches_matter(
 def test_gradients_are_reduced_once_a_step(two: list[dict[str, Any]]) -> None:
     """Gradients are reduced in each step's last backward pass, and in the run's first, because DDP requires that."""
     for rank in two:
-        assert [found["unreduced"] for found in rank["micro-batches"]] == [0, 4 * 1 - 1, 4 * 3 - 1]
+        assert [found["unreduced"] for found in rank["micro-batches"]] == [0, 6 * 1 - 1, 6 * 3 - 1]
         assert rank["training"]["DDP"] == (True, True, False), (
             "DDP must have a static graph and bucket views, and not broadcast buffers"
         )
