@@ -457,10 +457,17 @@ class Probe(Section):
         "random draws in each epoch",
         run=True,
     )
+    solver: Literal["adam", "lbfgs"] = key(
+        "adam",
+        "optimiser of the linear probe; adam: the reference's, for a fixed number of epochs; lbfgs: L-BFGS until "
+        "convergence, on one epoch of standardised features, with an L2 penalty chosen on a held-out tenth of them; "
+        "lbfgs ignores epochs, lr and batch_size",
+        run=True,
+    )
     epochs: int = key(
         15, "training epochs of the linear probe; a cosine lowers its learning rate to zero by the end", run=True, ge=1
     )
-    lr: Positive = key(1e-3, "initial learning rate of the linear probe, which Adam trains", run=True)
+    lr: Positive = key(1e-3, "initial learning rate of the linear probe if Adam trains it", run=True)
     batch_size: int = key(128, "images per training step of the linear probe", run=True, ge=2)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from config.schema import KNN, Config, Probe, ProbeView, View
 from evaluation.knn import knn_votes
 from evaluation.linear_probe import LinearProbe
+from evaluation.logistic_regression import LogisticProbe
 
 
 class Classifier(typing.Protocol):
@@ -134,10 +135,35 @@ class ProbeProtocol(Protocol):
         return f"linear {s.epochs} epochs lr {s.lr:g} batch {s.batch_size}, {features}, views: {view}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinishedProbeProtocol(Protocol):
+    """Linear probe that converges: logistic regression by L-BFGS, on the features of one epoch of views."""
+
+    metric = "probe"
+
+    @property
+    def epochs(self) -> int:
+        return 1
+
+    def classifier(
+        self, num_features: int, num_classes: int, generator: torch.Generator, device: torch.device
+    ) -> Classifier:
+        return LogisticProbe(num_features, num_classes, generator=generator, device=device)
+
+    def describe(self, features: str, view: str) -> str:
+        return f"linear L-BFGS, {features}, views: {view}"
+
+
 def config_protocols(config: Config) -> list[Protocol]:
     """Returns the k-NN and the linear-probe protocol that the `evaluation` section of the config describes."""
     evaluation, augmented = config.evaluation, config.views.probe
     features, normalize = evaluation.features, evaluation.normalize
+    view = augmented if evaluation.probe.transform == "augmented" else None
+    probe: Protocol
+    if evaluation.probe.solver == "lbfgs":
+        probe = FinishedProbeProtocol(view=view, features=features, normalize=normalize)
+    else:
+        probe = ProbeProtocol(settings=evaluation.probe, view=view, features=features, normalize=normalize)
     return [
         KNNProtocol(
             settings=evaluation.knn,
@@ -145,12 +171,7 @@ def config_protocols(config: Config) -> list[Protocol]:
             features=features,
             normalize=normalize,
         ),
-        ProbeProtocol(
-            settings=evaluation.probe,
-            view=augmented if evaluation.probe.transform == "augmented" else None,
-            features=features,
-            normalize=normalize,
-        ),
+        probe,
     ]
 
 
@@ -173,6 +194,7 @@ def all_protocols(config: Config, num_train: int) -> list[Protocol]:
             KNNProtocol(settings=few, features=features),
             KNNProtocol(settings=many, features=features),
             ProbeProtocol(settings=Probe(), features=features),
+            FinishedProbeProtocol(features=features, normalize=False),  # it standardises the features itself
         ]
     # The config's protocols may equal others. Of equal protocols, only the first is kept, because it may have a note.
     return list({str(replace(protocol, note="")): protocol for protocol in reversed(protocols)}.values())[::-1]
