@@ -1,6 +1,11 @@
 """Fixtures and helpers that several tests share."""
 
 import os
+
+# Set before torch, numpy and scikit-learn are imported, because they read it then. Networks this small are faster on
+# one thread, and several threads slow down up to thirty-fold if other programs use the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +21,6 @@ from experiment.timesteps import make_sampler
 from model.build import build_soda
 from model.soda import SODA
 
-# Networks this small are faster on one thread, and much faster if other programs use the cores.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
