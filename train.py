@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.state import initial_state
     from utils.run_folder.folder import RunFolder
 
+    # Check what depends on the number of processes and on the noise schedule.
     with gather_user_errors():
         check_shares(config.training)
         check_timesteps(config)

@@ -19,12 +19,10 @@ def check_consistency(config: Any) -> None:
             f"set data.image_size to a multiple of {size}{hint}"
         )
     if size % 2**halvings:
-        name, advice = "data.image_size", f"take a multiple of {2**halvings}"
+        name = "decoder.image_size" if decoder.image_size else "data.image_size"
+        advice = f"take a multiple of {2**halvings}"
         if decoder.image_size:
-            name, advice = (
-                "decoder.image_size",
-                f"take one of {divisors}" if divisors else "take another data.image_size",
-            )
+            advice = f"take one of {divisors}" if divisors else "take another data.image_size"
         raise ValueError(
             f"{name} {size} cannot be halved {halvings} times, as decoder.channel_mult requires: "
             f"{advice}, or fewer levels in decoder.channel_mult"

@@ -47,9 +47,9 @@ class Protocol(ABC):
     note: str = ""
 
     @property
-    @abstractmethod
     def epochs(self) -> int:
         """Number of epochs that the classifier is trained for. Augmented features are extracted again in each epoch."""
+        return 1
 
     @abstractmethod
     def classifier(
@@ -77,10 +77,6 @@ class KNNProtocol(Protocol):
 
     metric = "knn"
     settings: KNN
-
-    @property
-    def epochs(self) -> int:
-        return 1
 
     def classifier(
         self, num_features: int, num_classes: int, generator: torch.Generator, device: torch.device
@@ -140,10 +136,6 @@ class FinishedProbeProtocol(Protocol):
     """Linear probe that converges: logistic regression by L-BFGS, on the features of one epoch of views."""
 
     metric = "probe"
-
-    @property
-    def epochs(self) -> int:
-        return 1
 
     def classifier(
         self, num_features: int, num_classes: int, generator: torch.Generator, device: torch.device

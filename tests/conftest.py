@@ -3,7 +3,7 @@
 import os
 
 # Set before torch, numpy and scikit-learn are imported, because they read it then. Networks this small are faster on
-# one thread, and several threads slow down up to thirty-fold if other programs use the cores.
+# one thread, and much faster if other programs use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess

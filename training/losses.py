@@ -70,7 +70,7 @@ def term_weights(config: Training) -> dict[str, float]:
 
 
 def logged_names(config: Training) -> list[str]:
-    """Returns the names of the losses to log: "loss", and the terms if there are several. A single one is the loss."""
+    """Returns the names of the losses to log: "loss", and the terms. A single term equals the loss and is left out."""
     terms = list(term_weights(config))
     return ["loss", *terms] if len(terms) > 1 else ["loss"]
 
