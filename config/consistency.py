@@ -52,6 +52,8 @@ def check_consistency(config: Any) -> None:
         )
     if config.training.mask.section_probability and decoder.modulation == "shared":
         raise ValueError("training.mask.section_probability needs decoder.modulation=sectioned: set both, or neither")
+    if config.optimizer.cooldown_epochs and config.optimizer.schedule != "constant":
+        raise ValueError("optimizer.cooldown_epochs needs optimizer.schedule=constant: set both, or neither")
     by_section = len(config.sampling.guidance_scale) > 1 or config.sampling.sections is not None
     if by_section and decoder.modulation == "shared":
         raise ValueError(

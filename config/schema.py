@@ -316,6 +316,13 @@ class Optimizer(Section):
     schedule: Literal["constant", "cosine"] = key(
         "constant", "learning rate after the warm-up: constant, or a cosine that reaches zero after the last step"
     )
+    cooldown_epochs: float = key(
+        0.0,
+        "last epochs, in which both learning rates fall linearly, step by step, to zero after the last step; may be a "
+        "fraction; 0: no cool-down; a value above 0 needs optimizer.schedule=constant",
+        ge=0,
+        le=1e6,
+    )
     max_grad_norm: Positive = key(
         1.0, "largest norm of the gradient over all parameters; a larger gradient is scaled down to it"
     )
@@ -372,7 +379,7 @@ class Training(Section):
     epochs: int = key(
         800,
         "number of epochs, each of floor(training images / training.batch_size) steps; may be raised when a run is "
-        "resumed, if optimizer.schedule is constant",
+        "resumed, if optimizer.schedule is constant and optimizer.cooldown_epochs is 0",
         ge=1,
     )
     batch_size: int = key(512, "images per training step, over all processes", ge=4, multiple_of=4)
@@ -562,8 +569,8 @@ class Config(Section):
     initialization: Initialization = key(
         "default",
         "initial weights; default: as torchvision and torch draw them, with zeros in the last layer of the decoder and "
-        "of each of its residual branches; paper: Xavier in the encoder, truncated normal in the decoder, whose "
-        "residual sums are divided by sqrt 2",
+        "of each of its residual branches; torch: the same without these zeros; paper: Xavier in the encoder and "
+        "truncated normal in the decoder, whose residual sums are divided by sqrt 2",
     )
     diffusion: Diffusion = Diffusion()
     optimizer: Optimizer = Optimizer()

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.decoder import UNetDecoder
 from model.encoder import ENCODERS
-from model.initialization import initialize_as_paper
+from model.initialization import initialize_as_paper, initialize_zeros_as_torch
 from model.names import Initialization
 from model.soda import SODA
 
@@ -21,7 +21,7 @@ def build_soda(
         decoder_size: height and width in pixels of the images that the decoder denoises.
         encoder, decoder: keys and values of the `encoder` and `decoder` sections of the config. `decoder_size` replaces
             `decoder.image_size`, which may be null.
-        initialization: `default` or `paper` (model/initialization.py).
+        initialization: `default`, `torch` or `paper` (model/initialization.py).
     """
     as_paper = initialization == "paper"
     latent_dim = encoder["latent_dim"]
@@ -31,6 +31,8 @@ def build_soda(
     )
     if as_paper:
         initialize_as_paper(soda)
+    elif initialization == "torch":
+        initialize_zeros_as_torch(soda)
     return soda
 
 

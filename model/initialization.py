@@ -1,9 +1,10 @@
-"""The initial weights of the paper, an alternative to the default weights of the modules."""
+"""Alternatives to the default initial weights of the modules: the paper's, and those of torch."""
 
 import math
 
 from torch import nn
 
+from model.blocks import ResBlock, SelfAttention
 from model.soda import SODA
 
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -32,3 +33,15 @@ def initialize_as_paper(soda: SODA) -> None:
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def initialize_zeros_as_torch(soda: SODA) -> None:
+    """Initialises the layers of the decoder that start at zero as torch initialises every convolution."""
+    last_layers = [soda.decoder.conv_out]
+    for module in soda.decoder.modules():
+        if isinstance(module, ResBlock):
+            last_layers.append(module.conv2)
+        elif isinstance(module, SelfAttention):
+            last_layers.append(module.proj)
+    for layer in last_layers:
+        layer.reset_parameters()

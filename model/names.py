@@ -13,7 +13,7 @@ Stem = Literal["small", "imagenet"]
 Modulation = Literal["shared", "sectioned"]
 """Names of the ways in which the latent modulates the decoder's layers (model/decoder.py)."""
 
-Initialization = Literal["default", "paper"]
+Initialization = Literal["default", "torch", "paper"]
 """Names of the initialisations (model/initialization.py)."""
 
 Schedule = Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]

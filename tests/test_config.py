@@ -129,6 +129,7 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("evaluation.features=decoder.down.10@1000", "timesteps go from 0 to 999"),
         ("views.source.color_jitter=[1, 1, 1, 0.6]", "hue is at most 0.5"),
         ("views.target.blur_sigma=[0, 2]", "0 < low <= high"),
+        ("optimizer={schedule: cosine, cooldown_epochs: 1}", "cooldown_epochs needs optimizer.schedule=constant"),
         ("encoder=3", "encoder is a section"),
         (f"output_dir=runs/{'x' * 256}", "at most 255 bytes"),
         ('output_dir="a\\0b"', "output_dir"),

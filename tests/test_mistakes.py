@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 import train as train_program
-from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch
+from config.reading import load_config
+from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch, launch_two
 from tests.processes import PROGRAMS
 from tests.test_checkpoint import Malicious
 from utils.files import lock_file
@@ -49,7 +50,16 @@ def checkpoint(name: str) -> list[str]:
     return ["--checkpoint", f"{{place}}/checkpoints/{name}.pt"]
 
 
+ENDS = ("optimizer.schedule=cosine", "optimizer.cooldown_epochs=0.5")  # by these, rates depend on the last epoch
+
 MISTAKES = [
+    *(
+        Mistake(
+            f"was started with training.epochs=1, and the learning rates of {setting} depend on it: restore this value",
+            [setting, "training.epochs=2", f"output_dir={{place}}/until_{setting[:15]}"],
+        )
+        for setting in ENDS
+    ),
     Mistake("unknown key training.epoch: did you mean training.epochs?", ["training.epoch=3"]),
     Mistake("seed: input should be a valid integer", ["seed=many"]),
     Mistake("diffusion.prediction: input should be 'eps', 'v' or 'x_start'", ["diffusion.prediction=score"]),
@@ -266,6 +276,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "only_0.yaml").write_text("data: {name: digits, image_size: 8}\n")
     (place / "file").write_text("")
     (place / "busy").mkdir()
+    for setting in ENDS:
+        begun = place / f"until_{setting[:15]}"
+        begun.mkdir()
+        _, path, *settings = digits_args(begun, setting)
+        (begun / "config.yaml").write_text(load_config(path, settings).to_yaml())
 
     run = place / "run"
     assert train_program.main(digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")) == 0
@@ -325,8 +340,7 @@ def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path
     (tmp_path / "disk1").mkdir()
     torch.save([(mistake.program, complete(mistake, place)) for mistake in mistakes], tmp_path / "cases.pt")
     with lock_file(place / "busy" / ".lock"):
-        done = launch(*TWO_PROCESSES, "-m", "tests.processes", "mistakes", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+        launch_two("-m", "tests.processes", "mistakes", str(tmp_path))
     found: list[list[tuple[Any, str]]] = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for mistake, (first, said), (second, also_said) in zip(mistakes, *found, strict=True):
         assert (first, second) == (2, 2), mistake

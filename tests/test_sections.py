@@ -238,7 +238,7 @@ def test_the_default_draws_what_it_always_drew(tmp_path: Path) -> None:
     assert torch.equal(batch_of(sectioned, 5, range(1024)).drop_mask, shared.expand(-1, 3))
 
 
-@pytest.mark.parametrize("initialization", ["default", "paper"])
+@pytest.mark.parametrize("initialization", ["default", "torch", "paper"])
 def test_all_of_the_paper_trains(tmp_path: Path, initialization: str) -> None:
     experiment = experiment_of(
         tmp_path,
@@ -248,6 +248,8 @@ def test_all_of_the_paper_trains(tmp_path: Path, initialization: str) -> None:
         f"initialization={initialization}",
     )
     state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    zeros = {name for name, weight in state.soda.named_parameters() if name.endswith("weight") and not weight.any()}
+    assert bool(zeros) == (initialization == "default")
     projections = [stage.block.adagn.latent_proj.weight for stage in state.soda.modules() if isinstance(stage, Stage)]
     moved: list[Tensor] = []
     for projection in projections:

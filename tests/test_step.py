@@ -232,6 +232,20 @@ def test_a_cosine_falls_from_the_warm_up_to_zero(tmp_path: Path) -> None:
     assert theirs.get_last_lr()[0] == pytest.approx(0) and rates[-1] > 0
 
 
+def test_a_cool_down_ends_a_constant_rate(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "optimizer.cooldown_epochs=0.5", "training.epochs=2")
+    rates = [learning_rates(experiment, step)[0] for step in range(2 * STEPS_PER_EPOCH)]
+    warmup = [2e-3 * (step + 1) / 2 for step in range(2)]  # TINY_RUN has a warm-up of a tenth of an epoch
+    assert rates[: 2 * STEPS_PER_EPOCH - 11] == pytest.approx([*warmup, *[2e-3] * (2 * STEPS_PER_EPOCH - 13)])
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
+    theirs = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=11)
+    for rate in rates[-11:]:
+        assert rate == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert theirs.get_last_lr()[0] == pytest.approx(0) and rates[-1] > 0
+
+
 @pytest.mark.parametrize("power", [2 / 3, 0.9])
 def test_the_ema_follows_its_closed_form(tmp_path: Path, power: float) -> None:
     """The n-th update is average += w (value - average), w = max(n^-power, 1 - ema_decay).

@@ -27,13 +27,16 @@ def training_pixels(experiment: Experiment, step: int) -> Generator[Tensor, None
 def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
     """Returns the learning rates of encoder and decoder at `step`.
 
-    A linear warm-up, which starts above zero, is followed by the schedule.
+    A linear warm-up, which starts above zero, is followed by the schedule. A cool-down ends it.
     """
     config, total_steps = experiment.config.optimizer, experiment.total_steps
     warmup_steps = round(config.warmup_epochs * experiment.loader.steps_per_epoch)
     factor = min(1.0, (step + 1) / max(1, warmup_steps))
     if config.schedule == "cosine" and step >= warmup_steps:
         factor = (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2
+    cooldown_steps = round(config.cooldown_epochs * experiment.loader.steps_per_epoch)
+    if cooldown_steps:
+        factor *= min(1.0, (total_steps - step) / cooldown_steps)
     return config.encoder_lr * factor, config.decoder_lr * factor
 
 

@@ -148,13 +148,17 @@ class RunFolder:
             return
         config = self._config
         changed = differences(before, config, run=False)
-        constant = config.optimizer.schedule == "constant"  # else all learning rates depend on the last epoch
-        if "training.epochs" in changed and config.training.epochs > before.training.epochs and constant:
+        fixed_end = None  # the setting by which learning rates depend on the last epoch
+        if config.optimizer.schedule == "cosine":
+            fixed_end = "optimizer.schedule=cosine"
+        elif config.optimizer.cooldown_epochs:
+            fixed_end = f"optimizer.cooldown_epochs={config.optimizer.cooldown_epochs:g}"
+        if "training.epochs" in changed and config.training.epochs > before.training.epochs and not fixed_end:
             del changed["training.epochs"]  # more epochs continue the same experiment
-        if set(changed) == {"training.epochs"} and not constant:
+        if set(changed) == {"training.epochs"} and fixed_end:
             raise ConfigError(
                 f"{self.path} was started with training.epochs={before.training.epochs}, and the learning rates of "
-                "optimizer.schedule=cosine depend on it: restore this value or choose another output_dir"
+                f"{fixed_end} depend on it: restore this value or choose another output_dir"
             )
         if changed:
             listing = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
