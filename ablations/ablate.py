@@ -4,6 +4,9 @@ Run the same command again to resume: complete runs are not repeated, and an inc
 checkpoint. Each result is appended to `<out>/results.jsonl` as soon as it is known, as one JSON line. Then
 `<out>/table.md` is rewritten. To resume on another machine, copy `results.jsonl` there.
 
+To train several variants side by side, start the same command several times: each driver takes the next run that no
+other one has. Give each driver its share of the cores with OMP_NUM_THREADS, or a GPU with CUDA_VISIBLE_DEVICES.
+
   python -m ablations.ablate ablations/plans/fashion_mnist.yaml --out runs/fashion
   python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --minutes 30 data.root=data
   python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --table        # only prints the table
@@ -19,13 +22,14 @@ import time
 from pathlib import Path
 
 from ablations.plan import Ablation, Plan, Run, Stage, read_plan
-from ablations.result_rows import RESULTS, held_folder
+from ablations.result_rows import RESULTS
 from ablations.tables import markdown_tables
 from config.errors import ConfigError
 from utils import cli, signals
-from utils.files import write_text
+from utils.files import InUseError, lock_file, write_text
 
 CALIBRATION_STEPS = 60
+POLL_S = 5.0  # seconds between looks at the runs of other drivers
 FIRST_JUDGING_S, FIRST_STARTUP_S = 120.0, 30.0  # estimates that are used until each has been measured
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 class Driver:
     """Driver that trains and judges the runs of a plan until the deadline, or until a signal arrives.
+
+    Several drivers may share a folder. A driver holds the lock of a run's folder while it works on the run.
 
     Args:
         plan: stages to run, in order.
@@ -67,9 +73,11 @@ class Driver:
             return True
 
     def _run_variants(self, stage: Stage) -> bool:
-        """Trains and judges the runs of a stage. Returns False if the deadline or a signal stopped it early."""
-        from utils.device import OutOfMemoryError
+        """Trains and judges the runs of a stage. Returns False if the deadline or a signal stopped it early.
 
+        At the end, waits for the runs of the stage that other drivers hold, and takes over those that they leave
+        incomplete.
+        """
         try:
             runs = self.ablation.runs_of(stage)
         except ConfigError as error:
@@ -77,23 +85,49 @@ class Driver:
             return True
         if not runs:
             self._log_failure(stage.name, ConfigError("its base stage has no complete run: fix the failures there"))
-        for run in runs:
-            row = self.ablation.row_of(run)
-            if row and row["complete"]:
-                continue
-            try:
-                if not self._has_time_to_start() or not self._train_and_judge(run):
-                    logger.info(
-                        "%s is incomplete: %s",
-                        run.name,
-                        "stopped by a signal" if signals.received() else "no time left",
-                    )
+        while runs:
+            elsewhere = []
+            for run in runs:
+                folder = self.out / "runs" / run.name
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock = lock_file(folder / ".lock")
+                except InUseError:
+                    elsewhere.append(run)
+                    continue
+                with lock:
+                    if not self._complete(run, folder):
+                        return False
+            runs = elsewhere
+            if runs:
+                time.sleep(POLL_S)
+                if self._must_stop():
                     return False
-            except (RuntimeError, ConfigError, OutOfMemoryError) as error:  # other variants may need less memory
-                self._log_failure(run.name, error)
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                self.ablation.record(run, {"complete": False, "failed": reason})
         return True
+
+    def _complete(self, run: Run, folder: Path) -> bool:
+        """Completes a run whose folder this driver holds. Returns False if the deadline or a signal stopped it early.
+
+        If the run fails, this is logged and recorded.
+        """
+        from utils.device import OutOfMemoryError
+
+        self.ablation.read_results()  # another driver may have completed the run
+        row = self.ablation.row_of(run)
+        if row and row["complete"]:
+            return True
+        try:
+            if self._has_time_to_start() and self._train_and_judge(run, folder):
+                return True
+            logger.info(
+                "%s is incomplete: %s", run.name, "stopped by a signal" if signals.received() else "no time left"
+            )
+            return False
+        except (RuntimeError, ConfigError, OutOfMemoryError) as error:  # other variants may need less memory
+            self._log_failure(run.name, error)
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self.ablation.record(run, {"complete": False, "failed": reason})
+            return True
 
     def _seconds_left(self) -> float:
         """Returns the seconds left for training: 1.5 times the longest evaluation so far is reserved for judging."""
@@ -138,7 +172,7 @@ class Driver:
             print(f"== {stage.name}: {end}", file=file, flush=True)
         logger.info("%s: %s", stage.name, end)
 
-    def _train_and_judge(self, run: Run) -> bool:
+    def _train_and_judge(self, run: Run, folder: Path) -> bool:
         """Trains a run as far as the time allows, judges it and records the result. Returns True if it is complete.
 
         If a signal arrives, the run is only saved, and False is returned.
@@ -146,12 +180,13 @@ class Driver:
         from ablations.trial import Trial, write_encoder_parts
 
         began = time.monotonic()
-        folder = self.out / "runs" / run.name
         epochs = self._epochs_of(run, folder)
         if epochs is None:
             return False
         training = run.config.training.model_copy(update={"epochs": epochs})
-        trial = Trial(run.config.model_copy(update={"training": training}), folder / "last.pt")
+        trial = Trial(
+            run.config.model_copy(update={"training": training}), folder / "last.pt", self.ablation.plan.judging
+        )
         logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "no overrides")
         trial.train(self._must_stop)
         self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)
@@ -194,7 +229,6 @@ class Driver:
             if trial.images_per_s is None:
                 return None
             images_per_epoch = trial.experiment.loader.steps_per_epoch * trial.config.training.batch_size
-            folder.mkdir(parents=True, exist_ok=True)
             write_text(kept, str(max(1, int(60 * stage.minutes * trial.images_per_s / images_per_epoch))))
         return int(kept.read_text())
 
@@ -225,9 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.table:
             print(markdown_tables(Ablation(plan, args.out / RESULTS)), end="")
             return 0
-        with held_folder(args.out):
-            driver = Driver(plan, args.out, deadline, args.data)
-            finished = driver.run_stages()
+        args.out.mkdir(parents=True, exist_ok=True)
+        driver = Driver(plan, args.out, deadline, args.data)
+        finished = driver.run_stages()
     print(markdown_tables(driver.ablation))
     if driver.failed:
         print(f"failed: {', '.join(driver.failed)}")

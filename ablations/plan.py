@@ -3,7 +3,7 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from config.reading import load_config, parse_yaml, result_digest
 from config.schema import Config
 
 Name = Annotated[str, Field(pattern=r"^\w+$")]
+Judging = Literal["all", "config"]
 SET_BY_STAGES = ("seed=", "training.epochs=")
 
 
@@ -67,12 +68,16 @@ class Plan(BaseModel):
     Attributes:
         config: path of the config that all variants start from.
         overrides: overrides that apply to every run.
+        judging: `all` judges each run under the protocols of test.py and ranks variants by the reference's two;
+            `config` judges and ranks by the two protocols of the config's `evaluation` section alone, which takes less
+            time.
         stages: stages in the order in which they are run.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     config: str
     overrides: list[str] = []
+    judging: Judging = "all"
     stages: list[Stage] = Field(min_length=1)
 
 
@@ -127,6 +132,7 @@ class Run:
     Attributes:
         overrides: overrides of the base stages and of the variant, without those of the plan.
         config: config of the run, except for its number of epochs, which the driver sets later.
+        judging: that of the plan.
     """
 
     stage: Stage
@@ -134,6 +140,7 @@ class Run:
     seed: int
     overrides: list[str]
     config: Config
+    judging: Judging
 
     @property
     def name(self) -> str:
@@ -144,8 +151,10 @@ class Run:
     def digest(self) -> str:
         """Digest of everything that the result depends on, except the images."""
         stage = self.stage
-        length = f"{stage.epochs} {stage.minutes} {stage.images_of}"
-        return result_digest(self.config, without=("data.root", "training.epochs"), also=length)
+        also = f"{stage.epochs} {stage.minutes} {stage.images_of}"
+        if self.judging != "all":
+            also += f" judged by {self.judging}"
+        return result_digest(self.config, without=("data.root", "training.epochs"), also=also)
 
 
 class Ablation:
@@ -160,14 +169,18 @@ class Ablation:
 
     def __init__(self, plan: Plan, path: Path) -> None:
         self.plan, self.path = plan, path
-        rows = [row for row in read_rows(path) if isinstance(row.get("complete"), bool)]
+        self.read_results()
+
+    def read_results(self) -> None:
+        """Reads the results from the file again."""
+        rows = [row for row in read_rows(self.path) if isinstance(row.get("complete"), bool)]
         self._rows = {row["run"]: row for row in rows if "run" in row}
 
     def record(self, run: Run, result: dict[str, Any]) -> None:
         """Stores the result of a run and appends it to the file."""
         identity = {"run": run.name, "stage": run.stage.name, "variant": run.variant, "seed": run.seed}
-        self._rows[run.name] = {**identity, "overrides": run.overrides, "digest": run.digest, **result}
-        append_row(self.path, self._rows[run.name])
+        append_row(self.path, {**identity, "overrides": run.overrides, "digest": run.digest, **result})
+        self.read_results()
 
     def stage(self, name: str) -> Stage:
         """Returns the plan's stage with this name."""
@@ -192,7 +205,7 @@ class Ablation:
             for variant, own in stage.variants.items():
                 overrides = [*inherited, *own]
                 config = load_config(plan.config, [*plan.overrides, *overrides, f"seed={seed}"])
-                runs.append(Run(stage, variant, seed, overrides, config))
+                runs.append(Run(stage, variant, seed, overrides, config, plan.judging))
         return runs
 
     def row_of(self, run: Run) -> dict[str, Any] | None:
@@ -221,12 +234,17 @@ class Ablation:
         return max(scores, key=lambda variant: scores[variant]) if scores else None
 
 
-def reference_accuracies(row: dict[str, Any]) -> tuple[float, float]:
-    """Returns top-1 of k-NN and of the linear probe, in per cent, under the reference implementation's protocols."""
-    found = {name.split()[0]: cells["trained"]["top1"] for name, cells in row["table"].items() if "reference's" in name}
+def accuracies(row: dict[str, Any]) -> tuple[float, float]:
+    """Returns top-1 of k-NN and of the linear probe, in per cent.
+
+    The protocols are the reference implementation's, or those of the config if the run was judged by them alone
+    (`Plan.judging`).
+    """
+    named = [name for name in row["table"] if "reference's" in name] or list(row["table"])
+    found = {name.split()[0]: row["table"][name]["trained"]["top1"] for name in named}
     return found["k-NN"], found["linear"]
 
 
 def score(row: dict[str, Any]) -> float:
-    """Returns the mean of the two `reference_accuracies`. Variants are ranked by this score."""
-    return statistics.mean(reference_accuracies(row))
+    """Returns the mean of the two `accuracies`. Variants are ranked by this score."""
+    return statistics.mean(accuracies(row))

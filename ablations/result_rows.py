@@ -42,5 +42,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Appends `row` to the file as one JSON line. Starts a new line first if a crash has cut the last one."""
     last_byte = path.read_bytes()[-1:] if path.exists() else b""
-    with open(path, "a") as file:
-        file.write(("" if last_byte in (b"", b"\n") else "\n") + json.dumps(row) + "\n")
+    line = ("" if last_byte in (b"", b"\n") else "\n") + json.dumps(row) + "\n"
+    with open(path, "ab", buffering=0) as file:  # one write, so that lines of several processes do not mix
+        file.write(line.encode())

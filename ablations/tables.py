@@ -4,12 +4,13 @@ import math
 import statistics
 from typing import Any
 
-from ablations.plan import Ablation, Stage, reference_accuracies, score
+from ablations.plan import Ablation, Stage, accuracies, score
 
 HEAD = [
     "variant",
     "seeds",
     "images",
+    "GFLOP/image",
     "minutes",
     "images/s",
     "k-NN",
@@ -22,11 +23,11 @@ HEAD = [
 def markdown_tables(ablation: Ablation) -> str:
     """Returns one table per stage that has a complete run, and one line per run that failed or was stopped early.
 
-    k-NN and linear probe are top-1 accuracies in per cent under the reference implementation's protocols, as
-    mean ± standard deviation over seeds. A difference of at most two standard deviations is called a tie. This standard
-    deviation is that of single runs, pooled over the variants of the stage that have several seeds. If no variant of
-    the stage has several seeds, it is pooled over the variants of all stages. The lines that compare settings convert
-    it to that of a difference of two means.
+    k-NN and linear probe are top-1 accuracies in per cent (see `accuracies` for their protocols), as mean ± standard
+    deviation over seeds. GFLOP/image is the work of a training step per image. A difference of at most two standard
+    deviations is called a tie. This standard deviation is that of single runs, pooled over the variants of the stage
+    that have several seeds. If no variant of the stage has several seeds, it is pooled over the variants of all stages.
+    The lines that compare settings convert it to that of a difference of two means.
     """
     rows = {stage.name: ablation.complete_rows(stage) for stage in ablation.plan.stages}
     scores = {name: [[score(row) for row in found] for found in of.values()] for name, of in rows.items()}
@@ -52,10 +53,11 @@ def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation:
                 f"{variant}: {' '.join(stage.variants[variant])}" if stage.variants[variant] else variant,
                 ", ".join(str(row["seed"]) for row in found),
                 f"{statistics.mean(row['images'] for row in found):,.0f}",
+                mean_and_deviation([row["step_gflop"] for row in found[:1] if "step_gflop" in row], "{:.2f}"),
                 f"{statistics.mean(row['seconds'] for row in found) / 60:.1f}",
                 mean_and_deviation([row["images_per_s"] for row in found if row["images_per_s"]], "{:,.0f}"),
-                mean_and_deviation([reference_accuracies(row)[0] for row in found]),
-                mean_and_deviation([reference_accuracies(row)[1] for row in found]),
+                mean_and_deviation([accuracies(row)[0] for row in found]),
+                mean_and_deviation([accuracies(row)[1] for row in found]),
                 mean_and_deviation([score(row) for row in found]),
                 "" if variant == first or control is None else verdict(mean - control, deviation),
             ]
@@ -71,7 +73,7 @@ def _incomplete_runs(stage: Stage, ablation: Ablation) -> str:
         if "failed" in row:
             lines.append(f"- {run.name} failed: {row['failed']}")
         elif not row["complete"]:
-            knn, linear = reference_accuracies(row)
+            knn, linear = accuracies(row)
             lines.append(f"- {run.name} was stopped after {row['images']:,} images: {knn:.1f} / {linear:.1f}")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
+from ablations.plan import Judging
 from benchmarks.measure import machine
 from config.errors import ConfigError
 from config.reading import differences, parse_config
@@ -22,7 +23,8 @@ from config.schema import Config
 from datasets.images import DatasetError
 from evaluation.encoders import encode_with
 from evaluation.judge import judge
-from evaluation.protocols import all_protocols
+from evaluation.protocols import all_protocols, config_protocols
+from experiment.models import build_on_meta, pass_flops
 from experiment.opening import Experiment, open_experiment
 from training.saving import checkpoint_contents
 from training.state import TrainState, initial_state
@@ -47,6 +49,7 @@ class Trial:
     Args:
         config: config of the run.
         checkpoint: file to resume from and to save to; None: nothing is loaded or saved.
+        judging: protocols of `judged` (see `Plan.judging`).
 
     Attributes:
         seconds: training time, summed over all starts of the run.
@@ -58,9 +61,9 @@ class Trial:
         ConfigError, DatasetError, OutOfMemoryError
     """
 
-    def __init__(self, config: Config, checkpoint: Path | None) -> None:
+    def __init__(self, config: Config, checkpoint: Path | None, judging: Judging = "all") -> None:
         torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
-        self.config, self.checkpoint = config, checkpoint
+        self.config, self.checkpoint, self.judging = config, checkpoint, judging
         self.experiment: Experiment = open_experiment(config)
         if self.experiment.test is None:
             raise DatasetError(
@@ -139,10 +142,13 @@ class Trial:
         save_checkpoint(self.checkpoint, contents | {"seconds": self.seconds})
 
     def judged(self) -> dict[str, Any]:
-        """Returns the result: accuracies of the EMA encoder under every protocol of test.py, speed and settings."""
+        """Returns the result: accuracies of the EMA encoder, speed, work and settings."""
         experiment, step, began = self.experiment, self.state.step, time.monotonic()
         encoders = {"trained": encode_with(experiment, self.state.ema.ema_model)}
-        table = judge(experiment, encoders, all_protocols(self.config, len(experiment.train)))
+        protocols = config_protocols(self.config)
+        if self.judging == "all":
+            protocols = all_protocols(self.config, len(experiment.train))
+        table = judge(experiment, encoders, protocols)
         return {
             "data_digest": experiment.data_digest,
             "complete": self.complete,
@@ -150,6 +156,7 @@ class Trial:
             "epochs": step / experiment.loader.steps_per_epoch,
             "seconds": self.seconds,
             "images_per_s": self.images_per_s,
+            "step_gflop": 3 * pass_flops(self.config, build_on_meta(self.config))[-1] / 1e9,
             "loss": torch.stack(list(self._losses)).mean().item() if self._losses else None,
             "table": table,
             "evaluation_s": time.monotonic() - began,
