@@ -6,8 +6,10 @@ import os
 # one thread, and much faster if other programs use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,32 @@ def launch(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]
         timeout=timeout,
         check=False,
     )
+
+
+def launch_two(*args: str) -> None:
+    """Runs `python args` in two processes of a process group, without torchrun, whose own start also takes seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    with tempfile.TemporaryFile("w+") as printed:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *args],
+                cwd=ROOT,
+                env={**os.environ, **group, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=printed,
+                stderr=printed,
+            )
+            for rank in (0, 1)
+        ]
+        try:
+            statuses = [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        printed.seek(0)
+        assert statuses == [0, 0], printed.read()
 
 
 def experiment_of(tmp_path: Path, *overrides: str) -> Any:

@@ -1,4 +1,4 @@
-"""Programs that tests run in two processes: `torchrun -m tests.processes <program> <folder or arguments>`."""
+"""Programs that tests run in two processes, as `python -m tests.processes <program> <folder or arguments>`."""
 
 import contextlib
 import io

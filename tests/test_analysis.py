@@ -26,7 +26,7 @@ from analysis.quality import psnr, ssim
 from analysis.references import Chosen, choose_images
 from config.errors import ConfigError
 from experiment.trained import open_trained, read_trained
-from tests.conftest import ROOT, TWO_PROCESSES, launch
+from tests.conftest import ROOT, launch_two
 
 SIZE = 8
 
@@ -383,7 +383,6 @@ def test_two_processes_draw_the_same_file_as_one(run: Path, tmp_path: Path, caps
     assert len({*drawn["alone"], *drawn["seed"]}) == len(cases) + 2
 
     torch.save([[name, *quick, *options] for name, *options in cases], tmp_path / "cases.pt")
-    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "pictures", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    launch_two("-m", "tests.processes", "pictures", str(tmp_path))
     for index, expected in enumerate(drawn["alone"]):
         assert (tmp_path / "together" / f"{index}.png").read_bytes() == expected, cases[index]

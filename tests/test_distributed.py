@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore
 
 from tests import processes
-from tests.conftest import TWO_PROCESSES, launch
+from tests.conftest import launch_two
 from utils.distributed import collectives
 from utils.distributed.data_parallel import GlobalBatchNorm2d, convert_batch_norm
 from utils.distributed.processes import my_range
@@ -28,8 +28,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of two processes, by rank."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(*TWO_PROCESSES, "-m", "tests.processes", "numbers", str(folder))
-    assert done.returncode == 0, done.stderr
+    launch_two("-m", "tests.processes", "numbers", str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -46,7 +46,10 @@ CLASSES = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of one epoch on digits, resumed for another. Names of classes contain HTML, TeX and other markup."""
+    """Run folder of one epoch on digits, resumed for another, with a decoder at half the size.
+
+    Names of classes contain HTML, TeX and other markup.
+    """
     place = tmp_path_factory.mktemp("report")
     for split, images in zip(("train", "test"), load_digits(8), strict=True):
         assert images.labels is not None
@@ -56,7 +59,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{index}.png", compress_level=0)
     settings = [f"data.root={place / 'images'}", f"data.cache_dir={place / 'cache'}", "data.name=folder"]
     for epochs in (1, 2):
-        arguments = digits_args(place / "run", *settings, f"training.epochs={epochs}", "decoder.modulation=sectioned")
+        decoder = ("decoder.modulation=sectioned", "decoder.image_size=4")
+        arguments = digits_args(place / "run", *settings, *decoder, f"training.epochs={epochs}")
         assert train_program.main(arguments) == 0
     return place / "run"
 
@@ -117,6 +121,7 @@ def test_the_report_is_one_file_that_holds_what_was_found(run: Path, table: dict
         "Mixing sections of",
     ):
         assert f"<h2>{title}" in text
+    assert "8 px (4 px for the decoder)" in text
     # Names of classes are shown as text. They add no element, attribute or formula, and no name is missing.
     assert "onerror" not in page.attributes and "x" not in page.references and "<img src=x" not in text
     section = text[text.index('<section id="tsne">') :]

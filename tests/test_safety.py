@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from datasets.images import DatasetError
 from datasets.sources import load_cifar
 from tests.conftest import ROOT, digits_args
 from tests.test_checkpoint import Malicious
+
+FEW = ("sampling.num_images=0", "evaluation.probe.epochs=1")
 
 
 def source_files() -> list[Path]:
@@ -57,6 +60,15 @@ def test_a_cifar_that_is_not_cifar_is_neither_unpickled_nor_unpacked(
     assert not list(tmp_path.rglob("owned")) and not list(tmp_path.rglob("escaped"))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of one epoch on digits, with a checkpoint that has no checksum."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert train_program.main(digits_args(run, *FEW)) == 0
+    (run / "checkpoints" / "SHA256SUMS").unlink()
+    return run
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -66,17 +78,21 @@ def test_a_cifar_that_is_not_cifar_is_neither_unpickled_nor_unpacked(
     ],
 )
 def test_the_config_in_a_checkpoint_is_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str, said: str
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    config: str,
+    said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "work" / "run"
-    args = digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")
-    assert train_program.main(args) == 0
+    args = digits_args(run, *FEW)
+    shutil.copytree(trained, run)
     saved = torch.load(run / "checkpoints" / "last.pt")
     if not said:
-        config = saved["config"].replace(f"output_dir: {run}", config)
+        config = saved["config"].replace(f"output_dir: {trained}", config)
         assert config != saved["config"]
-    (run / "checkpoints" / "SHA256SUMS").unlink()
     torch.save(saved | {"config": config}, run / "checkpoints" / "last.pt")
     for program in (train_program, judge_program):
         if said:

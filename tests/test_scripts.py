@@ -29,7 +29,7 @@ def test_a_run_with_every_launcher(tmp_path: Path, capsys: pytest.CaptureFixture
     settings = (
         *("data.name=folder", f"data.root={tmp_path / 'photos'}", f"data.cache_dir={tmp_path / 'cache'}"),
         *("decoder.dropout=0.0", "optimizer.encoder_lr=1e-4", "optimizer.decoder_lr=1e-4", "training.log_every=1"),
-        *("training.epochs=7", "evaluation.every=7"),
+        *("training.epochs=4", "evaluation.every=4"),
     )
     args = digits_args(tmp_path / "run", *settings)
     trained = launch(*TWO_PROCESSES, "train.py", *args)
@@ -42,19 +42,19 @@ def test_a_run_with_every_launcher(tmp_path: Path, capsys: pytest.CaptureFixture
     assert judged.stdout == capsys.readouterr().out
     assert judged.stdout.count("k-NN k=") >= 5 and judged.stdout.count("linear 15 epochs") >= 3
 
-    resumed = launch("train.py", *args, "training.epochs=14")
+    resumed = launch("train.py", *args, "training.epochs=8")
     assert resumed.returncode == 0, resumed.stderr
-    assert "img/s" in resumed.stderr and "loss=" in resumed.stderr and "at step 21 of 42" in resumed.stderr
-    for done, epoch in ((trained, 7), (resumed, 14)):
+    assert "img/s" in resumed.stderr and "loss=" in resumed.stderr and "at step 12 of 24" in resumed.stderr
+    for done, epoch in ((trained, 4), (resumed, 8)):
         assert len(re.findall(r"k-NN k=20 .* (?:\d+\.\d / \d+\.\d\s*){3}", done.stdout)) == 1
         for path in ("checkpoints/last.pt", f"samples/epoch_{epoch:04d}.png", "tensorboard"):
             assert str(tmp_path / "run" / path) in done.stdout
-    assert train_program.main([*digits_args(tmp_path / "alone", *settings), "training.epochs=14"]) == 0
+    assert train_program.main([*digits_args(tmp_path / "alone", *settings), "training.epochs=8"]) == 0
     losses = {}
     for run in ("run", "alone"):
         lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
         losses[run] = [line["loss"] for line in lines if line["kind"] == "train"]
-    assert len(losses["run"]) == 42 and losses["run"] == pytest.approx(losses["alone"], rel=1e-6)
+    assert len(losses["run"]) == 24 and losses["run"] == pytest.approx(losses["alone"], rel=1e-6)
 
 
 def test_make_starts_as_many_processes_as_it_is_told(tmp_path: Path) -> None:
