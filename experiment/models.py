@@ -1,6 +1,7 @@
 """Construction of SODA from a config: on the meta device, or with initial weights on a device, and its description."""
 
 import torch
+from torch import nn
 
 from config.schema import Config
 from model.build import build_soda, forward_flops
@@ -29,12 +30,23 @@ def initial_soda(config: Config, device: torch.device) -> SODA:
 
 
 def to_device(soda: SODA, device: torch.device) -> SODA:
-    """Moves `soda` to `device` and returns it.
-
-    The memory layout is channels-last on CUDA and contiguous on other devices, because this is fastest.
-    """
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    """Moves `soda` to `device`, with the memory layout that is fastest there, and returns it."""
+    layout = torch.channels_last if prefers_channels_last(soda, device) else torch.contiguous_format
     return soda.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def prefers_channels_last(soda: SODA, device: torch.device) -> bool:
+    """Returns True if convolutions are faster in the channels-last memory layout (docs/performance.md).
+
+    This is so on CUDA and on CPUs without AVX-512.
+    """
+    if device.type != "cpu":
+        return device.type == "cuda"
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return False
+    # In torch 2.14, the backward pass of strided 1x1 convolutions with so few channels writes past its memory.
+    convolutions = [module for module in soda.modules() if isinstance(module, nn.Conv2d)]
+    return all(c.kernel_size != (1, 1) or c.stride == (1, 1) or c.in_channels >= 8 for c in convolutions)
 
 
 def pass_flops(config: Config, soda: SODA) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import torch
 
 from config.reading import load_config
 from experiment import threads
+from experiment.models import build_on_meta, prefers_channels_last
 from experiment.opening import open_device
 from tests.conftest import ROOT
 from utils import device as module
@@ -212,3 +213,22 @@ def test_the_number_of_threads_depends_on_the_work_of_a_pass(
     monkeypatch.setattr("experiment.opening.choose_amp_dtype", lambda use_amp, device: None)
     open_device(load_config(ROOT / "config" / "digits.yaml"))
     assert len(chosen) == 4, "on a GPU, the number of threads must not change"
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "width", "expected"),
+    [
+        ("cuda", "AVX2", 4, True),
+        ("mps", "DEFAULT", 64, False),
+        ("cpu", "AVX512", 64, False),
+        ("cpu", "AVX2", 64, True),
+        ("cpu", "AVX2", 8, True),
+        ("cpu", "AVX2", 4, False),  # a kernel of torch 2.14 writes past its memory
+    ],
+)
+def test_the_memory_layout_is_the_fastest_that_works(
+    device: str, capability: str, width: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    soda = build_on_meta(load_config(ROOT / "config" / "cifar10.yaml", [f"encoder.width={width}"]))
+    assert prefers_channels_last(soda, torch.device(device)) == expected
