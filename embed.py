@@ -1,6 +1,7 @@
-"""Encodes images with a trained encoder and saves their features, or exports the encoder.
+"""Encodes images with a trained encoder and saves their features, or exports the encoder or the model.
 
-The images are a split of the data set, a folder, or files. An exported encoder runs without this repository.
+The images are a split of the data set, a folder, or files. An exported encoder runs without this repository. An
+exported model is a small checkpoint for test.py, sample.py and embed.py.
 """
 
 import argparse
@@ -17,10 +18,17 @@ EXAMPLES = """\
   python embed.py --config config/cifar10.yaml --folder photos --out photos.safetensors
   python embed.py --config config/cifar10.yaml --files @list.txt      (list.txt: one file name per line)
   python embed.py --config config/cifar10.yaml --export encoder       (writes encoder.pt2 and encoder.onnx in encoder/)
-  python embed.py --config config/cifar10.yaml --export encoder.pt2   (writes only this file; needs no ONNX packages)"""
+  python embed.py --config config/cifar10.yaml --export encoder.pt2   (writes only this file; needs no ONNX packages)
+  python embed.py --config config/cifar10.yaml --export model.pt      (the EMA model as a small checkpoint)"""
 
 # Packages that each file format needs in addition to requirements.txt.
-NEEDS = {".npz": (), ".safetensors": ("safetensors",), ".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
+NEEDS = {
+    ".npz": (),
+    ".safetensors": ("safetensors",),
+    ".pt": (),
+    ".pt2": (),
+    ".onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     from analysis.image_encoder import trained_encoder
     from datasets.images import DatasetError
     from experiment.opening import open_device, open_experiment
-    from experiment.trained import read_trained
+    from experiment.trained import read_trained, reduced_checkpoint
     from utils.device import compute_exactly
+    from utils.run_folder.checkpoint_writer import save_checkpoint
 
     # Open the checkpoint.
     with gather_user_errors():
@@ -50,9 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.export:
             for file in files:
                 check_writable(file)
-            if rank() == 0:
-                for file, difference in export_encoder(encoder, files, {"checkpoint": trained.digest}).items():
-                    print(f"{file}  (its features differ from the model's by at most {difference:.1g})")
+            if rank() > 0:
+                return 0
+            if files[0].suffix.lower() == ".pt":
+                save_checkpoint(files[0], reduced_checkpoint(trained))
+                print(files[0])
+                return 0
+            for file, difference in export_encoder(encoder, files, {"checkpoint": trained.digest}).items():
+                print(f"{file}  (its features differ from the model's by at most {difference:.1g})")
             return 0
 
         # Open the images.
@@ -103,7 +117,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="PATH",
         help="export the encoder: to the file PATH if it ends in .pt2 or .onnx, else to encoder.pt2 and encoder.onnx "
-        "in the folder PATH",
+        "in the folder PATH; if PATH ends in .pt, export the EMA model in bf16 as a checkpoint from which training "
+        "cannot resume",
     )
     parser.add_argument(
         "--out",
@@ -121,7 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def export_paths(path: Path) -> list[Path]:
     """Returns the files that `--export` writes."""
-    return [path] if path.suffix.lower() in (".pt2", ".onnx") else [path / "encoder.pt2", path / "encoder.onnx"]
+    return [path] if path.suffix.lower() in (".pt", ".pt2", ".onnx") else [path / "encoder.pt2", path / "encoder.onnx"]
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from utils.run_folder.checkpoint import CheckpointError, load_checkpoint, newest
 
 logger = logging.getLogger(__name__)
 
-# Prefixes of the experiment keys that must have the values of the checkpoint, because they define the model and its
-# data. Seed, views (except `views.probe`), diffusion and training (except `training.use_amp`) are always taken from the
-# checkpoint. All other keys may differ.
-MUST_AGREE = ("data.", "encoder.", "decoder.", "initialization")
+# Prefixes of the experiment keys that must have the values of the checkpoint, because they define the model. Seed,
+# views (except `views.probe`), diffusion and training (except `training.use_amp`) are always taken from the checkpoint.
+# All other keys may differ.
+MUST_AGREE = ("data.image_size", "encoder.", "decoder.", "initialization")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Trained:
         """SHA-256 of the checkpoint file, in hexadecimal digits, as in the run's checkpoints/SHA256SUMS."""
         return str(self.contents["sha256"])
 
+    @property
+    def reduced(self) -> bool:
+        """True if the checkpoint holds only the EMA model (see `reduced_checkpoint`)."""
+        return not self.contents["model"]
+
     def describe(self, steps_per_epoch: int) -> str:
         """Returns the last three parts of the checkpoint's path, its epoch and its step, in one line."""
         return f"{Path(*self.path.parts[-3:])}, epoch {self.step / steps_per_epoch:g}, step {self.step}"
@@ -67,7 +72,8 @@ class Trained:
         """
         soda, weights = build_on_meta(self.config).to_empty(device="cpu"), self.contents["ema"].get("model", {})
         check_weights(weights, soda)
-        check_weights(self.contents["model"], soda)
+        if not self.reduced:
+            check_weights(self.contents["model"], soda)
         soda.load_state_dict(weights)
         return soda.eval().requires_grad_(False)
 
@@ -89,8 +95,9 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
     """Collective. Reads a checkpoint and combines its config with the user's config.
 
     Args:
-        config: the user's config, which already includes `overrides`; None: the config that is stored in the checkpoint
-            is used, with float32 arithmetic, and changed by `overrides`.
+        config: the user's config, which already includes `overrides`. It must name the data set of the checkpoint.
+            None: the config that is stored in the checkpoint is used, with float32 arithmetic, and changed by
+            `overrides`, which may choose another data set.
         checkpoint: path of the checkpoint; None: the newest checkpoint in the output_dir of `config`.
 
     Raises:
@@ -109,7 +116,10 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
     if config is None:
         config = override(trained_with, ["training.use_amp=false", *overrides], str(checkpoint))
         set_timeout(config.distributed.timeout_minutes)
-    _check_agreement(trained_with, config, checkpoint, contents["model"])
+        prefixes: tuple[str, ...] = MUST_AGREE
+    else:
+        prefixes = ("data.", *MUST_AGREE)
+    _check_agreement(trained_with, config, prefixes, checkpoint, contents["ema"].get("model", {}))
     views = trained_with.views.model_copy(update={"probe": config.views.probe})
     training = trained_with.training.model_copy(update={"use_amp": config.training.use_amp})
     as_trained = {"seed": trained_with.seed, "diffusion": trained_with.diffusion, "views": views, "training": training}
@@ -124,9 +134,11 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
     return Trained(checkpoint, contents, config)
 
 
-def _check_agreement(trained_with: Config, config: Config, checkpoint: Path, weights: dict[str, Any]) -> None:
-    """Raises ConfigError if `config` describes another model. The message says what to add to the command line."""
-    changed = differences(trained_with, config, run=False, prefixes=MUST_AGREE)
+def _check_agreement(
+    trained_with: Config, config: Config, prefixes: tuple[str, ...], checkpoint: Path, weights: dict[str, Any]
+) -> None:
+    """Raises ConfigError if keys that begin with `prefixes` differ. The message says what to add to the command."""
+    changed = differences(trained_with, config, run=False, prefixes=prefixes)
     if not changed:
         return
     to_add = dict(changed)
@@ -138,6 +150,19 @@ def _check_agreement(trained_with: Config, config: Config, checkpoint: Path, wei
     shapes = first_difference(weights, build_on_meta(config))
     reason = f" ({shapes})" if shapes else ""
     raise ConfigError(f"{checkpoint} was trained with another config{reason}: add {hint} to the command")
+
+
+def reduced_checkpoint(trained: Trained) -> dict[str, Any]:
+    """Returns the contents of a checkpoint that holds only the EMA model, in bf16, and what is needed to use it.
+
+    test.py, sample.py, embed.py and `load_encoder` open it. Training cannot resume from it. Its config is
+    `trained.config`.
+    """
+    weights = trained.soda().state_dict()
+    halved = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
+    kept = {name: trained.contents[name] for name in ("step", "data", "statistics")}
+    no_state: dict[str, Any] = {name: {} for name in ("model", "optimizer", "scaler", "tally")}
+    return no_state | kept | {"ema": {"model": halved}, "config": trained.config.to_yaml()}
 
 
 def check_weights(weights: dict[str, Any], model: nn.Module) -> None:

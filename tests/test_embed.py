@@ -117,6 +117,30 @@ def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> 
     assert (tmp_path / "out.npz").read_bytes() == before
 
 
+def test_an_exported_model_is_a_small_checkpoint(
+    run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The EMA model in bf16 opens as any checkpoint, with almost the same features. Training cannot resume from it."""
+    path = tmp_path / "published" / "model.pt"
+    root = str(tmp_path / "elsewhere")
+    assert embed_program.main(["--checkpoint", str(checkpoint), "--export", str(path), f"data.root={root}"]) == 0
+    assert capsys.readouterr().out == f"{path}\n" and list(path.parent.iterdir()) == [path]
+    assert path.stat().st_size < checkpoint.stat().st_size / 4
+    assert read_trained(None, path, []).config.data.root == root
+
+    pixels = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    z, expected = (as_evaluated(each, pixels)["z"] for each in (path, checkpoint))
+    assert not np.array_equal(z, expected) and np.abs(z - expected).max() < 0.05 * expected.std()
+    assert sample_program.main(["reconstruct", "--checkpoint", str(path), "--num_images", "1"]) == 0
+
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    path.rename(folder / "last.pt")
+    with pytest.raises(SystemExit, match="2"):
+        train_program.main([*digits_args(tmp_path / "run"), f"data.root={root}"])
+    assert "holds only the EMA model" in capsys.readouterr().err
+
+
 USE = {
     "encoder.pt2": "z, pooled = torch.export.load('encoder.pt2').module()(torch.from_numpy(pixels))",
     "encoder.onnx": "z, pooled = onnxruntime.InferenceSession('encoder.onnx').run(['z', 'pooled'], {'pixels': pixels})",

@@ -155,6 +155,11 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the result of `state_dict`. Raises CheckpointError if the state does not fit this model."""
+        if not state["model"]:
+            raise CheckpointError(
+                "the checkpoint holds only the EMA model, for test.py, sample.py and embed.py: training cannot resume "
+                "from it; choose another output_dir"
+            )
         check_weights(state["model"], self.soda)
         try:
             self._load(state)
