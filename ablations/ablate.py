@@ -20,13 +20,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ablations.plan import Ablation, Plan, Run, Stage, read_plan
+from ablations.plan import CONTROL_NEEDS, Ablation, Plan, Run, Stage, read_plan
 from ablations.result_rows import RESULTS
 from ablations.tables import markdown_tables
+from analysis import require
 from config.errors import ConfigError
 from utils import cli, signals
 from utils.files import InUseError, lock_file, write_text
+
+if TYPE_CHECKING:
+    from ablations.trial import Trial
 
 CALIBRATION_STEPS = 60
 POLL_S = 5.0  # seconds between looks at the runs of other drivers
@@ -177,7 +182,7 @@ class Driver:
 
         If a signal arrives, the run is only saved, and False is returned.
         """
-        from ablations.trial import Trial, write_encoder_parts
+        from ablations.trial import Trial
 
         began = time.monotonic()
         epochs = self._epochs_of(run, folder)
@@ -185,22 +190,35 @@ class Driver:
             return False
         training = run.config.training.model_copy(update={"epochs": epochs})
         trial = Trial(
-            run.config.model_copy(update={"training": training}), folder / "last.pt", self.ablation.plan.judging
+            run.config.model_copy(update={"training": training}), folder / "last.pt", run.judging, run.stage.control
         )
         logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "no overrides")
-        trial.train(self._must_stop)
-        self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)
-        if signals.received():
-            return False
+        last_judged = (self.ablation.row_of(run) or {}).get("epochs", 0.0)
+        every = run.stage.judge_every or epochs
+        for index, epoch in enumerate(
+            e for e in [*range(every, epochs, every), epochs] if e > last_judged or e == epochs
+        ):
+            trial.train(self._must_stop, end=epoch * trial.experiment.loader.steps_per_epoch)
+            if index == 0:
+                self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)
+            if signals.received():
+                return False
+            self._judge(run, trial)
+            if not trial.complete and self._must_stop():
+                return False
+        (folder / "last.pt").unlink()
+        return True
+
+    def _judge(self, run: Run, trial: "Trial") -> None:
+        """Judges a run and records the result."""
+        from ablations.trial import write_encoder_parts
+
         result = trial.judged()
         self._judging_s.append(result["evaluation_s"])
         if run.stage.keep:
             write_encoder_parts(trial.state.ema.ema_model.encoder, self.out / run.name, trial.config.to_yaml())
         self.ablation.record(run, {**result, "data": self.data_name or run.config.data.name})
         write_text(self.out / "table.md", markdown_tables(self.ablation))
-        if trial.complete:
-            (folder / "last.pt").unlink()
-        return trial.complete
 
     def _epochs_of(self, run: Run, folder: Path) -> int | None:
         """Returns the number of epochs of a run; None if the time is up, or a signal arrives, before it is known.
@@ -224,7 +242,7 @@ class Driver:
         assert stage.minutes
         kept = folder / f"epochs-{run.digest}"
         if not kept.exists():
-            trial = Trial(run.config, None)
+            trial = Trial(run.config, None, control=stage.control)
             trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self._must_stop())
             if trial.images_per_s is None:
                 return None
@@ -256,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     with cli.gather_user_errors():
         plan = read_plan(args.plan, args.overrides)
+        require(*(CONTROL_NEEDS[stage.control] for stage in plan.stages if stage.control in CONTROL_NEEDS))
         if args.table:
             print(markdown_tables(Ablation(plan, args.out / RESULTS)), end="")
             return 0

@@ -14,6 +14,11 @@ from config.schema import Config
 
 Name = Annotated[str, Field(pattern=r"^\w+$")]
 Judging = Literal["all", "config"]
+ControlName = Literal["simclr", "supervised"]
+"""Names of the controls (ablations/controls.py)."""
+
+CONTROL_NEEDS: dict[ControlName, str] = {"simclr": "pytorch_metric_learning"}
+"""Package that a control needs in addition to requirements.txt."""
 SET_BY_STAGES = ("seed=", "training.epochs=")
 
 
@@ -28,6 +33,9 @@ class Stage(BaseModel):
             `stage/variant`: the run has the same number of epochs as that variant of an earlier stage.
         base: name of an earlier stage; its best variant is the starting point of these variants.
         seeds: seeds that each variant is trained with.
+        judge_every: epochs between judgements while a run is trained, for curves; None: each run is judged once, at its
+            end.
+        control: objective that replaces SODA's for the encoder (ablations/controls.py); None: SODA's.
         keep: True also writes the trained encoders to files (see `write_encoder_parts`).
         variants: {name: overrides, as on the command line}.
     """
@@ -40,6 +48,8 @@ class Stage(BaseModel):
     images_of: str | None = None
     base: str | None = None
     seeds: list[Annotated[int, Field(ge=0)]] = [0]
+    judge_every: int | None = Field(default=None, ge=1)
+    control: ControlName | None = None
     keep: bool = False
     variants: dict[Name, list[str]] = {}
 
@@ -154,6 +164,8 @@ class Run:
         also = f"{stage.epochs} {stage.minutes} {stage.images_of}"
         if self.judging != "all":
             also += f" judged by {self.judging}"
+        if stage.control:
+            also += f" control {stage.control}"
         return result_digest(self.config, without=("data.root", "training.epochs"), also=also)
 
 

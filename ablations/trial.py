@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 import torchvision
 from torch import nn
 
-from ablations.plan import Judging
+from ablations.controls import attach_control, control_step
+from ablations.plan import ControlName, Judging
 from benchmarks.measure import machine
 from config.errors import ConfigError
 from config.reading import differences, parse_config
@@ -50,6 +51,7 @@ class Trial:
         config: config of the run.
         checkpoint: file to resume from and to save to; None: nothing is loaded or saved.
         judging: protocols of `judged` (see `Plan.judging`).
+        control: name of the objective that replaces SODA's (ablations/controls.py); None: SODA.
 
     Attributes:
         seconds: training time, summed over all starts of the run.
@@ -61,7 +63,13 @@ class Trial:
         ConfigError, DatasetError, OutOfMemoryError
     """
 
-    def __init__(self, config: Config, checkpoint: Path | None, judging: Judging = "all") -> None:
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: Path | None,
+        judging: Judging = "all",
+        control: ControlName | None = None,
+    ) -> None:
         torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
         self.config, self.checkpoint, self.judging = config, checkpoint, judging
         self.experiment: Experiment = open_experiment(config)
@@ -72,12 +80,13 @@ class Trial:
         if self.experiment.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.experiment.device)
         self.state: TrainState = initial_state(self.experiment)
+        self.control = attach_control(self.experiment, self.state, control) if control else None
         self.seconds = self.seconds_after_first_step = 0.0
         self.images_per_s: float | None = None
         self._losses: deque[torch.Tensor] = deque(maxlen=LOSSES)
         if checkpoint and checkpoint.exists():
             self._resume(checkpoint)
-        if choose_compile(config.training.compile, self.experiment.device):
+        if not control and choose_compile(config.training.compile, self.experiment.device):
             self.state.soda.compile()
 
     def _resume(self, checkpoint: Path) -> None:
@@ -102,20 +111,21 @@ class Trial:
         """True after the last step."""
         return self.state.step == self.experiment.total_steps
 
-    def train(self, must_stop: Callable[[], bool]) -> None:
-        """Trains to the last step, or until `must_stop` returns True. Then saves the state.
+    def train(self, must_stop: Callable[[], bool], end: int | None = None) -> None:
+        """Trains until `must_stop` returns True, or to the step `end` (None: the last step). Then saves the state.
 
         `must_stop` is called after the first step and then every LOOK_EVERY steps.
         """
         state, batch_size = self.state, self.config.training.batch_size
+        end = self.experiment.total_steps if end is None else end
         first_step, began, seconds_before = state.step, time.monotonic(), self.seconds
         after_first_step, after_warmup, saved = began, began, began
         with closing(training_pixels(self.experiment, first_step)) as pixels:
-            while not self.complete:
-                loss, _ = train_step(self.experiment, state, pixels, PhaseTimer())
+            while state.step < end:
+                loss = self._step(pixels)
                 self._losses.append(loss)
                 done = state.step - first_step
-                if done > 1 and done % LOOK_EVERY and not self.complete:
+                if done > 1 and done % LOOK_EVERY and state.step < end:
                     continue
                 loss.item()  # synchronises with the device, so that the clock measures finished steps
                 now = time.monotonic()
@@ -134,6 +144,17 @@ class Trial:
                     saved = now
         if state.step > first_step:
             self._save()
+
+    def _step(self, pixels: Iterator[torch.Tensor]) -> torch.Tensor:
+        if self.control:
+            return control_step(self.experiment, self.state, self.control, pixels)
+        loss, _ = train_step(self.experiment, self.state, pixels, PhaseTimer())
+        return loss
+
+    def _step_flops(self) -> int:
+        """Returns the FLOPs of a training step per image, forward and backward."""
+        encoder, _, whole = pass_flops(self.config, build_on_meta(self.config))
+        return 3 * (self.control.num_views * encoder if self.control else whole)
 
     def _save(self) -> None:
         if self.checkpoint is None:
@@ -156,7 +177,7 @@ class Trial:
             "epochs": step / experiment.loader.steps_per_epoch,
             "seconds": self.seconds,
             "images_per_s": self.images_per_s,
-            "step_gflop": 3 * pass_flops(self.config, build_on_meta(self.config))[-1] / 1e9,
+            "step_gflop": self._step_flops() / 1e9,
             "loss": torch.stack(list(self._losses)).mean().item() if self._losses else None,
             "table": table,
             "evaluation_s": time.monotonic() - began,

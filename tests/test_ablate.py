@@ -350,12 +350,12 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
     ]
     train = Trial.train
 
-    def failing(self: Trial, stop: Any) -> None:
+    def failing(self: Trial, stop: Any, **options: Any) -> None:
         if "huge" in str(self.checkpoint):
             raise OutOfMemoryError("out of memory: 3 GiB was requested; take a smaller model")
         if "screen" in str(self.checkpoint):
             raise RuntimeError("out of memory\nand more" if "large" in str(self.checkpoint) else "")
-        train(self, stop)
+        train(self, stop, **options)
 
     bench.patch.setattr(Trial, "train", failing)
     printed = bench.make("out", status=1)
