@@ -1,5 +1,7 @@
 """Tests of k-NN, the linear probe, the extraction of features and the table of accuracies."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,18 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 
+from ablations import floors
 from config.schema import KNN, Probe, ProbeView, View
 from datasets.images import StoredImages
 from evaluation import features, knn, linear_probe
+from evaluation.encoders import principal_components
 from evaluation.features import extract_features
 from evaluation.judge import accuracy_table
 from evaluation.knn import knn_votes, topk_accuracy
 from evaluation.linear_probe import LinearProbe
 from evaluation.protocols import KNNProtocol, ProbeProtocol, Protocol
+from tests.conftest import ROOT, experiment_of
 
 
 @pytest.mark.parametrize("k", [1, 7, 50])
@@ -238,3 +244,21 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
     assert noisy_z["good"] < 60 and probe_noisy["good"] < 60
     assert set(clean_pooled) == {"good"} and clean_pooled["good"] < 60, "`pixels` has no pooled features"
     assert seen == [("clean", 0)] * 6 + [("noisy", 0)] * 3 + [("noisy", 1)] * 3, "each view is made only once per epoch"
+
+
+def test_principal_components_are_scikit_learns(tmp_path: Path) -> None:
+    """Raw pixels along the first principal components equal scikit-learn's, apart from signs."""
+    experiment = experiment_of(tmp_path, "evaluation.batch_size=100")
+    train, test = (
+        experiment.views.evaluation(split.pixels).flatten(1) for split in (experiment.train, experiment.test)
+    )
+    expected = PCA(8, svd_solver="full").fit(train.numpy()).transform(test.numpy())
+    found = principal_components(experiment, 8)(experiment.views.evaluation(experiment.test.pixels), range(len(test)))
+    np.testing.assert_allclose(np.abs(found["z"].numpy()), np.abs(expected), atol=1e-3)
+
+
+def test_the_floors_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["device=cpu", "evaluation.probe.epochs=1", "encoder.latent_dim=6", "evaluation.batch_size=500"]
+    assert floors.main(["--config", str(ROOT / "config" / "digits.yaml"), *settings]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", head) == ["top-1 / top-3 (%)", "untrained", "raw pixels", "PCA to 6"] and len(rows) == 2
