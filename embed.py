@@ -7,9 +7,8 @@ exported model is a small checkpoint for test.py, sample.py and embed.py.
 import argparse
 from pathlib import Path
 
-from analysis import require
 from config.errors import ConfigError
-from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, run
+from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
 

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis import require
 from analysis.pictures import PICTURES, Picture
 from config.errors import ConfigError
-from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, run
+from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from config.errors import ConfigError
-from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, run
+from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
 from utils.logging import format_table
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     # Open the checkpoint and the images.
     with gather_user_errors():
         if args.report:
-            from analysis import report, require
+            from analysis import report
             from analysis.codec import Codec
 
             require(*report.NEEDS)

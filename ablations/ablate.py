@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 from ablations.plan import CONTROL_NEEDS, Ablation, Plan, Run, Stage, read_plan
 from ablations.result_rows import RESULTS
 from ablations.tables import markdown_tables
-from analysis import require
 from config.errors import ConfigError
 from utils import cli, signals
 from utils.files import InUseError, lock_file, write_text
@@ -274,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     with cli.gather_user_errors():
         plan = read_plan(args.plan, args.overrides)
-        require(*(CONTROL_NEEDS[stage.control] for stage in plan.stages if stage.control in CONTROL_NEEDS))
+        cli.require(*(CONTROL_NEEDS[stage.control] for stage in plan.stages if stage.control in CONTROL_NEEDS))
         if args.table:
             print(markdown_tables(Ablation(plan, args.out / RESULTS)), end="")
             return 0

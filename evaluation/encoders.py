@@ -111,7 +111,7 @@ def principal_components(experiment: Experiment, num_components: int) -> Encode:
     """
     name, num_train = experiment.config.evaluation.features, len(experiment.train)
     size = experiment.config.evaluation.batch_size
-    total = products = 0.0
+    total, products = torch.zeros((), device=experiment.device), torch.zeros((), device=experiment.device)
     for pixels in experiment.train.batches([range(i, min(i + size, num_train)) for i in range(0, num_train, size)]):
         raw = raw_pixels(experiment.views.evaluation(pixels.to(experiment.device)), num_train)
         total, products = total + raw.sum(dim=0), products + raw.T @ raw

@@ -187,7 +187,7 @@ def test_one_file_is_exported_with_the_packages_that_it_needs(
     installed = importlib.util.find_spec
     if ending == ".pt2":
         missing = ("onnx", "onnxscript", "onnxruntime")
-        monkeypatch.setattr("analysis.find_spec", lambda name: None if name in missing else installed(name))
+        monkeypatch.setattr("utils.cli.find_spec", lambda name: None if name in missing else installed(name))
         for name in missing:
             monkeypatch.setitem(sys.modules, name, None)  # its import raises an error
     path = tmp_path / "deep" / f"mine{ending}"
@@ -264,7 +264,7 @@ def test_an_extra_that_is_missing_is_named_before_any_work(
     module: str,
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("analysis.find_spec", lambda name: None if name == module else found(name))
+    monkeypatch.setattr("utils.cli.find_spec", lambda name: None if name == module else found(name))
     with pytest.raises(SystemExit, match="2"):
         program.main([*options, "--checkpoint", str(checkpoint)])
     assert capsys.readouterr().err == f"error: {module} is not installed: run pip install -r requirements-extra.txt\n"

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -111,6 +112,14 @@ def read_config_if_named(args: argparse.Namespace) -> Config | None:
 def overrides(args: argparse.Namespace) -> list[str]:
     """Returns the overrides on the command line, each as key=value."""
     return [*args.overrides, *(["training.use_amp=true"] if args.use_amp else [])]
+
+
+def require(*modules: str) -> None:
+    """Raises ConfigError if a module is not installed. The message names all missing modules."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        verb = "are" if len(missing) > 1 else "is"
+        raise ConfigError(f"{', '.join(missing)} {verb} not installed: run pip install -r requirements-extra.txt")
 
 
 @contextmanager
