@@ -2,10 +2,16 @@
 
 import difflib
 import hashlib
+import json
+import logging
+import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -13,37 +19,90 @@ from pydantic import ValidationError
 from config.errors import ConfigError
 from config.schema import Config, Section
 
+logger = logging.getLogger(__name__)
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does. It raises ConfigError if a key is given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [self.construct_object(name) for name, _ in node.value if name.tag != "tag:yaml.org,2002:merge"]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: key {name!r} is given twice: remove one of them")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+INT, FLOAT, BOOL, TEXT, TIMESTAMP, MERGE = (
+    f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "str", "timestamp", "merge")
 )
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Returns the plain values in a YAML text. Numbers such as 1e-4 are read as in YAML 1.2.
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose numbers are decimal. It raises ConfigError if a key is given twice.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90, 2026-11-25 as a date, and 1e-4 as text. Here, 010 is 10, 1e-4 is a number, and
+    the other two are text.
+    """
+
+    # For each first character of a value, (tag, pattern) of the types that the value may have.
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in yaml)
+        first: [(tag, pattern) for tag, pattern in types if tag not in (INT, FLOAT, TIMESTAMP)]
+        for first, types in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Returns the next mapping. Merges are still separate entries here, so they count as no repetition."""
+        node = super().compose_mapping_node(anchor)
+        names = [name.value for name, _ in node.value if name.tag != MERGE]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"line {node.start_mark.line + 1}: key {name!r} is given twice: remove one of them")
+        return node
+
+
+_Loader.add_implicit_resolver(INT, re.compile(r"^[-+]?[0-9]+(_[0-9]+)*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    FLOAT, re.compile(r"^[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$"), list("-+.0123456789")
+)
+_Loader.add_constructor(INT, lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor(FLOAT, lambda loader, node: float(loader.construct_scalar(node)))
+
+
+def parse_yaml(text: str, where: str, kind: Any = Any) -> Any:
+    """Returns the plain values in a YAML text. Numbers are decimal, as 010 (ten) and 1e-4.
 
     Raises ConfigError if the text is not valid YAML or gives a key twice.
 
     Args:
         where: origin of the text, for the error message.
+        kind: type of the value. If it is a section of the config, keys that take text keep values that look like
+            numbers as they are written, as in `output_dir: 010`.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 0x_; RecursionError: deep nesting
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(_with_text(node, kind))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}, {error}") from None
+
+
+def _with_text(node: yaml.Node, kind: Any) -> yaml.Node:
+    """Returns a YAML node, or text in its place if it is a number or a bool and the type `kind` takes text.
+
+    Changes the values of a mapping in the same way if `kind` is a section.
+    """
+    is_section = isinstance(kind, type) and issubclass(kind, Section)
+    if is_section and isinstance(node, yaml.MappingNode):
+        kinds = {name: field.annotation for name, field in kind.model_fields.items()} | {"<<": kind}
+        node.value = [(name, _with_text(value, kinds.get(str(name.value)))) for name, value in node.value]
+    elif is_section and isinstance(node, yaml.SequenceNode):  # sections to merge
+        node.value = [_with_text(each, kind) for each in node.value]
+    elif node.tag in (INT, FLOAT, BOOL) and takes_text(kind):
+        return yaml.ScalarNode(TEXT, node.value, node.start_mark, node.end_mark)
+    return node
+
+
+def takes_text(kind: Any) -> bool:
+    """Returns True if the values of the type `kind` are text, or one of several words, or either of these or null."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return all(isinstance(choice, str) for choice in inside)
+    if origin is Annotated:
+        return takes_text(inside[0])
+    if origin in (Union, UnionType):
+        return all(takes_text(each) for each in inside if each is not NoneType)
+    return kind is str
 
 
 def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -121,7 +180,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path), Config)
     except FileNotFoundError:
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.yaml")))
         raise ConfigError(f"no config file {path}" + (f": choose one of {there}" if there else "")) from None
@@ -135,9 +194,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except RecursionError:
         raise ConfigError(f"{path} has a YAML alias that refers to itself: remove it") from None
     config = _override(raw, overrides or [], str(path))
-    if not config.output_dir:
-        config = config.model_copy(update={"output_dir": str(Path("runs") / (path.stem.strip(".") or "run"))})
-    return config
+    if config.output_dir:
+        return config
+    return _override(config.model_dump(), [f"output_dir={_run_folder(path)}"], str(path))
+
+
+def _run_folder(config: Path) -> Path:
+    r"""Returns the default output_dir of a config file. Bytes of its name that are not text are written as \xe9."""
+    name = os.fsencode(config.stem.strip(".") or "run").decode(sys.getfilesystemencoding(), "backslashreplace")
+    folder = Path("runs") / name
+    if config.stem.strip(".") not in ("", name):
+        logger.info("output_dir is %s, because the name of the config file is not valid text", folder)
+    return folder
 
 
 def override(config: Config, overrides: list[str], where: str) -> Config:
@@ -146,7 +214,7 @@ def override(config: Config, overrides: list[str], where: str) -> Config:
     Args:
         where: origin of `config`, for the error message.
     """
-    return _override(parse_yaml(config.to_yaml(), where), overrides, where)
+    return _override(parse_yaml(config.to_yaml(), where, Config), overrides, where)
 
 
 def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
@@ -162,8 +230,33 @@ def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
             target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown key {name}: {section} is not a section (train.py --help lists the keys)")
-        target[last] = parse_yaml(value, f"the value of {name}")
+        target[last] = _from_words(value, f"the value of {name}", _kind(name))
     return _validate(raw, where)
+
+
+def _kind(name: str) -> Any:
+    """Returns the type of a key or section; None if there is no such key or section."""
+    kind: Any = Config
+    for part in name.split("."):
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
+        kind = fields[part].annotation if part in fields else None
+    return kind
+
+
+def _from_words(words: str, where: str, kind: Any) -> Any:
+    """Returns the value of type `kind` that a command line gives. Text is taken as it is typed."""
+    if not takes_text(kind):
+        return parse_yaml(words, where, kind)
+    return None if words == "null" and NoneType in get_args(kind) else words
+
+
+def to_words(values: dict[str, Any]) -> str:
+    """Returns {key: value} as arguments of a command, key=value, quoted for a shell."""
+    words = {
+        name: value if takes_text(_kind(name)) and value is not None else json.dumps(value)
+        for name, value in values.items()
+    }
+    return " ".join(shlex.quote(f"{name}={word}") for name, word in words.items())
 
 
 def parse_config(text: str, where: str) -> Config:
@@ -174,7 +267,7 @@ def parse_config(text: str, where: str) -> Config:
     Args:
         where: origin of the text, for the error message.
     """
-    return _validate(parse_yaml(text, where), where)
+    return _validate(parse_yaml(text, where, Config), where)
 
 
 def _value(config: Config, name: str) -> Any:

@@ -6,11 +6,21 @@ is resumed. A *run* key (paths, intervals, device, ...) may change whenever the 
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from config.consistency import check_consistency
 from model.names import Architecture, Initialization, Modulation, Prediction, Schedule, Stem, TimestepSampling
@@ -21,14 +31,31 @@ Positive = Annotated[float, Field(gt=0)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4)]
 
 
+# Python represents bytes of a path that are not text as surrogates. A config, which is UTF-8, cannot hold them.
+def _only_text(path: Any) -> Any:
+    if isinstance(path, str):
+        try:
+            path.encode()
+            os.fsencode(path)
+        except UnicodeEncodeError:
+            encoding, shown = sys.getfilesystemencoding(), ascii(path)
+            hint = "" if encoding == "utf-8" else ", or set PYTHONUTF8=1"
+            raise ValueError(f"{shown} is not a path in {encoding}: choose a path in ASCII letters{hint}") from None
+    return path
+
+
 # A path may start with ~. It must not contain a null character.
 def _path(text: str) -> str:
     if any(len(os.fsencode(part)) > 255 for part in text.split("/")):
         raise ValueError("a name in a path has at most 255 bytes: choose a shorter one")
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        user = text.split("/")[0]
+        raise ValueError(f"{user} has no home folder: write the path in full, or ./{text} if it is a name") from None
 
 
-PathText = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(_path)]
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$"), BeforeValidator(_only_text), AfterValidator(_path)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 

@@ -1,8 +1,6 @@
 """Opening of a checkpoint of train.py, for programs that use the trained model: test.py, sample.py, embed.py."""
 
-import json
 import logging
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 
 from config.errors import ConfigError
-from config.reading import differences, override, parse_config
+from config.reading import differences, override, parse_config, to_words
 from config.schema import Config
 from experiment.models import build_on_meta, to_device
 from experiment.opening import Experiment, open_experiment
@@ -146,7 +144,7 @@ def _check_agreement(
         # The present values of these keys may not be valid with the modulation of the checkpoint.
         to_add |= differences(trained_with, config, run=False, prefixes=("training.mask.",))
         to_add |= differences(trained_with, config, run=True, prefixes=("sampling.sections", "sampling.guidance"))
-    hint = " ".join(shlex.quote(f"{name}={json.dumps(old)}") for name, (old, _) in to_add.items())
+    hint = to_words({name: old for name, (old, _) in to_add.items()})
     shapes = first_difference(weights, build_on_meta(config))
     reason = f" ({shapes})" if shapes else ""
     raise ConfigError(f"{checkpoint} was trained with another config{reason}: add {hint} to the command")

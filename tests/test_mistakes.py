@@ -110,7 +110,7 @@ MISTAKES = [
     Mistake("malicious.pt cannot be read", checkpoint("malicious"), "test.py"),
     Mistake("other.pt is not a checkpoint of this program", checkpoint("other"), "test.py"),
     Mistake(
-        """add 'decoder.modulation="shared"' training.mask.section_probability=0.0 sampling.sections=null""",
+        """add decoder.modulation=shared training.mask.section_probability=0.0 sampling.sections=null""",
         [
             *checkpoint("good"),
             "decoder.modulation=sectioned",
