@@ -53,8 +53,8 @@ _Loader.add_implicit_resolver(INT, re.compile(r"^[-+]?[0-9]+(_[0-9]+)*$"), list(
 _Loader.add_implicit_resolver(
     FLOAT, re.compile(r"^[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$"), list("-+.0123456789")
 )
-_Loader.add_constructor(INT, lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor(FLOAT, lambda loader, node: float(loader.construct_scalar(node)))
+_Loader.add_constructor(INT, lambda _, node: int(node.value))
+_Loader.add_constructor(FLOAT, lambda _, node: float(node.value))
 
 
 def parse_yaml(text: str, where: str, kind: Any = Any) -> Any:

@@ -4,19 +4,20 @@ In both cases, all files are decoded once before training starts: to cache their
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,8 +32,11 @@ BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
 
 
 def memory_bytes() -> int:
-    """Returns the bytes of memory that this process may use: the machine's, or the container's limit if it is lower."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    """Returns the bytes of memory that this process may use: the machine's, or the container's limit if it is lower.
+
+    On Windows, which has no `sysconf`, the memory counts as unlimited.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no such file, or `max`, which means no limit
             limits.append(int(Path(file).read_text()))
@@ -130,9 +134,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     _remove_leftovers(path.parent, f"{path.name}.*.partial")
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
-            with suppress(OSError):  # some storage has no locks; leftovers are not removed there
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with open(partial, "xb") as file, ExitStack() as held:
+            with suppress(OSError, NotImplementedError):  # some storage has no locks; leftovers are not removed there
+                held.enter_context(FileLock(partial, timeout=0))
             file.write(bytes(4096))  # a full or read-only disk fails here, not after the decoding
             file.flush()
             yield partial
@@ -194,8 +198,7 @@ def _decode_all(listing: Listing, image_size: int, num_workers: int, out: np.nda
 def _remove_leftovers(folder: Path, pattern: str) -> None:
     """Removes the files in `folder` that match `pattern` and that no process has locked."""
     for left in folder.glob(pattern):
-        with suppress(OSError), open(left, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError, NotImplementedError), FileLock(left, timeout=0):
             left.unlink()
 
 

@@ -14,8 +14,8 @@ from tests import processes
 from tests.conftest import launch_two
 from utils.distributed import collectives
 from utils.distributed.data_parallel import GlobalBatchNorm2d, convert_batch_norm
-from utils.distributed.processes import my_range
-from utils.distributed.rendezvous import _call_roll
+from utils.distributed.processes import RendezvousError, my_range
+from utils.distributed.rendezvous import Patience, _call_roll
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int |
 
     def start(rank: int) -> str:
         time.sleep(0.2 if rank == slow else 0)
-        return _call_roll(store, rank, 3, timeout)
+        return _call_roll(store, rank, 3, Patience(timeout))
 
     for _ in range(3):
         with ThreadPoolExecutor(3) as processes:
@@ -191,9 +191,9 @@ def test_processes_of_one_start_do_not_take_anothers_keys_for_theirs(slow: int |
         rolls += found
     assert len(set(rolls)) == 3
     with ThreadPoolExecutor(2) as processes:  # a start with one process fewer
-        assert len(set(processes.map(lambda rank: _call_roll(store, rank, 2, timeout), range(2)))) == 1
-    with pytest.raises(RuntimeError, match="Timed out waiting"):
-        _call_roll(store, 0, 3, timedelta(seconds=0.1))  # the other ranks' tokens are those of an earlier start
+        assert len(set(processes.map(lambda rank: _call_roll(store, rank, 2, Patience(timeout)), range(2)))) == 1
+    with pytest.raises(RendezvousError, match="no process with rank 1, 2 has started within"):
+        _call_roll(store, 0, 3, Patience(timedelta(seconds=0.1)))  # the other tokens are those of an earlier start
 
 
 @pytest.mark.parametrize(("total", "multiple"), [(16, 4), (6, 4), (1, 4), (0, 1), (7, 1), (64, 8)])

@@ -23,7 +23,7 @@ from utils.distributed.collectives import (
     reason_of_lost_peers,
     set_timeout,
 )
-from utils.distributed.processes import check_launcher, rank, world_size
+from utils.distributed.processes import RendezvousError, check_launcher, rank, world_size
 from utils.logging import start_logging
 
 
@@ -222,6 +222,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         _leave(signals.STATUS, stopped.message if rank() == 0 else "")
     except SystemExit as ended:
         status = ended.code
+    except RendezvousError as error:
+        _leave(2, f"error: {error}")
     except SharedError as error:  # raised on all ranks at the same step
         _leave(2, f"error: {error}" if rank() == 0 else "")
     except UserError as error:

@@ -3,9 +3,9 @@
 import ctypes
 import importlib.util
 import logging
+import math
 import os
 import re
-import resource
 import shutil
 import sys
 import sysconfig
@@ -154,8 +154,12 @@ def memory_for(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Returns the peak memory in MB: of the device on CUDA, else of the process."""
+    """Returns the peak memory in MB: of the device on CUDA, else of the process (on Windows: NaN)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # Windows has no such module
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

@@ -1,14 +1,14 @@
 """Small files that are written completely or not at all, locks, and errors of folders that cannot be written to."""
 
 import errno
-import fcntl
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from config.errors import UserError
 
@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    with open(partial, "rb") as file:
+    with open(partial, "r+b") as file:  # Windows flushes only files that are open for writing
         os.fsync(file.fileno())
     partial.replace(path)
 
@@ -69,23 +69,24 @@ class InUseError(Exception):
     """A lock that another process holds. The message names the process."""
 
 
-def lock_file(path: Path) -> TextIO:
-    """Locks `path`, which is created if it is missing, and returns the open file.
+def lock_file(path: Path) -> ExitStack:
+    """Locks `path`, which is created if it is missing. Closing the returned stack, or leaving its context, unlocks it.
 
-    The lock is held until the file is closed or this process ends in any way. Raises InUseError if another process
-    holds the lock, and OSError if `path` cannot be written. If the storage does not support locks, logs it and
-    continues.
+    The end of this process also unlocks `path`. Raises InUseError if another process holds the lock, and OSError if
+    `path` cannot be written. If the storage does not support locks, logs it and continues.
     """
-    file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+    open(path, "a").close()
+    held, lock = ExitStack(), FileLock(path, timeout=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            raise InUseError(holder or "another process") from None
-        logger.info("%s cannot be locked (%s): make sure that no second run uses its folder", path, error.strerror)
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    return file
+        lock.acquire()
+        held.callback(lock.release)
+    except Timeout:
+        holder = ""
+        with suppress(OSError):  # Windows lets nobody read a locked file
+            holder = path.read_text(encoding="utf-8", errors="replace").strip()
+        raise InUseError(holder or "another process") from None
+    except (OSError, NotImplementedError) as error:
+        logger.info("%s cannot be locked (%s): make sure that no second run uses its folder", path, error)
+    with suppress(OSError):
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    return held

@@ -6,6 +6,7 @@ recorded, and the training loop ends the program after it has saved the state.
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
@@ -30,20 +31,25 @@ def watch() -> None:
 
     SIGHUP stays ignored if it is ignored already. A second SIGINT ends the process in any case.
     """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    Thread(target=_count_interrupts, args=(read_end,), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+    read_end, write_end = socket.socketpair()  # Windows takes no pipe
+    write_end.setblocking(False)
+    signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+    Thread(target=_count_interrupts, args=(read_end, write_end), daemon=True).start()
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has only the first two
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup ignores SIGHUP
             signal.signal(number, _note)
 
 
-def _count_interrupts(read_end: int) -> None:
-    """Ends the process at the second SIGINT, even if its main thread hangs in a library and handles no signals."""
+def _count_interrupts(read_end: socket.socket, write_end: socket.socket) -> None:
+    """Ends the process at the second SIGINT, even if its main thread hangs in a library and handles no signals.
+
+    Args:
+        write_end: socket that Python writes to. It is an argument so that it stays open.
+    """
     count = 0
     while count < 2:
-        count += os.read(read_end, 1)[0] == signal.SIGINT
+        count += read_end.recv(1)[0] == signal.SIGINT
     os._exit(128 + signal.SIGINT)
 
 

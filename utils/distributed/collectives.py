@@ -40,7 +40,10 @@ def set_timeout(minutes: float) -> None:
 
 
 def init() -> None:
-    """Collective. Opens the default process group (gloo, on the host) if it is not open yet."""
+    """Collective. Opens the default process group (gloo, on the host) if it is not open yet.
+
+    Raises RendezvousError if the other ranks do not start, or if the port of the rendezvous is in use.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -201,7 +204,7 @@ def first_on_each_node(work: Callable[[], T]) -> T:
     my_turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     result: Any = None
     for turn in range(3):
-        working = _run_in_thread(work) if turn == my_turn else None
+        working = run_in_thread(work) if turn == my_turn else None
         any_busy = True
         while any_busy:
             busy = working is not None and bool(wait([working], SIGN_OF_LIFE_S).not_done)
@@ -211,8 +214,8 @@ def first_on_each_node(work: Callable[[], T]) -> T:
     return result
 
 
-def _run_in_thread(work: Callable[[], T]) -> Future[T]:
-    """Starts `work` in a daemon thread, so that this process can exit before `work` ends if another rank fails."""
+def run_in_thread(work: Callable[[], T]) -> Future[T]:
+    """Starts `work` in a daemon thread and returns its future. This process can exit before `work` ends."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -196,9 +197,12 @@ def _give_another_name(path: Path, other: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk. Ignores a missing path."""
-    if path.exists():
-        descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file's content, or a folder's list of names, is on the disk. Ignores a missing path.
+
+    Windows writes the names of a folder by itself, and flushes only files that are open for writing.
+    """
+    if path.exists() and not (sys.platform == "win32" and path.is_dir()):
+        descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
