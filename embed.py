@@ -10,7 +10,7 @@ from pathlib import Path
 from config.errors import ConfigError
 from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, require, run
 from utils.distributed.processes import rank
-from utils.files import check_writable
+from utils.files import check_writable, read_names
 
 EXAMPLES = """\
   python embed.py --checkpoint runs/digits/checkpoints/last.pt --split test --out digits.npz
@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options of the command line. Raises ConfigError if an option is wrong."""
     parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
-    parser.fromfile_prefix_chars = "@"
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--split", choices=("train", "test"), help="encode the images of this split of the data set")
     task.add_argument(
@@ -108,8 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--files",
         nargs="+",
         metavar="FILE",
-        help="encode these image files; @LIST reads their names from the text file LIST; put key=value before this "
-        "option",
+        help="encode these image files; @LIST reads their names from the text file LIST, one per line (write ./@NAME "
+        "for an image called @NAME); put key=value before this option",
     )
     task.add_argument(
         "--export",
@@ -126,6 +125,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "with the split, the folder's name or `files` as NAME",
     )
     args = parser.parse_intermixed_args(argv)
+    if args.files:
+        lists = [read_names(Path(file[1:])) if file.startswith("@") else [file] for file in args.files]
+        args.files = [file for names in lists for file in names]
     if args.out and args.export:
         raise ConfigError(f"--out {args.out} is for features: remove it, because --export names its own file or folder")
     if args.out and args.out.suffix not in (".npz", ".safetensors"):

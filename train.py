@@ -4,6 +4,7 @@ If a run was stopped, the same command resumes it from its last checkpoint.
 """
 
 import logging
+import shlex
 from pathlib import Path
 
 from config.schema import Config
@@ -87,7 +88,7 @@ def report(config: Config) -> None:
     print(f"\ncheckpoint   {folder / 'checkpoints' / 'last.pt'}")
     if grids:
         print(f"sample grid  {grids[-1]}")
-    print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
+    print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
 
 
 if __name__ == "__main__":

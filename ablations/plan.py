@@ -101,7 +101,7 @@ def read_plan(path: Path, overrides: list[str]) -> Plan:
         overrides: overrides that apply to every run, in addition to those of the plan.
     """
     try:
-        plan = Plan.model_validate(parse_yaml(path.read_text(), str(path)))
+        plan = Plan.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
     except OSError as error:
         raise ConfigError(
             f"cannot read the plan {path} ({error.strerror}): name a YAML file, such as ablations/plans/cifar10.yaml"

@@ -1,6 +1,7 @@
 """Features of named images, and the file that stores names and features."""
 
 import json
+import shlex
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +55,13 @@ def images_of_folder(folder: Path, config: Config) -> NamedImages:
     """
     listing = list_images(folder)
     if {"train"} < set(listing.classes) <= {"train", "test", "val"}:
-        raise DatasetError(f"{folder} holds splits, not classes: choose one split, e.g. --folder {folder / 'train'}")
+        choice = shlex.quote(str(folder / "train"))
+        raise DatasetError(f"{folder} holds splits, not classes: choose one split, e.g. --folder {choice}")
     return _images_of_listing(listing, config)
 
 
 def images_of_files(files: list[str], config: Config) -> NamedImages:
     """Collective. Returns image files in the given order. Raises DatasetError if a file does not exist."""
-    files = [file for file in files if file]  # an @LIST file may end in an empty line
     missing = next((file for file in files if not Path(file).is_file()), None)
     if missing is not None:
         hint = "; put key=value before --files" if "=" in missing else ""

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from datasets.decoding import StreamedImages, decode_batches, num_cores
 from datasets.images import DatasetError, Images, StoredImages, Summary, summarize
 from datasets.listing import Listing
+from utils.files import native_lock
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         with open(partial, "xb") as file, ExitStack() as held:
             with suppress(OSError, NotImplementedError):  # some storage has no locks; leftovers are not removed there
-                held.enter_context(FileLock(partial, timeout=0))
+                held.enter_context(native_lock(partial))
             file.write(bytes(4096))  # a full or read-only disk fails here, not after the decoding
             file.flush()
             yield partial
@@ -198,7 +198,7 @@ def _decode_all(listing: Listing, image_size: int, num_workers: int, out: np.nda
 def _remove_leftovers(folder: Path, pattern: str) -> None:
     """Removes the files in `folder` that match `pattern` and that no process has locked."""
     for left in folder.glob(pattern):
-        with suppress(OSError, NotImplementedError), FileLock(left, timeout=0):
+        with suppress(OSError, NotImplementedError), native_lock(left):
             left.unlink()
 
 

@@ -1,6 +1,7 @@
 """Command-line parsing, error messages and exit statuses of all programs."""
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -163,9 +164,14 @@ def _leave(status: int, message: str) -> NoReturn:
 
 
 class _Console:
-    """Stream that discards its output after a failed write: a full disk, or a terminal or `tee` that has ended."""
+    """Stream that discards its output after a failed write: a full disk, or a terminal or `tee` that has ended.
+
+    Characters that its encoding lacks, as in paths on an ASCII terminal, are written as escapes such as \\xe9.
+    """
 
     def __init__(self, stream: TextIO | None) -> None:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
     def __getattr__(self, name: str) -> Any:
@@ -198,8 +204,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Runs a program and exits with its status.
 
     The exit status is 0 if the program finished and 2 after an error that the user can fix. It is 75 if a signal
-    stopped the program, or if the other processes cannot be reached. In both cases, the same command resumes. It is
-    130 after a second Ctrl-C. Any other status is a bug.
+    stopped the program, or if it has lost the other processes. In both cases, the same command resumes. It is 130 after
+    a second Ctrl-C. Any other status is a bug.
 
     After a UserError in `main`, this process exits immediately, without waiting for the others. They may be inside a
     collective of tensors, and closing NCCL would wait for all of them. The launcher ends them when this process has

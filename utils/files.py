@@ -1,5 +1,6 @@
 """Small files that are written completely or not at all, locks, and errors of folders that cannot be written to."""
 
+import codecs
 import errno
 import logging
 import os
@@ -7,8 +8,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from config.errors import UserError
 
@@ -36,6 +38,26 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file, completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_names(path: Path) -> list[str]:
+    """Returns the file names in a text file with one name per line.
+
+    Blanks around a name are removed, unless there is a file with these blanks in its name. The file may begin with a
+    byte-order mark, of UTF-8 or UTF-16. Raises OSError, or UserError if the file has no names or cannot be decoded.
+    """
+    content = path.read_bytes()
+    marked = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = next((name for mark, name in marked.items() if content.startswith(mark)), None)
+    try:
+        text = content.decode(encoding, "surrogateescape") if encoding else os.fsdecode(content)
+    except UnicodeError as error:
+        raise UserError(f"cannot read the list {path} ({error}): save it as UTF-8") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    names = [line if line.strip() and Path(line).exists() else line.strip() for line in lines]
+    if not any(names):
+        raise UserError(f"the list {path} is empty: write a file name into each line")
+    return [name for name in names if name]
 
 
 def check_writable(path: Path) -> None:
@@ -69,6 +91,17 @@ class InUseError(Exception):
     """A lock that another process holds. The message names the process."""
 
 
+def native_lock(path: Path) -> BaseFileLock:
+    """Returns the operating system's lock of a file. To hold it, enter it as a context.
+
+    Entering raises filelock.Timeout, an OSError, if another process holds the lock. It raises another OSError or
+    NotImplementedError if the storage does not support locks.
+    """
+    # Newer versions of filelock can imitate locks. An imitated lock of a file with other contents looks held.
+    options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    return FileLock(path, timeout=0, **options)
+
+
 def lock_file(path: Path) -> ExitStack:
     """Locks `path`, which is created if it is missing. Closing the returned stack, or leaving its context, unlocks it.
 
@@ -76,10 +109,9 @@ def lock_file(path: Path) -> ExitStack:
     `path` cannot be written. If the storage does not support locks, logs it and continues.
     """
     open(path, "a").close()
-    held, lock = ExitStack(), FileLock(path, timeout=0)
+    held = ExitStack()
     try:
-        lock.acquire()
-        held.callback(lock.release)
+        held.enter_context(native_lock(path))
     except Timeout:
         holder = ""
         with suppress(OSError):  # Windows lets nobody read a locked file

@@ -41,7 +41,7 @@ def log_to(folder: Path) -> Iterator[None]:
     was doing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / f"rank_{rank()}.log")
+    file = logging.FileHandler(folder / f"rank_{rank()}.log", encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     setattr(file, "handleError", lambda record: None)  # noqa: B010 (mypy) a full disk is reported elsewhere
     root = logging.getLogger()

@@ -6,6 +6,7 @@ and SHA256SUMS. If last.pt is damaged, an older checkpoint is used.
 
 import hashlib
 import logging
+import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +74,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")
+    if path.is_dir():
+        inside = next((file for file in (path / LAST, path / "checkpoints" / LAST) if file.exists()), None)
+        advice = f"use {shlex.quote(str(inside))}" if inside else "name a checkpoint file"
+        raise CheckpointError(f"{path} is a folder: {advice}")
     try:
         sums = read_sums(path.parent)
         with open(path, "rb") as file:  # opened only once, because a run may replace the file

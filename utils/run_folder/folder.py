@@ -177,9 +177,9 @@ class RunFolder:
         if not written.exists():
             return None
         try:
-            if not written.read_text().strip():
+            if not written.read_text(encoding="utf-8").strip():
                 raise ConfigError("it is empty")
-            return parse_config(written.read_text(), str(written))
+            return parse_config(written.read_text(encoding="utf-8"), str(written))
         except (ConfigError, UnicodeDecodeError, IsADirectoryError):
             raise ConfigError(f"{written} was not written by this program: choose another output_dir") from None
 
