@@ -100,8 +100,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     task.add_argument(
         "--folder",
         type=Path,
-        help="encode all images in this folder and its sub-folders; if all images are in sub-folders, the sub-folders "
-        "are the classes",
+        help="encode all images in this folder and its sub-folders; if most images are in sub-folders, the sub-folders "
+        "are the classes, and the other images are left out",
     )
     task.add_argument(
         "--files",

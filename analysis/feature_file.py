@@ -15,7 +15,7 @@ from analysis.image_encoder import ImageEncoder
 from config.schema import Config
 from datasets.decoding import decode_batches, num_cores
 from datasets.images import DatasetError, Images
-from datasets.listing import Listing, list_images
+from datasets.listing import Listing, holds_splits, list_images
 from evaluation.features import Features, extract_features
 from utils.device import autocast, memory_for
 from utils.distributed.collectives import all_equal
@@ -48,14 +48,14 @@ def images_of_split(images: Images, split: str) -> NamedImages:
 
 
 def images_of_folder(folder: Path, config: Config) -> NamedImages:
-    """Collective. Returns all images below a folder.
+    """Collective. Returns the images below a folder, with the sub-folders as classes if most images are in them.
 
-    If no image is directly in the folder, its sub-folders are the classes. Raises DatasetError if there are no images,
-    if the sub-folders are splits, or if the ranks find different images.
+    Raises DatasetError if there are no images, if the sub-folders are splits, or if the ranks find different images.
     """
     listing = list_images(folder)
-    if {"train"} < set(listing.classes) <= {"train", "test", "val"}:
-        choice = shlex.quote(str(folder / "train"))
+    if holds_splits(listing.classes):
+        train = folder / next(name for name in listing.classes if holds_splits([name, "test"]))
+        choice = shlex.quote(str(train))
         raise DatasetError(f"{folder} holds splits, not classes: choose one split, e.g. --folder {choice}")
     return _images_of_listing(listing, config)
 

@@ -13,6 +13,7 @@ from config.errors import ConfigError
 from datasets.decoding import decode
 from datasets.images import DatasetError, Images
 from utils.randomness import generator
+from utils.text import compose
 
 SYNTAX = "12 (a test image), train:12, or the path of an existing file"
 
@@ -100,6 +101,7 @@ def find_class(classes: list[str], name: str) -> int:
     """Returns the index of a class by its name. Raises ConfigError if there is no such class."""
     if not classes:
         raise ConfigError(f"no class {name}: the images have no labels: leave --class out, or name images as terms")
+    name = compose(name)
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
         known = ", ".join(classes) if len(classes) <= 20 else f"{', '.join(classes[:20])}, ..."

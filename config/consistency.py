@@ -88,6 +88,9 @@ def check_consistency(config: Any) -> None:
         raise ValueError(
             f"data.stream is for data sets of image files, tiny and folder, not for {config.data.name}: remove it"
         )
+    for name, value in (("holdout", config.data.holdout), ("labels", config.data.labels)):
+        if value and config.data.name != "folder":
+            raise ValueError(f"data.{name} is for data.name=folder, not for {config.data.name}: remove it")
     if config.training.micro_batch_size and config.training.batch_size % config.training.micro_batch_size:
         raise ValueError("training.micro_batch_size must divide training.batch_size: change one of them")
     if config.sampling.num_sampling_steps > config.diffusion.num_timesteps:

@@ -116,6 +116,20 @@ class Data(Section):
         ge=1,
         le=1024,
     )
+    holdout: float = key(
+        0.0,
+        "fraction of each class of `folder` that is held out as the test split if there is none; the images are drawn "
+        "by seed; 0: none",
+        ge=0,
+        lt=1,
+    )
+    labels: PathText = key(
+        "",
+        "text file that gives the path of each image of `folder`, relative to data.root, and its label, or two or more "
+        "columns of 0 and 1; the file is searched in the current folder, then in data.root; empty: the class folders "
+        "give the labels",
+        run=True,
+    )
 
 
 class View(Section):

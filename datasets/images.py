@@ -52,12 +52,15 @@ class Images(ABC):
         shape: (N, 3, size, size).
         labels: (N,) int64, indices into `classes`; None if the images have no labels.
         classes: names of the classes.
+        attributes: (N, A) uint8, 0/1 values of each image, named by `attribute_names`; None if there are none.
         summary: summary of all pixels.
         names: names of the files, in order; None if the images do not come from files.
     """
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor | None, classes: list[str], summary: Summary) -> None:
         assert shape[1] == 3 and (labels is None or len(labels) == shape[0])
+        self.attributes: Tensor | None = None
+        self.attribute_names: list[str] = []
         self.shape, self.labels, self.classes, self.summary = torch.Size(shape), labels, classes, summary
         self.names: list[str] | None = None
 
@@ -108,6 +111,7 @@ class StoredImages(Images):
     def to(self, device: torch.device) -> "StoredImages":
         """Returns the same images in the memory of `device`."""
         moved = StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
+        moved.attributes, moved.attribute_names = self.attributes, self.attribute_names
         moved.names = self.names
         return moved
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torchvision import datasets as torchvision_datasets
 
 from config.schema import Data
 from datasets.cache import choose_stream, open_listing
+from datasets.holdout import hold_out
 from datasets.images import DatasetError, Images, Statistics, StoredImages, from_arrays
-from datasets.listing import Listing, list_folder, list_tiny_imagenet
+from datasets.listing import Listing, list_folder, list_labelled, list_tiny_imagenet
 from utils.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -130,15 +132,38 @@ def open_listings(listings: tuple[Listing, Listing | None], data: Data, processe
     return open_listing(train, *how), open_listing(test, *how) if test else None
 
 
-SOURCES: dict[str, Callable[[Data, int], Splits]] = {
-    "digits": lambda data, _: load_digits(data.image_size),
-    "fashion_mnist": lambda data, _: load_fashion_mnist(Path(data.root), data.image_size),
-    "cifar10": lambda data, _: load_cifar(Path(data.root), data.image_size, 10),
-    "cifar100": lambda data, _: load_cifar(Path(data.root), data.image_size, 100),
-    "tiny": lambda data, processes: open_listings(list_tiny_imagenet(Path(data.root)), data, processes),
-    "folder": lambda data, processes: open_listings(list_folder(Path(data.root)), data, processes),
+def open_folder(data: Data, processes: int, seed: int) -> Splits:
+    """Opens a folder of image files, with a test split that is held out if `data.holdout` asks for it.
+
+    Images without labels have no test split. Raises DatasetError.
+    """
+    root, held_out = Path(data.root), data.holdout > 0
+    train, test = list_labelled(root, Path(data.labels), held_out) if data.labels else list_folder(root, held_out)
+    if held_out and test is None:
+        train, test = hold_out(train, data.holdout, seed)
+    elif held_out:
+        logger.info("data.holdout=%g is ignored, because there is a test split", data.holdout)
+    if train.labels is None:
+        if test is not None:
+            logger.info("the %d test images have attributes, but no labels: they are not used", len(test.files))
+        test = None
+    splits = open_listings((train, test), data, processes)
+    if train.attributes:
+        names = splits[0].names or []
+        splits[0].attributes = torch.tensor([train.attributes[name] for name in names], dtype=torch.uint8)
+        splits[0].attribute_names = train.attribute_names
+    return splits
+
+
+SOURCES: dict[str, Callable[[Data, int, int], Splits]] = {
+    "digits": lambda data, *_: load_digits(data.image_size),
+    "fashion_mnist": lambda data, *_: load_fashion_mnist(Path(data.root), data.image_size),
+    "cifar10": lambda data, *_: load_cifar(Path(data.root), data.image_size, 10),
+    "cifar100": lambda data, *_: load_cifar(Path(data.root), data.image_size, 100),
+    "tiny": lambda data, processes, _: open_listings(list_tiny_imagenet(Path(data.root)), data, processes),
+    "folder": open_folder,
 }
-"""Function of each `data.name`: (`data` section, number of processes that share this machine's cores) -> splits."""
+"""Function of each `data.name`: (`data` section, processes that share this machine's cores, seed) -> splits."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +175,13 @@ class DatasetInfo:
     std: tuple[float, ...]
 
 
-def build_dataset(data: Data, processes: int = 1) -> tuple[Images, Images | None, DatasetInfo]:
+def build_dataset(data: Data, processes: int = 1, seed: int = 0) -> tuple[Images, Images | None, DatasetInfo]:
     """Returns (training split, test split or None, info). Raises DatasetError if images are missing or unusable.
 
     Args:
         processes: number of processes that share this machine's cores.
+        seed: seed of the run, which draws the images that are held out.
     """
-    train, test = SOURCES[data.name](data, processes)
+    train, test = SOURCES[data.name](data, processes, seed)
     mean, std = STATISTICS.get(data.name) or train.summary.statistics
     return train, test, DatasetInfo(train.classes, mean, tuple(max(s, 1e-3) for s in std))

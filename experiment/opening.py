@@ -53,7 +53,7 @@ def open_experiment(config: Config) -> Experiment:
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
     device, amp_dtype = open_device(config)
-    train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
+    train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size(), config.seed))
     data_digest = train.digest()
     if not all_equal((data_digest, test and test.digest())):
         raise DatasetError(

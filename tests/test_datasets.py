@@ -544,8 +544,9 @@ def test_a_refused_download_says_which_file_to_put_where(
         (lambda root: (root / "train" / "ant" / "0.png").write_bytes(b"no image"), "ant/0.png"),
         (lambda root: os.truncate(root / "test" / "bee" / "0.png", 45), "bee/0.png"),
         (lambda root: (root / "test").rename(root / "other"), "neither test/ nor val/"),
-        (lambda root: (root / "test" / "ant").rename(root / "test" / "cow"), "ant, cow"),
-        (lambda root: [p.unlink() for p in (root / "train" / "ant").iterdir()], "no images in"),
+        (lambda root: [f.rename(f"{f}_") for f in (root / "test").iterdir()], "no images in the classes of"),
+        (lambda root: [p.unlink() for p in root.rglob("*.*") if p.is_file()], "no images in"),
+        (lambda root: [p.unlink() for p in (root / "train" / "ant").iterdir()], "only one class"),
         (lambda root: root.rename(root.parent / "gone"), "no folder"),
     ],
 )

@@ -78,7 +78,7 @@ def test_features_of_a_split_are_those_of_the_evaluation(
 
 
 def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> None:
-    """Images are decoded as in the data sets. Sub-folders are classes if no image is directly in the folder."""
+    """Images are decoded as in the data sets. Sub-folders are classes, also beside a few images."""
     generator = np.random.default_rng(0)
     paths = [tmp_path / "photos" / name for name in ("b/2.png", "b/deep/1.png", "a/9.png")]
     for path in paths:
@@ -98,9 +98,16 @@ def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> 
     assert found["labels"].tolist() == [0, 1, 1] and found["classes"].tolist() == ["a", "b"]
     np.testing.assert_allclose(found["z"], expected[[2, 0, 1]], atol=1e-5)
 
-    shutil.copy(paths[0], tmp_path / "photos")
+    shutil.copy(paths[0], tmp_path / "photos" / "cover.png")
     found = embedded("--folder", str(tmp_path / "photos"))
-    assert found["names"].tolist() == ["2.png", "a/9.png", "b/2.png", "b/deep/1.png"] and "labels" not in found
+    assert found["names"].tolist() == ["a/9.png", "b/2.png", "b/deep/1.png"] and found["labels"].tolist() == [0, 1, 1]
+    for name in ("2.png", "3.png"):
+        shutil.copy(paths[0], tmp_path / "photos" / name)
+    found = embedded("--folder", str(tmp_path / "photos"))
+    directly = ["2.png", "3.png", "cover.png"]
+    assert (
+        found["names"].tolist() == sorted([*directly, "a/9.png", "b/2.png", "b/deep/1.png"]) and "labels" not in found
+    )
 
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(map(str, paths)))

@@ -83,7 +83,7 @@ MISTAKES = [
     Mistake("no images in", [*folder("empty")]),
     Mistake("unreadable/train/b/7.png", [*folder("unreadable")]),
     Mistake("truncated/train/a/3.png", [*folder("truncated")]),
-    Mistake("have different classes: add or remove the folders b, c", [*folder("differ")]),
+    Mistake("has no images in the classes of", [*folder("differ")]),
     Mistake("only one class", [*folder("single")]),
     Mistake("40 training images are fewer than a batch", [*folder("few")]),
     Mistake("cannot be halved 1 times", ["data.image_size=9"]),
@@ -264,7 +264,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_images(place / "images" / name, train_a=40, train_b=40, test_a=2, test_b=2)
     (place / "images/unreadable/train/b/7.png").write_bytes(b"no image")
     os.truncate(place / "images/truncated/train/a/3.png", 100)
-    write_images(place / "images/differ", train_a=1, train_b=1, test_a=1, test_c=1)
+    write_images(place / "images/differ", train_a=1, train_b=1, test_c=1, test_d=1)
     write_images(place / "images/single", train_a=1, test_a=1)
     write_images(place / "images/few", train_a=20, train_b=20, test_a=1, test_b=1)
     write_images(place / "images/rank0", seed=0, flat=64)

@@ -21,6 +21,17 @@ from utils.run_folder.run_log import METRICS, RunLog
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+SUBFOLDERS = ("checkpoints", "logs", "samples", "tensorboard")
+OUTPUTS = (*SUBFOLDERS, "pictures", "features")
+"""Subfolders of a run folder to which any of the programs writes."""
+
+
+def is_run_folder(path: Path) -> bool:
+    """Returns True if a run has written to this folder. Returns False if the folder cannot be read."""
+    try:
+        return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+    except PermissionError:
+        return False
 
 
 class Resumable(Protocol):
@@ -186,7 +197,7 @@ class RunFolder:
     def _make_writable(self) -> None:
         """Creates the subfolders, tests that they can be written to, and writes config.yaml. Raises ConfigError."""
         try:
-            for name in ("checkpoints", "logs", "samples", "tensorboard"):
+            for name in SUBFOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
                 TemporaryFile(dir=self.path / name).close()
             for name in (METRICS, RESULTS):
