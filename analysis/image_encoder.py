@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from experiment.trained import Trained, read_trained
@@ -11,6 +13,10 @@ from model.encoder import Encoder
 
 class ImageEncoder(nn.Module):
     """The EMA encoder with the normalisation of its input. Images are not augmented.
+
+    Args:
+        resize: True accepts images of any size. Their central square is resized on the host, in the same way as the
+            data sets decode image files.
 
     Attributes:
         encoder: maps normalised images to features (the interface is `Encoder`).
@@ -21,30 +27,75 @@ class ImageEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: Encoder, mean: list[float], std: list[float], image_size: int) -> None:
+    def __init__(
+        self, encoder: Encoder, mean: list[float], std: list[float], image_size: int, resize: bool = False
+    ) -> None:
         super().__init__()
-        self.encoder, self.image_size = encoder, image_size
+        self.encoder, self.image_size, self.resize = encoder, image_size, resize
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Maps (N, 3, image_size, image_size) uint8 to {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, float32."""
+        """Maps (N, 3, image_size, image_size) uint8 to {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, float32.
+
+        Raises:
+            TypeError: the pixels are not a uint8 tensor.
+            ValueError: the pixels have another shape, and their height and width cannot be changed because `resize` is
+                not set.
+        """
+        self._check(pixels)
+        if tuple(pixels.shape[2:]) != (self.image_size, self.image_size):
+            pixels = _resize(pixels, self.image_size)
         views = pixels.float().div(255).sub(self.mean).div(self.std)
         return self.encoder.features(views)
 
+    def _check(self, pixels: Tensor) -> None:
+        size = self.image_size
+        if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8:
+            kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise TypeError(
+                f"the encoder takes a uint8 tensor of pixels from 0 to 255, not {kind}: convert pixels x in [0, 1] by "
+                "(255 * x).round().byte()"
+            )
+        shape = tuple(pixels.shape)
+        if pixels.ndim != 4 or shape[1] != 3:
+            raise ValueError(f"the encoder takes pixels (N, 3, {size}, {size}), not {shape}: change their shape")
+        if not self.resize and shape[2:] != (size, size):
+            raise ValueError(
+                f"the encoder takes pixels (N, 3, {size}, {size}), not {shape}: resize them, or call "
+                "load_encoder(checkpoint, resize=True)"
+            )
 
-def trained_encoder(trained: Trained) -> ImageEncoder:
+
+def _resize(pixels: Tensor, size: int) -> Tensor:
+    """Returns the central squares of images (N, 3, H, W) uint8, resized by PIL: (N, 3, size, size) uint8."""
+    height, width = pixels.shape[2:]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    images = (Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy())
+    squares = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for image in images]
+    resized = torch.from_numpy(np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8))
+    return resized.permute(0, 3, 1, 2).to(pixels.device)
+
+
+def trained_encoder(trained: Trained, resize: bool = False) -> ImageEncoder:
     """Returns the EMA encoder of a checkpoint that has been read, on the host in evaluation mode.
 
     Raises CheckpointError if the checkpoint does not fit its config, or holds no statistics of its images.
     """
     mean, std = trained.statistics()
-    return ImageEncoder(trained.soda().encoder, mean, std, trained.config.encoder_size).eval().requires_grad_(False)
+    encoder = ImageEncoder(trained.soda().encoder, mean, std, trained.config.encoder_size, resize)
+    return encoder.eval().requires_grad_(False)
 
 
-def load_encoder(checkpoint: str | Path) -> ImageEncoder:
+def load_encoder(checkpoint: str | Path, resize: bool = False) -> ImageEncoder:
     """Returns the EMA encoder of a checkpoint file, on the host in evaluation mode.
 
     Raises CheckpointError if the checkpoint cannot be used, and ConfigError if its config is not valid.
+
+    Args:
+        resize: False: the encoder takes only images of the size that it was trained on. True: it crops and resizes
+            others.
     """
-    return trained_encoder(read_trained(None, Path(checkpoint), []))
+    return trained_encoder(read_trained(None, Path(checkpoint), []), resize)

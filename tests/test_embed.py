@@ -24,6 +24,8 @@ import sample as sample_program
 import test as judge_program
 import train as train_program
 from analysis.export import FORMATS
+from analysis.image_encoder import load_encoder
+from datasets.decoding import decode
 from datasets.images import DatasetError
 from evaluation.knn import nearest_neighbours
 from experiment.trained import open_trained, read_trained
@@ -240,6 +242,46 @@ def test_the_readmes_lines_run_as_printed(run: Path, checkpoint: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([100]) torch.Size([100, 8]) torch.Size([100, 32])\n"
+
+
+WRONG = {
+    "floats in [0, 1]": (torch.rand(2, 3, 8, 8), TypeError, "not torch.float32: convert pixels x in"),
+    "an array": (np.zeros((2, 3, 8, 8), np.uint8), TypeError, "not ndarray"),
+    "another size": (torch.zeros(2, 3, 9, 8).byte(), ValueError, "not .2, 3, 9, 8.: resize them, or call load_encoder"),
+    "no batch": (
+        torch.zeros(3, 8, 8).byte(),
+        ValueError,
+        "takes pixels .N, 3, 8, 8., not .3, 8, 8.: change their shape",
+    ),
+    "channels last": (torch.zeros(2, 8, 8, 3).byte(), ValueError, "not .2, 8, 8, 3.: change their shape"),
+}
+
+
+@pytest.mark.parametrize(("pixels", "error", "line"), WRONG.values(), ids=WRONG)
+def test_a_loaded_encoder_takes_only_what_the_exports_take(
+    checkpoint: Path, pixels: Any, error: type[Exception], line: str
+) -> None:
+    with pytest.raises(error, match=line):
+        load_encoder(checkpoint)(pixels)
+    if "resize" not in line:
+        with pytest.raises(error, match=line):
+            load_encoder(checkpoint, resize=True)(pixels)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (20, 33), (5, 4)])
+def test_an_encoder_that_resizes_gives_the_features_of_the_file(
+    checkpoint: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Images of another size are cropped and resized as embed.py decodes files."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    squares = []
+    for image in pixels:
+        Image.fromarray(image).save(tmp_path / "a.png")
+        squares.append(torch.from_numpy(decode(tmp_path / "a.png", 8).copy()).permute(2, 0, 1))
+    expected = as_evaluated(checkpoint, torch.stack(squares))
+    features = load_encoder(checkpoint, resize=True)(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    for name in ("z", "pooled"):
+        np.testing.assert_allclose(features[name], expected[name], atol=1e-5)
 
 
 def test_nearest_neighbours_against_scikit_learn() -> None:
