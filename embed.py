@@ -5,6 +5,7 @@ exported model is a small checkpoint for test.py, sample.py and embed.py.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from config.errors import ConfigError
@@ -40,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         require(*(package for file in files for package in NEEDS[file.suffix.lower()]))
 
     from analysis.export import export_encoder
-    from analysis.feature_file import encode_images, images_of_files, images_of_folder, images_of_split, save_features
+    from analysis.feature_file import encode_named, images_of_files, images_of_folder, images_of_split, save_features
     from analysis.image_encoder import trained_encoder
+    from datasets.findings import UnreadableError
     from datasets.images import DatasetError
     from experiment.opening import open_device, open_experiment
     from experiment.trained import read_trained, reduced_checkpoint
@@ -77,14 +79,19 @@ def main(argv: list[str] | None = None) -> int:
             device, amp_dtype, named = experiment.device, experiment.amp_dtype, images_of_split(split, args.split)
         else:
             device, amp_dtype = open_device(config)
-            named = images_of_folder(args.folder, config) if args.folder else images_of_files(args.files, config)
+            find = partial(images_of_folder, args.folder) if args.folder else partial(images_of_files, args.files)
+            named = find(config, trained.grey_bits)
         compute_exactly()
         name = args.split or (args.folder.resolve().name if args.folder else "files")
         path = args.out or trained.folder / "features" / f"{name}.npz"
         check_writable(path)
 
     # Encode and save.
-    features = encode_images(encoder.to(device), named.images, config.evaluation.batch_size, amp_dtype)
+    try:
+        features, named = encode_named(encoder.to(device), named, config.evaluation.batch_size, amp_dtype)
+    except UnreadableError as error:
+        with gather_user_errors():
+            raise error.with_advice(path.parent, f"{path.stem}.unreadable.txt") from None
     with gather_user_errors():
         if rank() == 0:
             save_features(path, features, named, trained.digest)

@@ -1,9 +1,10 @@
 """Features of named images, and the file that stores names and features."""
 
 import json
+import logging
 import shlex
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ from torch import Tensor
 
 from analysis.image_encoder import ImageEncoder
 from config.schema import Config
-from datasets.decoding import decode_batches, num_cores
+from datasets.decoding import decode_batches, num_cores, rules_of
+from datasets.findings import GREY_BITS, Findings, log_findings, raise_if_unreadable
+from datasets.formats import count_others
 from datasets.images import DatasetError, Images
 from datasets.listing import Listing, holds_splits, list_images
 from evaluation.features import Features, extract_features
 from utils.device import autocast, memory_for
-from utils.distributed.collectives import all_equal
+from utils.distributed.collectives import all_equal, all_gather_object
 from utils.distributed.processes import local_world_size, world_size
 from utils.files import replacing
 from utils.logging import progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,56 +52,97 @@ def images_of_split(images: Images, split: str) -> NamedImages:
     return NamedImages(images, names, None if images.labels is None else images.labels.numpy(), images.classes)
 
 
-def images_of_folder(folder: Path, config: Config) -> NamedImages:
+def images_of_folder(folder: Path, config: Config, grey_bits: int | None) -> NamedImages:
     """Collective. Returns the images below a folder, with the sub-folders as classes if most images are in them.
 
     Raises DatasetError if there are no images, if the sub-folders are splits, or if the ranks find different images.
+
+    Args:
+        grey_bits: range of the training images' greys (see `Rules.grey_bits`).
     """
     listing = list_images(folder)
     if holds_splits(listing.classes):
         train = folder / next(name for name in listing.classes if holds_splits([name, "test"]))
         choice = shlex.quote(str(train))
         raise DatasetError(f"{folder} holds splits, not classes: choose one split, e.g. --folder {choice}")
-    return _images_of_listing(listing, config)
+    others = count_others(folder)
+    if others:
+        logger.info("left out files of %s that are not images: %s", folder, others)
+    return _images_of_listing(listing, config, grey_bits)
 
 
-def images_of_files(files: list[str], config: Config) -> NamedImages:
-    """Collective. Returns image files in the given order. Raises DatasetError if a file does not exist."""
+def images_of_files(files: list[str], config: Config, grey_bits: int | None) -> NamedImages:
+    """Collective. Returns image files in the given order. Raises DatasetError if a file does not exist.
+
+    Args:
+        grey_bits: range of the training images' greys (see `Rules.grey_bits`).
+    """
     missing = next((file for file in files if not Path(file).is_file()), None)
     if missing is not None:
         hint = "; put key=value before --files" if "=" in missing else ""
         raise DatasetError(f"the image {missing} does not exist: give paths of existing files{hint}")
-    return _images_of_listing(Listing(Path(), files, None, []), config)
+    return _images_of_listing(Listing(Path(), files, None, []), config, grey_bits)
 
 
 class _DecodedImages:
-    """Images of a listing, decoded at the encoder's input size while they are read."""
+    """Images of a listing, decoded at the encoder's input size while they are read.
 
-    def __init__(self, listing: Listing, config: Config) -> None:
-        self._listing, self._image_size = listing, config.encoder_size
+    Attributes:
+        rules: rules by which the files are decoded.
+        findings: facts about the files that were read. A file that could not be read is a black image.
+    """
+
+    def __init__(self, listing: Listing, config: Config, grey_bits: int | None) -> None:
+        self.listing, self.skip = listing, config.data.unreadable == "skip"
+        self.rules, self.findings = rules_of(config.data, grey_bits), Findings()
+        self._image_size = config.encoder_size
         self._num_workers = config.data.num_workers or max(1, num_cores() // local_world_size())
 
     def __len__(self) -> int:
-        return len(self._listing.files)
+        return len(self.listing.files)
 
     def batches(self, wanted: Iterable[range], pin_memory: bool = False) -> Generator[Tensor, None, None]:
-        try:
-            yield from decode_batches(self._listing, self._image_size, wanted, self._num_workers, pin_memory)
-        except DatasetError as error:
-            raise DatasetError(f"{error}: repair the file or leave it out") from None
+        yield from decode_batches(
+            self.listing, self._image_size, wanted, self._num_workers, pin_memory, self.rules, self.findings
+        )
 
 
-def _images_of_listing(listing: Listing, config: Config) -> NamedImages:
+def _images_of_listing(listing: Listing, config: Config, grey_bits: int | None) -> NamedImages:
     if not all_equal((listing.files, listing.labels, listing.classes)):
         raise DatasetError("the processes see different images: give all processes the same images")
     labels = None if listing.labels is None else np.array(listing.labels)
-    return NamedImages(_DecodedImages(listing, config), listing.files, labels, listing.classes)
+    return NamedImages(_DecodedImages(listing, config, grey_bits), listing.files, labels, listing.classes)
+
+
+def encode_named(
+    encoder: ImageEncoder, named: NamedImages, batch_size: int, amp_dtype: torch.dtype | None
+) -> tuple[Features, NamedImages]:
+    """Collective. Encodes images (see `encode_images`); returns the features and the images that could be read.
+
+    If the files have greys of more than 8 bits, and the training images had none, the smallest range that holds these
+    greys is used. Raises UnreadableError if files cannot be read, and in the cases in which `encode_images` raises.
+    """
+    features = encode_images(encoder, named.images, batch_size, amp_dtype)
+    if not isinstance(named.images, _DecodedImages):
+        return features, named
+    images, found = named.images, Findings()
+    for findings in all_gather_object(images.findings):
+        found.update(findings)
+    raise_if_unreadable(images.listing, found, images.skip)
+    if images.rules.grey_bits is None and found.grey_bits not in (None, GREY_BITS[-1]):
+        images.rules, images.findings = replace(images.rules, grey_bits=found.grey_bits), Findings()
+        return encode_named(encoder, named, batch_size, amp_dtype)
+    log_findings("the given folder or list", len(images), found, images.rules.grey_bits)
+    kept = [index for index, name in enumerate(named.names) if name not in found.unreadable]
+    names, labels = [named.names[index] for index in kept], None if named.labels is None else named.labels[kept]
+    return {name: values[kept] for name, values in features.items()}, replace(named, names=names, labels=labels)
 
 
 def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype: torch.dtype | None) -> Features:
     """Collective. Encodes `NamedImages.images`; returns z (N, latent_dim) and pooled (N, pooled_dim) on every rank.
 
-    Features are float32. Raises DatasetError if an image cannot be read, and OutOfMemoryError if memory runs out.
+    Features are float32. Raises DatasetError if a streamed image of a split cannot be read, and OutOfMemoryError if
+    memory runs out.
     """
     device = encoder.mean.device
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config.errors import ConfigError
-from datasets.decoding import decode
+from datasets.decoding import DEFAULT_RULES, Rules, decode
 from datasets.images import DatasetError, Images
 from utils.randomness import generator
 from utils.text import compose
@@ -51,13 +51,20 @@ def image_name(images: Images, split: str, index: int) -> str:
     return f"{name if len(name) <= 30 else name[:27] + '...'}\n{split}:{index}"
 
 
-def choose_images(splits: Mapping[str, Images], references: Sequence[str] | None, count: int, seed: int) -> Chosen:
+def choose_images(
+    splits: Mapping[str, Images],
+    references: Sequence[str] | None,
+    count: int,
+    seed: int,
+    rules: Rules = DEFAULT_RULES,
+) -> Chosen:
     """Returns the images that `references` name.
 
     Args:
         splits: "train" and, if it exists, "test". An index without a split means "test" if it exists.
         references: texts such as 12, train:12 or a path. None: the first `count` images of the run's sample grids.
         seed: seed of the run.
+        rules: rules by which files are decoded.
 
     Raises:
         ConfigError: a reference names no image.
@@ -67,15 +74,17 @@ def choose_images(splits: Mapping[str, Images], references: Sequence[str] | None
     if references is None:
         order = torch.randperm(len(splits[default]), generator=generator(seed, "grid images"))
         references = [str(index) for index in order[:count].tolist()]
-    pixels, names, train_indices = zip(*(_read(reference, splits, default) for reference in references), strict=True)
+    pixels, names, train_indices = zip(
+        *(_read(reference, splits, default, rules) for reference in references), strict=True
+    )
     return Chosen(torch.stack(pixels), list(names), list(train_indices))
 
 
-def _read(reference: str, splits: Mapping[str, Images], default: str) -> tuple[Tensor, str, int | None]:
+def _read(reference: str, splits: Mapping[str, Images], default: str, rules: Rules) -> tuple[Tensor, str, int | None]:
     """Returns pixels, name, and index in the training split (None for other images)."""
     place = re.fullmatch(r"(?:(train|test):)?(\d+)", reference)
     if place is None:
-        return _read_file(reference, image_size=splits[default].shape[-1])
+        return _read_file(reference, splits[default].shape[-1], rules)
     split, index = place[1] or default, int(place[2])
     if split not in splits:
         raise ConfigError(f"no image {reference}: the data set has no test split, so write train:{index}")
@@ -86,13 +95,13 @@ def _read(reference: str, splits: Mapping[str, Images], default: str) -> tuple[T
     return pixels[0].cpu(), image_name(images, split, index), index if split == "train" else None
 
 
-def _read_file(reference: str, image_size: int) -> tuple[Tensor, str, None]:
+def _read_file(reference: str, image_size: int, rules: Rules) -> tuple[Tensor, str, None]:
     path = Path(reference)
     if not path.is_file():
         hint = "; put key=value before the images" if "=" in reference else ""
         raise ConfigError(f"no image {reference}: write {SYNTAX}{hint}")
     try:
-        return torch.from_numpy(decode(path, image_size).copy()).permute(2, 0, 1), path.name, None
+        return torch.from_numpy(decode(path, image_size, rules).copy()).permute(2, 0, 1), path.name, None
     except DatasetError as error:
         raise DatasetError(f"{error}: choose another image") from None
 

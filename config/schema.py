@@ -56,6 +56,7 @@ def _path(text: str) -> str:
 
 
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$"), BeforeValidator(_only_text), AfterValidator(_path)]
+Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
@@ -101,6 +102,23 @@ class Data(Section):
         "decoder, unless decoder.image_size is set",
         ge=4,
         le=4096,
+    )
+    background: Color = key(
+        [255, 255, 255],
+        "colour behind transparent pixels of image files: [red, green, blue], each from 0 to 255; the default is white",
+    )
+    unreadable: Literal["error", "skip"] = key(
+        "error",
+        "image files that cannot be read; error: list all of them and stop; skip: leave them out and log how many they "
+        "are; a file that the system does not deliver is always an error",
+        run=True,
+    )
+    max_megapixels: Positive = key(
+        250.0,
+        "image files with more million pixels than this count as unreadable; while a thread decodes an image, it takes "
+        "about 4 to 6 bytes of memory per pixel",
+        run=True,
+        le=10000,
     )
     stream: bool | None = key(
         None,

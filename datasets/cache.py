@@ -11,24 +11,38 @@ import os
 import secrets
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.decoding import StreamedImages, decode_batches, num_cores
+from config.schema import Data
+from datasets.decoding import DEFAULT_RULES, Rules, StreamedImages, decode_batches, num_cores, rules_of
+from datasets.findings import GREY_BITS, Findings, UnreadableError, log_findings, raise_if_unreadable
+from datasets.formats import count_others
 from datasets.images import DatasetError, Images, StoredImages, Summary, summarize
 from datasets.listing import Listing
 from utils.files import native_lock
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 3  # increase it if decoding gives different pixels or if the content of the mark file changes
+CACHE_VERSION = 4  # increase it if decoding gives different pixels or if the content of the mark file changes
 BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Content of the mark file, except what identifies its sources."""
+
+    summary: Summary
+    findings: Findings
 
 
 def memory_bytes() -> int:
@@ -59,67 +73,153 @@ def choose_stream(setting: bool | None, root: Path, count: int, image_size: int)
     return bool(setting)
 
 
+def open_splits(train: Listing, test: Listing | None, data: Data, processes: int) -> tuple[Images, Images | None]:
+    """Opens the images of the training and test files, stored or streamed, as the section `data` of the config says.
+
+    The greys of the test images have the range of the training images. Raises DatasetError. If images of both splits
+    cannot be read, the error names the images of both.
+    """
+    root, cache_dir = Path(data.root), Path(data.cache_dir)
+    stream = choose_stream(data.stream, root, len(train.files) + len(test.files if test else []), data.image_size)
+    opened: list[Images | None] = []
+    unreadable: dict[Path, str] = {}
+    grey_bits = None
+    for listing in (train, test):
+        images = None
+        if listing is not None:
+            try:
+                images = open_listing(
+                    listing,
+                    data.image_size,
+                    cache_dir,
+                    stream,
+                    data.num_workers,
+                    processes,
+                    rules_of(data, grey_bits),
+                    skip=data.unreadable == "skip",
+                )
+                grey_bits = grey_bits or images.grey_bits
+            except UnreadableError as error:
+                unreadable |= error.reasons
+        opened.append(images)
+    if unreadable:
+        try:
+            raise UnreadableError(unreadable).with_advice(cache_dir, f"unreadable-{_hash(root)}.txt") from None
+        except OSError as error:
+            raise _cannot_cache(cache_dir, error, stream) from None
+    assert opened[0] is not None
+    return opened[0], opened[1]
+
+
 def open_listing(
-    listing: Listing, image_size: int, cache_dir: Path, stream: bool, num_workers: int | None, processes: int
+    listing: Listing,
+    image_size: int,
+    cache_dir: Path,
+    stream: bool,
+    num_workers: int | None,
+    processes: int,
+    rules: Rules = DEFAULT_RULES,
+    skip: bool = False,
 ) -> Images:
     """Opens the images of `listing`, stored or streamed.
 
-    All files are decoded the first time, and again if any file has changed or the cache is incomplete. So an unreadable
-    file is found before training starts, and stored and streamed images have the same statistics and digest.
+    All files are decoded the first time, and again if any file has changed or the cache is incomplete. So unreadable
+    files are found before training starts, and stored and streamed images have the same statistics and digest.
 
     The cache of a split has at most two files:
-    - The pixels, a memory-mapped array that the processes of one machine share. Only stored images have it.
-    - The mark, a JSON file with the fingerprint of the image files and the summary of their pixels. It is written last.
+    - The pixels, a memory-mapped array that the processes of one machine share. Only stored images have it. Its last
+      images are unused if files are skipped.
+    - The mark, a JSON file with the fingerprint of the image files, the rules, the summary of the pixels, and what was
+      found about the files. It is written last.
 
-    Raises DatasetError if an image cannot be read or the cache cannot be written.
+    Raises UnreadableError if images cannot be read, and DatasetError if the cache cannot be written.
 
     Args:
         num_workers: threads that decode; None: one per core, divided among `processes` while images are streamed.
         processes: number of processes that share this machine's cores.
+        rules: without `grey_bits`, the smallest range is chosen that holds the greys of these files.
+        skip: True: damaged images are left out.
     """
-    root = hashlib.blake2b(os.fsencode(listing.root.resolve()), digest_size=6).hexdigest()
-    mark_file = cache_dir / f"{listing.kind}-{root}-{image_size}.json"
+    mark_file = cache_dir / f"{listing.kind}-{_hash(listing.root)}-{image_size}.json"
     pixels_file = mark_file.with_suffix(".npy")
     shape = (len(listing.files), 3, image_size, image_size)
-    fingerprint = _fingerprint(listing)
-    summary = _read_mark(mark_file, fingerprint, listing.root)
-    pixels = None if stream or summary is None else _map_pixels(pixels_file, shape)
-    if summary is None or (pixels is None and not stream):
+    source = {"source": _fingerprint(listing), "rules": _describe(rules)}
+    index = _read_mark(mark_file, source, listing.root)
+    pixels = None if stream or index is None else _map_pixels(pixels_file, shape)
+    if index is None or (pixels is None and not stream):
+        others = count_others(listing.root)
+        if others:
+            logger.info("left out files of %s that are not images: %s", listing.root, others)
+        workers = num_workers or num_cores()
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            if summary is None:  # otherwise the mark is valid, and only the pixels are missing
+            if index is None:  # otherwise the mark is valid, and only the pixels are missing
                 for outdated in (mark_file, pixels_file):
                     outdated.unlink(missing_ok=True)
             with _replacing(mark_file) as mark:
                 if stream:
-                    summary = summarize(_decode_all(listing, image_size, num_workers or num_cores(), None))
+                    index = _look_through(listing, image_size, workers, None, rules, skip)
                 else:
                     with _replacing(pixels_file) as partial:
                         array = _allocate(partial, shape)
-                        summary = summarize(_decode_all(listing, image_size, num_workers or num_cores(), array))
+                        index = _look_through(listing, image_size, workers, array, rules, skip)
                         array.flush()
-                known = {"statistics": summary.statistics, "digest": summary.digest}
-                mark.write_text(json.dumps({"version": CACHE_VERSION, "source": fingerprint, **known}))
+                mark.write_text(json.dumps({"version": CACHE_VERSION, **source, **_to_json(index)}))
         except OSError as error:
-            full = error.errno == errno.ENOSPC and not stream
-            advice = "set data.cache_dir to another folder" + (
-                ", or set data.stream=true to cache no pixels" if full else ""
-            )
-            raise DatasetError(f"cannot cache images in {cache_dir} ({error.strerror}): {advice}") from None
+            raise _cannot_cache(cache_dir, error, stream) from None
         logger.info("cached %s of %s in %s", "the statistics" if stream else "the images", listing.root, cache_dir)
         pixels = None if stream else _map_pixels(pixels_file, shape)
+    findings = index.findings
+    raise_if_unreadable(listing, findings, skip)
+    log_findings(str(listing.root), len(listing.files), findings, rules.grey_bits)
+    kept = [i for i, file in enumerate(listing.files) if file not in findings.unreadable]
+    labels = None if listing.labels is None else [listing.labels[i] for i in kept]
+    listing = replace(listing, files=[listing.files[i] for i in kept], labels=labels)
+    images: Images
     if stream:
         logger.info(
             "streaming the %d images of %s: each batch is decoded shortly before its use",
             len(listing.files),
             listing.root,
         )
-        return StreamedImages(listing, image_size, num_workers or max(1, num_cores() // processes), summary)
-    assert pixels is not None, "the cache has just been read or written"
-    labels = None if listing.labels is None else torch.tensor(listing.labels)
-    images = StoredImages(torch.from_numpy(pixels), labels, listing.classes, summary)
-    images.names = listing.files
+        chosen = replace(rules, grey_bits=rules.grey_bits or findings.grey_bits)
+        threads = num_workers or max(1, num_cores() // processes)
+        images = StreamedImages(listing, image_size, threads, index.summary, chosen)
+    else:
+        assert pixels is not None, "the cache has just been read or written"
+        found = torch.from_numpy(pixels[: len(kept)])
+        images = StoredImages(found, None if labels is None else torch.tensor(labels), listing.classes, index.summary)
+        images.names = listing.files
+    images.grey_bits = findings.grey_bits
     return images
+
+
+def _hash(root: Path) -> str:
+    return hashlib.blake2b(os.fsencode(root.resolve()), digest_size=6).hexdigest()
+
+
+def _cannot_cache(cache_dir: Path, error: OSError, stream: bool) -> DatasetError:
+    full = error.errno == errno.ENOSPC and not stream
+    advice = "set data.cache_dir to another folder" + (", or set data.stream=true to cache no pixels" if full else "")
+    return DatasetError(f"cannot cache images in {cache_dir} ({error.strerror}): {advice}")
+
+
+def _look_through(
+    listing: Listing, image_size: int, num_workers: int, out: np.ndarray | None, rules: Rules, skip: bool
+) -> _Index:
+    """Decodes all files and returns their index. If `out` (N, 3, size, size) is given, the pixels are written to it.
+
+    If the rules have no range of greys, 16 bits are assumed. If fewer bits hold all greys, the files are decoded again.
+    Raises UnreadableError.
+    """
+    while True:
+        findings = Findings()
+        summary = summarize(_decode_all(listing, image_size, num_workers, out, rules, findings))
+        raise_if_unreadable(listing, findings, skip)
+        if rules.grey_bits or findings.grey_bits in (None, GREY_BITS[-1]):
+            return _Index(summary, findings)
+        rules = replace(rules, grey_bits=findings.grey_bits)
+        logger.info("%s has greys of %d bits in files of 16 or 32 bits", listing.root, rules.grey_bits)
 
 
 @contextmanager
@@ -156,7 +256,9 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _fingerprint(listing: Listing) -> str:
-    """Returns a digest of the names, sizes and modification times of all files. It changes if any file changes.
+    """Returns a digest of the names, sizes and times of all files. It changes if any file changes.
+
+    The time of the last change of a file's status is included, because copying tools restore the modification time.
 
     Raises DatasetError if a file cannot be accessed or is not a regular file.
     """
@@ -170,29 +272,37 @@ def _fingerprint(listing: Listing) -> str:
             ) from None
         if not stat.S_ISREG(status.st_mode):
             raise DatasetError(f"{listing.root / file} is not a regular file: remove it")
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+        digest.update(f"{file}\0{status.st_size}\0{times}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _decode_all(listing: Listing, image_size: int, num_workers: int, out: np.ndarray | None) -> Iterator[Tensor]:
-    """Yields all pixels in order, one block at a time, and shows a progress bar.
+def _describe(rules: Rules) -> dict[str, Any]:
+    """Returns the rules as plain values of JSON."""
+    return {"background": list(rules.background), "max_megapixels": rules.max_megapixels, "grey_bits": rules.grey_bits}
 
-    If `out` (N, 3, size, size) is given, the pixels are also written to it. Raises DatasetError if an image cannot be
-    read.
+
+def _decode_all(
+    listing: Listing, image_size: int, num_workers: int, out: np.ndarray | None, rules: Rules, findings: Findings
+) -> Iterator[Tensor]:
+    """Yields the pixels of all readable files in order, one block at a time, and shows a progress bar.
+
+    If `out` (N, 3, size, size) is given, the pixels are also written to it, without gaps for unreadable files.
     """
     count, size = len(listing.files), max(1, BLOCK_BYTES // (3 * image_size**2))
     logger.info("decoding %d images of %s", count, listing.root)
     blocks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    written = 0
     with tqdm(total=count, desc="decoding", unit="img", leave=False, disable=None) as bar:  # None: only on a terminal
-        decoded = decode_batches(listing, image_size, blocks, num_workers)
-        try:
-            for block, pixels in zip(blocks, decoded, strict=True):
-                if out is not None:
-                    out[block.start : block.stop] = pixels.numpy()
-                bar.update(len(pixels))
-                yield pixels
-        except DatasetError as error:
-            raise DatasetError(f"{error}: repair or remove it") from None
+        decoded = decode_batches(listing, image_size, blocks, num_workers, rules=rules, findings=findings)
+        for block, pixels in zip(blocks, decoded, strict=True):
+            readable = [listing.files[index] not in findings.unreadable for index in block]
+            found = pixels if all(readable) else pixels[torch.tensor(readable)]
+            if out is not None:
+                out[written : written + len(found)] = found.numpy()
+            written += len(found)
+            bar.update(len(block))
+            yield found
 
 
 def _remove_leftovers(folder: Path, pattern: str) -> None:
@@ -202,26 +312,42 @@ def _remove_leftovers(folder: Path, pattern: str) -> None:
             left.unlink()
 
 
-def _read_mark(path: Path, fingerprint: str, root: Path) -> Summary | None:
-    """Returns the summary of the pixels, or None if the cache is missing, stale or damaged.
+def _to_json(index: _Index) -> dict[str, Any]:
+    findings = index.findings
+    return {
+        "statistics": index.summary.statistics,
+        "digest": index.summary.digest,
+        "unreadable": findings.unreadable,
+        "greys": findings.greys,
+        "counts": findings.counts,
+    }
+
+
+def _read_mark(path: Path, source: dict[str, Any], root: Path) -> _Index | None:
+    """Returns the index of the cache, or None if the cache is missing, stale or damaged.
 
     Logs the reason if the cache is stale or damaged.
     """
     try:
         mark = json.loads(path.read_text())
-        mean, std = mark["statistics"]
-        summary = Summary((tuple(map(float, mean)), tuple(map(float, std))), str(mark["digest"]))
-        if not len(mean) == len(std) == 3:
-            reason = "is damaged"
-        elif mark["version"] != CACHE_VERSION:
+        if mark["version"] != CACHE_VERSION:
             reason = "was written by another version of this program"
-        elif mark["source"] != fingerprint:
-            reason = "is stale: files were added, removed or changed"
         else:
-            return summary
+            mean, std = mark["statistics"]
+            summary = Summary((tuple(map(float, mean)), tuple(map(float, std))), str(mark["digest"]))
+            greys = Counter({int(bits): int(count) for bits, count in mark["greys"].items()})
+            findings = Findings(dict(mark["unreadable"]), set(), greys, Counter(mark["counts"]))
+            if not len(mean) == len(std) == 3:
+                reason = "is damaged"
+            elif mark["source"] != source["source"]:
+                reason = "is stale: files were added, removed or changed"
+            elif mark["rules"] != source["rules"]:
+                reason = "is stale: data.background, data.max_megapixels or the range of greys has changed"
+            else:
+                return _Index(summary, findings)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         reason = "is damaged"
     logger.info("the cache %s of %s %s: decoding all images again", path, root, reason)
     return None

@@ -55,6 +55,8 @@ class Images(ABC):
         attributes: (N, A) uint8, 0/1 values of each image, named by `attribute_names`; None if there are none.
         summary: summary of all pixels.
         names: names of the files, in order; None if the images do not come from files.
+        grey_bits: number of bits that hold the greys of files with more than 8 bits per grey; None if there are no such
+            files.
     """
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor | None, classes: list[str], summary: Summary) -> None:
@@ -63,6 +65,7 @@ class Images(ABC):
         self.attribute_names: list[str] = []
         self.shape, self.labels, self.classes, self.summary = torch.Size(shape), labels, classes, summary
         self.names: list[str] | None = None
+        self.grey_bits: int | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -112,7 +115,7 @@ class StoredImages(Images):
         """Returns the same images in the memory of `device`."""
         moved = StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
         moved.attributes, moved.attribute_names = self.attributes, self.attribute_names
-        moved.names = self.names
+        moved.names, moved.grey_bits = self.names, self.grey_bits
         return moved
 
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
+from datasets.formats import count_others, image_endings
 from datasets.images import DatasetError
 from datasets.label_list import read_label_list
 from utils.run_folder.folder import OUTPUTS, is_run_folder
@@ -79,7 +78,15 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+    return name.lower().endswith(image_endings()) and not name.startswith(".")
+
+
+def _no_images(folder: Path) -> DatasetError:
+    others = count_others(folder)
+    return DatasetError(
+        f"no images in {folder}{f' (left out: {others})' if others else ''}: add files that Pillow reads, for example "
+        ".jpg, .png or .webp"
+    )
 
 
 def _input_folders(folder: Path, names: Iterable[str], left_out: list[Path]) -> list[str]:
@@ -175,10 +182,6 @@ def _log_unjudged(train: Listing, test: Listing) -> None:
     missing = [name for label, name in enumerate(train.classes) if label not in tested]
     if missing:
         logger.info("classes without test images in %s, which are not judged: %s", test.root, few(missing))
-
-
-def _no_images(folder: Path) -> DatasetError:
-    return DatasetError(f"no images in {folder}: add files that end in {' '.join(IMG_EXTENSIONS)}")
 
 
 def list_folder(root: Path, held_out: bool = False) -> Listings:

@@ -17,10 +17,10 @@ import torch
 from torchvision import datasets as torchvision_datasets
 
 from config.schema import Data
-from datasets.cache import choose_stream, open_listing
+from datasets.cache import open_splits
 from datasets.holdout import hold_out
 from datasets.images import DatasetError, Images, Statistics, StoredImages, from_arrays
-from datasets.listing import Listing, list_folder, list_labelled, list_tiny_imagenet
+from datasets.listing import list_folder, list_labelled, list_tiny_imagenet
 from utils.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -123,15 +123,6 @@ def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, Store
     return train, test
 
 
-def open_listings(listings: tuple[Listing, Listing | None], data: Data, processes: int) -> Splits:
-    """Opens the images of the training and test files, stored or streamed. Raises DatasetError."""
-    train, test = listings
-    count = len(train.files) + len(test.files if test else [])
-    stream = choose_stream(data.stream, Path(data.root), count, data.image_size)
-    how = data.image_size, Path(data.cache_dir), stream, data.num_workers, processes
-    return open_listing(train, *how), open_listing(test, *how) if test else None
-
-
 def open_folder(data: Data, processes: int, seed: int) -> Splits:
     """Opens a folder of image files, with a test split that is held out if `data.holdout` asks for it.
 
@@ -147,7 +138,7 @@ def open_folder(data: Data, processes: int, seed: int) -> Splits:
         if test is not None:
             logger.info("the %d test images have attributes, but no labels: they are not used", len(test.files))
         test = None
-    splits = open_listings((train, test), data, processes)
+    splits = open_splits(train, test, data, processes)
     if train.attributes:
         names = splits[0].names or []
         splits[0].attributes = torch.tensor([train.attributes[name] for name in names], dtype=torch.uint8)
@@ -160,7 +151,7 @@ SOURCES: dict[str, Callable[[Data, int, int], Splits]] = {
     "fashion_mnist": lambda data, *_: load_fashion_mnist(Path(data.root), data.image_size),
     "cifar10": lambda data, *_: load_cifar(Path(data.root), data.image_size, 10),
     "cifar100": lambda data, *_: load_cifar(Path(data.root), data.image_size, 100),
-    "tiny": lambda data, processes, _: open_listings(list_tiny_imagenet(Path(data.root)), data, processes),
+    "tiny": lambda data, processes, _: open_splits(*list_tiny_imagenet(Path(data.root)), data, processes),
     "folder": open_folder,
 }
 """Function of each `data.name`: (`data` section, processes that share this machine's cores, seed) -> splits."""
@@ -168,11 +159,16 @@ SOURCES: dict[str, Callable[[Data, int, int], Splits]] = {
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a data set for the views and the evaluation. `mean` and `std` are on the scale of [0, 1]."""
+    """Facts about a data set for the views and the evaluation. `mean` and `std` are on the scale of [0, 1].
+
+    Attributes:
+        grey_bits: range of greys by which image files are decoded (see `Rules.grey_bits`).
+    """
 
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    grey_bits: int | None = None
 
 
 def build_dataset(data: Data, processes: int = 1, seed: int = 0) -> tuple[Images, Images | None, DatasetInfo]:
@@ -184,4 +180,5 @@ def build_dataset(data: Data, processes: int = 1, seed: int = 0) -> tuple[Images
     """
     train, test = SOURCES[data.name](data, processes, seed)
     mean, std = STATISTICS.get(data.name) or train.summary.statistics
-    return train, test, DatasetInfo(train.classes, mean, tuple(max(s, 1e-3) for s in std))
+    grey_bits = train.grey_bits or (test.grey_bits if test else None)
+    return train, test, DatasetInfo(train.classes, mean, tuple(max(s, 1e-3) for s in std), grey_bits)

@@ -6,6 +6,7 @@ import torch
 
 from config.errors import ConfigError
 from config.schema import Config
+from datasets.decoding import Rules, rules_of
 from datasets.images import DatasetError, Images, StoredImages
 from datasets.loader import Loader
 from datasets.sources import DatasetInfo, build_dataset
@@ -43,6 +44,11 @@ class Experiment:
     def total_steps(self) -> int:
         """Number of training steps of the complete run."""
         return self.config.training.epochs * self.loader.steps_per_epoch
+
+    @property
+    def rules(self) -> Rules:
+        """Rules by which image files are decoded."""
+        return rules_of(self.config.data, self.info.grey_bits)
 
 
 def open_experiment(config: Config) -> Experiment:

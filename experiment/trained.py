@@ -59,6 +59,12 @@ class Trained:
         """True if the checkpoint holds only the EMA model (see `reduced_checkpoint`)."""
         return not self.contents["model"]
 
+    @property
+    def grey_bits(self) -> int | None:
+        """Range of the training images' greys (see `Rules.grey_bits`)."""
+        found = self.contents.get("grey_bits")  # checkpoints of older versions have none
+        return None if found is None else int(found)
+
     def describe(self, steps_per_epoch: int) -> str:
         """Returns the last three parts of the checkpoint's path, its epoch and its step, in one line."""
         return f"{Path(*self.path.parts[-3:])}, epoch {self.step / steps_per_epoch:g}, step {self.step}"
@@ -160,7 +166,8 @@ def reduced_checkpoint(trained: Trained) -> dict[str, Any]:
     halved = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
     kept = {name: trained.contents[name] for name in ("step", "data", "statistics")}
     no_state: dict[str, Any] = {name: {} for name in ("model", "optimizer", "scaler", "tally")}
-    return no_state | kept | {"ema": {"model": halved}, "config": trained.config.to_yaml()}
+    more = {"ema": {"model": halved}, "config": trained.config.to_yaml(), "grey_bits": trained.grey_bits}
+    return no_state | kept | more
 
 
 def check_weights(weights: dict[str, Any], model: nn.Module) -> None:

@@ -163,9 +163,9 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     decoded: list[Path] = []
     decode = decoding.decode
 
-    def counting(path: Path, size: int) -> np.ndarray:
+    def counting(path: Path, *rest: Any) -> np.ndarray:
         decoded.append(path)
-        return decode(path, size)
+        return decode(path, *rest)
 
     monkeypatch.setattr(decoding, "decode", counting)
 
@@ -315,7 +315,7 @@ def test_streamed_images_are_the_stored_ones(tree: Path, tmp_path: Path, monkeyp
         assert torch.equal(here, there)
 
     decoded: list[Path] = []
-    monkeypatch.setattr(decoding, "decode", lambda path, size: decoded.append(path))
+    monkeypatch.setattr(decoding, "decode", lambda path, *_: decoded.append(path))
     again, _ = open_folder(tree, tmp_path / "streamed", stream=True)
     assert decoded == [] and again.summary == stored[0].summary
 
@@ -340,10 +340,10 @@ def test_a_batch_is_decoded_by_as_many_threads_as_there_should_be(
     """A barrier opens only if the three groups of a batch are decoded at the same time, which needs three threads."""
     barrier, decode = threading.Barrier(3), decoding.decode
 
-    def meet(path: Path, size: int) -> np.ndarray:
+    def meet(path: Path, *rest: Any) -> np.ndarray:
         if path.name in ("00.png", "08.png", "16.png"):
             barrier.wait(timeout=60 if together else 1)
-        return decode(path, size)
+        return decode(path, *rest)
 
     monkeypatch.setattr(decoding, "decode", meet)
     batches = decode_batches(numbered, 4, [range(20)], num_workers)

@@ -26,7 +26,6 @@ import train as train_program
 from analysis.export import FORMATS
 from analysis.image_encoder import load_encoder
 from datasets.decoding import decode
-from datasets.images import DatasetError
 from evaluation.knn import nearest_neighbours
 from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, digits_args, experiment_of
@@ -79,7 +78,9 @@ def test_features_of_a_split_are_those_of_the_evaluation(
         assert str(stored["checkpoint"]) == notes["checkpoint"] == digest
 
 
-def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> None:
+def test_features_of_a_folder_and_of_files(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Images are decoded as in the data sets. Sub-folders are classes, also beside a few images."""
     generator = np.random.default_rng(0)
     paths = [tmp_path / "photos" / name for name in ("b/2.png", "b/deep/1.png", "a/9.png")]
@@ -92,6 +93,7 @@ def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> 
     def embedded(*options: str) -> dict[str, Any]:
         out = tmp_path / "out.npz"
         arguments = ["--checkpoint", str(checkpoint), "device=cpu", "--out", str(out), *options]
+        caplog.set_level("INFO")
         assert embed_program.main(arguments) == 0
         return dict(np.load(out))
 
@@ -119,11 +121,26 @@ def test_features_of_a_folder_and_of_files(checkpoint: Path, tmp_path: Path) -> 
 
     before = (tmp_path / "out.npz").read_bytes()
     paths[1].write_bytes(b"no image")
-    with pytest.raises(DatasetError) as raised:  # raised while images are encoded: `utils.cli.run` prints it
-        embedded("--files", *map(str, paths))
-    line = str(raised.value)
-    assert line.startswith(f"cannot read the image {paths[1]}") and line.endswith("repair the file or leave it out")
+    paths[2].write_bytes(b"")
+    with pytest.raises(SystemExit, match="2"):
+        embedded("--folder", str(tmp_path / "photos"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: cannot read 2 images: {paths[2]} (cannot identify image file")
+    assert line.endswith("repair or remove them, or set data.unreadable=skip") and str(paths[1]) in line
     assert (tmp_path / "out.npz").read_bytes() == before
+
+    (tmp_path / "photos" / "2.png").unlink()
+    found = embedded("--folder", str(tmp_path / "photos"), "data.unreadable=skip")
+    assert found["names"].tolist() == ["b/2.png"] and found["labels"].tolist() == [1]
+    np.testing.assert_allclose(found["z"], expected[:1], atol=1e-5)
+    assert "skipping 2 of the 3 images of the given folder or list" in caplog.text
+
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.asarray(Image.open(paths[0]).convert("L")).astype(np.uint16) * 4).save(deep)  # 10 bits
+    Image.open(paths[0]).convert("L").save(tmp_path / "grey.png")
+    found = embedded("--files", str(deep), str(tmp_path / "grey.png"))
+    np.testing.assert_allclose(found["z"][0], found["z"][1], atol=1e-5)
+    assert "read as 10 bits" in caplog.text
 
 
 def test_an_exported_model_is_a_small_checkpoint(

@@ -17,13 +17,14 @@ from utils.run_folder.folder import RunFolder
 def checkpoint_contents(experiment: Experiment, state: TrainState, alone: bool = False) -> dict[str, Any]:
     """Collective unless `alone`. Returns the contents of a checkpoint.
 
-    These are the training state, the config, the digest of the images, and the mean and standard deviation of their
-    channels. They are enough to use the model without the images.
+    These are the training state, the config, the digest of the images, the mean and standard deviation of their
+    channels, and the range of their greys (see `Rules.grey_bits`). They are enough to use the model without the images.
     """
     return state.state_dict(alone) | {
         "config": experiment.config.to_yaml(),
         "data": experiment.data_digest,
         "statistics": [list(experiment.info.mean), list(experiment.info.std)],
+        "grey_bits": experiment.info.grey_bits,
     }
 
 

@@ -46,7 +46,7 @@ class Arithmetic(Picture["list[Chosen | int]"]):
         found: list[Chosen | int] = [
             find_class(experiment.info.classes, term.removeprefix("class:"))
             if term.startswith("class:")
-            else choose_images(splits(experiment), [term], 1, experiment.config.seed)
+            else choose_images(splits(experiment), [term], 1, experiment.config.seed, experiment.rules)
             for term in terms
         ]
         if not self.num_samples and all(isinstance(term, int) for term in found):

@@ -117,7 +117,7 @@ class PictureOfImages(Picture["Chosen"]):
     def find(self, experiment: Experiment) -> Chosen:
         from analysis.references import choose_images
 
-        return choose_images(splits(experiment), self.images, self.num_images, experiment.config.seed)
+        return choose_images(splits(experiment), self.images, self.num_images, experiment.config.seed, experiment.rules)
 
 
 @dataclass(frozen=True, kw_only=True)
