@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from ablations.result_rows import RESULTS
 from ablations.tables import markdown_tables
 from config.errors import ConfigError
 from utils import cli, signals
+from utils.distributed.processes import world_size
 from utils.files import InUseError, lock_file, write_text
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ class Driver:
         If the run fails, this is logged and recorded.
         """
         from utils.device import OutOfMemoryError
+        from utils.run_folder.checkpoint import CheckpointError
 
         self.ablation.read_results()  # another driver may have completed the run
         row = self.ablation.row_of(run)
@@ -127,8 +130,13 @@ class Driver:
                 "%s is incomplete: %s", run.name, "stopped by a signal" if signals.received() else "no time left"
             )
             return False
-        except (RuntimeError, ConfigError, OutOfMemoryError) as error:  # other variants may need less memory
-            self._log_failure(run.name, error)
+        except (
+            RuntimeError,
+            ConfigError,
+            CheckpointError,
+            OutOfMemoryError,
+        ) as error:
+            self._log_failure(run.name, error)  # other variants may work, for example with less memory
             reason = str(error).partition("\n")[0] or type(error).__name__
             self.ablation.record(run, {"complete": False, "failed": reason})
             return True
@@ -152,11 +160,22 @@ class Driver:
 
         The output of the command is appended to commands.txt while it runs.
         """
-        assert stage.command is not None
         kept, head = self.out / "commands.txt", f"== {stage.name}: {stage.command}\n"
-        limit = min(60 * (stage.minutes or float("inf")), self.deadline - time.monotonic())
-        if self._must_stop() or limit <= 0 or (kept.exists() and head in kept.read_text(errors="replace")):
-            return
+        folder = self.out / "runs" / stage.name
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:  # wait while another driver runs the command
+            limit = min(60 * (stage.minutes or float("inf")), self.deadline - time.monotonic())
+            if self._must_stop() or limit <= 0:
+                return
+            with suppress(InUseError), lock_file(folder / ".lock"):
+                if not (kept.exists() and head in kept.read_text(errors="replace")):
+                    self._run_locked(stage, kept, head, limit)
+                return
+            time.sleep(POLL_S)
+
+    def _run_locked(self, stage: Stage, kept: Path, head: str, limit: float) -> None:
+        """Runs the command of a stage for at most `limit` seconds. Appends `head` and its output to the file `kept`."""
+        assert stage.command is not None
         logger.info("%s: %s", stage.name, stage.command)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # otherwise buffered output is lost at a time-out
         with open(kept, "a") as file:
@@ -193,17 +212,20 @@ class Driver:
         )
         logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "no overrides")
         last_judged = (self.ablation.row_of(run) or {}).get("epochs", 0.0)
-        every = run.stage.judge_every or epochs
+        every, steps_per_epoch = run.stage.judge_every or epochs, trial.experiment.loader.steps_per_epoch
         for index, epoch in enumerate(
             e for e in [*range(every, epochs, every), epochs] if e > last_judged or e == epochs
         ):
-            trial.train(self._must_stop, end=epoch * trial.experiment.loader.steps_per_epoch)
+            end = epoch * steps_per_epoch
+            if epoch < epochs and trial.state.step > end:
+                continue  # a failed run has passed this epoch
+            trial.train(self._must_stop, end=end)
             if index == 0:
                 self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)
             if signals.received():
                 return False
             self._judge(run, trial)
-            if not trial.complete and self._must_stop():
+            if trial.state.step < end or (not trial.complete and self._must_stop()):
                 return False
         (folder / "last.pt").unlink()
         return True
@@ -272,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     deadline = time.monotonic() + 60 * args.minutes
     with cli.gather_user_errors():
+        if world_size() > 1:
+            raise ConfigError("an ablation runs in one process: start it without torchrun, once for each GPU")
         plan = read_plan(args.plan, args.overrides)
         cli.require(*(CONTROL_NEEDS[stage.control] for stage in plan.stages if stage.control in CONTROL_NEEDS))
         if args.table:

@@ -31,9 +31,12 @@ def read_curves(paths: list[Path]) -> dict[str, Curve]:
     points: dict[str, dict[int, dict[int, tuple[float, float]]]] = {}
     seeds: dict[str, set[int]] = {}
     for path in paths:
-        for row in read_rows(path):
-            if "table" in row:
+        rows = [row for row in read_rows(path) if "table" in row]
+        newest = {row["run"]: row["digest"] for row in rows}  # a run may have rows of an earlier config
+        for row in rows:
+            if row["digest"] == newest[row["run"]]:
                 name = f"{row['stage']}, {row['variant']}"
+                name = f"{path.parent.name}: {name}" if len(paths) > 1 else name
                 points.setdefault(name, {}).setdefault(row["images"], {})[row["seed"]] = accuracies(row)
                 seeds.setdefault(name, set()).add(row["seed"])
     curves = {}
@@ -101,6 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="SVG or PNG file for the figure")
     args = parser.parse_args(argv)
     with cli.gather_user_errors():
+        cli.require("matplotlib")
+        if args.out.suffix not in (".svg", ".png"):
+            raise ConfigError(f"--out {args.out} ends in neither .svg nor .png: choose one of these endings")
         for path in args.results:
             if not path.is_file():
                 raise ConfigError(f"there is no file {path}: name a results.jsonl that ablations.ablate wrote")

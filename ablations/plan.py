@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ablations.result_rows import append_row, read_rows
 from config.errors import ConfigError
-from config.reading import load_config, parse_yaml, result_digest
+from config.reading import load_config, parse_config, parse_yaml, result_digest
 from config.schema import Config
 
 Name = Annotated[str, Field(pattern=r"^\w+$")]
@@ -158,15 +158,35 @@ class Run:
         return f"{self.stage.name}-{self.variant}-{self.seed}"
 
     @property
+    def terms(self) -> str:
+        """Everything that the result depends on, except the config and the images: length, protocols and objective."""
+        stage = self.stage
+        terms = f"{stage.epochs} {stage.minutes} {stage.images_of}"
+        if self.judging != "all":
+            terms += f" judged by {self.judging}"
+        return terms if stage.control is None else f"{terms} control {stage.control}"
+
+    @property
     def digest(self) -> str:
         """Digest of everything that the result depends on, except the images."""
-        stage = self.stage
-        also = f"{stage.epochs} {stage.minutes} {stage.images_of}"
-        if self.judging != "all":
-            also += f" judged by {self.judging}"
-        if stage.control:
-            also += f" control {stage.control}"
-        return result_digest(self.config, without=("data.root", "training.epochs"), also=also)
+        return self._digest_with(self.config)
+
+    def made(self, row: dict[str, Any]) -> bool:
+        """Returns True if `row` is a result of this run.
+
+        If the schema has got new keys since then, the config of the row has their default values.
+        """
+        if row["digest"] == self.digest:
+            return True
+        if row.get("terms") != self.terms or "config" not in row:
+            return False
+        try:
+            return self._digest_with(parse_config(row["config"], "the config of a result")) == self.digest
+        except ConfigError:
+            return False
+
+    def _digest_with(self, config: Config) -> str:
+        return result_digest(config, without=("data.root", "data.labels", "training.epochs"), also=self.terms)
 
 
 class Ablation:
@@ -191,7 +211,8 @@ class Ablation:
     def record(self, run: Run, result: dict[str, Any]) -> None:
         """Stores the result of a run and appends it to the file."""
         identity = {"run": run.name, "stage": run.stage.name, "variant": run.variant, "seed": run.seed}
-        append_row(self.path, {**identity, "overrides": run.overrides, "digest": run.digest, **result})
+        identity |= {"overrides": run.overrides, "digest": run.digest, "terms": run.terms}
+        append_row(self.path, {**identity, **result})
         self.read_results()
 
     def stage(self, name: str) -> Stage:
@@ -223,7 +244,7 @@ class Ablation:
     def row_of(self, run: Run) -> dict[str, Any] | None:
         """Returns the last result of a run, complete or not; None if there is no result."""
         row = self._rows.get(run.name)
-        return row if row is not None and row["digest"] == run.digest else None
+        return row if row is not None and run.made(row) else None
 
     def runs_with_rows(self, stage: Stage) -> list[tuple[Run, dict[str, Any]]]:
         """Returns (run, last result) for each run with a result; an empty list if a config in the stage is invalid."""

@@ -80,16 +80,17 @@ class Trial:
         if self.experiment.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.experiment.device)
         self.state: TrainState = initial_state(self.experiment)
+        self._control_name = control
         self.control = attach_control(self.experiment, self.state, control) if control else None
         self.seconds = self.seconds_after_first_step = 0.0
         self.images_per_s: float | None = None
         self._losses: deque[torch.Tensor] = deque(maxlen=LOSSES)
         if checkpoint and checkpoint.exists():
-            self._resume(checkpoint)
+            self._resume(checkpoint, control)
         if not control and choose_compile(config.training.compile, self.experiment.device):
             self.state.soda.compile()
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path, control: ControlName | None) -> None:
         """Loads the checkpoint, or logs why the run starts from scratch."""
         try:
             saved = load_checkpoint(checkpoint)
@@ -97,10 +98,13 @@ class Trial:
         except (CheckpointError, ConfigError) as error:
             logger.info("cannot resume (%s): starting from scratch", error)
             return
-        if changed or saved["data"] != self.experiment.data_digest:
-            logger.info(
-                "%s was saved with another %s: starting from scratch", checkpoint, ", ".join(changed) or "data set"
-            )
+        others = list(changed)
+        if saved["data"] != self.experiment.data_digest:
+            others.append("data set")
+        if saved.get("control") != control:
+            others.append("control")
+        if others:
+            logger.info("%s was saved with another %s: starting from scratch", checkpoint, ", ".join(others))
             return
         self.state.load_state_dict(saved)
         self.seconds = float(saved.get("seconds", 0))
@@ -160,7 +164,7 @@ class Trial:
         if self.checkpoint is None:
             return
         contents = checkpoint_contents(self.experiment, self.state)
-        save_checkpoint(self.checkpoint, contents | {"seconds": self.seconds})
+        save_checkpoint(self.checkpoint, contents | {"seconds": self.seconds, "control": self._control_name})
 
     def judged(self) -> dict[str, Any]:
         """Returns the result: accuracies of the EMA encoder, speed, work and settings."""

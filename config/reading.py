@@ -285,16 +285,13 @@ def flat(config: Config) -> dict[str, Any]:
 def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "") -> str:
     """Returns a digest of all keys that the table of accuracies depends on, including data.root.
 
-    Keys that have their default value are left out, so that results stay valid when the schema gets a new key.
-
     Args:
         without: names of keys that are left out.
         also: text that the digest includes as well.
     """
     judged_by = ("data.root", "data.labels", "views.probe.", "evaluation.", "training.micro_batch_size")
     kept = {name for name, _, run in all_keys() if not run or name.startswith(judged_by)}.difference(without)
-    defaults = flat(Config())
-    values = {name: value for name, value in flat(config).items() if name in kept and value != defaults.get(name)}
+    values = {name: value for name, value in flat(config).items() if name in kept}
     return hashlib.blake2b((yaml.safe_dump(values) + also).encode(), digest_size=16).hexdigest()
 
 

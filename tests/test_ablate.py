@@ -149,6 +149,17 @@ def test_results_of_another_experiment_are_passed_over(ablation: Ablation, chang
     assert len(Ablation(moved, ablation.path).complete_rows(same.stage("screen"))["a"]) == 2
 
 
+def test_results_stay_valid_when_the_schema_gets_a_key(ablation: Ablation) -> None:
+    """A result whose config lacks a key counts if the run has the key's default. Another value makes it invalid."""
+    screen = ablation.stage("screen")
+    run = ablation.runs_of(screen)[0]
+    for lacking, expected in ((", latent_dim: 64", False), ("stem: small, ", True)):
+        text = run.config.to_yaml()
+        assert text.count(lacking) == 1
+        ablation.record(run, row_of(1, 2, config=text.replace(lacking, "")) | {"digest": "of an older version"})
+        assert (ablation.row_of(run) is not None) == expected
+
+
 def test_a_variant_that_does_not_go_with_the_best_is_a_stage_that_fails(tmp_path: Path) -> None:
     """If a variant cannot be combined with the best variant of the base stage, its stage fails and has no table."""
     deep = Stage(name="deep", epochs=1, variants={"a": ["decoder.channel_mult=[1,2,2]"]})
@@ -338,6 +349,16 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     assert len(judged_by_all) >= 8, "results judged by the config's protocols must not stand in for those of all"
     for name, cells in rows["screen-a-0"]["table"].items():
         assert cells == next(found for other, found in judged_by_all.items() if other.startswith(name))
+
+
+def test_a_run_that_the_clock_stops_keeps_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    """Time that is left because the judging was shorter than assumed does not make an incomplete run complete."""
+    bench.plan["stages"] = [{"name": "screen", "epochs": 50, "variants": {"a": []}}]
+    seconds = 1.5 * ablate.FIRST_JUDGING_S + ablate.FIRST_STARTUP_S + 9
+    assert "not all stages are done" in bench.make("out", seconds / 60)
+    row = bench.rows("out")["screen-a-0"]
+    assert not row["complete"] and 0 < row["epochs"] < 50
+    assert (tmp_path / "out" / "runs" / "screen-a-0" / "last.pt").exists()
 
 
 def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_path: Path) -> None:

@@ -86,9 +86,11 @@ def test_curves_and_the_gain_of_a_doubling(tmp_path: Path, capsys: pytest.Captur
         for images in (100, 150, 300, 450):
             knn = 40 + 3 * math.log2(images / 100) + seed
             table = {"k-NN": {"trained": {"top1": knn}}, "linear": {"trained": {"top1": 2 * knn}}}
-            identity = {"stage": "run", "variant": "a", "seed": seed, "digest": "x"}
+            identity = {"run": f"run-a-{seed}", "stage": "run", "variant": "a", "seed": seed, "digest": "x"}
             append_row(path, {**identity, "images": images, "table": table})
-    append_row(path, {"stage": "run", "variant": "b", "seed": 0, "digest": "x", "images": 9, "table": table})
+    other = {"run": "run-b-0", "stage": "run", "variant": "b", "seed": 0}
+    append_row(path, {**other, "digest": "earlier config", "images": 4, "table": table})
+    append_row(path, {**other, "digest": "x", "images": 9, "table": table})
     assert curves.main([str(path), "--out", str(tmp_path / "curves.svg")]) == 0
     assert f"| run, a | 450 | {40.5 + 3 * math.log2(4.5):.1f} | {81 + 6 * math.log2(4.5):.1f} | +3.0 / +6.0 |" in (
         capsys.readouterr().out
