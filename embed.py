@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     from experiment.opening import open_device, open_experiment
     from experiment.trained import read_trained, reduced_checkpoint
     from utils.device import compute_exactly
+    from utils.run_folder.checkpoint import read_sums
     from utils.run_folder.checkpoint_writer import save_checkpoint
 
     # Open the checkpoint.
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.export:
             for file in files:
                 check_writable(file)
+                if file.name in read_sums(file.parent):
+                    raise ConfigError(f"{file} is a checkpoint of a run: export to another file")
             if rank() > 0:
                 return 0
             if files[0].suffix.lower() == ".pt":

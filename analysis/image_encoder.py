@@ -28,7 +28,7 @@ class ImageEncoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, encoder: Encoder, mean: list[float], std: list[float], image_size: int, resize: bool = False
+        self, encoder: Encoder, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, resize: bool = False
     ) -> None:
         super().__init__()
         self.encoder, self.image_size, self.resize = encoder, image_size, resize

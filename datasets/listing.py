@@ -226,7 +226,14 @@ def _list_splits(root: Path, inside: list[str], held_out: bool, left_out: list[P
         return _list_flat(root, name, inside, held_out, left_out), None
     listing = _list_classes(train, "classes", left_out)
     _check_classes(listing, f"move the images of this class into {train} and remove its folder")
-    shared = {test: len(set(listing.classes).intersection(_class_folders(root / test, left_out))) for test in tests}
+    shared = {
+        test: sum(
+            any(_image_files(root / test / inner, left_out) for inner in inners)
+            for name, inners in _class_folders(root / test, left_out).items()
+            if name in listing.classes
+        )
+        for test in tests
+    }
     best = max(shared, key=lambda test: shared[test], default=None)
     test = _list_classes(root / best, "classes", left_out, listing.classes) if best and shared[best] else None
     if test is not None and test.files:

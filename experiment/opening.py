@@ -1,13 +1,13 @@
 """Opening of a config: its images, views, loader, diffusion and device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from config.errors import ConfigError
 from config.schema import Config
 from datasets.decoding import Rules, rules_of
-from datasets.images import DatasetError, Images, StoredImages
+from datasets.images import DatasetError, Images, Statistics, StoredImages
 from datasets.loader import Loader
 from datasets.sources import DatasetInfo, build_dataset
 from datasets.views import Views
@@ -51,8 +51,11 @@ class Experiment:
         return rules_of(self.config.data, self.info.grey_bits)
 
 
-def open_experiment(config: Config) -> Experiment:
+def open_experiment(config: Config, statistics: Statistics | None = None) -> Experiment:
     """Collective. Loads the images and returns the experiment.
+
+    Args:
+        statistics: mean and standard deviation of the channels, which normalise the views; None: those of the images.
 
     Raises:
         ConfigError: the ranks would compute on different types of device or in different number formats.
@@ -60,6 +63,8 @@ def open_experiment(config: Config) -> Experiment:
     """
     device, amp_dtype = open_device(config)
     train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size(), config.seed))
+    if statistics is not None:
+        info = replace(info, mean=statistics[0], std=statistics[1])
     data_digest = train.digest()
     if not all_equal((data_digest, test and test.digest())):
         raise DatasetError(

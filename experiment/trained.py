@@ -11,6 +11,7 @@ from torch import nn
 from config.errors import ConfigError
 from config.reading import differences, override, parse_config, to_words
 from config.schema import Config
+from datasets.images import Statistics
 from experiment.models import build_on_meta, to_device
 from experiment.opening import Experiment, open_experiment
 from model.soda import SODA
@@ -81,7 +82,7 @@ class Trained:
         soda.load_state_dict(weights)
         return soda.eval().requires_grad_(False)
 
-    def statistics(self) -> tuple[list[float], list[float]]:
+    def statistics(self) -> Statistics:
         """Returns (mean, standard deviation) of the training images' channels. They normalise the encoder's input.
 
         Raises CheckpointError if the checkpoint has none. Checkpoints of older versions may have none.
@@ -92,7 +93,7 @@ class Trained:
                 "training.epochs if it has finished) to save a new checkpoint"
             )
         mean, std = self.contents["statistics"]
-        return mean, std
+        return tuple(mean), tuple(std)
 
 
 def read_trained(config: Config | None, checkpoint: Path | None, overrides: list[str]) -> Trained:
@@ -202,7 +203,9 @@ def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
     DatasetError and CheckpointError.
     """
     soda = trained.soda()
-    experiment = open_experiment(trained.config)
+    # The encoder's input is normalised as in training, also if these are other images.
+    known = trained.statistics() if "statistics" in trained.contents else None
+    experiment = open_experiment(trained.config, known)
     if trained.contents["data"] != experiment.data_digest:
         logger.info(
             "the training images in %s are not the images that the checkpoint was trained on", trained.config.data.root

@@ -159,12 +159,33 @@ def test_an_exported_model_is_a_small_checkpoint(
     assert not np.array_equal(z, expected) and np.abs(z - expected).max() < 0.05 * expected.std()
     assert sample_program.main(["reconstruct", "--checkpoint", str(path), "--num_images", "1"]) == 0
 
+    kept = checkpoint.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        embed_program.main(["--checkpoint", str(checkpoint), "--export", str(checkpoint)])
+    assert "export to another file" in capsys.readouterr().err and checkpoint.read_bytes() == kept
+
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     path.rename(folder / "last.pt")
     with pytest.raises(SystemExit, match="2"):
         train_program.main([*digits_args(tmp_path / "run"), f"data.root={root}"])
     assert "holds only the EMA model" in capsys.readouterr().err
+
+
+def test_other_images_are_normalised_as_in_training(checkpoint: Path, tmp_path: Path) -> None:
+    """On another data set, the evaluation's features are those of `load_encoder`, which knows only the checkpoint."""
+    for name in ("train/a/0", "train/b/0", "test/a/0", "test/b/0"):
+        for index in range(40):
+            path = tmp_path / "bright" / f"{name}{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (200 + index, 250, 255)).save(path)
+    data = ["data.name=folder", f"data.root={tmp_path / 'bright'}", f"data.cache_dir={tmp_path}", "device=cpu"]
+    experiment, soda = open_trained(read_trained(None, checkpoint, data))
+    (pixels,) = experiment.train.batches([range(5)])
+    with torch.no_grad():
+        found = soda.encoder.features(experiment.views.evaluation(pixels))["z"]
+        expected = load_encoder(checkpoint)(pixels)["z"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 USE = {

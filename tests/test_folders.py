@@ -136,6 +136,8 @@ def test_imagenet_as_it_is_unpacked(tmp_path: Path, caplog: pytest.LogCaptureFix
     """The validation folder has the classes, so it is the test split, and the unlabelled test folder is not read."""
     touch(tmp_path, *(f"{split}/n0{i}/{split}.JPEG" for split in ("train", "val") for i in range(3)))
     touch(tmp_path, "test/1.JPEG", "test/2.JPEG")
+    (tmp_path / "test" / "n00").mkdir()
+    (tmp_path / "test" / "n01").mkdir()  # folders without images do not count
     train, test = list_folder(tmp_path)
     assert labelled(train) == {f"n0{i}/train.JPEG": f"n0{i}" for i in range(3)}
     assert labelled(test) == {f"n0{i}/val.JPEG": f"n0{i}" for i in range(3)}

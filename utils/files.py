@@ -4,6 +4,7 @@ import codecs
 import errno
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which has the same ending as `path`.
+    """Yields a temporary path to write to, which has the same ending as `path`. Several processes may do so.
 
     At the end, the temporary file is flushed to the disk and then replaces `path`. After an error, it is removed.
     """
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         yield partial
     except BaseException:
