@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from experiment.batch import source_draws
 from experiment.opening import Experiment
-from training.state import TrainState
+from training.state import Snapshot, TrainState
 from training.step import learning_rates
 from utils.device import autocast
 
@@ -90,6 +90,9 @@ def attach_control(experiment: Experiment, state: TrainState, name: str) -> Cont
 def control_step(experiment: Experiment, state: TrainState, control: Control, pixels: Iterator[Tensor]) -> Tensor:
     """Runs one optimiser step with a control's objective. Returns the loss, a scalar on the device.
 
+    If the norm of the gradient is not finite, the step is skipped: weights and BatchNorm statistics do not change.
+    Synchronises with the device.
+
     Args:
         pixels: iterator made by `training_pixels`, at `state.step`.
     """
@@ -103,13 +106,17 @@ def control_step(experiment: Experiment, state: TrainState, control: Control, pi
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.soda.train()
+    before = Snapshot(state.soda.buffers())
     with autocast(experiment.device, experiment.amp_dtype):
         pooled = state.soda.encoder.pooled(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         loss = control.loss(pooled, labels)
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
-    torch.nn.utils.clip_grad_norm_(state.soda.parameters(), experiment.config.optimizer.max_grad_norm)
-    state.scaler.step(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), experiment.config.optimizer.max_grad_norm)
+    if norm.isfinite():
+        state.scaler.step(state.optimizer)
+    else:
+        before.restore(norm.isfinite().logical_not())
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update()

@@ -1,6 +1,7 @@
 """Results on disk: JSON lines that survive a crash, in a folder that only one process at a time may use."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +42,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Appends `row` to the file as one JSON line. Starts a new line first if a crash has cut the last one."""
-    last_byte = path.read_bytes()[-1:] if path.exists() else b""
-    line = ("" if last_byte in (b"", b"\n") else "\n") + json.dumps(row) + "\n"
+    last_byte = b"\n"
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            last_byte = file.read(1)
+    line = ("" if last_byte == b"\n" else "\n") + json.dumps(row) + "\n"
     with open(path, "ab", buffering=0) as file:  # one write, so that lines of several processes do not mix
         file.write(line.encode())

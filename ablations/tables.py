@@ -74,7 +74,7 @@ def _incomplete_runs(stage: Stage, ablation: Ablation) -> str:
             lines.append(f"- {run.name} failed: {row['failed']}")
         elif not row["complete"]:
             knn, linear = accuracies(row)
-            lines.append(f"- {run.name} was stopped after {row['images']:,} images: {knn:.1f} / {linear:.1f}")
+            lines.append(f"- {run.name} has seen {row['images']:,} images so far: {knn:.1f} / {linear:.1f}")
     return "\n".join(lines)
 
 

@@ -54,6 +54,12 @@ def check_consistency(config: Any) -> None:
         raise ValueError("training.mask.section_probability needs decoder.modulation=sectioned: set both, or neither")
     if config.optimizer.cooldown_epochs and config.optimizer.schedule != "constant":
         raise ValueError("optimizer.cooldown_epochs needs optimizer.schedule=constant: set both, or neither")
+    rising_and_falling = config.optimizer.warmup_epochs + config.optimizer.cooldown_epochs
+    if config.optimizer.cooldown_epochs and rising_and_falling > config.training.epochs:
+        raise ValueError(
+            f"optimizer.warmup_epochs and optimizer.cooldown_epochs add up to {rising_and_falling:g} epochs, more than "
+            f"the {config.training.epochs} of training.epochs: lower one of the two"
+        )
     by_section = len(config.sampling.guidance_scale) > 1 or config.sampling.sections is not None
     if by_section and decoder.modulation == "shared":
         raise ValueError(

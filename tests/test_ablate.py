@@ -211,7 +211,7 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     assert not any(line.startswith("- `") for line in lines), (
         "one variant with or without a setting is not enough for a line"
     )
-    assert "- then-d-0 was stopped after 1,000 images: 30.0 / 20.0" in lines
+    assert "- then-d-0 has seen 1,000 images so far: 30.0 / 20.0" in lines
     ablation.record(then, {"complete": False, "failed": "out of memory"})
     assert "- then-d-0 failed: out of memory" in markdown_tables(ablation)
     # The stage `then` has only one seed, so its table uses the standard deviation of the screen.

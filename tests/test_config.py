@@ -130,6 +130,7 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("views.source.color_jitter=[1, 1, 1, 0.6]", "hue is at most 0.5"),
         ("views.target.blur_sigma=[0, 2]", "0 < low <= high"),
         ("optimizer={schedule: cosine, cooldown_epochs: 1}", "cooldown_epochs needs optimizer.schedule=constant"),
+        ("optimizer.cooldown_epochs=790", "add up to 810 epochs, more than the 800 of training.epochs"),
         ("encoder=3", "encoder is a section"),
         (f"output_dir=runs/{'x' * 256}", "at most 255 bytes"),
         ("encoder.width.x=3", "encoder.width"),
