@@ -92,27 +92,27 @@ class Driver:
         if not runs:
             self._log_failure(stage.name, ConfigError("its base stage has no complete run: fix the failures there"))
         while runs:
-            elsewhere = []
+            held_by_others = []
             for run in runs:
                 folder = self.out / "runs" / run.name
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
                     lock = lock_file(folder / ".lock")
                 except InUseError:
-                    elsewhere.append(run)
+                    held_by_others.append(run)
                     continue
                 with lock:
-                    if not self._complete(run, folder):
+                    if not self._finish(run, folder):
                         return False
-            runs = elsewhere
+            runs = held_by_others
             if runs:
                 time.sleep(POLL_S)
                 if self._must_stop():
                     return False
         return True
 
-    def _complete(self, run: Run, folder: Path) -> bool:
-        """Completes a run whose folder this driver holds. Returns False if the deadline or a signal stopped it early.
+    def _finish(self, run: Run, folder: Path) -> bool:
+        """Trains and judges a run whose folder this driver holds. Returns False if the deadline or a signal stopped it.
 
         If the run fails, this is logged and recorded.
         """
@@ -130,12 +130,7 @@ class Driver:
                 "%s is incomplete: %s", run.name, "stopped by a signal" if signals.received() else "no time left"
             )
             return False
-        except (
-            RuntimeError,
-            ConfigError,
-            CheckpointError,
-            OutOfMemoryError,
-        ) as error:
+        except (RuntimeError, ConfigError, CheckpointError, OutOfMemoryError) as error:
             self._log_failure(run.name, error)  # other variants may work, for example with less memory
             reason = str(error).partition("\n")[0] or type(error).__name__
             self.ablation.record(run, {"complete": False, "failed": reason})
@@ -211,14 +206,12 @@ class Driver:
             run.config.model_copy(update={"training": training}), folder / "last.pt", run.judging, run.stage.control
         )
         logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "no overrides")
-        last_judged = (self.ablation.row_of(run) or {}).get("epochs", 0.0)
-        every, steps_per_epoch = run.stage.judge_every or epochs, trial.experiment.loader.steps_per_epoch
-        for index, epoch in enumerate(
-            e for e in [*range(every, epochs, every), epochs] if e > last_judged or e == epochs
-        ):
-            end = epoch * steps_per_epoch
-            if epoch < epochs and trial.state.step > end:
-                continue  # a failed run has passed this epoch
+        steps_per_epoch, every = trial.experiment.loader.steps_per_epoch, run.stage.judge_every or epochs
+        judged_step = (self.ablation.row_of(run) or {}).get("epochs", 0.0) * steps_per_epoch
+        *ends, last = (epoch * steps_per_epoch for epoch in [*range(every, epochs, every), epochs])
+        # A run that failed has no judged step, but its checkpoint may have passed some of the ends.
+        due = [end for end in ends if end > judged_step and end >= trial.state.step]
+        for index, end in enumerate([*due, last]):
             trial.train(self._must_stop, end=end)
             if index == 0:
                 self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)

@@ -1,4 +1,4 @@
-"""Results on disk: JSON lines that survive a crash, in a folder that only one process at a time may use."""
+"""Results on disk: JSON lines that survive a crash, and the lock of a folder that only one process may use."""
 
 import json
 import os

@@ -226,8 +226,8 @@ def _look_through(
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file to write to, which replaces `path` at the end.
 
-    Unlike `utils.files.replacing`, several processes may write `path` at the same time. Each process has a temporary
-    file of its own and locks it. Temporary files without a lock were left by killed processes and are removed.
+    Unlike in `utils.files.replacing`, each process locks its temporary file. Temporary files without a lock were left
+    by killed processes and are removed.
 
     Raises OSError immediately if the disk is full or read-only.
     """

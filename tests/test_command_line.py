@@ -4,6 +4,7 @@ The programs must also import nothing that only some operating systems have.
 """
 
 import ast
+import errno
 import io
 import logging
 import os
@@ -381,7 +382,7 @@ def test_storage_without_locks_is_used_and_logged(
     fcntl = pytest.importorskip("fcntl")
 
     def unsupported(*args: Any) -> None:
-        raise OSError(38, "Function not implemented")
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with caplog.at_level(logging.INFO), lock_file(tmp_path / ".lock"), lock_file(tmp_path / ".lock"):
