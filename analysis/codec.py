@@ -30,8 +30,8 @@ class Codec:
     """The EMA model as an encoder and a decoder of images (Preechakul et al. 2022, section 3).
 
     Collective: call each method on all ranks. The ranks share the work, and each rank gets the full result. Pixels are
-    (N, 3, encoder_size, encoder_size) uint8. z is (N, latent_dim). x_T, and images in [-1, 1], are (N, 3, decoder_size,
-    decoder_size). All results are float32 on the device.
+    (N, 3, P, P) uint8, with the size of the data set's images. z is (N, latent_dim). x_T, and images in [-1, 1], are
+    (N, 3, decoder_size, decoder_size). All results are float32 on the device.
 
     Args:
         seed: seed of `noise`, and of the noise that `sample` adds if eta is above 0.

@@ -19,6 +19,7 @@ from datasets.findings import GREY_BITS, Findings, log_findings, raise_if_unread
 from datasets.formats import count_others
 from datasets.images import DatasetError, Images
 from datasets.listing import Listing, holds_splits, list_images
+from datasets.operations import resize
 from evaluation.features import Features, extract_features
 from utils.device import autocast, memory_for
 from utils.distributed.collectives import all_equal, all_gather_object
@@ -85,7 +86,7 @@ def images_of_files(files: list[str], config: Config, grey_bits: int | None) -> 
 
 
 class _DecodedImages:
-    """Images of a listing, decoded at the encoder's input size while they are read.
+    """Images of a listing, decoded while they are read, at the size of the data set's images.
 
     Attributes:
         rules: rules by which the files are decoded.
@@ -95,7 +96,7 @@ class _DecodedImages:
     def __init__(self, listing: Listing, config: Config, grey_bits: int | None) -> None:
         self.listing, self.skip = listing, config.data.unreadable == "skip"
         self.rules, self.findings = rules_of(config.data, grey_bits), Findings()
-        self._image_size = config.encoder_size
+        self._image_size = config.data.kept_size
         self._num_workers = config.data.num_workers or max(1, num_cores() // local_world_size())
 
     def __len__(self) -> int:
@@ -148,8 +149,11 @@ def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype
 
     def encode(pixels: Tensor, indices: range) -> Features:
         bar.update(len(indices))
+        pixels = pixels.to(device, non_blocking=True)
+        if pixels.shape[-1] != encoder.image_size:  # with data.stored_size
+            pixels = resize(pixels, encoder.image_size)
         with autocast(device, amp_dtype):
-            return dict(encoder(pixels.to(device, non_blocking=True)))
+            return dict(encoder(pixels))
 
     smaller = f"set evaluation.batch_size={max(1, batch_size // 2)}"
     with memory_for(lambda: smaller), progress(len(images) // world_size(), "encoding", "img") as bar:

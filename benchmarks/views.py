@@ -5,48 +5,59 @@ to the main process is not included.
 
   python -m benchmarks.views                                   # 512 images of 32 px, on the CPU
   python -m benchmarks.views --device cuda --batch_size 2048
+  python -m benchmarks.views --stored_size 256 --image_size 224 --decoder_size 112 --batch_size 64
 """
 
 import argparse
 import multiprocessing
 import os
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks.measure import machine, ratio, spread, take_turns
 from config.reading import load_config
+from config.schema import View
+from config.schema import Views as ViewsConfig
 from datasets.augmentation import Draw
 from datasets.views import Views
 from utils.device import choose_device
 from utils.randomness import uniforms
 
+MEAN, STD = [0.5] * 3, [0.25] * 3  # of the data set
 
-def pil_augmentation(view: Any, image_size: int) -> v2.Compose:
-    """Returns torchvision's transforms for the crop, flip and RandAugment of `view`, for PIL images."""
+
+def pil_augmentation(view: View, image_size: int) -> v2.Compose:
+    """Returns torchvision's transforms for the crop, flip and RandAugment of `view`: PIL images -> `image_size` px."""
     crop = v2.RandomResizedCrop(image_size, scale=view.crop_scale, ratio=view.crop_ratio)
     flip = v2.RandomHorizontalFlip(view.flip_probability)
     randaugment = v2.RandAugment(view.randaugment_num_ops, view.randaugment_magnitude)
     return v2.Compose(
         [
             v2.RandomApply([crop, flip], p=view.crop_flip_probability),
+            v2.Resize((image_size, image_size)),  # images without a crop
             v2.RandomApply([randaugment], p=view.randaugment_probability),
         ]
     )
 
 
-class OneByOne:
-    """Work of one process of the plain pipeline: makes both views of each of its images, as float tensors."""
+def pil_pair(config: ViewsConfig, encoder_size: int, decoder_size: int) -> tuple[v2.Compose, v2.Compose]:
+    """Returns torchvision's transforms for the source view and for the target view: PIL images -> float tensors."""
+    to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    source = v2.Compose([pil_augmentation(config.source, encoder_size), *to_float, v2.Normalize(MEAN, STD)])
+    middle = v2.Normalize([0.5] * 3, [0.5] * 3)
+    return source, v2.Compose([pil_augmentation(config.target, decoder_size), *to_float, middle])
 
-    def __init__(self, config: Any, pixels: Tensor, mean: list[float], std: list[float]) -> None:
+
+class OneByOne:
+    """Work of one process of the plain pipeline: makes both views of each of its images."""
+
+    def __init__(self, config: ViewsConfig, pixels: Tensor, encoder_size: int, decoder_size: int) -> None:
         self.images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
-        to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-        size = pixels.shape[-1]
-        self.source = v2.Compose([pil_augmentation(config.source, size), *to_float, v2.Normalize(mean, std)])
-        self.target = v2.Compose([pil_augmentation(config.target, size), *to_float, v2.Normalize([0.5] * 3, [0.5] * 3)])
+        self.source, self.target = pil_pair(config, encoder_size, decoder_size)
 
     def __call__(self) -> int:
         source = torch.stack([self.source(image) for image in self.images])
@@ -57,11 +68,11 @@ class OneByOne:
 _worker: OneByOne
 
 
-def _start_worker(config: Any, pixels: Tensor, mean: list[float], std: list[float]) -> None:
+def _start_worker(config: ViewsConfig, pixels: Tensor, encoder_size: int, decoder_size: int) -> None:
     global _worker
     torch.set_num_threads(1)
     choose_device("cpu")
-    _worker = OneByOne(config, pixels, mean, std)
+    _worker = OneByOne(config, pixels, encoder_size, decoder_size)
 
 
 def _work(_: int) -> int:
@@ -73,7 +84,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=512, help="images per batch; default: %(default)s")
     parser.add_argument(
-        "--image_size", type=int, default=32, help="height and width of the images in pixels; default: %(default)s"
+        "--image_size",
+        type=int,
+        default=32,
+        help="size of the source views in pixels; default: %(default)s",
+    )
+    parser.add_argument(
+        "--stored_size",
+        type=int,
+        help="size in pixels of the images that crops are taken from, with antialiasing; default: the size of the "
+        "source views, without antialiasing",
+    )
+    parser.add_argument(
+        "--decoder_size",
+        type=int,
+        help="size of the target views in pixels; default: the size of the source views",
     )
     parser.add_argument(
         "--config",
@@ -92,16 +117,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="number of timed rounds; default: %(default)s")
     args = parser.parse_args()
     config, device, size = load_config(args.config).views, choose_device(args.device), args.image_size
-    mean, std = [0.5] * 3, [0.25] * 3
+    decoder_size, stored_size = args.decoder_size or size, args.stored_size or size
 
     coarse = torch.rand(args.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    pixels = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1).mul(255).byte()
+    pixels = F.interpolate(coarse, (stored_size, stored_size), mode="bicubic").clamp(0, 1).mul(255).byte()
     share = pixels[: -(-args.batch_size // args.cores)].clone()  # every process uses these images
     context = multiprocessing.get_context("spawn")
-    with context.Pool(args.cores, _start_worker, (config, share, mean, std)) as pool:
-        views = Views(config, encoder_size=size, decoder_size=size, mean=mean, std=std, device=device)
+    # Without a stored size, our target views are drawn at the size of the source views and then averaged down.
+    pil_target_size = decoder_size if args.stored_size else size
+    with context.Pool(args.cores, _start_worker, (config, share, size, pil_target_size)) as pool:
+        views = Views(
+            config,
+            encoder_size=size,
+            decoder_size=decoder_size,
+            stored_size=args.stored_size,
+            mean=MEAN,
+            std=STD,
+            device=device,
+        )
         on_device = pixels.to(device)
-        noise = torch.zeros(pixels.shape, device=device)
+        noise = torch.zeros((len(pixels), 3, size, size), device=device)
         step = iter(range(10**9))
 
         def draw(seed: int, purpose: str) -> Draw:
@@ -116,7 +151,8 @@ def main() -> None:
             args.rounds,
             device,
         )
-    print(f"both views of {args.batch_size} images of {size} px; {args.cores} cores; {machine(device)}")
+    sizes = f"views of {size} and {decoder_size} px from {args.batch_size} images of {stored_size} px"
+    print(f"{sizes}; {args.cores} cores; {machine(device)}")
     for name, each in seconds.items():
         print(f"{name:12s} {spread(each)}  {args.batch_size / sorted(each)[len(each) // 2]:,.0f} pairs/s")
     print(f"in one batch is {ratio(seconds['one by one'], seconds['in one batch'])} as fast as one by one")

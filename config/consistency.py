@@ -12,6 +12,12 @@ def check_consistency(config: Any) -> None:
     halvings = num_levels - 1
     halved = range(2**halvings, config.encoder_size + 1, 2**halvings)
     divisors = [each for each in halved if each >= 4 and config.encoder_size % each == 0]
+    stored_size = config.data.stored_size
+    if stored_size is not None and stored_size < config.encoder_size:
+        raise ValueError(
+            f"data.stored_size {stored_size} is smaller than data.image_size {config.encoder_size}: set it to at least "
+            f"{config.encoder_size}, or remove it"
+        )
     if config.encoder_size % size:
         hint = f", or decoder.image_size to one of {divisors}" if divisors else ""
         raise ValueError(

@@ -98,8 +98,16 @@ class Data(Section):
     cache_dir: PathText = key("data/cache", "folder for the decoded images of `tiny` and `folder`", run=True)
     image_size: int = key(
         32,
-        "height and width in pixels to which all images are resized; the encoder works at this size, and so does the "
-        "decoder, unless decoder.image_size is set",
+        "height and width in pixels of the views that the encoder receives, and of those that the decoder denoises, "
+        "unless decoder.image_size is set; images are resized to this size, unless data.stored_size is set",
+        ge=4,
+        le=4096,
+    )
+    stored_size: int | None = key(
+        None,
+        "height and width in pixels of the squares from which crops are taken; each crop is resized once, with "
+        "antialiasing, to data.image_size (source views) or decoder.image_size (target views), as is usual for "
+        "photographs; null: data.image_size, which suits small images",
         ge=4,
         le=4096,
     )
@@ -148,6 +156,11 @@ class Data(Section):
         "give the labels",
         run=True,
     )
+
+    @property
+    def kept_size(self) -> int:
+        """Height and width in pixels of the images in memory, in the cache and in batches."""
+        return self.stored_size or self.image_size
 
 
 class View(Section):
@@ -290,7 +303,8 @@ class Decoder(Section):
     image_size: int | None = key(
         None,
         "height and width in pixels of the images that the decoder denoises; target views are drawn at data.image_size "
-        "and averaged down to this size; it must divide data.image_size; null: data.image_size",
+        "and averaged down to this size, or drawn at this size if data.stored_size is set; it must divide "
+        "data.image_size; null: data.image_size",
         ge=4,
         le=4096,
     )

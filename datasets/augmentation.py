@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.schema import View
-from datasets.operations import OPERATIONS, crop, move, operate
+from datasets.operations import OPERATIONS, crop, crop_antialiased, move, operate
 
 
 class Draw(Protocol):
@@ -75,11 +75,12 @@ JITTER = ("Brightness", "Contrast", "Color", "Hue")  # in the order of the value
 class Parameters:
     """Augmentation parameters of N samples, on the host.
 
-    A matrix maps the position of an output pixel to a position in the input. Positions are in pixels, relative to the
-    centre of the image.
+    A matrix maps the position of an output pixel to a position in the input. Positions are in pixels of the view,
+    relative to its centre.
 
     Attributes:
-        boxes: (N, 5) float32: left, top, width and height of the crop in pixels, then 1 for a flip or 0 for none.
+        boxes: (N, 5) float32: left, top, width and height of the crop in pixels of the image, then 1 for a flip or 0
+            for none.
         operations: (N, num_ops) int64, indices into OPERATIONS, applied from left to right.
         strengths: (N, num_ops) float32, signed.
         matrices: (N, num_ops, 2, 3) float32, used by the geometric operations.
@@ -115,10 +116,15 @@ class Parameters:
 
 
 class Augmentation:
-    """Random augmentation that is described by one `views.*` section of the config."""
+    """Random augmentation that is described by one `views.*` section of the config.
 
-    def __init__(self, view: View, image_size: int) -> None:
-        self._view, self._size = view, image_size
+    Args:
+        image_size: height and width in pixels of the view.
+        stored_size: height and width in pixels of the images that it is cropped from; None: `image_size`.
+    """
+
+    def __init__(self, view: View, image_size: int, stored_size: int | None = None) -> None:
+        self._view, self._size, self._stored_size = view, image_size, stored_size or image_size
         magnitudes = [strength(view.randaugment_magnitude, image_size) for strength, _ in RANDAUGMENT.values()]
         self._magnitudes = torch.tensor(magnitudes)  # (14,) float32
         self._signed = torch.tensor([signed for _, signed in RANDAUGMENT.values()])
@@ -173,7 +179,7 @@ class Augmentation:
         A box is the first of ten random boxes that fits into the image. If none fits, a central box with an allowed
         aspect ratio is used. Samples without crop and flip get the whole image.
         """
-        view, size = self._view, self._size
+        view, size = self._view, self._stored_size
         attempts = uniforms[:, : 2 * CROP_ATTEMPTS].view(-1, CROP_ATTEMPTS, 2)
         apply, flip, where = uniforms[:, -4], uniforms[:, -3], uniforms[:, -2:]
         (low, high), (narrow, wide) = view.crop_scale, map(math.log, view.crop_ratio)
@@ -257,8 +263,13 @@ def _copy(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
-def augment(pixels: Tensor, parameters: Parameters) -> Tensor:
-    """Augments images (N, 3, S, S) uint8: crop and flip first, then the operations, then the affine transform."""
+def augment(pixels: Tensor, parameters: Parameters, size: int | None = None) -> Tensor:
+    """Augments images (N, 3, P, P) uint8: crop and flip first, then the operations, then the affine transform.
+
+    Args:
+        size: height and width of the views. Crops are resized to it with antialiasing. None: the views have the size of
+            the images, so crops are never reduced, and need no antialiasing.
+    """
     num_ops = parameters.operations.shape[1]
     # Before each round, samples are sorted by operation. at[i] is the original index of the sample at position i.
     at = torch.arange(len(pixels))
@@ -280,7 +291,7 @@ def augment(pixels: Tensor, parameters: Parameters) -> Tensor:
     boxes, *rest = _copy(torch.cat(columns, dim=1), pixels.device).split(widths, dim=1)  # (N, width) float32 each
     rounds, moves = rest[: 2 * num_ops], rest[2 * num_ops :]
 
-    pixels = crop(pixels, boxes)
+    pixels = crop(pixels, boxes) if size is None else crop_antialiased(pixels, boxes, size)
     for order, count, strengths, matrices in zip(there, counts, rounds[::2], rounds[1::2], strict=True):
         pixels = operate(pixels.index_select(0, order), count, strengths[:, 0], matrices.view(-1, 2, 3))
     pixels = pixels.index_select(0, back)

@@ -80,7 +80,7 @@ def open_splits(train: Listing, test: Listing | None, data: Data, processes: int
     cannot be read, the error names the images of both.
     """
     root, cache_dir = Path(data.root), Path(data.cache_dir)
-    stream = choose_stream(data.stream, root, len(train.files) + len(test.files if test else []), data.image_size)
+    stream = choose_stream(data.stream, root, len(train.files) + len(test.files if test else []), data.kept_size)
     opened: list[Images | None] = []
     unreadable: dict[Path, str] = {}
     grey_bits = None
@@ -90,7 +90,7 @@ def open_splits(train: Listing, test: Listing | None, data: Data, processes: int
             try:
                 images = open_listing(
                     listing,
-                    data.image_size,
+                    data.kept_size,
                     cache_dir,
                     stream,
                     data.num_workers,

@@ -54,6 +54,49 @@ def crop(pixels: Tensor, boxes: Tensor) -> Tensor:
     return _read_at(pixels, x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size), "bilinear")
 
 
+def crop_antialiased(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops images (N, 3, P, P) uint8 to `boxes`, flips the marked samples, and resizes all to `size`, antialiased.
+
+    The resizing is torchvision's: bilinear, with a filter that is wider if a crop is reduced. On CPUs, torchvision
+    resizes one image at a time, which is several times as fast as `crop_by_products`.
+
+    Args:
+        boxes: (N, 5): left, top, width and height in pixels, then 1 for a horizontal flip or 0 for none.
+    """
+    if pixels.device.type != "cpu":
+        return crop_by_products(pixels, boxes, size)
+    views = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8)
+    for view, image, (left, top, width, height, flip) in zip(views, pixels, boxes.int().tolist(), strict=True):
+        resized = tv.resized_crop(image, top, left, height, width, [size, size])
+        view.copy_(resized.flip(-1) if flip else resized)
+    return views
+
+
+def crop_by_products(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Returns what `crop_antialiased` returns, within one level, by two matrix products for all images together."""
+    left, top, width, height, flip = boxes.unbind(dim=1)
+    across = _resizing(left, width, pixels.shape[-1], size)
+    across = torch.where(flip[:, None, None] > 0, across.flip(1), across)
+    down = _resizing(top, height, pixels.shape[-1], size)
+    values = (pixels.float().flatten(1, 2) @ across.mT).unflatten(1, (3, -1))  # (N, 3, P, size)
+    return (down[:, None] @ values).round_().byte()
+
+
+def _resizing(start: Tensor, length: Tensor, input_size: int, output_size: int) -> Tensor:
+    """Returns matrices (N, output_size, input_size) that resize one axis of a crop. `start` and `length` are (N,)."""
+    scale = _per_sample(length / output_size)[..., 0]  # (N, 1, 1)
+    centre = scale * (torch.arange(output_size, device=start.device) + 0.5)[:, None]
+    position = torch.arange(input_size, device=start.device) + 0.5 - start[:, None, None]
+    weights = (1 - (position - centre).abs() / scale.clamp(min=1)).clamp_(min=0)
+    weights = weights * ((position > 0) & (position < length[:, None, None]))  # nothing outside the crop is used
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """Resizes images (N, 3, P, P) uint8 to (N, 3, size, size) bilinearly with antialiasing."""
+    return tv.resize(pixels, [size, size])
+
+
 def move(pixels: Tensor, matrices: Tensor, mode: str) -> Tensor:
     """Transforms images (N, 3, S, S) uint8 by affine `matrices`. Positions outside the input give black.
 
@@ -137,7 +180,7 @@ def posterize(pixels: Tensor, bits: Tensor, matrices: Tensor) -> Tensor:
 
 def solarize(pixels: Tensor, levels: Tensor, matrices: Tensor) -> Tensor:
     """Inverts the pixel levels that are at least the sample's threshold in `levels`."""
-    return torch.where(pixels >= _per_sample(levels.byte()), 255 - pixels, pixels)
+    return pixels ^ (pixels >= _per_sample(levels.byte())).byte().mul_(255)  # 255 - x is x ^ 255
 
 
 def autocontrast(pixels: Tensor, strengths: Tensor, matrices: Tensor) -> Tensor:

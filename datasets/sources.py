@@ -147,10 +147,10 @@ def open_folder(data: Data, processes: int, seed: int) -> Splits:
 
 
 SOURCES: dict[str, Callable[[Data, int, int], Splits]] = {
-    "digits": lambda data, *_: load_digits(data.image_size),
-    "fashion_mnist": lambda data, *_: load_fashion_mnist(Path(data.root), data.image_size),
-    "cifar10": lambda data, *_: load_cifar(Path(data.root), data.image_size, 10),
-    "cifar100": lambda data, *_: load_cifar(Path(data.root), data.image_size, 100),
+    "digits": lambda data, *_: load_digits(data.kept_size),
+    "fashion_mnist": lambda data, *_: load_fashion_mnist(Path(data.root), data.kept_size),
+    "cifar10": lambda data, *_: load_cifar(Path(data.root), data.kept_size, 10),
+    "cifar100": lambda data, *_: load_cifar(Path(data.root), data.kept_size, 100),
     "tiny": lambda data, processes, _: open_splits(*list_tiny_imagenet(Path(data.root)), data, processes),
     "folder": open_folder,
 }

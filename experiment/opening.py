@@ -92,6 +92,7 @@ def open_experiment(config: Config, statistics: Statistics | None = None) -> Exp
             config.views,
             encoder_size=config.encoder_size,
             decoder_size=config.decoder_size,
+            stored_size=config.data.stored_size,
             mean=info.mean,
             std=info.std,
             device=device,

@@ -120,6 +120,10 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("decoder.attn_resolutions=[15]", "none of the decoder's sizes: choose from [32, 16, 8, 4]"),
         ("decoder.num_head_channels=48", "decoder.num_head_channels"),
         ("encoder.stem=imagenet data.image_size=16", "encoder.stem"),
+        (
+            "data.stored_size=24",
+            "data.stored_size 24 is smaller than data.image_size 32: set it to at least 32, or remove it",
+        ),
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
         ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
         ("data.stream=true", "data.stream is for data sets of image files, tiny and folder, not for cifar10"),

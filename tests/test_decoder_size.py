@@ -19,6 +19,7 @@ import train as train_program
 from ablations import section_measures
 from analysis.codec import Codec
 from analysis.grid import Cell, Grid, save_grid
+from analysis.image_encoder import load_encoder
 from analysis.pictures import PICTURES, Arithmetic, Interpolate, Reconstruct
 from analysis.references import choose_images
 from benchmarks import inversion
@@ -100,7 +101,7 @@ def test_decoded_images_are_compared_with_averaged_sources(opened: Any) -> None:
     codec = Codec(experiment, soda, seed=0)
     one, two = (choose_images({"test": experiment.test}, None, count, 0) for count in (1, 2))
     picture = Reconstruct(num_samples=1).draw(codec, two)
-    assert "averaged down from 8 to 4 px" in picture.explanation and sizes(picture.cells[0]) == [8, 4, 4, 4]
+    assert "reduced from 8 to 4 px" in picture.explanation and sizes(picture.cells[0]) == [8, 4, 4, 4]
     for pixels, (_, sample, _, decoded) in zip(two.pixels, picture.cells, strict=True):
         reduced = np.asarray(Image.fromarray(pixels.permute(1, 2, 0).numpy()).reduce(2)).astype(float)
         for cell in (sample, decoded):
@@ -136,6 +137,30 @@ def test_every_program_accepts_the_checkpoint(
     monkeypatch.setattr("sys.argv", ["inversion", str(last), "--steps", "2", "--iterations", "1"])
     assert inversion.main() == 0
     assert "| 2 | 1 | " in capsys.readouterr().out
+
+
+def test_a_run_on_stored_images_resizes_them_for_every_program(tmp_path: Path) -> None:
+    """Images of 20 px, an encoder of 8 px and a decoder of 4 px. Features are those of images resized by Pillow."""
+    arguments = digits_args(tmp_path, *SMALL, "training.epochs=1", "data.stored_size=20")
+    assert train_program.main(arguments) == 0
+    last, features = tmp_path / "checkpoints" / "last.pt", tmp_path / "features.npz"
+    checkpoint = ["--checkpoint", str(last), "device=cpu"]
+    assert sample_program.main(["reconstruct", *checkpoint, "--out", str(tmp_path / "picture.png")]) == 0
+    assert embed_program.main([*checkpoint, "--split", "test", "--out", str(features)]) == 0
+    experiment, soda = open_trained(read_trained(None, last, ["device=cpu"]))
+    assert experiment.test is not None
+    (pixels,) = experiment.test.batches([range(6)])
+    assert pixels.shape == (6, 3, 20, 20)
+    resized = [
+        np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR))
+        for image in pixels.permute(0, 2, 3, 1).numpy()
+    ]
+    encoder = load_encoder(last)
+    expected = encoder(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))["z"]
+    found = torch.from_numpy(np.load(features)["z"][:6])
+    judged = encode_with(experiment, soda)(experiment.views.evaluation(pixels), range(6))["z"]
+    assert (found - expected).abs().max() < 0.05 * expected.std()  # torchvision and Pillow round to levels differently
+    torch.testing.assert_close(judged, found)
 
 
 def test_sections_are_measured_at_the_decoders_size(opened: Any) -> None:

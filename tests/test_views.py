@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 
 from config.schema import ProbeView, SourceView, View
 from config.schema import Views as ViewsConfig
 from datasets.augmentation import Augmentation, Draw, augment
+from datasets.operations import crop_by_products
 from datasets.views import Views
 from utils.randomness import uniforms
 
@@ -107,6 +109,56 @@ def test_the_decoders_images_are_averaged_after_the_views_are_drawn(pixels: torc
     for image, found in zip(pixels, clean, strict=True):  # Pillow rounds to levels
         reduced = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).reduce(factor))
         assert np.abs(found.permute(1, 2, 0).numpy() * 127.5 + 127.5 - reduced).max() < 0.51
+
+
+@pytest.mark.parametrize("size", [40, 24, 9])
+def test_stored_images_are_cropped_and_resized_as_by_torchvision(size: int) -> None:
+    pixels = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    parameters = Augmentation(View(randaugment_probability=0.0), size, 64).parameters(drawn(range(40)))
+    boxes = parameters.boxes
+    assert len(boxes.unique(dim=0)) > 30 and boxes[:, 2:4].max() > size and boxes[:, 4].unique().tolist() == [0, 1]
+    expected = []
+    for image, (left, top, width, height, flip) in zip(pixels, boxes.int().tolist(), strict=True):
+        resized = tv.resized_crop(image.float(), top, left, height, width, [size, size], antialias=True)
+        expected.append(resized.flip(-1) if flip else resized)
+    one_by_one, together = augment(pixels, parameters, size), crop_by_products(pixels, boxes, size)
+    assert (one_by_one - torch.stack(expected).round()).abs().max() <= 1
+    assert (together - torch.stack(expected)).abs().max() <= 0.501
+
+
+def test_views_of_stored_images_have_their_own_sizes_and_operations() -> None:
+    """Each view is cropped from the stored image. RandAugment's operations are those for the size of the view."""
+    pixels = torch.randint(0, 256, (12, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    config = ViewsConfig(source=SourceView(), target=View(affine_probability=0.5))
+    ours = Views(
+        config, encoder_size=32, decoder_size=16, stored_size=48, mean=MEAN, std=STD, device=torch.device("cpu")
+    )
+    noises = [torch.randn(12, 3, 32, 32) for _ in range(2)]
+    draws = [DRAW, drawn(range(300, 312))]
+    x_source, x_start = ours.pair(pixels, list(zip(draws, noises, strict=True)), DRAW)
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    for view, draw, noise in zip(x_source.unbind(dim=1), draws, noises, strict=True):
+        augmented = augment(pixels, Augmentation(config.source, 32, 48).parameters(draw), 32)
+        torch.testing.assert_close(view, normalise(augmented) + config.source.noise_std * noise)
+        assert torch.equal(view, ours.source(pixels, (draw, noise)))
+    target = augment(pixels, Augmentation(config.target, 16, 48).parameters(DRAW), 16)
+    torch.testing.assert_close(x_start, target / 127.5 - 1)
+    probed = augment(pixels, Augmentation(ProbeView(), 32, 48).parameters(DRAW), 32)
+    torch.testing.assert_close(ours.augmented(pixels, DRAW, ProbeView()), normalise(probed))
+
+
+def test_clean_views_of_stored_images_are_resized_as_by_pillow() -> None:
+    pixels = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = Views(
+        ViewsConfig(), encoder_size=32, decoder_size=16, stored_size=48, mean=MEAN, std=STD, device=torch.device("cpu")
+    )
+    for size, found in (
+        (32, ours.denormalize(ours.evaluation(pixels)) * 255),
+        (16, ours.x_start(pixels) * 127.5 + 127.5),
+    ):
+        for image, levels in zip(pixels, found, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BILINEAR)
+            assert np.abs(levels.permute(1, 2, 0).numpy() - np.asarray(picture)).max() < 1.01
 
 
 def test_target_views_stay_in_range(pixels: torch.Tensor) -> None:

@@ -9,10 +9,13 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +25,9 @@ from utils.distributed.processes import local_rank, local_world_size, world_size
 FUSED = ("cpu", "cuda")  # types of device whose fused optimisers can skip a step if a flag on the device is set
 
 logger = logging.getLogger(__name__)
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,6 +55,33 @@ def choose_device(name: str) -> torch.device:
     torch.backends.cudnn.benchmark = True  # input sizes are constant, so one search for the fastest kernels is enough
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 for float32 products, except k-NN's distances
     return device
+
+
+def map_in_threads(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
+    """Returns function(item) for each item. As many threads as torch's number of threads share the items.
+
+    In these threads, each operation of torch uses one thread. This is faster than many short operations that use all
+    threads each, because those wait for each other.
+    """
+    if len(items) == 1 or torch.get_num_threads() == 1:
+        return [function(item) for item in items]
+    return list(_serial_threads(torch.get_num_threads()).map(function, items))
+
+
+@cache
+def _serial_threads(count: int) -> ThreadPoolExecutor:
+    """Starts `count` threads in which torch's operations use one thread."""
+    pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count)
+
+    def start() -> None:
+        torch.set_num_threads(1)  # for this thread, and for all threads that have not used torch yet
+        torch.get_num_threads()  # the first use of torch; a later one would read the number that is set below
+        all_started.wait()
+
+    for started in [pool.submit(start) for _ in range(count)]:
+        started.result()
+    torch.set_num_threads(count)
+    return pool
 
 
 def compute_exactly() -> None:
@@ -91,11 +124,12 @@ def _keep_freed_memory() -> None:
 
     Page faults of returned memory would double the time that the views of a batch take.
     """
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
     with suppress(OSError, AttributeError):  # the C library is not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(arena_max, 1)  # the arenas of other threads than the main one return memory in any case
 
 
 def _cpu_computes_bf16() -> bool:

@@ -40,7 +40,7 @@ class Reconstruct(PictureOfImages):
         columns = [to_cells(found.pixels)]
         columns += [to_cells(images, quality.captions(images, sources)) for images in sampled]
         columns += [to_cells(x_T / 3, deviations), to_cells(decoded, quality.captions(decoded, sources))]
-        reduced = "" if x_T.shape[-1] == size else f", averaged down from {size} to {x_T.shape[-1]} px"
+        reduced = "" if x_T.shape[-1] == size else f", reduced from {size} to {x_T.shape[-1]} px"
         of_samples = (
             "All samples decode the source's z, each from new random noise: what they have in common comes from z. "
         )
