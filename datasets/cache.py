@@ -8,12 +8,11 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from datasets.findings import GREY_BITS, Findings, UnreadableError, log_findings
 from datasets.formats import count_others
 from datasets.images import DatasetError, Images, StoredImages, Summary, summarize
 from datasets.listing import Listing
-from utils.files import native_lock
+from utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -156,11 +155,11 @@ def open_listing(
             if index is None:  # otherwise the mark is valid, and only the pixels are missing
                 for outdated in (mark_file, pixels_file):
                     outdated.unlink(missing_ok=True)
-            with _replacing(mark_file) as mark:
+            with replacing(mark_file) as mark:
                 if stream:
                     index = _look_through(listing, image_size, workers, None, rules, skip)
                 else:
-                    with _replacing(pixels_file) as partial:
+                    with replacing(pixels_file) as partial:
                         array = _allocate(partial, shape)
                         index = _look_through(listing, image_size, workers, array, rules, skip)
                         array.flush()
@@ -222,30 +221,6 @@ def _look_through(
         logger.info("%s has greys of %d bits in files of 16 or 32 bits", listing.root, rules.grey_bits)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file to write to, which replaces `path` at the end.
-
-    Unlike in `utils.files.replacing`, each process locks its temporary file. Temporary files without a lock were left
-    by killed processes and are removed.
-
-    Raises OSError immediately if the disk is full or read-only.
-    """
-    _remove_leftovers(path.parent, f"{path.name}.*.partial")
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "xb") as file, ExitStack() as held:
-            with suppress(OSError, NotImplementedError):  # some storage has no locks; leftovers are not removed there
-                held.enter_context(native_lock(partial))
-            file.write(bytes(4096))  # a full or read-only disk fails here, not after the decoding
-            file.flush()
-            yield partial
-            os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Creates a file for an array and allocates its blocks on the disk. Raises OSError if there is no space."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
@@ -303,13 +278,6 @@ def _decode_all(
             written += len(found)
             bar.update(len(block))
             yield found
-
-
-def _remove_leftovers(folder: Path, pattern: str) -> None:
-    """Removes the files in `folder` that match `pattern` and that no process has locked."""
-    for left in folder.glob(pattern):
-        with suppress(OSError, NotImplementedError), native_lock(left):
-            left.unlink()
 
 
 def _to_json(index: _Index) -> dict[str, Any]:

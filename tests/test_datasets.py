@@ -190,7 +190,7 @@ def test_the_cache_serves_until_its_source_changes(tree: Path, tmp_path: Path, m
     (tree / "train" / "ant" / "2.png").unlink()
     assert len(open_folder(tree, tmp_path)[0]) == 5
     assert open_folder(tree, tmp_path, size=4)[0].pixels.shape[-1] == 4
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert not list((tmp_path / "cache").glob("*.partial.*"))
 
 
 def test_data_sets_on_one_root_keep_their_caches(
@@ -262,13 +262,13 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     """
     open_folder(tree, tmp_path)
     (pixels_file, *_) = sorted((tmp_path / "cache").glob("*.npy"))
-    left = pixels_file.with_name(f"{pixels_file.name}.0.partial")
+    left = pixels_file.with_name(f"{pixels_file.stem}.0.partial.npy")
     left.write_text("")
     decode_all, seen = cache._decode_all, []
 
     def slowly(listing: Listing, *rest: Any) -> Iterator[torch.Tensor]:
         yield from decode_all(listing, *rest)
-        seen.append(len(list((tmp_path / "cache").glob(f"{pixels_file.name}.*.partial"))))
+        seen.append(len(list((tmp_path / "cache").glob(f"{pixels_file.stem}.*.partial.npy"))))
         if len(seen) == 1:
             assert not left.exists()
             pixels_file.with_suffix(".json").unlink(missing_ok=True)
@@ -277,7 +277,7 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     pixels_file.with_suffix(".json").unlink()
     monkeypatch.setattr(cache, "_decode_all", slowly)
     open_folder(tree, tmp_path)
-    assert seen == [1, 2] and not list((tmp_path / "cache").glob("*.partial"))
+    assert seen == [1, 2] and not list((tmp_path / "cache").glob("*.partial.*"))
 
 
 def test_images_that_fill_half_of_the_memory_are_streamed(

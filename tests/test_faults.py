@@ -24,7 +24,7 @@ from training import loop
 from utils import signals
 from utils.device import OutOfMemoryError, memory_for
 from utils.distributed.collectives import SharedError
-from utils.files import FolderError, lock_file
+from utils.files import FolderError, lock_file, replacing, write_text
 from utils.run_folder.run_log import RunLog
 
 SETTINGS = (  # 22 steps, all of them in the warm-up
@@ -393,6 +393,25 @@ def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None
     for rank in (0, 1):
         assert f"stopped at step {last(run)['step']}" in (run / f"logs/rank_{rank}.log").read_text()
     assert losses(run)[-1][0] == last(run)["step"]
+
+
+def test_a_file_is_written_completely_and_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """Several processes may write one path. Each has a temporary file, which others remove only after its death."""
+    path = tmp_path / "a[1].txt"
+    code = "import sys, time; from pathlib import Path; from utils.files import replacing\n"
+    code += "with replacing(Path(sys.argv[1])) as partial: partial.write_text('half'); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT) as writer:
+        wait_for(lambda: [left.read_text() for left in tmp_path.iterdir()] == ["half"])
+        (left,) = tmp_path.iterdir()
+        write_text(path, "first")
+        assert left.read_text() == "half" and path.read_text() == "first"
+        writer.kill()
+    write_text(path, "second")
+    with pytest.raises(ZeroDivisionError), replacing(path) as partial:
+        assert partial.suffix == ".txt"
+        partial.write_text("third")
+        raise ZeroDivisionError
+    assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
 
 def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:

@@ -2,10 +2,12 @@
 
 import codecs
 import errno
+import glob
 import logging
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,22 +19,41 @@ from config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# On Windows, nobody can write to a locked file under another handle, so temporary files are not locked there.
+LOCKS_PARTIALS = sys.platform != "win32"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which has the same ending as `path`. Several processes may do so.
+    """Yields a temporary file to write to, which has the same ending as `path`. Several processes may do so.
 
-    At the end, the temporary file is flushed to the disk and then replaces `path`. After an error, it is removed.
+    At the end, the temporary file is flushed to the disk and then replaces `path`. After an error, it is removed. While
+    a process writes, it locks its temporary file. Files without a lock were left by killed processes and are removed.
+
+    Raises OSError immediately if the disk is full or read-only.
     """
+    _remove_leftovers(path)
     partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
-        yield partial
-    except BaseException:
+        with ExitStack() as held:
+            if LOCKS_PARTIALS:
+                with suppress(OSError, NotImplementedError):  # some storage has no locks; leftovers stay there
+                    held.enter_context(native_lock(partial))
+            partial.write_bytes(bytes(4096))  # a full or read-only disk fails here, not after the work
+            yield partial
+            with open(partial, "r+b") as file:  # Windows flushes only files that are open for writing
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
         partial.unlink(missing_ok=True)
-        raise
-    with open(partial, "r+b") as file:  # Windows flushes only files that are open for writing
-        os.fsync(file.fileno())
-    partial.replace(path)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary files of `replacing` for `path` that no process has locked."""
+    pattern = f"{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"
+    for left in path.parent.glob(pattern) if LOCKS_PARTIALS else ():
+        with suppress(OSError, NotImplementedError), native_lock(left):
+            left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
