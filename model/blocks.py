@@ -34,15 +34,22 @@ def residual(x: Tensor, branch: Tensor, rescale: bool) -> Tensor:
     return h / math.sqrt(2) if rescale else h
 
 
-def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """Sets the weight and bias of `layer` to zero and returns the layer.
+class ZeroConv2d(nn.Conv2d):
+    """Convolution whose weight and bias start at zero.
 
     A residual branch that ends with this layer adds nothing at the start of training. Source: ADM.
     """
-    nn.init.zeros_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer
+
+    def reset_parameters(self) -> None:
+        """Sets weight and bias to zero. Draws the numbers of `reset_as_torch`, so that later layers draw the same."""
+        self.reset_as_torch()
+        nn.init.zeros_(self.weight)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def reset_as_torch(self) -> None:
+        """Draws weight and bias as torch draws those of every convolution."""
+        super().reset_parameters()
 
 
 class AdaGN(nn.Module):
@@ -95,7 +102,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.adagn = AdaGN(out_channels, time_dim, latent_dim, scale_offset)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = ZeroConv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor, latent: Tensor) -> Tensor:
@@ -117,7 +124,7 @@ class SelfAttention(nn.Module):
         self.num_heads = channels // (num_head_channels or channels)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+        self.proj = ZeroConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (N, C, H, W) for x (N, C, H, W)."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Downsample, ResBlock, SelfAttention, Upsample, group_norm, timestep_embedding, zero_init
+from model.blocks import Downsample, ResBlock, SelfAttention, Upsample, ZeroConv2d, group_norm, timestep_embedding
 from model.names import Modulation
 from model.sizes import num_sections
 
@@ -161,7 +161,7 @@ class UNetDecoder(nn.Module):
                 resolution *= 2
 
         self.norm_out = group_norm(channels)
-        self.conv_out = zero_init(nn.Conv2d(channels, IMAGE_CHANNELS, 3, padding=1))
+        self.conv_out = ZeroConv2d(channels, IMAGE_CHANNELS, 3, padding=1)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
         """Returns the prediction, such as eps, (N, 3, H, W) for x_t, timesteps (N,) int64 and z (N, latent_dim).

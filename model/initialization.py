@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from model.blocks import ResBlock, SelfAttention
+from model.blocks import ZeroConv2d
 from model.soda import SODA
 
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -36,12 +36,7 @@ def initialize_as_paper(soda: SODA) -> None:
 
 
 def initialize_zeros_as_torch(soda: SODA) -> None:
-    """Initialises the layers of the decoder that start at zero as torch initialises every convolution."""
-    last_layers = [soda.decoder.conv_out]
-    for module in soda.decoder.modules():
-        if isinstance(module, ResBlock):
-            last_layers.append(module.conv2)
-        elif isinstance(module, SelfAttention):
-            last_layers.append(module.proj)
-    for layer in last_layers:
-        layer.reset_parameters()
+    """Initialises the layers that start at zero as torch initialises every convolution."""
+    for module in soda.modules():
+        if isinstance(module, ZeroConv2d):
+            module.reset_as_torch()

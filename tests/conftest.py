@@ -115,13 +115,13 @@ def batch_of(experiment: Any, step: int, positions: range) -> Batch:
     return draw_batch(experiment, pixels, step, positions, sampler)
 
 
-def small_soda(**decoder: Any) -> SODA:
+def small_soda(width: int = 4, **decoder: Any) -> SODA:
     """Returns a small SODA for images of 8 px, with a latent of 8 dimensions and no dropout.
 
     All parameters of the decoder are random, because layers that start at zero would hide errors.
     """
     torch.manual_seed(0)
-    encoder = {"architecture": "resnet18", "stem": "small", "width": 4, "latent_dim": 8}
+    encoder = {"architecture": "resnet18", "stem": "small", "width": width, "latent_dim": 8}
     sizes = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4]}
     soda = build_soda(8, encoder, {**sizes, "num_head_channels": None, "dropout": 0.0, **decoder})
     with torch.no_grad():

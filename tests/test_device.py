@@ -10,9 +10,9 @@ import torch
 
 from config.reading import load_config
 from experiment import threads as thread_choice
-from experiment.models import build_on_meta, prefers_channels_last
+from experiment.models import build_on_meta, prefers_channels_last, to_device
 from experiment.opening import open_device
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_soda
 from utils import device as module
 from utils.cli import run
 from utils.device import choose_amp_dtype, choose_compile, choose_device, map_in_threads
@@ -254,3 +254,21 @@ def test_the_memory_layout_is_the_fastest_that_works(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     soda = build_on_meta(load_config(ROOT / "config" / "cifar10.yaml", [f"encoder.width={width}"]))
     assert prefers_channels_last(soda, torch.device(device)) == expected
+
+
+def test_both_memory_layouts_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients of a model do not depend on the layout that `to_device` chooses."""
+    generator = torch.Generator().manual_seed(0)
+    x_source, x_t, noise = torch.randn(3, 4, 3, 8, 8, generator=generator).unbind()
+    found = []
+    for capability, last in (("AVX512", False), ("AVX2", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        soda = to_device(small_soda(width=8).train(), torch.device("cpu"))
+        weights = [weight for weight in soda.encoder.parameters() if weight.dim() == 4 and weight.shape[-1] == 3]
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) == last for weight in weights) and weights
+        eps = soda(x_source[:, None], x_t, torch.tensor([0, 10, 500, 999]), torch.zeros(4, 1, dtype=torch.bool))
+        (eps - noise).square().mean().backward()
+        found.append({"eps": eps.detach()} | {name: p.grad for name, p in soda.named_parameters()})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+        assert expected.abs().max() > 0, name

@@ -22,7 +22,7 @@ from model.guidance import guided_denoiser
 from model.names import Architecture, Stem
 from model.sizes import last_strided_input, num_decoder_blocks, num_sections, resolutions
 from model.soda import SODA
-from tests.conftest import ROOT, experiment_of
+from tests.conftest import ROOT, assert_equal_states, experiment_of
 from training.state import initial_state
 from training.step import train_step, training_pixels
 from utils.logging import PhaseTimer
@@ -79,6 +79,31 @@ def test_small_stem_keeps_the_resolution() -> None:
     encoder = ResNetEncoder(architecture="resnet18", stem="small", width=8, latent_dim=4)
     assert encoder.maxpool(encoder.conv1(torch.zeros(1, 3, 32, 32))).shape == (1, 8, 32, 32)
     assert encoder.features(torch.zeros(2, 3, 32, 32))["pooled"].shape == (2, 64)
+
+
+def test_the_encoders_initial_weights_are_torchvisions() -> None:
+    for architecture in ("resnet18", "resnet50"):
+        torch.manual_seed(0)
+        theirs = torchvision.models.get_model(architecture, weights=None, num_classes=16)
+        torch.manual_seed(0)
+        ours = ResNetEncoder(architecture=architecture, stem="imagenet", width=64, latent_dim=16)
+        assert_equal_states(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+def test_torchs_initial_weights() -> None:
+    """With initialization=torch, the layers that start at zero have torch's weights. All others keep theirs."""
+    encoder = {"architecture": "resnet18", "stem": "small", "width": 8, "latent_dim": 8}
+    decoder = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
+    decoder |= {"num_head_channels": None, "dropout": 0.0}
+    torch.manual_seed(0)
+    expected = build_soda(8, encoder, decoder)
+    zeros = {name: m for name, m in expected.named_modules() if isinstance(m, nn.Conv2d) and not m.weight.any()}
+    assert {name.rpartition(".")[2] for name in zeros} == {"conv2", "proj", "conv_out"} and len(zeros) == 13
+    for layer in zeros.values():
+        layer.load_state_dict(nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size).state_dict())  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    ours = build_soda(8, encoder, decoder, "torch")
+    assert_equal_states(dict(ours.state_dict()), dict(expected.state_dict()))
 
 
 def test_the_papers_initial_weights() -> None:
