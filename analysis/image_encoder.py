@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from datasets.decoding import central_square
 from experiment.trained import Trained, read_trained
 from model.encoder import Encoder
 
@@ -70,9 +71,7 @@ class ImageEncoder(nn.Module):
 def _resize(pixels: Tensor, size: int) -> Tensor:
     """Returns the central squares of images (N, 3, H, W) uint8, resized by PIL: (N, 3, size, size) uint8."""
     height, width = pixels.shape[2:]
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
+    box = central_square(width, height)
     images = (Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy())
     squares = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for image in images]
     resized = torch.from_numpy(np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8))

@@ -118,29 +118,33 @@ def decode(path: Path, image_size: int, rules: Rules = DEFAULT_RULES, findings: 
         raise ImageError(path, reason, damaged) from None
 
 
+def central_square(width: int, height: int) -> tuple[float, float, float, float]:
+    """Returns the box (left, top, right, bottom) of the central square of an image. Its edges may halve a pixel."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
 def _square(image: Image.Image, size: int, rules: Rules) -> Image.Image:
     """Returns the upright central square (size, size) of a loaded image, as RGB."""
     orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    left, top, right, bottom = box = central_square(width, height)
     is_final = image.mode == "RGB" and orientation == 1 and not image.has_transparency_data  # needs no copy
     if is_final or width * height <= BAND_PIXELS:
         rgb = _upright_rows(image, orientation, 0, height, rules)
-        box = (left, top, left + side, top + side)
         return rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
     # Rows first and columns second, as PIL resizes images that are less than twice as high as wide. In bands, the image
     # is never copied as a whole.
-    reach = max(1, side / size) + 1  # distance at which pixels outside the square still contribute to its edge
-    first, last = max(0, math.floor(top - reach)), min(height, math.ceil(top + side + reach))
+    reach = max(1, (right - left) / size) + 1  # distance at which pixels outside of the square contribute to its edge
+    first, last = max(0, math.floor(top - reach)), min(height, math.ceil(bottom + reach))
     narrow = Image.new("RGB", (size, last - first))
     step = max(1, BAND_PIXELS // width)
     for start in range(first, last, step):
         band = _upright_rows(image, orientation, start, min(start + step, last), rules)
-        box = (left, 0, left + side, band.height)
-        narrow.paste(band.resize((size, band.height), Image.Resampling.BILINEAR, box=box), (0, start - first))
-    box = (0, top - first, size, top - first + side)
-    return narrow.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        row_box = (left, 0, right, band.height)
+        narrow.paste(band.resize((size, band.height), Image.Resampling.BILINEAR, box=row_box), (0, start - first))
+    return narrow.resize((size, size), Image.Resampling.BILINEAR, box=(0, top - first, size, bottom - first))
 
 
 def _forget_metadata(image: Image.Image) -> None:
