@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # Open the images.
         if args.split:
-            experiment = open_experiment(config)
+            experiment = open_experiment(config, to_train=False)
             split = experiment.train if args.split == "train" else experiment.test
             if split is None:
                 raise DatasetError(f"{config.data.root} has no {args.split} split: use --split train")
@@ -126,13 +126,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="export the encoder: to the file PATH if it ends in .pt2 or .onnx, else to encoder.pt2 and encoder.onnx "
         "in the folder PATH; if PATH ends in .pt, export the EMA model in bf16 as a checkpoint from which training "
-        "cannot resume",
+        "cannot resume; in its config, all keys marked * have their defaults, so that it holds no paths",
     )
     parser.add_argument(
         "--out",
         type=Path,
         help="file for the features, ending in .npz or .safetensors; default: features/NAME.npz in the run folder, "
-        "with the split, the folder's name or `files` as NAME",
+        "with the split, the folder's name or `files` as NAME; it holds z, pooled, names, checkpoint (its SHA-256), "
+        "and, if the images have them, labels and classes, or attributes and attribute_names",
     )
     args = parser.parse_intermixed_args(argv)
     if args.files:

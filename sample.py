@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from analysis.codec import Codec
     from analysis.grid import save_grid
+    from datasets.listing import is_listed
     from experiment.trained import open_trained, read_trained
     from utils.device import compute_exactly
 
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         found = picture.find(experiment)
         path = args.out or trained.folder / "pictures" / f"{name}.png"
         check_writable(path)
+        data = trained.config.data
+        if data.name in ("tiny", "folder") and is_listed(path, Path(data.root)):
+            raise ConfigError(f"{path} is in data.root {data.root}, whose images are trained on: choose another --out")
 
     # Draw.
     seed = experiment.config.seed if args.seed is None else args.seed
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     # Save.
     with gather_user_errors():
         if rank() == 0:
-            model = f"{trained.describe(experiment.loader.steps_per_epoch)}, SHA-256 {trained.digest[:12]}"
+            model = f"{trained.describe(experiment)}, SHA-256 {trained.digest[:12]}"
             save_grid(grid, path, f"{model}; {describe_sampling(experiment.config.sampling)}; seed {seed}")
             print(path)
     return 0

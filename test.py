@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.encoders import baselines, encode_with, settled
     from evaluation.judge import judge
     from evaluation.protocols import all_protocols
+    from experiment.opening import check_neighbours
     from experiment.trained import open_trained, read_trained
     from utils.device import compute_exactly
 
@@ -52,12 +53,13 @@ def main(argv: list[str] | None = None) -> int:
             raise DatasetError(
                 f"the images in {trained.config.data.root} have no labels: set data.root to images with labels"
             )
+        check_neighbours(trained.config, experiment.train)
         path = args.out or trained.folder / "report.html"
         if args.report:
             check_writable(path)
 
     # Judge. "settled" is the trained encoder, with BatchNorm statistics computed as for the untrained encoder.
-    logger.info("evaluating the EMA encoder of %s", trained.describe(experiment.loader.steps_per_epoch))
+    logger.info("evaluating the EMA encoder of %s", trained.describe(experiment))
     encoders = {
         "trained": encode_with(experiment, soda),
         "settled": encode_with(experiment, settled(experiment, soda)),

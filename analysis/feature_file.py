@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,22 @@ class NamedImages:
         names: a name for each image.
         labels: (N,) int64, or None if the images have no labels.
         classes: names of the classes, by label.
+        attributes: (N, A) uint8, 0/1 values in the order of `attribute_names`, or None if the images have none.
     """
 
     images: Any
     names: list[str]
     labels: np.ndarray | None
     classes: list[str]
+    attributes: np.ndarray | None = None
+    attribute_names: list[str] = field(default_factory=list)
 
 
 def images_of_split(images: Images, split: str) -> NamedImages:
     """Returns the images of a split. Images without file names are named `split`:0, `split`:1, and so on."""
     names = images.names or [f"{split}:{index}" for index in range(len(images))]
-    return NamedImages(images, names, None if images.labels is None else images.labels.numpy(), images.classes)
+    labels, attributes = (None if each is None else each.numpy() for each in (images.labels, images.attributes))
+    return NamedImages(images, names, labels, images.classes, attributes, images.attribute_names)
 
 
 def images_of_folder(folder: Path, config: Config, grey_bits: int | None) -> NamedImages:
@@ -163,24 +167,27 @@ def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype
 def save_features(path: Path, features: Features, named: NamedImages, checkpoint: str) -> None:
     """Writes the features of `named` to a .npz or .safetensors file.
 
-    .npz holds the arrays z, pooled, names and checkpoint, and labels and classes if there are labels. .safetensors
-    holds the tensors z and pooled, and labels if there are any. Its metadata holds names and classes as JSON, and
-    checkpoint.
+    .npz holds the arrays z, pooled, names and checkpoint, labels and classes if there are labels, and attributes and
+    attribute_names if there are attributes. In .safetensors, names, classes, attribute_names (as JSON) and checkpoint
+    are metadata, and the others are tensors.
 
     Args:
         checkpoint: SHA-256 of the checkpoint.
     """
     arrays = {str(name): values.cpu().numpy() for name, values in features.items()}
     arrays |= {} if named.labels is None else {"labels": named.labels}
+    arrays |= {} if named.attributes is None else {"attributes": named.attributes}
+    lists = {"names": named.names}
+    lists |= {} if named.labels is None else {"classes": named.classes}
+    lists |= {} if named.attributes is None else {"attribute_names": named.attribute_names}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         if path.suffix == ".npz":
-            words: dict[str, Any] = {"names": named.names, "checkpoint": checkpoint}
-            words |= {} if named.labels is None else {"classes": named.classes}
-            contents: dict[str, Any] = {name: np.array(value) for name, value in (arrays | words).items()}
+            words = {**lists, "checkpoint": checkpoint}
+            contents: dict[str, Any] = {**arrays, **{name: np.array(value) for name, value in words.items()}}
             np.savez(partial, **contents)
         else:
             from safetensors.numpy import save_file
 
-            listed = {"names": json.dumps(named.names), "classes": json.dumps(named.classes)}
-            save_file(arrays, partial, listed | {"checkpoint": checkpoint})
+            texts = {name: json.dumps(words) for name, words in lists.items()}
+            save_file(arrays, partial, texts | {"checkpoint": checkpoint})

@@ -158,7 +158,7 @@ def write_report(
     html = environment.get_template("report.html").render(
         config=config,
         checkpoint=trained,
-        epoch=trained.contents["step"] / experiment.loader.steps_per_epoch,
+        progress=trained.progress(experiment),
         digest=trained.digest,
         model=describe_model(config),
         num_train=len(experiment.train),

@@ -9,6 +9,8 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -280,6 +282,22 @@ def _value(config: Config, name: str) -> Any:
 def flat(config: Config) -> dict[str, Any]:
     """Returns the value of every key by its dotted name."""
     return {name: _value(config, name) for name, _, _ in all_keys()}
+
+
+def without_run_keys(config: Config) -> Config:
+    """Returns the config with the default of every run key: it defines the same experiment and names no paths.
+
+    A run key keeps its value if its default contradicts an experiment key. `sampling.num_sampling_steps` does so if
+    there are few timesteps.
+    """
+    for name, field, run in all_keys():
+        if run:
+            raw = config.model_dump()
+            *sections, last = name.split(".")
+            reduce(dict.__getitem__, sections, raw)[last] = field.default
+            with suppress(ValidationError):
+                config = Config.model_validate(raw)
+    return config
 
 
 def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "") -> str:

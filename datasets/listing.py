@@ -101,6 +101,18 @@ def _input_folders(folder: Path, names: Iterable[str], left_out: list[Path]) -> 
     return kept
 
 
+def is_listed(path: Path, root: Path) -> bool:
+    """Returns True if a file at `path` counts as an image of the data set in the folder `root`."""
+    path, folder = path.resolve(), root.resolve()
+    if not path.is_relative_to(folder) or not _is_image(path.name):
+        return False
+    for name in path.relative_to(folder).parts[:-1]:
+        if not _input_folders(folder, [name], []):
+            return False
+        folder /= name
+    return True
+
+
 def _folders_in(folder: Path, left_out: list[Path]) -> list[str]:
     _, names, _ = next(os.walk(folder, onerror=_raise_unreadable))
     return _input_folders(folder, names, left_out)

@@ -69,7 +69,7 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
     of ranks.
     """
     encoder = copy.deepcopy(soda.encoder).train()
-    positions = range(experiment.config.training.batch_size)
+    positions = range(experiment.loader.batch_size)
     steps = range(SETTLING_PASSES)
     for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
         encoder(draw_source(experiment, pixels, step, positions))

@@ -51,11 +51,13 @@ class Experiment:
         return rules_of(self.config.data, self.info.grey_bits)
 
 
-def open_experiment(config: Config, statistics: Statistics | None = None) -> Experiment:
+def open_experiment(config: Config, statistics: Statistics | None = None, *, to_train: bool = True) -> Experiment:
     """Collective. Loads the images and returns the experiment.
 
     Args:
         statistics: mean and standard deviation of the channels, which normalise the views; None: those of the images.
+        to_train: True: the images must be enough for training and its evaluations. False: any number of images will
+            do, and batches are smaller if the training images are fewer than training.batch_size.
 
     Raises:
         ConfigError: the ranks would compute on different types of device or in different number formats.
@@ -71,15 +73,12 @@ def open_experiment(config: Config, statistics: Statistics | None = None) -> Exp
             f"the machines hold different images in {config.data.root}: copy the same images to all machines"
         )
     train, test = to_gpu_if_small(train, device), test and to_gpu_if_small(test, device)
-    batch_size, k = config.training.batch_size, config.evaluation.knn.k
-    if len(train) < batch_size:
+    if to_train and len(train) < config.training.batch_size:
         raise DatasetError(
             f"{len(train)} training images are fewer than a batch: add images, or train with a lower batch_size"
         )
-    if test is not None and len(train) < k:
-        raise DatasetError(
-            f"evaluation.knn.k {k} is more than the {len(train)} training images: lower evaluation.knn.k"
-        )
+    if to_train and test is not None:
+        check_neighbours(config, train)
     return Experiment(
         config=config,
         device=device,
@@ -97,9 +96,22 @@ def open_experiment(config: Config, statistics: Statistics | None = None) -> Exp
             std=info.std,
             device=device,
         ),
-        loader=Loader(len(train), batch_size, lambda epoch: generator(config.seed, "order", epoch)),
+        loader=Loader(
+            len(train),
+            min(config.training.batch_size, len(train)),
+            lambda epoch: generator(config.seed, "order", epoch),
+        ),
         diffusion=GaussianDiffusion(**config.diffusion.model_dump(), device=device),
     )
+
+
+def check_neighbours(config: Config, train: Images) -> None:
+    """Raises DatasetError if k-NN as the config sets it needs more neighbours than there are training images."""
+    k = config.evaluation.knn.k
+    if len(train) < k:
+        raise DatasetError(
+            f"evaluation.knn.k {k} is more than the {len(train)} training images: lower evaluation.knn.k"
+        )
 
 
 def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from config.errors import ConfigError
-from config.reading import differences, override, parse_config, to_words
+from config.reading import differences, override, parse_config, to_words, without_run_keys
 from config.schema import Config
 from datasets.images import Statistics
 from experiment.models import build_on_meta, to_device
@@ -66,9 +66,19 @@ class Trained:
         found = self.contents.get("grey_bits")  # checkpoints of older versions have none
         return None if found is None else int(found)
 
-    def describe(self, steps_per_epoch: int) -> str:
-        """Returns the last three parts of the checkpoint's path, its epoch and its step, in one line."""
-        return f"{Path(*self.path.parts[-3:])}, epoch {self.step / steps_per_epoch:g}, step {self.step}"
+    def progress(self, experiment: Experiment) -> str:
+        """Returns the epoch and the step at which the checkpoint was saved: "epoch 2, step 44".
+
+        The epoch is left out if the experiment has other training images than the run. The number of steps in the run's
+        epochs is then unknown.
+        """
+        is_of_run = self.contents["data"] == experiment.data_digest
+        epoch = f"epoch {self.step / experiment.loader.steps_per_epoch:g}, " if is_of_run else ""
+        return f"{epoch}step {self.step}"
+
+    def describe(self, experiment: Experiment) -> str:
+        """Returns the last three parts of the checkpoint's path, and its progress, in one line."""
+        return f"{Path(*self.path.parts[-3:])}, {self.progress(experiment)}"
 
     def soda(self) -> SODA:
         """Returns the EMA model on the host, in evaluation mode and without gradients.
@@ -160,14 +170,15 @@ def _check_agreement(
 def reduced_checkpoint(trained: Trained) -> dict[str, Any]:
     """Returns the contents of a checkpoint that holds only the EMA model, in bf16, and what is needed to use it.
 
-    test.py, sample.py, embed.py and `load_encoder` open it. Training cannot resume from it. Its config is
-    `trained.config`.
+    test.py, sample.py, embed.py and `load_encoder` open it. Training cannot resume from it. Its config defines the
+    experiment of the checkpoint. All run keys, such as paths, have their defaults.
     """
+    config = without_run_keys(parse_config(trained.contents["config"], str(trained.path)))
     weights = trained.soda().state_dict()
     halved = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
     kept = {name: trained.contents[name] for name in ("step", "data", "statistics")}
     no_state: dict[str, Any] = {name: {} for name in ("model", "optimizer", "scaler", "tally")}
-    more = {"ema": {"model": halved}, "config": trained.config.to_yaml(), "grey_bits": trained.grey_bits}
+    more = {"ema": {"model": halved}, "config": config.to_yaml(), "grey_bits": trained.grey_bits}
     return no_state | kept | more
 
 
@@ -205,7 +216,7 @@ def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
     soda = trained.soda()
     # The encoder's input is normalised as in training, also if these are other images.
     known = trained.statistics() if "statistics" in trained.contents else None
-    experiment = open_experiment(trained.config, known)
+    experiment = open_experiment(trained.config, known, to_train=False)
     if trained.contents["data"] != experiment.data_digest:
         logger.info(
             "the training images in %s are not the images that the checkpoint was trained on", trained.config.data.root

@@ -25,10 +25,12 @@ import test as judge_program
 import train as train_program
 from analysis.export import FORMATS
 from analysis.image_encoder import load_encoder
+from config.reading import all_keys, flat, override, parse_config
 from datasets.decoding import decode
 from evaluation.knn import nearest_neighbours
 from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, digits_args, experiment_of
+from tests.test_mistakes import write_images
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(run: Path) -> Path:
     """Last checkpoint of the run."""
     return run / "checkpoints" / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for another data set, which has fewer training images than a batch of the run."""
+    place = tmp_path_factory.mktemp("few")
+    write_images(place / "few", train_a=6, train_b=6, test_a=2, test_b=2)
+    return ["data.name=folder", f"data.root={place / 'few'}", f"data.cache_dir={place / 'cache'}", "device=cpu"]
 
 
 def as_evaluated(checkpoint: Path, pixels: torch.Tensor) -> dict[str, np.ndarray]:
@@ -146,18 +156,24 @@ def test_features_of_a_folder_and_of_files(
 def test_an_exported_model_is_a_small_checkpoint(
     run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The EMA model in bf16 opens as any checkpoint, with almost the same features. Training cannot resume from it."""
+    """It holds the EMA weights, rounded to bf16, and gives their features. Training cannot resume from it."""
     path = tmp_path / "published" / "model.pt"
-    root = str(tmp_path / "elsewhere")
-    assert embed_program.main(["--checkpoint", str(checkpoint), "--export", str(path), f"data.root={root}"]) == 0
+    assert embed_program.main(["--checkpoint", str(checkpoint), "--export", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}\n" and list(path.parent.iterdir()) == [path]
     assert path.stat().st_size < checkpoint.stat().st_size / 4
-    assert read_trained(None, path, []).config.data.root == root
 
+    saved = torch.load(checkpoint, weights_only=True)
+    exported = torch.load(path, weights_only=True)["ema"]["model"]
+    assert exported.keys() == saved["ema"]["model"].keys()
+    for name, weight in saved["ema"]["model"].items():  # bf16 has 8 significant bits
+        torch.testing.assert_close(exported[name].to(weight.dtype), weight, rtol=2**-8, atol=0)
+    saved["ema"]["model"] = {name: exported[name].to(value.dtype) for name, value in saved["ema"]["model"].items()}
+    torch.save(saved, tmp_path / "rounded.pt")
     pixels = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    z, expected = (as_evaluated(each, pixels)["z"] for each in (path, checkpoint))
-    assert not np.array_equal(z, expected) and np.abs(z - expected).max() < 0.05 * expected.std()
-    assert sample_program.main(["reconstruct", "--checkpoint", str(path), "--num_images", "1"]) == 0
+    found, rounded, expected = (as_evaluated(each, pixels) for each in (path, tmp_path / "rounded.pt", checkpoint))
+    for name in ("z", "pooled"):
+        np.testing.assert_array_equal(found[name], rounded[name])
+        assert 0 < np.abs(found[name] - expected[name]).max() < 2**-5 * np.abs(expected[name]).max()
 
     kept = checkpoint.read_bytes()
     with pytest.raises(SystemExit, match="2"):
@@ -168,8 +184,85 @@ def test_an_exported_model_is_a_small_checkpoint(
     folder.mkdir(parents=True)
     path.rename(folder / "last.pt")
     with pytest.raises(SystemExit, match="2"):
-        train_program.main([*digits_args(tmp_path / "run"), f"data.root={root}"])
+        train_program.main(digits_args(tmp_path / "run"))
     assert "holds only the EMA model" in capsys.readouterr().err
+
+
+def test_an_exported_model_keeps_the_experiment_and_nothing_of_the_machine(
+    checkpoint: Path, few: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All experiment keys have the values of the run, and all run keys their defaults. Every command opens the file."""
+    saved = torch.load(checkpoint, weights_only=True)
+    private = [f"{name}={tmp_path}/private" for name in ("output_dir", "data.root", "data.cache_dir", "data.labels")]
+    more = ["data.name=folder", "data.num_workers=3", "training.use_amp=true", "diffusion.num_timesteps=50"]
+    before = override(parse_config(saved["config"], "the run"), [*private, *more], "the run")
+    torch.save(saved | {"config": before.to_yaml()}, tmp_path / "full.pt")
+    path = tmp_path / "published" / "model.pt"
+    words = ["--checkpoint", str(tmp_path / "full.pt"), "data.num_workers=2", "training.use_amp=false", "device=cpu"]
+    assert embed_program.main([*words, "--export", str(path)]) == 0
+    text = torch.load(path, weights_only=True)["config"]
+    found = flat(parse_config(text, "the export"))
+    assert str(tmp_path) not in text and found["training.use_amp"] and found["data.name"] == "folder"
+    # The default, 100 sampling steps, does not fit 50 timesteps.
+    expected = {name: field.default for name, field, run in all_keys() if run} | {"sampling.num_sampling_steps": 2}
+    assert found == flat(before) | expected
+
+    words = ["--checkpoint", str(path), *few]
+    assert judge_program.main([*words, "evaluation.knn.k=5", "evaluation.probe.epochs=1"]) == 0
+    assert capsys.readouterr().out.count("k-NN k=5") == 1
+    assert sample_program.main(["reconstruct", *words, "--num_images", "1"]) == 0
+    assert embed_program.main([*words, "--split", "test"]) == 0
+    written = [path.parent / "pictures" / "reconstruct.png", path.parent / "features" / "test.npz"]
+    assert capsys.readouterr().out == "".join(f"{each}\n" for each in written) and all(map(Path.exists, written))
+
+
+def test_other_and_fewer_images_than_those_of_the_training(
+    checkpoint: Path,
+    few: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Fewer images than a batch of the training can be encoded, judged and drawn. No epoch of the run is stated."""
+    caplog.set_level("INFO")
+    words, root = ["--checkpoint", str(checkpoint), *few], few[1].removeprefix("data.root=")
+    assert embed_program.main([*words, "--split", "train", "--out", str(tmp_path / "few.npz")]) == 0
+    assert np.load(tmp_path / "few.npz")["z"].shape == (12, 8)
+    assert sample_program.main(["nearest", *words, "--num_neighbours", "12", "--out", str(tmp_path / "a.png")]) == 0
+    photo = Path(root, "train", "a", "new.png")
+    with pytest.raises(SystemExit, match="2"):
+        sample_program.main(["nearest", *words, "--num_neighbours", "12", "--out", str(photo)])
+    line = f"error: {photo} is in data.root {root}, whose images are trained on: choose another --out\n"
+    assert capsys.readouterr().err == line and not photo.exists()
+    assert f"the training images in {root} are not the images that the checkpoint was trained on" in caplog.text
+
+    with pytest.raises(SystemExit, match="2"):
+        judge_program.main(words)
+    line = "error: evaluation.knn.k 20 is more than the 12 training images: lower evaluation.knn.k\n"
+    assert capsys.readouterr().err == line
+    assert judge_program.main([*words, "evaluation.knn.k=5"]) == 0
+    assert "k-NN k=12" in capsys.readouterr().out
+    assert f"evaluating the EMA encoder of {Path(*checkpoint.parts[-3:])}, step 22" in caplog.messages
+    trained = read_trained(None, checkpoint, ["device=cpu"])
+    assert trained.describe(open_trained(trained)[0]).endswith("/last.pt, epoch 1, step 22")
+
+
+def test_attributes_are_saved_with_the_features(checkpoint: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", flat=4)
+    names = sorted(path.name for path in (tmp_path / "photos").iterdir())
+    values = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    rows = [f"{name},{','.join(map(str, row))}" for name, row in zip(names, values, strict=True)]
+    (tmp_path / "photos" / "list.csv").write_text("\n".join(["name,round,dark,flat", *rows]))
+    words = ["--checkpoint", str(checkpoint), "data.name=folder", f"data.root={tmp_path / 'photos'}"]
+    words += ["data.labels=list.csv", f"data.cache_dir={tmp_path / 'cache'}", "device=cpu", "--split", "train"]
+    for ending in ("npz", "safetensors"):
+        assert embed_program.main([*words, "--out", str(tmp_path / f"z.{ending}")]) == 0
+    with np.load(tmp_path / "z.npz") as stored, safe_open(tmp_path / "z.safetensors", "np") as tensors:
+        assert stored["names"].tolist() == names and "labels" not in stored and "classes" not in stored
+        assert stored["attributes"].dtype == np.uint8 and stored["attributes"].tolist() == values
+        assert tensors.get_tensor("attributes").tolist() == values
+        listed = json.loads(tensors.metadata()["attribute_names"])
+        assert stored["attribute_names"].tolist() == listed == ["round", "dark", "flat"]
 
 
 def test_other_images_are_normalised_as_in_training(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from config.schema import Data
 from datasets.holdout import hold_out
 from datasets.images import DatasetError
 from datasets.label_list import read_label_list
-from datasets.listing import Listing, list_folder, list_images, list_labelled
+from datasets.listing import Listing, is_listed, list_folder, list_images, list_labelled
 from datasets.sources import build_dataset
 from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, TINY_RUN
@@ -365,6 +365,14 @@ def test_the_labels_of_a_list_are_trained_and_judged_with(tmp_path: Path) -> Non
         assert [int(Path(name).stem) for name in images.names] == images.pixels[:, 0, 0, 0].tolist()
     (tmp_path / "labels.csv").write_text("".join(f"{index}.png,{'ab'[index // 4]}\n" for index in range(8)))
     assert opened()[0].digest() != train.digest()
+
+
+def test_files_that_count_as_images_of_a_folder(tmp_path: Path) -> None:
+    root = touch(tmp_path / "photos", "a.png", "run/config.yaml", "run/checkpoints/last.pt", "@eaDir/thumb.png")
+    listed = ["new.png", "deep/new.JPG", "sub/../new.png", "../photos/new.webp"]
+    others = ["new.npz", ".new.png", ".hidden/new.png", "@eaDir/new.png", "run/pictures/new.png", "../new.png"]
+    assert [is_listed(root / name, root) for name in listed] == [True] * 4
+    assert not any(is_listed(root / name, root) for name in others)
 
 
 CELEBA = "4\nYoung Smiling\n000001.png  1 -1\n000002.png -1 -1\n000003.png -1  1\n000009.png  1  1\n"
