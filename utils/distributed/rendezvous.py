@@ -24,13 +24,13 @@ class Patience:
     """The time that this process has waited for the others, from the creation of this object on.
 
     Args:
-        timeout: time after which `check` raises RendezvousError.
+        timeout: time after which `pause_or_give_up` raises RendezvousError.
     """
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout, self._start, self._noticed = timeout, time.monotonic(), False
 
-    def check(self, reason: str, notice: bool = True) -> None:
+    def pause_or_give_up(self, reason: str, notice: bool = True) -> None:
         """Pauses for a moment, longer if this process has waited for long.
 
         Raises RendezvousError after the time-out. Logs a warning, once, if this takes longer than NOTICE_S.
@@ -80,7 +80,7 @@ def _connect(rank: int, timeout: timedelta, patience: Patience) -> dist.Store:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     while not _is_known(address, port):  # torch would print a line per second
-        patience.check(f"this machine has not found the address of MASTER_ADDR={address}")
+        patience.pause_or_give_up(f"this machine has not found the address of MASTER_ADDR={address}")
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     # A thread, because the constructor may wait for longer than its time-out if another program answers.
     opening = run_in_thread(
@@ -95,7 +95,7 @@ def _connect(rank: int, timeout: timedelta, patience: Patience) -> dist.Store:
         )
     )
     while wait([opening], POLL_S).not_done:
-        patience.check(f"rank 0 has not answered at MASTER_ADDR={address} MASTER_PORT={port}")
+        patience.pause_or_give_up(f"rank 0 has not answered at MASTER_ADDR={address} MASTER_PORT={port}")
     try:
         store = opening.result()
     except dist.DistError as error:
@@ -139,7 +139,7 @@ def _call_roll(store: dist.Store, rank: int, world_size: int, patience: Patience
             missing = [0]
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         # Rank 0 says whom all of them wait for. The others speak only if rank 0 itself is missing.
-        patience.check(
+        patience.pause_or_give_up(
             f"no process with rank {shown} has started" if missing else "not all ranks have started", bool(missing)
         )
 
