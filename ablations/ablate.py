@@ -5,7 +5,11 @@ checkpoint. Each result is appended to `<out>/results.jsonl` as soon as it is kn
 `<out>/table.md` is rewritten. To resume on another machine, copy `results.jsonl` there.
 
 To train several variants side by side, start the same command several times: each driver takes the next run that no
-other one has. Give each driver its share of the cores with OMP_NUM_THREADS, or a GPU with CUDA_VISIBLE_DEVICES.
+other one has. A driver waits for the others only if a later stage needs their results. Give each driver its share of
+the cores with OMP_NUM_THREADS, or a GPU with CUDA_VISIBLE_DEVICES.
+
+A run that fails does not stop the driver. Drivers that were running when it failed do not repeat it. A driver that is
+started later does.
 
   python -m ablations.ablate ablations/plans/fashion_mnist.yaml --out runs/fashion
   python -m ablations.ablate ablations/plans/cifar10.yaml --out runs/ablation --minutes 30 data.root=data
@@ -19,24 +23,19 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ablations.plan import CONTROL_NEEDS, Ablation, Plan, Run, Stage, read_plan
+from ablations.plan import Plan, Stage, read_plan
 from ablations.result_rows import RESULTS
+from ablations.runner import Runner
+from ablations.runs import Ablation, Run
 from ablations.tables import markdown_tables
 from config.errors import ConfigError
 from utils import cli, signals
 from utils.distributed.processes import world_size
-from utils.files import InUseError, lock_file, write_text
+from utils.files import InUseError, lock_file
 
-if TYPE_CHECKING:
-    from ablations.trial import Trial
-
-CALIBRATION_STEPS = 60
-POLL_S = 5.0  # seconds between looks at the runs of other drivers
-FIRST_JUDGING_S, FIRST_STARTUP_S = 120.0, 30.0  # estimates that are used until each has been measured
+POLL_S = 1.0  # seconds between looks at the runs of other drivers
 
 logger = logging.getLogger(__name__)
 
@@ -58,57 +57,85 @@ class Driver:
     """
 
     def __init__(self, plan: Plan, out: Path, deadline: float, data_name: str | None) -> None:
-        self.ablation, self.out, self.deadline, self.data_name = Ablation(plan, out / RESULTS), out, deadline, data_name
+        self.ablation, self.out = Ablation(plan, out / RESULTS), out
         self.failed: list[str] = []
-        self._judging_s: list[float] = []
-        self._startup_s: list[float] = []
+        self._runner = Runner(self.ablation, out, deadline, data_name)
+        self._earlier_failures = self.ablation.failures()
+        self._held: dict[str, tuple[Run, str]] = {}  # {name of a run: (run, process that holds its lock)}
 
     def run_stages(self) -> bool:
-        """Trains and judges all runs that are not complete yet.
+        """Trains and judges all runs that are neither complete nor held by other drivers.
 
-        Returns False if the deadline or a signal stopped the driver before the last run was complete. The driver reacts
+        Returns False if the deadline or a signal stopped the driver before its last run was complete. The driver reacts
         to a signal the next time that it checks the clock. Further signals change nothing, except that a second Ctrl-C
         ends the program immediately.
         """
         with signals.deferred():
             for stage in self.ablation.plan.stages:
-                if stage.command:
-                    self._run_command(stage)
-                elif not self._run_variants(stage):
+                if not (self._run_command(stage) if stage.command else self._run_variants(stage)):
                     return False
-            return True
+            return self._take_over()
+
+    def held_by_others(self) -> dict[str, str]:
+        """Returns {name of a run that other drivers work on: process that holds it}."""
+        self.ablation.read_results()
+        return {name: holder for name, (run, holder) in self._held.items() if not self.ablation.is_complete(run)}
 
     def _run_variants(self, stage: Stage) -> bool:
-        """Trains and judges the runs of a stage. Returns False if the deadline or a signal stopped it early.
-
-        At the end, waits for the runs of the stage that other drivers hold, and takes over those that they leave
-        incomplete.
-        """
+        """Trains and judges the runs of a stage. Returns False if the deadline or a signal stopped it early."""
+        if not self._work_on(self.ablation.runs_needed_by(stage), wait=True):
+            return False
         try:
-            runs = self.ablation.runs_of(stage)
+            runs = self.ablation.first_runs_of(stage)
+            if not runs:
+                raise ConfigError("its base stage has no complete run: fix the failures there")
         except ConfigError as error:
             self._log_failure(stage.name, error)
             return True
-        if not runs:
-            self._log_failure(stage.name, ConfigError("its base stage has no complete run: fix the failures there"))
+        if stage.again:  # needs the results of all first runs
+            return self._work_on(runs, wait=True) and self._work_on(self.ablation.runs_of(stage), wait=False)
+        return self._work_on(runs, wait=False)
+
+    def _take_over(self) -> bool:
+        """Trains the runs that other drivers have left incomplete. Returns False if it was stopped early."""
+        num_held = -1
+        while num_held != len(self._held):
+            num_held = len(self._held)
+            if not self._work_on([run for run, _ in self._held.values()], wait=False):
+                return False
+        return True
+
+    def _work_on(self, runs: list[Run], wait: bool) -> bool:
+        """Trains and judges the runs that are not complete. Returns False if the deadline or a signal stopped it early.
+
+        Args:
+            wait: True: waits for runs that other drivers hold, and takes over those that they leave incomplete; False:
+                skips these runs.
+        """
+        waiting_for: list[Run] = []
         while runs:
-            held_by_others = []
+            held = []
             for run in runs:
                 folder = self.out / "runs" / run.name
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
                     lock = lock_file(folder / ".lock")
-                except InUseError:
-                    held_by_others.append(run)
+                except InUseError as holder:
+                    held.append(run)
+                    self._held[run.name] = run, str(holder)
                     continue
                 with lock:
+                    self._held.pop(run.name, None)
                     if not self._finish(run, folder):
                         return False
-            runs = held_by_others
-            if runs:
-                time.sleep(POLL_S)
-                if self._must_stop():
-                    return False
+            if not (held and wait):
+                return True
+            if held != waiting_for:
+                logger.info("waiting for %s", ", ".join(f"{run.name} ({self._held[run.name][1]})" for run in held))
+            time.sleep(POLL_S)
+            if self._runner.must_stop():
+                return False
+            runs = waiting_for = held
         return True
 
     def _finish(self, run: Run, folder: Path) -> bool:
@@ -119,12 +146,16 @@ class Driver:
         from utils.device import OutOfMemoryError
         from utils.run_folder.checkpoint import CheckpointError
 
-        self.ablation.read_results()  # another driver may have completed the run
+        self.ablation.read_results()  # another driver may have worked on the run
         row = self.ablation.row_of(run)
         if row and row["complete"]:
             return True
+        if row and "failed" in row and self.ablation.failures()[run.name] > self._earlier_failures[run.name]:
+            if run.name not in self.failed:
+                self._log_failure(run.name, ConfigError(f"{row['failed']} (in another driver)"))
+            return True
         try:
-            if self._has_time_to_start() and self._train_and_judge(run, folder):
+            if self._runner.has_time_to_start() and self._runner.train_and_judge(run, folder):
                 return True
             logger.info(
                 "%s is incomplete: %s", run.name, "stopped by a signal" if signals.received() else "no time left"
@@ -136,37 +167,38 @@ class Driver:
             self.ablation.record(run, {"complete": False, "failed": reason})
             return True
 
-    def _seconds_left(self) -> float:
-        """Returns the seconds left for training: 1.5 times the longest evaluation so far is reserved for judging."""
-        return self.deadline - 1.5 * max(self._judging_s, default=FIRST_JUDGING_S) - time.monotonic()
-
-    def _must_stop(self) -> bool:
-        return bool(signals.received()) or self._seconds_left() < 0
-
-    def _has_time_to_start(self) -> bool:
-        return not self._must_stop() and self._seconds_left() >= max(self._startup_s, default=FIRST_STARTUP_S)
-
     def _log_failure(self, name: str, error: Exception) -> None:
         self.failed.append(name)
         logger.info("%s failed: %s", name, str(error).partition("\n")[0])
 
-    def _run_command(self, stage: Stage) -> None:
-        """Runs the command of a stage once. It is not repeated, even if it failed or was stopped at its time limit.
+    def _run_command(self, stage: Stage) -> bool:
+        """Runs the command of a stage once. Returns False if the deadline or a signal stopped the driver before it.
 
-        The output of the command is appended to commands.txt while it runs.
+        The command is not repeated, even if it failed or was stopped at its time limit. Its output is appended to
+        commands.txt while it runs.
         """
         kept, head = self.out / "commands.txt", f"== {stage.name}: {stage.command}\n"
         folder = self.out / "runs" / stage.name
         folder.mkdir(parents=True, exist_ok=True)
-        while True:  # wait while another driver runs the command
-            limit = min(60 * (stage.minutes or float("inf")), self.deadline - time.monotonic())
-            if self._must_stop() or limit <= 0:
-                return
-            with suppress(InUseError), lock_file(folder / ".lock"):
+        waiting_for = ""
+        while True:
+            try:
+                lock = lock_file(folder / ".lock")
+            except InUseError as holder:  # waits, because later stages may use what the command makes
+                if waiting_for != str(holder):
+                    logger.info("waiting for %s (%s)", stage.name, holder)
+                waiting_for = str(holder)
+                time.sleep(POLL_S)
+                if self._runner.must_stop():
+                    return False
+                continue
+            with lock:
                 if not (kept.exists() and head in kept.read_text(errors="replace")):
+                    limit = min(60 * (stage.minutes or float("inf")), self._runner.deadline - time.monotonic())
+                    if self._runner.must_stop() or limit <= 0:
+                        return False
                     self._run_locked(stage, kept, head, limit)
-                return
-            time.sleep(POLL_S)
+                return True
 
     def _run_locked(self, stage: Stage, kept: Path, head: str, limit: float) -> None:
         """Runs the command of a stage for at most `limit` seconds. Appends `head` and its output to the file `kept`."""
@@ -189,80 +221,6 @@ class Driver:
                 end = f"stopped after {limit:.0f} s"
             print(f"== {stage.name}: {end}", file=file, flush=True)
         logger.info("%s: %s", stage.name, end)
-
-    def _train_and_judge(self, run: Run, folder: Path) -> bool:
-        """Trains a run as far as the time allows, judges it and records the result. Returns True if it is complete.
-
-        If a signal arrives, the run is only saved, and False is returned.
-        """
-        from ablations.trial import Trial
-
-        began = time.monotonic()
-        epochs = self._epochs_of(run, folder)
-        if epochs is None:
-            return False
-        training = run.config.training.model_copy(update={"epochs": epochs})
-        trial = Trial(
-            run.config.model_copy(update={"training": training}), folder / "last.pt", run.judging, run.stage.control
-        )
-        logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "no overrides")
-        steps_per_epoch, every = trial.experiment.loader.steps_per_epoch, run.stage.judge_every or epochs
-        judged_step = (self.ablation.row_of(run) or {}).get("epochs", 0.0) * steps_per_epoch
-        *ends, last = (epoch * steps_per_epoch for epoch in [*range(every, epochs, every), epochs])
-        # A run that failed has no judged step, but its checkpoint may have passed some of the ends.
-        due = [end for end in ends if end > judged_step and end >= trial.state.step]
-        for index, end in enumerate([*due, last]):
-            trial.train(self._must_stop, end=end)
-            if index == 0:
-                self._startup_s.append(time.monotonic() - began - trial.seconds_after_first_step)
-            if signals.received():
-                return False
-            self._judge(run, trial)
-            if trial.state.step < end or (not trial.complete and self._must_stop()):
-                return False
-        (folder / "last.pt").unlink()
-        return True
-
-    def _judge(self, run: Run, trial: "Trial") -> None:
-        """Judges a run and records the result."""
-        from ablations.trial import write_encoder_parts
-
-        result = trial.judged()
-        self._judging_s.append(result["evaluation_s"])
-        if run.stage.keep:
-            write_encoder_parts(trial.state.ema.ema_model.encoder, self.out / run.name, trial.config.to_yaml())
-        self.ablation.record(run, {**result, "data": self.data_name or run.config.data.name})
-        write_text(self.out / "table.md", markdown_tables(self.ablation))
-
-    def _epochs_of(self, run: Run, folder: Path) -> int | None:
-        """Returns the number of epochs of a run; None if the time is up, or a signal arrives, before it is known.
-
-        If the stage gives minutes, a few training steps are timed to find the number. It is stored in the run's folder,
-        so that a resumed run has the same length. Raises ConfigError if the run that `images_of` names is not complete.
-        """
-        from ablations.trial import Trial
-
-        stage = run.stage
-        if stage.epochs:
-            return stage.epochs
-        if stage.images_of:
-            name, variant = stage.images_of.split("/")
-            rows = self.ablation.complete_rows(self.ablation.stage(name)).get(variant)
-            if not rows:
-                raise ConfigError(
-                    f"its length is that of {stage.images_of}, which is not complete: fix the failure of that run"
-                )
-            return max(1, round(rows[0]["epochs"]))
-        assert stage.minutes
-        kept = folder / f"epochs-{run.digest}"
-        if not kept.exists():
-            trial = Trial(run.config, None, control=stage.control)
-            trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self._must_stop())
-            if trial.images_per_s is None:
-                return None
-            images_per_epoch = trial.experiment.loader.steps_per_epoch * trial.config.training.batch_size
-            write_text(kept, str(max(1, int(60 * stage.minutes * trial.images_per_s / images_per_epoch))))
-        return int(kept.read_text())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -290,17 +248,22 @@ def main(argv: list[str] | None = None) -> int:
         if world_size() > 1:
             raise ConfigError("an ablation runs in one process: start it without torchrun, once for each GPU")
         plan = read_plan(args.plan, args.overrides)
-        cli.require(*(CONTROL_NEEDS[stage.control] for stage in plan.stages if stage.control in CONTROL_NEEDS))
         if args.table:
             print(markdown_tables(Ablation(plan, args.out / RESULTS)), end="")
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
         driver = Driver(plan, args.out, deadline, args.data)
         finished = driver.run_stages()
+    held = [f"{name} ({holder})" for name, holder in driver.held_by_others().items()]
     print(markdown_tables(driver.ablation))
     if driver.failed:
         print(f"failed: {', '.join(driver.failed)}")
-    print("all stages are done" if finished else "not all stages are done: run the same command again to resume")
+    if not finished:
+        print("not all stages are done: run the same command again to resume")
+    elif held:
+        print(f"all stages are done, except runs of other drivers: {', '.join(held)}")
+    else:
+        print("all stages are done")
     return 1 if driver.failed else 0
 
 

@@ -1,20 +1,39 @@
 """Controls for SODA: the encoder of a config, trained on the same images by another objective.
 
-To add a control, write a subclass of Control and add it to CONTROLS and to the names in ablations/plan.py.
+To add a control, write a subclass of Control and add it to CONTROLS.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config.errors import ConfigError
+from config.reading import flat
+from config.schema import Config
 from experiment.batch import source_draws
 from experiment.opening import Experiment
 from training.state import Snapshot, TrainState
-from training.step import learning_rates
+from training.step import learning_rates, update
+from utils import cli
 from utils.device import autocast
+from utils.logging import PhaseTimer
+
+# Keys of the decoder and of its objective. A plan may set them for its other stages.
+OF_THE_DECODER = (
+    "decoder.",
+    "diffusion.",
+    "views.target.",
+    "optimizer.decoder_lr",
+    "training.mask.",
+    "training.timesteps.",
+    "training.min_snr_gamma",
+)
+# Keys that change how SODA trains the encoder. A control does the same only if they are switched off.
+OF_THE_ENCODER = ("views.num_sources", "training.micro_batch_size", "training.compile", "training.terms.")
 
 
 class Control(nn.Module, ABC):
@@ -25,9 +44,11 @@ class Control(nn.Module, ABC):
 
     Attributes:
         num_views: number of source views of each image.
+        package: package that is needed in addition to requirements.txt; None: none.
     """
 
-    num_views = 1
+    num_views: ClassVar[int] = 1
+    package: ClassVar[str | None] = None
 
     @abstractmethod
     def loss(self, pooled: Tensor, labels: Tensor) -> Tensor:
@@ -46,6 +67,7 @@ class SimCLR(Control):
     """
 
     num_views = 2
+    package = "pytorch_metric_learning"
 
     def __init__(self, pooled_dim: int, num_classes: int) -> None:
         from pytorch_metric_learning.losses import NTXentLoss
@@ -79,8 +101,33 @@ class Supervised(Control):
 CONTROLS: dict[str, type[Control]] = {"simclr": SimCLR, "supervised": Supervised}
 
 
+def check_control(name: str, config: Config, common: Config | None = None) -> None:
+    """Raises ConfigError if there is no such control, its package is missing, or it would ignore a key of the config.
+
+    Args:
+        common: the config without the overrides of the control's own variant, which must not set keys of the decoder;
+            None: this is not checked.
+    """
+    if name not in CONTROLS:
+        raise ConfigError(f"there is no control {name}: choose one of {', '.join(CONTROLS)}")
+    package = CONTROLS[name].package
+    if package:
+        cli.require(package)
+    values, common_values, defaults = flat(config), flat(common or config), flat(Config())
+    ignored = [key for key in values if key.startswith(OF_THE_DECODER) and values[key] != common_values[key]]
+    ignored += [key for key in values if key.startswith(OF_THE_ENCODER) and values[key] not in (defaults[key], False)]
+    if ignored:
+        raise ConfigError(f"the control {name} ignores {', '.join(ignored)}: do not set it")
+    if config.evaluation.features.startswith("decoder."):
+        raise ConfigError(f"the control {name} trains no decoder: set evaluation.features to z or pooled")
+
+
 def attach_control(experiment: Experiment, state: TrainState, name: str) -> Control:
-    """Adds a control to the model and to the optimiser of `state`, with the encoder's learning rate, and returns it."""
+    """Adds a control to the model and to the optimiser of `state`, with the encoder's learning rate, and returns it.
+
+    Raises ConfigError if the control would ignore a key of the experiment's config.
+    """
+    check_control(name, experiment.config)
     control = CONTROLS[name](state.soda.encoder.pooled_dim, len(experiment.info.classes)).to(experiment.device)
     state.soda.control = control  # saved in checkpoints
     state.optimizer.add_param_group({**state.optimizer.param_groups[0], "params": list(control.parameters())})
@@ -91,7 +138,6 @@ def control_step(experiment: Experiment, state: TrainState, control: Control, pi
     """Runs one optimiser step with a control's objective. Returns the loss, a scalar on the device.
 
     If the norm of the gradient is not finite, the step is skipped: weights and BatchNorm statistics do not change.
-    Synchronises with the device.
 
     Args:
         pixels: iterator made by `training_pixels`, at `state.step`.
@@ -111,14 +157,5 @@ def control_step(experiment: Experiment, state: TrainState, control: Control, pi
         pooled = state.soda.encoder.pooled(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         loss = control.loss(pooled, labels)
     state.scaler.scale(loss).backward()
-    state.scaler.unscale_(state.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), experiment.config.optimizer.max_grad_norm)
-    if norm.isfinite():
-        state.scaler.step(state.optimizer)
-    else:
-        before.restore(norm.isfinite().logical_not())
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update()
-    state.step += 1
+    update(experiment, state, before, PhaseTimer())
     return loss.detach()

@@ -11,8 +11,8 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablations.plan import accuracies
 from ablations.result_rows import read_rows
+from ablations.runs import accuracies
 from config.errors import ConfigError
 from utils import cli
 

@@ -4,7 +4,8 @@ import math
 import statistics
 from typing import Any
 
-from ablations.plan import Ablation, Stage, accuracies, score
+from ablations.plan import Stage
+from ablations.runs import Ablation, accuracies, score
 
 HEAD = [
     "variant",

@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from ablations.controls import attach_control, control_step
-from ablations.plan import ControlName, Judging
+from ablations.plan import Judging
 from benchmarks.measure import machine
 from config.errors import ConfigError
 from config.reading import differences, parse_config
@@ -57,10 +57,11 @@ class Trial:
         seconds: training time, summed over all starts of the run.
         seconds_after_first_step: training time of this start, without its first step. The first step also loads the
             images, chooses kernels and compiles.
-        images_per_s: training speed of this start, without its first WARMUP_STEPS; None if there were no more steps.
+        images_per_s: training speed of this start, without its first WARMUP_STEPS, without judging and without saving;
+            None if there were no more steps.
 
     Raises:
-        ConfigError, DatasetError, OutOfMemoryError
+        ConfigError, CheckpointError, DatasetError, OutOfMemoryError
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Trial:
         config: Config,
         checkpoint: Path | None,
         judging: Judging = "all",
-        control: ControlName | None = None,
+        control: str | None = None,
     ) -> None:
         torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
         self.config, self.checkpoint, self.judging = config, checkpoint, judging
@@ -83,31 +84,33 @@ class Trial:
         self._control_name = control
         self.control = attach_control(self.experiment, self.state, control) if control else None
         self.seconds = self.seconds_after_first_step = 0.0
-        self.images_per_s: float | None = None
+        self._num_steps = self._timed_steps = 0  # steps of this start, and those of them after the first WARMUP_STEPS
+        self._timed_s = 0.0
         self._losses: deque[torch.Tensor] = deque(maxlen=LOSSES)
         if checkpoint and checkpoint.exists():
-            self._resume(checkpoint, control)
+            self._resume(checkpoint)
         if not control and choose_compile(config.training.compile, self.experiment.device):
             self.state.soda.compile()
 
-    def _resume(self, checkpoint: Path, control: ControlName | None) -> None:
-        """Loads the checkpoint, or logs why the run starts from scratch."""
+    def _resume(self, checkpoint: Path) -> None:
+        """Loads the checkpoint. If it is damaged, logs that the run starts from scratch.
+
+        Raises ConfigError if the checkpoint is that of another experiment.
+        """
         try:
             saved = load_checkpoint(checkpoint)
-            changed = differences(parse_config(saved["config"], str(checkpoint)), self.config, run=False)
-        except (CheckpointError, ConfigError) as error:
+        except CheckpointError as error:
             logger.info("cannot resume (%s): starting from scratch", error)
             return
-        others = list(changed)
+        others = []
         if saved["data"] != self.experiment.data_digest:
             others.append("data set")
-        if saved.get("control") != control:
+        if saved.get("control") != self._control_name:
             others.append("control")
-        if others:
-            logger.info("%s was saved with another %s: starting from scratch", checkpoint, ", ".join(others))
-            return
+        check_same_experiment(checkpoint, saved["config"], self.config, others)
         self.state.load_state_dict(saved)
         self.seconds = float(saved.get("seconds", 0))
+        self._losses.extend(saved.get("losses", torch.empty(0)).to(self.experiment.device))
         logger.info("%s: resuming at step %d of %d", checkpoint, self.state.step, self.experiment.total_steps)
 
     @property
@@ -115,15 +118,21 @@ class Trial:
         """True after the last step."""
         return self.state.step == self.experiment.total_steps
 
+    @property
+    def images_per_s(self) -> float | None:
+        """See the class."""
+        return self._timed_steps * self.config.training.batch_size / self._timed_s if self._timed_steps else None
+
     def train(self, must_stop: Callable[[], bool], end: int | None = None) -> None:
         """Trains until `must_stop` returns True, or to the step `end` (None: the last step). Then saves the state.
 
         `must_stop` is called after the first step and then every LOOK_EVERY steps.
         """
-        state, batch_size = self.state, self.config.training.batch_size
+        state = self.state
         end = self.experiment.total_steps if end is None else end
         first_step, began, seconds_before = state.step, time.monotonic(), self.seconds
-        after_first_step, after_warmup, saved = began, began, began
+        after_first_step = saved = last_look = began
+        last_step = first_step
         with closing(training_pixels(self.experiment, first_step)) as pixels:
             while state.step < end:
                 loss = self._step(pixels)
@@ -137,17 +146,23 @@ class Trial:
                 if done == 1:
                     after_first_step = now
                 self.seconds_after_first_step = now - after_first_step
-                if done <= WARMUP_STEPS:
-                    after_warmup = now
-                else:
-                    self.images_per_s = (done - WARMUP_STEPS) * batch_size / (now - after_warmup)
+                self._add_speed(state.step - last_step, now - last_look)
+                last_step, last_look = state.step, now
                 if must_stop():
                     break
                 if now - saved > SAVE_EVERY_S:
                     self._save()
                     saved = now
+                    last_look = time.monotonic()
         if state.step > first_step:
             self._save()
+
+    def _add_speed(self, num_steps: int, seconds: float) -> None:
+        """Adds the time of a number of steps to the speed, unless they are among the first WARMUP_STEPS."""
+        self._num_steps += num_steps
+        if self._num_steps > WARMUP_STEPS:
+            self._timed_steps += num_steps
+            self._timed_s += seconds
 
     def _step(self, pixels: Iterator[torch.Tensor]) -> torch.Tensor:
         if self.control:
@@ -163,8 +178,8 @@ class Trial:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        contents = checkpoint_contents(self.experiment, self.state)
-        save_checkpoint(self.checkpoint, contents | {"seconds": self.seconds, "control": self._control_name})
+        more = {"seconds": self.seconds, "control": self._control_name, "losses": torch.stack(list(self._losses))}
+        save_checkpoint(self.checkpoint, checkpoint_contents(self.experiment, self.state) | more)
 
     def judged(self) -> dict[str, Any]:
         """Returns the result: accuracies of the EMA encoder, speed, work and settings."""
@@ -191,6 +206,27 @@ class Trial:
             "amp": str(experiment.amp_dtype),
             "config": self.config.to_yaml(),
         }
+
+
+def check_same_experiment(path: Path, saved: str, config: Config, others: Iterable[str] = ()) -> None:
+    """Raises ConfigError if a file belongs to another experiment, so that it is not overwritten.
+
+    Args:
+        saved: config in YAML that the file was made with.
+        others: further things in which the two experiments differ.
+    """
+    changed = [*differences(parse_config(saved, str(path)), config, run=False), *others]
+    if changed:
+        raise ConfigError(
+            f"{path} is of another run, with another {', '.join(changed)}: move or delete it, or choose another --out"
+        )
+
+
+def check_encoder_parts(path: Path, config: Config) -> None:
+    """Raises ConfigError if `write_encoder_parts` has written the encoder of another experiment to `path`."""
+    described = path.with_name(f"{path.name}.yaml")
+    if described.exists():
+        check_same_experiment(described, described.read_text(), config)
 
 
 def write_encoder_parts(encoder: nn.Module, path: Path, config_yaml: str) -> None:

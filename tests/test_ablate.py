@@ -1,8 +1,5 @@
-"""Ablations: plans, results that survive a crash, ties, and runs that are stopped and resumed."""
+"""Tests of ablations: plans, results that survive a crash, and tables."""
 
-import json
-import os
-import signal
 import statistics
 import subprocess
 from pathlib import Path
@@ -13,15 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from ablations import ablate, trial
-from ablations.plan import Ablation, Plan, Stage, accuracies, read_plan
+from ablations import ablate
+from ablations.plan import Plan, SecondLook, Stage, read_plan
+from ablations.runs import Ablation, accuracies
 from ablations.tables import markdown_tables, pooled_deviation, verdict
-from ablations.trial import Trial, write_encoder_parts
+from ablations.trial import write_encoder_parts
 from config.errors import ConfigError
-from tests.conftest import ROOT, TINY_RUN
-from utils import signals
-from utils.device import OutOfMemoryError
-from utils.files import lock_file
+from tests.conftest import ROOT
 
 PLANS = sorted((ROOT / "ablations" / "plans").glob("*.yaml"))
 X1, Y2, Z3 = "decoder.dropout=0.25", "encoder.latent_dim=32", "training.ema_decay=0.5"
@@ -112,6 +107,11 @@ def test_the_screen_of_cifar10_is_balanced() -> None:
         ("{name: a, images_of: b/c, variants: {x: []}}", "trains as long as b/c"),
         ("{name: a, epochs: 1, varants: {x: []}}", "varants"),
         ("{name: a, epochs: 1, variants: {x: []}}\n  - {name: a, epochs: 1, variants: {x: []}}", "two stages"),
+        ("{name: a, epochs: 1, seeds: [0], again: {seeds: [1, 0], within: 1}, variants: {x: []}}", "each seed only"),
+        (
+            "{name: a, epochs: 1, control: byol, variants: {x: []}}",
+            "a/x: there is no control byol: choose one of simclr",
+        ),
         ("{name: a", "not valid YAML"),
     ],
 )
@@ -149,8 +149,42 @@ def test_results_of_another_experiment_are_passed_over(ablation: Ablation, chang
     assert len(Ablation(moved, ablation.path).complete_rows(same.stage("screen"))["a"]) == 2
 
 
-def test_results_stay_valid_when_the_schema_gets_a_key(ablation: Ablation) -> None:
+def test_plans_that_share_a_file_keep_their_own_results(ablation: Ablation) -> None:
+    """Results of another config for the same run do not hide earlier results of this plan."""
+    changed = Ablation(two_stages(epochs=2), ablation.path)
+    for run in changed.runs_of(changed.stage("screen")):
+        changed.record(run, row_of(1, 1))
+    ablation.read_results()
+    assert [accuracies(row)[0] for row in ablation.complete_rows(ablation.stage("screen"))["b"]] == [50, 90]
+    assert [accuracies(row)[0] for row in changed.complete_rows(changed.stage("screen"))["b"]] == [1, 1]
+
+
+def test_a_second_look_trains_the_best_variants_again(tmp_path: Path) -> None:
+    """Variants within the given distance of the best get further seeds, when all variants have a result."""
+    plan = two_stages(again=SecondLook(seeds=[5, 6], within=10))
+    ablation = Ablation(plan, tmp_path / "results.jsonl")
+    screen = ablation.stage("screen")
+    first = ablation.first_runs_of(screen)
+    assert [(run.seed, run.variant) for run in first] == [(seed, variant) for seed in (0, 1) for variant in "abc"]
+    for run, knn in zip(first, (60, 69, 50, 62, 73, 50), strict=True):
+        assert ablation.runs_of(screen) == first
+        ablation.record(run, row_of(knn, knn))
+    further = ablation.runs_of(screen)[6:]
+    assert [(run.seed, run.variant) for run in further] == [(5, "a"), (5, "b"), (6, "a"), (6, "b")], "61, 71 and 50"
+    for run in further:
+        ablation.record(run, row_of(80 if run.variant == "a" else 10, 50))
+    assert ablation.runs_of(screen)[6:] == further and ablation.best_variant(screen) == "a"
+    assert "| 0, 1, 5, 6 |" in markdown_tables(ablation) and "| 0, 1 |" in markdown_tables(ablation)
+    plain = Ablation(two_stages(), ablation.path)
+    assert len(plain.complete_rows(plain.stage("screen"))) == 3, "results without a second look stay valid"
+    ablation.record(first[1], {"complete": False, "failed": "out of memory"})
+    ablation.record(first[4], {"complete": False, "failed": "out of memory"})
+    assert [run.variant for run in ablation.runs_of(screen)[6:]] == ["a", "a"], "a variant that failed has no score"
+
+
+def test_results_stay_valid_when_the_schema_gets_a_key(tmp_path: Path) -> None:
     """A result whose config lacks a key counts if the run has the key's default. Another value makes it invalid."""
+    ablation = Ablation(two_stages(), tmp_path / "results.jsonl")
     screen = ablation.stage("screen")
     run = ablation.runs_of(screen)[0]
     for lacking, expected in ((", latent_dim: 64", False), ("stem: small, ", True)):
@@ -261,187 +295,6 @@ def test_parts_of_an_encoder_go_together_again(tmp_path: Path) -> None:
     for name, value in module.state_dict().items():
         expected = value.bfloat16() if value.is_floating_point() else value
         assert torch.equal(weights[name], expected), name
-
-
-class Clock:
-    """Clock that advances by one second each time that it is read."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        """Advances the clock and returns the time, like `time.monotonic`."""
-        self.now += 1.0
-        return self.now
-
-
-class Bench:
-    """A plan, run on a `Clock`: a command, two short runs, a run whose length is given in minutes, and its control."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
-        self.plan: dict[str, Any] = {
-            "config": str(ROOT / "config" / "digits.yaml"),
-            "overrides": [*(o for o in TINY_RUN if not o.startswith("training.epochs")), "evaluation.knn.k=5"],
-            "judging": "config",
-            "stages": [
-                {"name": "hello", "command": "-c 'print(6 * 7)'"},
-                {"name": "screen", "epochs": 1, "variants": {"a": [], "b": ["diffusion.schedule=linear"]}},
-                {"name": "long", "minutes": 0.2, "base": "screen", "keep": True, "variants": {"best": []}},
-                {"name": "control", "images_of": "long/best", "variants": {"a": []}},
-            ],
-        }
-
-    def make(self, out: str, minutes: float | None = None, *more: str, status: int = 0) -> str:
-        """Runs the driver on the plan, checks its exit status, and returns what it printed."""
-        path, clock = self.folder / "plan.yaml", Clock()
-        path.write_text(json.dumps(self.plan))  # JSON is YAML
-        with self.patch.context() as patch:
-            patch.setattr(ablate.time, "monotonic", clock.monotonic)  # `trial` uses the same module object
-            limit = [] if minutes is None else ["--minutes", str(minutes)]
-            assert ablate.main([str(path), "--out", str(self.folder / out), *limit, *more]) == status
-        return self.capsys.readouterr().out
-
-    def rows(self, out: str) -> dict[str, dict[str, Any]]:
-        """Returns the last result of each run, by the name of the run."""
-        lines = (self.folder / out / "results.jsonl").read_text().splitlines()
-        return {row["run"]: row for row in map(json.loads, lines)}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
-    """A `Bench` in a temporary folder."""
-    return Bench(tmp_path, monkeypatch, capsys)
-
-
-def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
-    """A plan whose time runs out again and again, even within a run, gives the same results, whatever data.root is."""
-    bench.patch.setattr(ablate, "FIRST_JUDGING_S", 4.0)
-    bench.patch.setattr(ablate, "FIRST_STARTUP_S", 2.0)
-    bench.patch.setattr(trial, "SAVE_EVERY_S", 3)
-    starts = 0
-    while "not all stages are done" in bench.make(
-        "broken", 22 / 60, f"data.root=place_{starts}", "--data", "what it is"
-    ):
-        starts += 1
-        assert starts < 20
-    history = [json.loads(line) for line in (tmp_path / "broken" / "results.jsonl").read_text().splitlines()]
-    stopped = [row for row in history if not row["complete"]]
-    assert starts >= 2 and stopped and all(row["images"] % 64 == 0 < row["images"] for row in stopped)
-    rows = bench.rows("broken")
-    assert [row["complete"] for row in rows.values()] == [True] * 4 and len(rows) == 4
-    commands = (tmp_path / "broken" / "commands.txt").read_text().splitlines()
-    assert commands == ["== hello: -c 'print(6 * 7)'", "42", "== hello: status 0"]
-    # 0.2 minutes are 12 seconds, or 12 reads of the clock. Training reads it about twice every ten steps of 64 images.
-    assert 1 <= rows["long-best-0"]["epochs"] == rows["control-a-0"]["epochs"] <= 10
-    assert not list(tmp_path.rglob("last.pt")) and (tmp_path / "broken" / "long-best-0.yaml").exists()
-    table = (tmp_path / "broken" / "table.md").read_text()
-    assert table.count("**") == 6 and "what it is" in table and table.strip() in bench.make("broken")
-
-    bench.plan["stages"] = bench.plan["stages"][1:2]
-    bench.make("whole")
-    for name in ("screen-a-0", "screen-b-0"):
-        assert bench.rows("whole")[name]["table"] == rows[name]["table"], "interruptions must not change the results"
-        assert len(rows[name]["table"]) == 2
-    bench.plan |= {"judging": "all", "stages": [{"name": "screen", "epochs": 1, "variants": {"a": []}}]}
-    assert "| a | 0 |" in bench.make("whole")
-    judged_by_all = bench.rows("whole")["screen-a-0"]["table"]
-    assert len(judged_by_all) >= 8, "results judged by the config's protocols must not stand in for those of all"
-    for name, cells in rows["screen-a-0"]["table"].items():
-        assert cells == next(found for other, found in judged_by_all.items() if other.startswith(name))
-
-
-def test_a_run_that_the_clock_stops_keeps_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
-    """Time that is left because the judging was shorter than assumed does not make an incomplete run complete."""
-    bench.plan["stages"] = [{"name": "screen", "epochs": 50, "variants": {"a": []}}]
-    seconds = 1.5 * ablate.FIRST_JUDGING_S + ablate.FIRST_STARTUP_S + 9
-    assert "not all stages are done" in bench.make("out", seconds / 60)
-    row = bench.rows("out")["screen-a-0"]
-    assert not row["complete"] and 0 < row["epochs"] < 50
-    assert (tmp_path / "out" / "runs" / "screen-a-0" / "last.pt").exists()
-
-
-def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_path: Path) -> None:
-    bench.plan["stages"] = [
-        {"name": "bad", "command": "-c 'print(1); exit(3)'", "minutes": 0.5},
-        {"name": "screen", "epochs": 1, "variants": {"large": [], "huge": [], "empty": []}},
-        {"name": "after", "epochs": 1, "base": "screen", "variants": {"x": []}},
-        {"name": "control", "images_of": "screen/large", "variants": {"y": []}},
-        {"name": "last", "epochs": 1, "variants": {"z": []}},
-    ]
-    train = Trial.train
-
-    def failing(self: Trial, stop: Any, **options: Any) -> None:
-        if "huge" in str(self.checkpoint):
-            raise OutOfMemoryError("out of memory: 3 GiB was requested; take a smaller model")
-        if "screen" in str(self.checkpoint):
-            raise RuntimeError("out of memory\nand more" if "large" in str(self.checkpoint) else "")
-        train(self, stop, **options)
-
-    bench.patch.setattr(Trial, "train", failing)
-    printed = bench.make("out", status=1)
-    assert (
-        "failed: screen-large-0, screen-huge-0, screen-empty-0, after, control-y-0" in printed
-        and "\nall stages are done" in printed
-    )
-    rows = bench.rows("out")
-    assert rows["screen-huge-0"]["failed"].startswith("out of memory: 3 GiB")
-    assert rows["screen-large-0"]["failed"] == "out of memory" and rows["screen-empty-0"]["failed"] == "RuntimeError"
-    assert rows["last-z-0"]["complete"] and "- screen-large-0 failed: out of memory" in printed
-    assert (tmp_path / "out" / "commands.txt").read_text().endswith("1\n== bad: status 3\n")
-
-
-def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
-    bench.plan["stages"] = bench.plan["stages"][1:2]
-    step, steps = trial.train_step, iter(range(10**6))
-    bench.patch.setattr(signals, "_received", 0)  # monkeypatch restores it after the test
-    handler = signal.signal(signal.SIGTERM, signals._note)
-
-    def signalled(*args: Any) -> Any:
-        if next(steps) == 15:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
-    try:
-        with bench.patch.context() as patch:
-            patch.setattr(trial, "train_step", signalled)
-            assert "not all stages are done" in bench.make("out")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    bench.patch.setattr(signals, "_received", 0)
-    checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
-    saved = torch.load(checkpoint, weights_only=True)
-    assert saved["step"] == 20, "the run must stop at the next check of the clock"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint may be lost"
-
-
-def test_drivers_that_share_a_folder_divide_the_runs(bench: Bench, tmp_path: Path) -> None:
-    """A driver skips a run that another one holds, trains the rest, waits, and takes over what the other one left."""
-    bench.plan["stages"] = [
-        {"name": "screen", "epochs": 1, "variants": {"a": [], "b": ["diffusion.schedule=linear"]}},
-        {"name": "then", "epochs": 1, "base": "screen", "variants": {"x": []}},
-    ]
-    held = tmp_path / "out" / "runs" / "screen-a-0"
-    held.mkdir(parents=True)
-    other = lock_file(held / ".lock")
-    waits: list[list[str]] = []
-
-    def sleep(seconds: float) -> None:
-        waits.append(list(bench.rows("out")))
-        if len(waits) == 2:
-            other.close()
-
-    bench.patch.setattr(ablate.time, "sleep", sleep)
-    assert "\nall stages are done" in bench.make("out")
-    assert waits == [["screen-b-0"]] * 2 and list(bench.rows("out")) == ["screen-b-0", "screen-a-0", "then-x-0"]
-    plan = read_plan(tmp_path / "plan.yaml", [])
-    mine, others = (Ablation(plan, tmp_path / "out" / "results.jsonl") for _ in range(2))
-    (run,) = mine.runs_of(mine.stage("then"))
-    others.record(run, row_of(12, 34))
-    mine.read_results()
-    row = mine.row_of(run)
-    assert row and accuracies(row) == (12, 34)
 
 
 def test_variants_are_ranked_by_the_protocols_that_judged_them() -> None:

@@ -4,16 +4,19 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ablations import ablate, curves
+from ablations import ablate, curves, runner
 from ablations.controls import CONTROLS, SimCLR, attach_control, control_step
-from ablations.plan import Stage
+from ablations.plan import read_plan
 from ablations.result_rows import append_row
-from tests.conftest import ROOT, TINY_RUN, experiment_of
+from config.errors import ConfigError
+from tests.conftest import ROOT, TINY_RUN, assert_equal_states, experiment_of
+from tests.test_drivers import without_times
 from training.state import initial_state
 from training.step import training_pixels
 
@@ -46,6 +49,64 @@ def test_a_control_trains_the_encoder_alone(tmp_path: Path, name: str) -> None:
     assert not torch.equal(state.ema.ema_model.encoder.conv1.weight, before["encoder.conv1.weight"])
 
 
+def test_a_control_skips_a_step_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, moments and BatchNorm statistics do not change, as in a step of SODA. The step is counted."""
+    experiment = experiment_of(tmp_path)
+    state = initial_state(experiment)
+    control = attach_control(experiment, state, "supervised")
+    pixels = training_pixels(experiment, 0)
+    control_step(experiment, state, control, pixels)
+    before = copy.deepcopy((state.soda.state_dict(), state.optimizer.state_dict()["state"]))
+    monkeypatch.setattr(control, "loss", lambda pooled, labels: (pooled * math.nan).sum())
+    control_step(experiment, state, control, pixels)
+    assert_equal_states((state.soda.state_dict(), state.optimizer.state_dict()["state"]), before)
+    assert state.step == 2
+
+
+IGNORED = [
+    ([], ["decoder.dropout=0.5"], "decoder.dropout"),
+    ([], ["diffusion.schedule=cosine"], "diffusion.schedule"),
+    ([], ["views.num_sources=2"], "views.num_sources"),
+    ([], ["training.micro_batch_size=32", "training.compile=true"], "training.micro_batch_size, training.compile"),
+    (["training.terms.reconstruction=0.1"], [], "training.terms.reconstruction"),
+    (["training.compile=true"], [], "training.compile"),
+    (["decoder.dropout=0.5", "diffusion.schedule=cosine", "training.compile=false"], ["encoder.width=8"], None),
+]
+
+
+@pytest.mark.parametrize(("common", "own", "ignored"), IGNORED)
+def test_a_control_refuses_what_it_would_ignore(
+    tmp_path: Path, common: list[str], own: list[str], ignored: str | None
+) -> None:
+    """A plan may set keys of the decoder for its other stages."""
+    stage = {"name": "control", "epochs": 1, "control": "supervised", "variants": {"labels": own}}
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        json.dumps({"config": str(ROOT / "config" / "digits.yaml"), "overrides": common, "stages": [stage]})
+    )
+    if ignored is None:
+        assert read_plan(path, []).stages[0].control == "supervised"
+        return
+    with pytest.raises(ConfigError) as caught:
+        read_plan(path, [])
+    assert str(caught.value) == f"{path}, control/labels: the control supervised ignores {ignored}: do not set it"
+
+
+def test_a_control_of_untrained_features_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The program ends with status 2 and one line, and makes no folder."""
+    stage = {"name": "control", "epochs": 1, "control": "supervised", "variants": {"labels": []}}
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps({"config": str(ROOT / "config" / "digits.yaml"), "stages": [stage]}))
+    with pytest.raises(SystemExit, match="2"):
+        ablate.main([str(path), "--out", str(tmp_path / "out"), "evaluation.features=decoder.up.0@20"])
+    expected = "the control supervised trains no decoder: set evaluation.features to z or pooled"
+    assert capsys.readouterr().err == f"error: {path}, control/labels: {expected}\n"
+    assert not (tmp_path / "out").exists()
+    experiment = experiment_of(tmp_path, "views.num_sources=2")
+    with pytest.raises(ConfigError, match=r"ignores views\.num_sources"):
+        attach_control(experiment, initial_state(experiment), "supervised")
+
+
 def test_a_plan_with_controls_judges_at_epochs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Controls are judged each `judge_every` epochs. A run that is stopped has the rows of an uninterrupted one."""
     stage = {"name": "control", "epochs": 3, "judge_every": 1, "control": "supervised", "variants": {"labels": []}}
@@ -58,25 +119,24 @@ def test_a_plan_with_controls_judges_at_epochs_and_resumes(tmp_path: Path, capsy
     path = tmp_path / "plan.yaml"
     path.write_text(json.dumps(plan))
 
-    def rows(out: str) -> list[tuple[bool, int, object]]:
+    def rows(out: str) -> list[dict[str, Any]]:
         lines = (tmp_path / out / "results.jsonl").read_text().splitlines()
-        return [(row["complete"], row["images"], row["table"]) for row in map(json.loads, lines)]
+        return [without_times(json.loads(line)) for line in lines]
 
     assert ablate.main([str(path), "--out", str(tmp_path / "whole")]) == 0
     found = rows("whole")
-    assert [(complete, images) for complete, images, _ in found] == [(False, 1408), (False, 2816), (True, 4224)]
+    assert [(row["complete"], row["images"]) for row in found] == [(False, 1408), (False, 2816), (True, 4224)]
     encoder_flops = "0.00"  # 0.6 MFLOP
     assert f"| labels | 0 | 4,224 | {encoder_flops} |" in capsys.readouterr().out
 
     stop = iter([False] * 7 + [True] * 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablate.Driver, "_must_stop", lambda self: next(stop, False))
-        patch.setattr(ablate.Driver, "_has_time_to_start", lambda self: True)
+        patch.setattr(runner.Runner, "must_stop", lambda self: next(stop, False))
+        patch.setattr(runner.Runner, "has_time_to_start", lambda self: True)
         assert ablate.main([str(path), "--out", str(tmp_path / "broken")]) == 0
     assert "not all stages are done" in capsys.readouterr().out
     assert ablate.main([str(path), "--out", str(tmp_path / "broken")]) == 0
-    last = rows("broken")[-1]
-    assert last == found[-1] and Stage.model_validate(stage).control == "supervised"
+    assert rows("broken")[-1] == found[-1]
 
 
 def test_curves_and_the_gain_of_a_doubling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

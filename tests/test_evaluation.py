@@ -1,6 +1,7 @@
 """Tests of k-NN, the linear probe, the extraction of features and the table of accuracies."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler, normalize
 
 from ablations import floors
+from config.reading import load_config
 from config.schema import KNN, Probe, ProbeView, View
 from datasets.images import StoredImages
-from evaluation import features, knn, linear_probe
-from evaluation.encoders import principal_components
+from evaluation import features, knn, linear_probe, logistic_regression
+from evaluation.encoders import encode_with, principal_components, settled
 from evaluation.features import extract_features
 from evaluation.judge import accuracy_table
 from evaluation.knn import knn_votes, topk_accuracy
 from evaluation.linear_probe import LinearProbe
 from evaluation.protocols import KNNProtocol, ProbeProtocol, Protocol
+from experiment.models import initial_soda
+from experiment.opening import open_experiment
 from tests.conftest import ROOT, experiment_of
 
 
@@ -257,8 +262,41 @@ def test_principal_components_are_scikit_learns(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.abs(found["z"].numpy()), np.abs(expected), atol=1e-3)
 
 
-def test_the_floors_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["device=cpu", "evaluation.probe.epochs=1", "encoder.latent_dim=6", "evaluation.batch_size=500"]
+def test_the_floors_are_scikit_learns_accuracies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """k-NN and probe are scikit-learn's k-NN and logistic regression on the same features, up to one image of 360."""
+    strength = 1e-3
+    monkeypatch.setattr(logistic_regression, "STRENGTHS", (strength,))
+    settings = [
+        "device=cpu",
+        "encoder.latent_dim=6",
+        "evaluation.probe.solver=lbfgs",
+        "evaluation.probe.transform=clean",
+    ]
     assert floors.main(["--config", str(ROOT / "config" / "digits.yaml"), *settings]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
-    assert re.split(r"  +", head) == ["top-1 / top-3 (%)", "untrained", "raw pixels", "PCA to 6"] and len(rows) == 2
+    columns = ["untrained", "raw pixels", "PCA to 6"]
+    assert re.split(r"  +", head) == ["top-1 / top-3 (%)", *columns]
+    knn, linear = (dict(zip(columns, re.findall(r"(\d+\.\d) / \d+\.\d", row), strict=True)) for row in rows)
+
+    experiment = open_experiment(load_config(ROOT / "config" / "digits.yaml", settings))
+    (pixels, labels), (test_pixels, test_labels) = (
+        (experiment.views.evaluation(split.pixels), split.labels.numpy())  # type: ignore[union-attr]
+        for split in (experiment.train, experiment.test)
+    )
+    encode = encode_with(experiment, settled(experiment, initial_soda(experiment.config, experiment.device)))
+    pca = PCA(6, svd_solver="full").fit(pixels.flatten(1).numpy())
+    floor_features: dict[str, Callable[[torch.Tensor], np.ndarray]] = {
+        "untrained": lambda views: encode(views, range(len(views)))["z"].numpy(),
+        "raw pixels": lambda views: views.flatten(1).numpy(),
+        "PCA to 6": lambda views: pca.transform(views.flatten(1).numpy()),
+    }
+    for name, features_of in floor_features.items():
+        bank, queries = (normalize(features_of(views)) for views in (pixels, test_pixels))
+        theirs = KNeighborsClassifier(20, algorithm="brute").fit(bank, labels).score(queries, test_labels)
+        assert float(knn[name]) == pytest.approx(100 * theirs, abs=0.33), name
+        scaler = StandardScaler().fit(bank)
+        regression = LogisticRegression(C=1 / (strength * len(bank)), max_iter=2000).fit(scaler.transform(bank), labels)
+        theirs = regression.score(scaler.transform(queries), test_labels)
+        assert float(linear[name]) == pytest.approx(100 * theirs, abs=0.33), name

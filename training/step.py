@@ -90,15 +90,32 @@ def train_step(
             with timer.phase("backward"):
                 state.scaler.scale(losses["loss"]).backward()
 
+    grad_norm, skipped = update(experiment, state, before, timer)
+    state.tally.add(totals, skipped)
+    state.timestep_sampler.end_step(state.step)
+    return totals["loss"], grad_norm
+
+
+def update(experiment: Experiment, state: TrainState, before: Snapshot, timer: PhaseTimer) -> tuple[Tensor, Tensor]:
+    """Ends an optimiser step: clips the gradients, changes weights and EMA, and counts the step.
+
+    If the gradient norm is not finite, the weights do not change, and the tensors in `before` are restored.
+
+    Args:
+        before: copies of what the forward passes of this step have changed, such as BatchNorm statistics.
+
+    Returns:
+        (gradient norm before clipping, 1 if the update was skipped and else 0), two float32 scalars on the device. The
+        gradients of all ranks are the same, so both are as well.
+    """
     with timer.phase("update"):
         state.scaler.unscale_(state.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), config.optimizer.max_grad_norm)
-        # The same on all ranks, because gradients have been averaged.
+        max_norm = experiment.config.optimizer.max_grad_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), max_norm)
         skipped = grad_norm.isfinite().logical_not().float()
-        state.tally.add(totals, skipped)
         before.restore(skipped.bool())
         # Not scaler.step, because it tests whether the scaled gradients are finite, but does not test their norm.
-        if device.type in FUSED:
+        if experiment.device.type in FUSED:
             state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # skips the step on the device
             state.optimizer.step()
         elif not skipped.item():
@@ -108,5 +125,4 @@ def train_step(
     with timer.phase("EMA"):
         state.ema.update()
     state.step += 1
-    state.timestep_sampler.end_step(state.step)
-    return totals["loss"], grad_norm
+    return grad_norm, skipped
