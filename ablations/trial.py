@@ -158,11 +158,11 @@ class Trial:
             self._save()
 
     def _add_speed(self, num_steps: int, seconds: float) -> None:
-        """Adds the time of a number of steps to the speed, unless they are among the first WARMUP_STEPS."""
-        self._num_steps += num_steps
-        if self._num_steps > WARMUP_STEPS:
+        """Adds the time of a number of steps to the speed, unless they begin within the first WARMUP_STEPS."""
+        if self._num_steps >= WARMUP_STEPS:
             self._timed_steps += num_steps
             self._timed_s += seconds
+        self._num_steps += num_steps
 
     def _step(self, pixels: Iterator[torch.Tensor]) -> torch.Tensor:
         if self.control:
