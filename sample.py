@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from analysis.codec import Codec
     from analysis.grid import save_grid
-    from datasets.listing import is_listed
+    from datasets.walking import is_listed
     from experiment.trained import open_trained, read_trained
     from utils.device import compute_exactly
 

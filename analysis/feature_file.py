@@ -16,10 +16,12 @@ from analysis.image_encoder import ImageEncoder
 from config.schema import Config
 from datasets.decoding import decode_batches, num_cores, rules_of
 from datasets.findings import GREY_BITS, Findings, log_findings, raise_if_unreadable
+from datasets.folder_layouts import list_images
 from datasets.formats import count_others
 from datasets.images import DatasetError, Images
-from datasets.listing import Listing, holds_splits, list_images
+from datasets.listing import Listing
 from datasets.operations import resize
+from datasets.split_names import holds_splits
 from evaluation.features import Features, extract_features
 from utils.device import autocast, memory_for
 from utils.distributed.collectives import all_equal, all_gather_object
@@ -58,7 +60,7 @@ def images_of_split(images: Images, split: str) -> NamedImages:
 
 
 def images_of_folder(folder: Path, config: Config, grey_bits: int | None) -> NamedImages:
-    """Collective. Returns the images below a folder, with the sub-folders as classes if most images are in them.
+    """Collective. Returns the images below a folder, with the sub-folders as classes if almost all images are in them.
 
     Raises DatasetError if there are no images, if the sub-folders are splits, or if the ranks find different images.
 

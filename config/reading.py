@@ -24,7 +24,7 @@ from config.schema import Config, Section
 logger = logging.getLogger(__name__)
 
 INT, FLOAT, BOOL, TEXT, TIMESTAMP, MERGE = (
-    f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "str", "timestamp", "merge")
+    f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "str", "timestamp", "merge")
 )
 
 
@@ -59,52 +59,52 @@ _Loader.add_constructor(INT, lambda _, node: int(node.value))
 _Loader.add_constructor(FLOAT, lambda _, node: float(node.value))
 
 
-def parse_yaml(text: str, where: str, kind: Any = Any) -> Any:
+def parse_yaml(text: str, where: str, value_type: Any = Any) -> Any:
     """Returns the plain values in a YAML text. Numbers are decimal, as 010 (ten) and 1e-4.
 
     Raises ConfigError if the text is not valid YAML or gives a key twice.
 
     Args:
         where: origin of the text, for the error message.
-        kind: type of the value. If it is a section of the config, keys that take text keep values that look like
+        value_type: type of the value. If it is a section of the config, keys that take text keep values that look like
             numbers as they are written, as in `output_dir: 010`.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return None if node is None else loader.construct_document(_with_text(node, kind))
+        return None if node is None else loader.construct_document(_with_text(node, value_type))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}, {error}") from None
 
 
-def _with_text(node: yaml.Node, kind: Any) -> yaml.Node:
-    """Returns a YAML node, or text in its place if it is a number or a bool and the type `kind` takes text.
+def _with_text(node: yaml.Node, value_type: Any) -> yaml.Node:
+    """Returns a YAML node, or text in its place if it is a number or a bool and the type `value_type` takes text.
 
-    Changes the values of a mapping in the same way if `kind` is a section.
+    Changes the values of a mapping in the same way if `value_type` is a section.
     """
-    is_section = isinstance(kind, type) and issubclass(kind, Section)
+    is_section = isinstance(value_type, type) and issubclass(value_type, Section)
     if is_section and isinstance(node, yaml.MappingNode):
-        kinds = {name: field.annotation for name, field in kind.model_fields.items()} | {"<<": kind}
-        node.value = [(name, _with_text(value, kinds.get(str(name.value)))) for name, value in node.value]
+        types = {name: field.annotation for name, field in value_type.model_fields.items()} | {"<<": value_type}
+        node.value = [(name, _with_text(value, types.get(str(name.value)))) for name, value in node.value]
     elif is_section and isinstance(node, yaml.SequenceNode):  # sections to merge
-        node.value = [_with_text(each, kind) for each in node.value]
-    elif node.tag in (INT, FLOAT, BOOL) and takes_text(kind):
+        node.value = [_with_text(each, value_type) for each in node.value]
+    elif node.tag in (INT, FLOAT, BOOL) and takes_text(value_type):
         return yaml.ScalarNode(TEXT, node.value, node.start_mark, node.end_mark)
     return node
 
 
-def takes_text(kind: Any) -> bool:
-    """Returns True if the values of the type `kind` are text, or one of several words, or either of these or null."""
-    origin, inside = get_origin(kind), get_args(kind)
+def takes_text(value_type: Any) -> bool:
+    """Returns True if values of this type are text, or one of several words, or either of these or null."""
+    origin, inside = get_origin(value_type), get_args(value_type)
     if origin is Literal:
         return all(isinstance(choice, str) for choice in inside)
     if origin is Annotated:
         return takes_text(inside[0])
     if origin in (Union, UnionType):
         return all(takes_text(each) for each in inside if each is not NoneType)
-    return kind is str
+    return value_type is str
 
 
 def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -232,30 +232,30 @@ def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
             target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(f"unknown key {name}: {section} is not a section (train.py --help lists the keys)")
-        target[last] = _from_words(value, f"the value of {name}", _kind(name))
+        target[last] = _parse_value(value, f"the value of {name}", _type_of(name))
     return _validate(raw, where)
 
 
-def _kind(name: str) -> Any:
+def _type_of(name: str) -> Any:
     """Returns the type of a key or section; None if there is no such key or section."""
-    kind: Any = Config
+    found: Any = Config
     for part in name.split("."):
-        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
-        kind = fields[part].annotation if part in fields else None
-    return kind
+        fields = found.model_fields if isinstance(found, type) and issubclass(found, Section) else {}
+        found = fields[part].annotation if part in fields else None
+    return found
 
 
-def _from_words(words: str, where: str, kind: Any) -> Any:
-    """Returns the value of type `kind` that a command line gives. Text is taken as it is typed."""
-    if not takes_text(kind):
-        return parse_yaml(words, where, kind)
-    return None if words == "null" and NoneType in get_args(kind) else words
+def _parse_value(typed: str, where: str, value_type: Any) -> Any:
+    """Returns the value of a type that a command line gives. Text is taken as it is typed."""
+    if not takes_text(value_type):
+        return parse_yaml(typed, where, value_type)
+    return None if typed == "null" and NoneType in get_args(value_type) else typed
 
 
 def to_words(values: dict[str, Any]) -> str:
     """Returns {key: value} as arguments of a command, key=value, quoted for a shell."""
     words = {
-        name: value if takes_text(_kind(name)) and value is not None else json.dumps(value)
+        name: value if takes_text(_type_of(name)) and value is not None else json.dumps(value)
         for name, value in values.items()
     }
     return " ".join(shlex.quote(f"{name}={word}") for name, word in words.items())

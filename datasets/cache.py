@@ -139,7 +139,7 @@ def open_listing(
         rules: without `grey_bits`, the smallest range is chosen that holds the greys of these files.
         skip: True: damaged images are left out.
     """
-    mark_file = cache_dir / f"{listing.kind}-{_hash(listing.root)}-{image_size}.json"
+    mark_file = cache_dir / f"{listing.cache_name}-{_hash(listing.root)}-{image_size}.json"
     pixels_file = mark_file.with_suffix(".npy")
     shape = (len(listing.files), 3, image_size, image_size)
     source = {"source": _fingerprint(listing), "rules": _describe(rules)}

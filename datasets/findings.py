@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 GREY_BITS = (8, 10, 12, 16)  # depths of greys that cameras and scanners store in 16 or 32 bits
 LISTED = 10  # number of files that a message names
 
-# Kinds of files whose pixels are not all that the file holds: name -> what is logged about them.
-KINDS = {
+# Traits of files whose pixels are not all that the file holds: name -> what is logged about these files.
+TRAITS = {
     "transparent": "have transparent pixels, which show the colour data.background",
     "clipped": "are greyscale with values below 0 or above 65535, which become black or white: scale them to 16 bits",
     "dark": "are nearly black, because they use at most 12 of 16 bits per channel: scale them to 8 or 16 bits",
@@ -45,7 +45,7 @@ class Findings:
         unreadable: reason for each file that cannot be read.
         undelivered: names of the unreadable files that may be intact: the system did not deliver their content.
         greys: number of greyscale files with more than 8 bits per grey, by the bits that hold their largest value.
-        counts: number of files of each kind in `KINDS`.
+        counts: number of files with each of `TRAITS`.
     """
 
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -71,10 +71,10 @@ class Findings:
             self.greys[next((bits for bits in GREY_BITS if highest < 2**bits), GREY_BITS[-1])] += 1
             self.counts["clipped"] += lowest < 0 or highest >= 2**16
 
-    def add(self, kind: str) -> None:
-        """Adds a file of a kind in `KINDS`."""
+    def add(self, trait: str) -> None:
+        """Adds a file with one of `TRAITS`."""
         with _lock:
-            self.counts[kind] += 1
+            self.counts[trait] += 1
 
     def update(self, other: "Findings") -> None:
         """Adds the findings about other files."""
@@ -148,6 +148,6 @@ def log_findings(where: str, count: int, findings: Findings, grey_bits: int | No
             "the training" if grey_bits else "these",
             ", ".join(f"{bits} bits: {findings.greys[bits]}" for bits in sorted(findings.greys)),
         )
-    for kind, meaning in KINDS.items():
-        if findings.counts[kind]:
-            logger.info("%d of the %d images of %s %s", findings.counts[kind], count, where, meaning)
+    for trait, meaning in TRAITS.items():
+        if findings.counts[trait]:
+            logger.info("%d of the %d images of %s %s", findings.counts[trait], count, where, meaning)

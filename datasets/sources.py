@@ -18,9 +18,11 @@ from torchvision import datasets as torchvision_datasets
 
 from config.schema import Data
 from datasets.cache import open_splits
+from datasets.folder_layouts import list_folder
 from datasets.holdout import hold_out
 from datasets.images import DatasetError, Images, Statistics, StoredImages, from_arrays
-from datasets.listing import list_folder, list_labelled, list_tiny_imagenet
+from datasets.labelled_images import list_labelled
+from datasets.tiny_imagenet import list_tiny_imagenet
 from utils.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -123,7 +125,7 @@ def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, Store
     return train, test
 
 
-def open_folder(data: Data, processes: int, seed: int) -> Splits:
+def open_folder(data: Data, processes: int) -> Splits:
     """Opens a folder of image files, with a test split that is held out if `data.holdout` asks for it.
 
     Images without labels have no test split. Raises DatasetError.
@@ -131,7 +133,7 @@ def open_folder(data: Data, processes: int, seed: int) -> Splits:
     root, held_out = Path(data.root), data.holdout > 0
     train, test = list_labelled(root, Path(data.labels), held_out) if data.labels else list_folder(root, held_out)
     if held_out and test is None:
-        train, test = hold_out(train, data.holdout, seed)
+        train, test = hold_out(train, data.holdout)
     elif held_out:
         logger.info("data.holdout=%g is ignored, because there is a test split", data.holdout)
     if train.labels is None:
@@ -146,15 +148,15 @@ def open_folder(data: Data, processes: int, seed: int) -> Splits:
     return splits
 
 
-SOURCES: dict[str, Callable[[Data, int, int], Splits]] = {
+SOURCES: dict[str, Callable[[Data, int], Splits]] = {
     "digits": lambda data, *_: load_digits(data.kept_size),
     "fashion_mnist": lambda data, *_: load_fashion_mnist(Path(data.root), data.kept_size),
     "cifar10": lambda data, *_: load_cifar(Path(data.root), data.kept_size, 10),
     "cifar100": lambda data, *_: load_cifar(Path(data.root), data.kept_size, 100),
-    "tiny": lambda data, processes, _: open_splits(*list_tiny_imagenet(Path(data.root)), data, processes),
+    "tiny": lambda data, processes: open_splits(*list_tiny_imagenet(Path(data.root)), data, processes),
     "folder": open_folder,
 }
-"""Function of each `data.name`: (`data` section, processes that share this machine's cores, seed) -> splits."""
+"""Function of each `data.name`: (`data` section, processes that share this machine's cores) -> splits."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +173,13 @@ class DatasetInfo:
     grey_bits: int | None = None
 
 
-def build_dataset(data: Data, processes: int = 1, seed: int = 0) -> tuple[Images, Images | None, DatasetInfo]:
+def build_dataset(data: Data, processes: int = 1) -> tuple[Images, Images | None, DatasetInfo]:
     """Returns (training split, test split or None, info). Raises DatasetError if images are missing or unusable.
 
     Args:
         processes: number of processes that share this machine's cores.
-        seed: seed of the run, which draws the images that are held out.
     """
-    train, test = SOURCES[data.name](data, processes, seed)
+    train, test = SOURCES[data.name](data, processes)
     mean, std = STATISTICS.get(data.name) or train.summary.statistics
     grey_bits = train.grey_bits or (test.grey_bits if test else None)
     return train, test, DatasetInfo(train.classes, mean, tuple(max(s, 1e-3) for s in std), grey_bits)

@@ -64,7 +64,7 @@ def open_experiment(config: Config, statistics: Statistics | None = None, *, to_
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
     device, amp_dtype = open_device(config)
-    train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size(), config.seed))
+    train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
     if statistics is not None:
         info = replace(info, mean=statistics[0], std=statistics[1])
     data_digest = train.digest()

@@ -20,8 +20,9 @@ from PIL import Image
 from config.schema import Data
 from datasets import cache, decoding
 from datasets.decoding import StreamedImages, decode_batches
+from datasets.folder_layouts import list_folder
 from datasets.images import DatasetError, StoredImages, Summary, from_arrays, summarize
-from datasets.listing import Listing, list_folder
+from datasets.listing import Listing
 from datasets.sources import SOURCES, DatasetInfo, build_dataset
 
 

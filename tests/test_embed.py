@@ -139,7 +139,8 @@ def test_features_of_a_folder_and_of_files(
     assert line.endswith("repair or remove them, or set data.unreadable=skip") and str(paths[1]) in line
     assert (tmp_path / "out.npz").read_bytes() == before
 
-    (tmp_path / "photos" / "2.png").unlink()
+    for name in ("2.png", "3.png"):
+        (tmp_path / "photos" / name).unlink()
     found = embedded("--folder", str(tmp_path / "photos"), "data.unreadable=skip")
     assert found["names"].tolist() == ["b/2.png"] and found["labels"].tolist() == [1]
     np.testing.assert_allclose(found["z"], expected[:1], atol=1e-5)

@@ -18,11 +18,14 @@ from analysis.references import find_class
 from config.errors import ConfigError
 from config.reading import load_config
 from config.schema import Data
+from datasets.folder_layouts import list_folder, list_images
 from datasets.holdout import hold_out
 from datasets.images import DatasetError
 from datasets.label_list import read_label_list
-from datasets.listing import Listing, is_listed, list_folder, list_images, list_labelled
+from datasets.labelled_images import list_labelled
+from datasets.listing import Listing
 from datasets.sources import build_dataset
+from datasets.walking import is_listed
 from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, TINY_RUN
 
@@ -113,9 +116,46 @@ def test_a_class_may_be_called_train(tmp_path: Path, caplog: pytest.LogCaptureFi
     touch(tmp_path, "bus/1.png", "car/2.png", "train/3.png")
     train, test = list_folder(tmp_path)
     assert (train.files, train.labels, test) == (["3.png"], None, None)
-    assert "train/ has no class folders; not read: bus, car" in caplog.text
-    train, _ = list_folder(tmp_path, held_out=True)
-    assert labelled(train) == {"bus/1.png": "bus", "car/2.png": "car", "train/3.png": "train"}
+    (line,) = caplog.messages
+    assert "train/ has no class folders; not read: bus, car. If train and these are classes, set data.holdout" in line
+
+
+@pytest.mark.parametrize("names", [["train"], ["Training"], ["test"], ["val", "valid"], ["eval"], ["Validation"]])
+def test_classes_with_names_of_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str]) -> None:
+    """With data.holdout, folders in a row are classes, whatever they are called. The log says why."""
+    files = {f"{name}/{index}.png": name for name in ("bus", "car", *names) for index in range(2)}
+    train, test = list_folder(touch(tmp_path, *files), held_out=True)
+    assert test is None and labelled(train) == files
+    (line,) = caplog.messages
+    assert line.startswith(f"read as classes, not as splits: {', '.join(names)} in {tmp_path}, because data.holdout")
+    assert "beside other folders with images (bus, car)" in line
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            ["train/1.png", "test/2.png", "bus/3.png"],
+            "train has no class folders: .*, or, if train is a class, rename it",
+        ),
+        (["test/1.png", "bus/2.png"], "has test/, but no train/: .*, or, if test is a class, rename test"),
+        (["val/a/1.png", "a/2.png", "b/3.png"], "has val/, but no train/: .*, or, if val is a class, rename val"),
+    ],
+)
+def test_folders_that_may_be_test_images_are_no_classes(tmp_path: Path, files: list[str], expected: str) -> None:
+    with pytest.raises(DatasetError, match=expected):
+        list_folder(touch(tmp_path, *files), held_out=True)
+
+
+def test_a_training_folder_with_classes_is_a_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, test = list_folder(touch(tmp_path, "train/a/1.png", "train/b/2.png", "bus/3.png"), held_out=True)
+    assert test is None and labelled(train) == {"a/1.png": "a", "b/2.png": "b"}
+    assert caplog.messages == [
+        "train/ has class folders, and there is no test folder: the test split is held out from "
+        f"{tmp_path / 'train'}; not read: bus"
+    ]
+    touch(tmp_path / "flat" / "train", "1.png").joinpath("empty").mkdir()
+    assert list_folder(tmp_path / "flat")[0].files == ["1.png"], "folders without images are no classes"
 
 
 def test_test_images_are_never_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -165,7 +205,7 @@ def test_classes_that_one_split_lacks_are_named(tmp_path: Path, caplog: pytest.L
         (["train/a/1.png", "test/a/1.png"], False, "only one class"),
         (["1.png", "2.png"], True, "data.holdout needs labels, but .* has no class folders"),
         (["train/1.png"], True, "data.holdout needs labels, but .*train has no class folders"),
-        (["a/1.png", "2.png"], True, "only one class: add another class, or remove data.holdout"),
+        (["a/1.png", "2.png"], True, "only one class, a: add another class, or remove data.holdout"),
     ],
 )
 def test_layouts_without_a_reading_are_explained(
@@ -185,23 +225,23 @@ def test_a_test_folder_that_does_not_fit_gives_way_to_a_held_out_split(
 
 
 def test_each_class_gives_its_share_to_the_held_out_split(caplog: pytest.LogCaptureFixture) -> None:
-    """The held-out split is stratified, depends on the seed alone, and hardly changes when a file is added."""
+    """The held-out split is stratified, depends on the paths alone, and hardly changes when a file is added."""
     counts = {"a": 100, "b": 37, "c": 3, "d": 1}
     files = [f"{name}/{index}.png" for name, count in counts.items() for index in range(count)]
     listing = Listing(Path("here"), files, [list(counts).index(file[0]) for file in files], list(counts), "classes")
-    train, test = hold_out(listing, 0.1, seed=0)
+    train, test = hold_out(listing, 0.1)
     assert np.bincount(test.labels or []).tolist() == [10, 4, 1] and np.bincount(train.labels or []).tolist()[3] == 1
     assert sorted(train.files + test.files) == sorted(files) and test.files == [f for f in files if f in test.files]
     assert labelled(train) | labelled(test) == {file: file[0] for file in files}
-    assert len({listing.kind, train.kind, test.kind, hold_out(listing, 0.1, 1)[0].kind}) == 4, "their caches differ"
+    names = {listing.cache_name, train.cache_name, test.cache_name, hold_out(listing, 0.2)[0].cache_name}
+    assert len(names) == 4, "their caches differ"
     assert "15 of the 141 images in here are held out" in caplog.text and "single image, which is not held out: d" in (
         caplog.text
     )
     moved = Listing(Path("there"), files[::-1], (listing.labels or [])[::-1], listing.classes, "classes")
-    assert set(hold_out(moved, 0.1, seed=0)[1].files) == set(test.files)
-    assert set(hold_out(listing, 0.1, seed=1)[1].files) != set(test.files)
+    assert set(hold_out(moved, 0.1)[1].files) == set(test.files)
     more = Listing(Path("here"), [*files, "a/more.png"], [*(listing.labels or []), 0], listing.classes, "classes")
-    assert len(set(hold_out(more, 0.1, seed=0)[1].files) ^ set(test.files)) <= 2
+    assert len(set(hold_out(more, 0.1)[1].files) ^ set(test.files)) <= 2
 
 
 def run_args(root: Path, output_dir: Path, *overrides: str) -> list[str]:
@@ -219,20 +259,27 @@ def run_args(root: Path, output_dir: Path, *overrides: str) -> list[str]:
     ]
 
 
-def test_a_held_out_split_is_kept_with_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A checkpoint is judged on the images that were held out by the seed of its run, whatever seed is given later."""
+def test_runs_with_different_seeds_are_judged_on_the_same_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A held-out split is a property of the images: another seed has the same split, and finds it in the cache."""
     root = write_images(tmp_path / "photos", [f"{name}/{index}.png" for name in "ab" for index in range(20)])
-    run = tmp_path / "run"
-    assert train_program.main(run_args(root, run, "data.holdout=0.1", "seed=3", "sampling.num_images=0")) == 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    arguments = run_args(root, run, "data.holdout=0.1", "sampling.num_images=0")
+    assert train_program.main([*arguments, "seed=3"]) == 0
     assert '"knn_top1"' in (run / "metrics.jsonl").read_text()
-    data = load_config(run / "config.yaml").data
-    names = [[images.names for images in build_dataset(data, seed=seed)[:2] if images] for seed in (3, 3, 4)]
-    assert names[0] == names[1] != names[2]
+    written = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert len(written) == 4 and "4 of the 40 images in" in caplog.text
+    opened = [open_trained(read_trained(None, run / "checkpoints" / "last.pt", ["device=cpu"]))[0]]
     caplog.clear()
-    experiment, _ = open_trained(read_trained(None, run / "checkpoints" / "last.pt", ["device=cpu", "seed=4"]))
-    assert [experiment.train.names, experiment.test and experiment.test.names] == names[0]
-    assert [len(experiment.train), len(experiment.test or [])] == [36, 4]
-    assert "4 of the 40 images in" in caplog.text and "(data.holdout=0.1, seed=3)" in caplog.text
+    assert train_program.main([*arguments, f"output_dir={other}", "seed=4"]) == 0
+    assert "decoding" not in caplog.text
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == written
+    opened.append(open_trained(read_trained(None, other / "checkpoints" / "last.pt", ["device=cpu"]))[0])
+    names = [[images.names for images in (each.train, each.test) if images] for each in opened]
+    assert names[0] == names[1]
+    train, test = (set(each or []) for each in names[0])
+    assert len(train) == 36 and len(test) == 4 and not train & test
     assert "are not the images that the checkpoint was trained on" not in caplog.text
 
 
@@ -303,21 +350,33 @@ def test_composed_and_decomposed_names_are_equal(tmp_path: Path) -> None:
     )
     assert found.labels == {f"test/{NFD}/4.png": "x", "train/b/3.png": "Möwe", f"train/{NFC}/1.png": "Möwe"}
     one, other = (
-        hold_out(Listing(tmp_path, [f"{form}/{i}.png" for i in range(40)], [0] * 40, ["Möwe"]), 0.1, 0)[1].files
+        hold_out(Listing(tmp_path, [f"{form}/{i}.png" for i in range(40)], [0] * 40, ["Möwe"]), 0.1)[1].files
         for form in (NFC, NFD)
     )
     assert [Path(file).name for file in one] == [Path(file).name for file in other]
 
 
-def test_a_cover_picture_does_not_cost_the_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    touch(tmp_path, "cover.png", "a/1.png", "b/2.png")
-    found = list_images(tmp_path)
-    assert labelled(found) == {"a/1.png": "a", "b/2.png": "b"}
-    assert "1 images in" in caplog.text and "left out" in caplog.text
-    found = list_images(touch(tmp_path, "more.png"))
-    assert found.labels is None and len(found.files) == 4
-    assert "have no labels: 2 are directly in" in caplog.text
-    assert list_images(touch(tmp_path / "one", "cover.png", "a/1.png", "a/2.png")).labels is None
+@pytest.mark.parametrize(
+    ("in_classes", "loose", "have_labels"),
+    [(2, 1, True), (2, 2, False), (19, 2, False), (20, 2, True), (100, 5, True), (1000, 5, True), (1000, 6, False)],
+)
+def test_a_cover_picture_does_not_cost_the_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, in_classes: int, loose: int, have_labels: bool
+) -> None:
+    """A few images beside class folders are left out and counted. With more of them, all images have no labels."""
+    inside = {f"{'ab'[index % 2]}/{index}.png": "ab"[index % 2] for index in range(in_classes)}
+    found = list_images(touch(tmp_path, *inside, *(f"cover{index}.png" for index in range(loose))))
+    (line,) = caplog.messages
+    if have_labels:
+        assert labelled(found) == inside
+        assert line == f"{loose} images in {tmp_path} are left out because they are not in a class folder"
+    else:
+        assert found.labels is None and len(found.files) == in_classes + loose
+        assert f"have no labels: {loose} are directly in {tmp_path}, and {in_classes} in its sub-folders" in line
+
+
+def test_one_folder_beside_a_cover_is_no_class(tmp_path: Path) -> None:
+    assert list_images(touch(tmp_path, "cover.png", "a/1.png", "a/2.png")).labels is None
 
 
 LISTS = {
@@ -326,6 +385,7 @@ LISTS = {
     "tabs": "train/1.png\tcat\n./train/2.png\tdog\nval/3.png\tdog\n",
     "semicolons and quotes": 'file;class\n"train/1.png"; "cat"\ntrain\\2.png;dog\nval/3.png;dog',
     "blanks": "3\nimage label\ntrain/1.png  cat\ntrain/2.png  dog\nval/3.png  dog\n",
+    "blanks and quotes": 'train/1.png "cat"\n"train/2.png" dog\nval/3.png dog\n',
 }
 
 
@@ -335,9 +395,76 @@ def test_labels_from_a_list(tmp_path: Path, text: str, caplog: pytest.LogCapture
     (tmp_path / "labels.csv").write_bytes(text.encode())
     train, test = list_labelled(tmp_path, Path("labels.csv"))
     assert (train.classes, labelled(train)) == (["cat", "dog"], {"train/1.png": "cat", "train/2.png": "dog"})
-    assert labelled(test) == {"val/3.png": "dog"} and train.kind != (test and test.kind)
+    assert labelled(test) == {"val/3.png": "dog"} and train.cache_name != (test and test.cache_name)
     assert "left out 1 images" in caplog.text and "which are not judged: cat" in caplog.text
-    assert f"have labels in {tmp_path / 'labels.csv'}" in caplog.text
+    assert f"have labels in {tmp_path / 'labels.csv'}. Its lines are read as a path and a label, separated by" in (
+        caplog.text
+    )
+
+
+SEPARATORS = {"tabs": "\t", "semicolons": ";", "commas": ",", "blanks": " "}
+
+
+@pytest.mark.parametrize(("name", "separator"), SEPARATORS.items(), ids=SEPARATORS)
+@pytest.mark.parametrize("values", [["cat", "dog", "cat"], ["0", "1", "1"], ["0{}1{}1", "1{}-1{}0", "1{}0{}1"]])
+def test_paths_may_contain_the_separator(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, separator: str, values: list[str]
+) -> None:
+    """The separator is the one with which the lines name images, not the first that occurs in them."""
+    files = ["a, b/1; 0 1.png", "a, b/2,  x.png", "a, b/plain.png"]
+    values = [value.format(separator, separator) for value in values]
+    lines = [f"{file}{separator}{value}" for file, value in zip(files, values, strict=True)]
+    missing = f"a, b/missing; x.png{separator}{values[0]}"
+    (tmp_path / "list.txt").write_text("\n".join(["", "path;label, or values", *lines, missing]))
+    found = read_label_list(tmp_path / "list.txt", files, tmp_path)
+    assert found.files == files
+    if separator in values[0]:
+        assert found.attributes == dict(zip(files, [[0, 1, 1], [1, 0, 0], [1, 0, 1]], strict=True))
+    else:
+        assert found.labels == dict(zip(files, values, strict=True))
+    assert f"separated by {name}, because this names the most existing images; 1 before the first" in caplog.text
+    assert "names 1 images that are not in" in caplog.text and "such as a, b/missing; x.png" in caplog.text
+
+
+def test_labels_may_contain_the_separator_in_quotes(tmp_path: Path) -> None:
+    lines = ['1.png,"tench, Tinca tinca"', "2.png,cat", '"a, b.png","cat"', "3.png,two words"]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    found = read_label_list(tmp_path / "labels.csv", ["1.png", "2.png", "3.png", "a, b.png"], tmp_path)
+    assert found.labels == {"1.png": "tench, Tinca tinca", "2.png": "cat", "3.png": "two words", "a, b.png": "cat"}
+
+
+def test_only_test_folders_divide_the_images_of_a_list(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Images that are not in a test folder are training images, also if there is a folder train beside them."""
+    files = {"bus/1.png": "bus", "car/2.png": "car", "train/3.png": "train"}
+    touch(tmp_path, *files, "test/4.png", "val/5.png", "val/6.png")
+    list_file = tmp_path / "labels.csv"
+    list_file.write_text("".join(f"{file},{name}\n" for file, name in files.items()))
+    train, test = list_labelled(tmp_path, Path("labels.csv"), held_out=True)
+    assert labelled(train) == files and test is None and "of these images" not in caplog.text
+
+    list_file.write_text(list_file.read_text() + "test/4.png,bus\nval/5.png,car\nval/6.png,car\n")
+    train, test = list_labelled(tmp_path, Path("labels.csv"))
+    assert labelled(train) == files and labelled(test) == {"test/4.png": "bus"}
+    assert "the 1 in test/ are test images, the 2 in val are left out, and the other 3 are training" in caplog.text
+
+
+def test_names_that_differ_in_their_unicode_form_are_two_files(tmp_path: Path) -> None:
+    """Both files are kept. A line of a list names the file of its own form, or is refused if it can name either."""
+    files = [f"{form}.png" for form in (NFC, NFD)]
+    touch(tmp_path, *files, "1.png")
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system does not distinguish the forms")
+    assert len(list_images(tmp_path).files) == len(list_folder(tmp_path)[0].files) == 3
+    labels = tmp_path / "labels.csv"
+    labels.write_text(f"{NFD}.png,b\n{NFC}.png,a\n1.png,a\n", "utf-8")
+    train, _ = list_labelled(tmp_path, labels, held_out=True)
+    assert labelled(train) == {f"{NFC}.png": "a", f"{NFD}.png": "b", "1.png": "a"}
+
+    accented = unicodedata.normalize("NFC", "ê")
+    files = [unicodedata.normalize(form, f"{accented}{NFC}.png") for form in ("NFC", "NFD")]
+    labels.write_text(f"1.png,a\n{accented}{NFD}.png,a\n", "utf-8")  # a third form: only one letter is composed
+    with pytest.raises(DatasetError, match=r"line 2: .* is the name of 2 files .*\\u0308.*: rename one of them"):
+        read_label_list(labels, [*files, "1.png"], tmp_path)
 
 
 def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
@@ -401,18 +528,26 @@ def test_attributes_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, t
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "names no images: write one row per image"),
-        ("x.png,a\ny.png,b\n", "names none of the images in .*, such as 1.png instead of x.png"),
-        ("1.png,a\n2.png\n", "line 2: write a path and a label, or"),
-        ("1.png\n2.png\n", "line 1: write a path and a label, or"),
-        ("1.png,a\n2.png,\n", "line 2: write a path and a label, or"),
-        ("1.png,a\n2.png,b\n./1.png,b\n", "line 3: 1.png is named twice"),
-        ("1.png,0,1\n2.png,0,2\n", "line 2: an attribute is neither 0 nor 1"),
-        ("1.png,a\n2.png,a\n", "only one class"),
-        ("1.png,a\n2.png,b\n", "names no images in a folder test/ or val/: add some, or set data.holdout=0.1"),
+        ("\n", "labels.csv is empty: write one line per image"),
+        ("x.png,a\ny.png,b\n", "names none of the images in .*, such as 1.png, and not as in its last line, y.png,b"),
+        ("1.png,a\n2.png\n", "line 2 is not complete: write a path and a label, separated by commas"),
+        ("1.png\n2.png\n", "line 1: the path 1.png has no label: write its label behind it"),
+        ("1.png,a\n2.png,\n", "line 2 is not complete: write a path and a label, separated by commas"),
+        ("1.png,a\n2.png,b\n./1.png,b\n", "line 3: 1.png is in line 1 already: remove one of the two lines"),
+        (
+            "1.png,a,x\n2.png,b,x\n",
+            "line 1: 2 columns follow the path 1.png: write a path and a label, separated by co",
+        ),
+        ("1.png a\n2.png b c\n", "line 2: 2 columns follow the path 2.png: .* contains blanks in double quotes"),
+        ("1.png,0,1\n2.png,0\n", "line 2 is not complete: write a path and 2 values of 0 and 1, separated by commas"),
+        ("1.png,0,1\n2.png,0,1,0\n", "line 2: 3 columns follow the path 2.png: write a path and 2 values"),
+        ("1.png,0,1\n2.png,0,2\n", "line 2: the value 2 of an attribute is neither 0 nor 1: write 0 or 1"),
+        ("1.png,a\n2.png,a\n", "all 2 training images that .* names have the label a: add images with another label"),
+        ("1.png,a\n2.png,b\ntest/3.png,c\n", "the 1 test images that .* names have no label of a training image: add"),
+        ("1.png,a\n2.png,b\n", "names no images in a folder test/ or val/: add such images, or set data.holdout=0.1"),
         ("test/3.png,a\n", "names only images in test/"),
         (b"1.png,\xff\n", "is not UTF-8 text"),
-        (None, "no file labels.csv here or in data.root"),
+        (None, "no file labels.csv in the current folder or in .*: set data.labels to the path"),
     ],
 )
 def test_lists_that_cannot_be_used_are_explained(tmp_path: Path, text: str | bytes | None, expected: str) -> None:

@@ -25,8 +25,8 @@ from analysis.codec import Codec
 from config.reading import load_config
 from datasets import cache
 from datasets.decoding import AHEAD
+from datasets.folder_layouts import list_folder
 from datasets.images import DatasetError
-from datasets.listing import list_folder
 from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from tests.test_mistakes import write_images

@@ -9,7 +9,7 @@ def compose(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
+def join_names(names: Sequence[str], most: int = 5) -> str:
     """Returns the names with commas between them: all, or the first `most` and the number of all."""
     if len(names) <= most:
         return ", ".join(names)
