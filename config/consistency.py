@@ -109,6 +109,8 @@ def check_consistency(config: Any) -> None:
         raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps: lower it")
     if config.diffusion.beta_end < config.diffusion.beta_start:
         raise ValueError("diffusion.beta_end must be at least diffusion.beta_start: raise beta_end")
+    if config.diffusion.sigma_max <= config.diffusion.sigma_min:
+        raise ValueError("diffusion.sigma_max must be larger than diffusion.sigma_min: raise sigma_max")
     diffusion, mean_beta = config.diffusion, (config.diffusion.beta_start + config.diffusion.beta_end) / 2
     # T log(1 - mean beta) is about log alphas_cumprod of the last timestep. The sampler divides by the square root of
     # alphas_cumprod, and the smallest normal float32 is about exp(-87).

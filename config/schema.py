@@ -366,6 +366,16 @@ class Diffusion(Section):
     beta_end: Annotated[float, Field(gt=0, lt=1)] = key(
         0.02, "beta of the last timestep in the linear schedule; other schedules ignore it"
     )
+    sigma_min: Annotated[float, Field(ge=1e-4, le=1e4)] = key(
+        0.02,
+        "standard deviation of the noise of the geometric schedule at u = 0, for images in [-1, 1]; other schedules "
+        "ignore it",
+    )
+    sigma_max: Annotated[float, Field(ge=1e-4, le=1e4)] = key(
+        100.0,
+        "standard deviation of the noise of the geometric schedule at u = 1, for images in [-1, 1]; other schedules "
+        "ignore it",
+    )
 
 
 class Optimizer(Section):

@@ -21,6 +21,7 @@ LABELS: dict[Schedule, str] = {
     "cosine": "cosine (Nichol & Dhariwal)",
     "inverted_cosine": "inverted cosine (SODA)",
     "linear_alphas_cumprod": "linear in alphas_cumprod (l-DAE)",
+    "geometric": "geometric in sigma (NCSN)",
 }
 
 
@@ -38,7 +39,7 @@ def draw(curves: dict[Schedule, torch.Tensor]) -> Figure:
     for axes in (left, right):
         axes.set(xlabel="(t + 1/2) / T", xlim=(0, 1))
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     last = curves["inverted_cosine"][-1].item()
     right.annotate(
         f"inverted cosine at T-1:\namplitude {math.sqrt(last):.3f}, log-SNR {math.log(last / (1 - last)):.1f}",
@@ -59,11 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         help="SVG file for the figure; default: %(default)s",
     )
     args = parser.parse_args(argv)
-    config = Diffusion()
-    curves: dict[Schedule, torch.Tensor] = {
-        name: make(config.num_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
-        for name, make in SCHEDULES.items()
-    }
+    settings = Diffusion().model_dump(exclude={"schedule", "prediction"})
+    curves: dict[Schedule, torch.Tensor] = {name: make(**settings) for name, make in SCHEDULES.items()}
     matplotlib.rcParams["svg.hashsalt"] = "SODA"  # makes the file reproducible
     draw(curves).savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)
 

@@ -22,7 +22,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 # (`midpoints`).
 
 
-def linear(num_timesteps: int, *, beta_start: float, beta_end: float) -> Tensor:
+def linear(num_timesteps: int, *, beta_start: float, beta_end: float, **_: float) -> Tensor:
     """Returns the cumulative product of 1 - beta_t, beta_t linear from `beta_start` to `beta_end` (Ho et al. 2020)."""
     return (1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)).cumprod(0)
 
@@ -43,6 +43,16 @@ def linear_alphas_cumprod(num_timesteps: int, **_: float) -> Tensor:
     return 1 - midpoints(num_timesteps)
 
 
+def geometric(num_timesteps: int, *, sigma_min: float, sigma_max: float, **_: float) -> Tensor:
+    """Returns 1 / (1 + sigma^2), sigma(u) = sigma_min (sigma_max / sigma_min)^u (Song & Ermon 2019, Song et al. 2021).
+
+    This is the variance-exploding process x_start + sigma noise, divided by sqrt(1 + sigma^2). The DDIM sampler then
+    takes Euler steps of that process's probability flow, with sigma as the time.
+    """
+    sigma = sigma_min * (sigma_max / sigma_min) ** midpoints(num_timesteps)
+    return 1 / (1 + sigma**2)
+
+
 def midpoints(num_timesteps: int) -> Tensor:
     """Returns u = (t + 1/2) / T for t = 0..T-1: (T,) float64. Schedules defined on (0, 1) are evaluated at these u."""
     return (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps
@@ -53,6 +63,7 @@ SCHEDULES: dict[Schedule, Callable[..., Tensor]] = {
     "cosine": cosine,
     "inverted_cosine": inverted_cosine,
     "linear_alphas_cumprod": linear_alphas_cumprod,
+    "geometric": geometric,
 }
 """Schedule function of each value of `diffusion.schedule`."""
 
@@ -107,7 +118,7 @@ class GaussianDiffusion:
 
     Args:
         prediction: quantity that the denoisers predict.
-        settings: keys of the schedule, such as `beta_start` and `beta_end` of the linear schedule.
+        settings: keys of the schedules, such as `beta_start` and `beta_end` of the linear schedule.
 
     Attributes:
         alphas_cumprod: (num_timesteps,) float64, on the CPU.

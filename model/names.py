@@ -16,7 +16,7 @@ Modulation = Literal["shared", "sectioned"]
 Initialization = Literal["default", "torch", "paper"]
 """Names of the initialisations (model/initialization.py)."""
 
-Schedule = Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod"]
+Schedule = Literal["linear", "cosine", "inverted_cosine", "linear_alphas_cumprod", "geometric"]
 """Names of the noise schedules. SCHEDULES in model/diffusion.py maps each name to its function."""
 
 TimestepSampling = Literal["uniform", "log_snr", "adaptive"]

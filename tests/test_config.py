@@ -131,6 +131,12 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("evaluation.features=decoder.middle.2@5", "the decoder has middle.0 to middle.1"),
         ("evaluation.features=decoder.up.15@5", "the decoder has up.0 to up.14"),
         ("evaluation.features=decoder.down.10@1000", "timesteps go from 0 to 999"),
+        (
+            "diffusion={sigma_min: 5, sigma_max: 5}",
+            "sigma_max must be larger than diffusion.sigma_min",
+        ),
+        ("diffusion.sigma_min=0", "diffusion.sigma_min: input should be greater than or equal to 0.0001"),
+        ("diffusion.sigma_max=1e5", "diffusion.sigma_max: input should be less than or equal to 10000"),
         ("views.source.color_jitter=[1, 1, 1, 0.6]", "hue is at most 0.5"),
         ("views.target.blur_sigma=[0, 2]", "0 < low <= high"),
         ("optimizer={schedule: cosine, cooldown_epochs: 1}", "cooldown_epochs needs optimizer.schedule=constant"),

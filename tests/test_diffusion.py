@@ -16,12 +16,13 @@ from model.names import Prediction, Schedule
 
 LINEAR: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 DDIM = LINEAR | {"set_alpha_to_one": True, "timestep_spacing": "trailing"}
+SETTINGS = {"beta_start": 1e-4, "beta_end": 0.02, "sigma_min": 0.02, "sigma_max": 100.0}
 TEN_POINTS = [0, 1, 7, 50, 249, 500, 666, 900, 998, 999]
 
 
 def diffusion(schedule: Schedule = "linear", num_timesteps: int = 1000, **more: Any) -> GaussianDiffusion:
-    """Returns a diffusion process with the default betas."""
-    return GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=1e-4, beta_end=0.02, **more)
+    """Returns a diffusion process with the default settings of its schedule."""
+    return GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, **(SETTINGS | more))
 
 
 def closed_form(schedule: Schedule, t: int) -> float:
@@ -33,6 +34,8 @@ def closed_form(schedule: Schedule, t: int) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     if schedule == "linear_alphas_cumprod":
         return 1 - u
+    if schedule == "geometric":
+        return 1 / (1 + math.exp(2 * (math.log(0.02) + u * math.log(5000))))
     assert schedule == "inverted_cosine", f"add a closed form of {schedule} to this function"
     return 2 / math.pi * math.acos(math.sqrt(u))  # equal to arccos(2u - 1) / pi
 
@@ -162,7 +165,7 @@ def test_sampling_stays_finite_at_both_ends(
     """Samples are finite if the network returns zeros, standard normal noise, or the negative of its input."""
     torch.manual_seed(0)
     beta_start = 1e-9 if schedule == "linear" else 1e-4  # 1 - 1e-9 is 1 in float32
-    ours = GaussianDiffusion(schedule=schedule, num_timesteps=num_timesteps, beta_start=beta_start, beta_end=0.02)
+    ours = diffusion(schedule, num_timesteps, beta_start=beta_start)
     x_T = torch.randn(2, 3, 4, 4)
     answers: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, torch.randn_like, torch.neg]
     for answer in answers:
@@ -176,6 +179,62 @@ def test_sampling_stays_finite_at_both_ends(
     timesteps = torch.tensor([0, num_timesteps - 1])
     x_t = ours.q_sample(x_T, timesteps, torch.randn(2, 3, 4, 4))
     assert x_t.isfinite().all() and all(ours.split(x_t, t.expand(2), x_t)[0].isfinite().all() for t in timesteps)
+
+
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("num_sampling_steps", [1, 20, 1000])
+def test_ddim_with_the_geometric_schedule_is_euler_in_sigma(num_sampling_steps: int, clip_denoised: bool) -> None:
+    """The sampler integrates dx = -sigma score dsigma, the flow of the variance-exploding process, by Euler steps.
+
+    The reference runs in float64, on x_t sqrt(1 + sigma^2).
+    """
+    torch.manual_seed(0)
+    ours, x_T = diffusion("geometric"), torch.randn(2, 3, 4, 4)
+    x_t = ours.ddim_sample(denoise_somehow, x_T, num_sampling_steps, clip_denoised=clip_denoised)
+
+    timesteps = [round(1000 * (1 - i / num_sampling_steps)) - 1 for i in range(num_sampling_steps)]
+    sigmas = [0.02 * 5000 ** ((t + 0.5) / 1000) for t in timesteps] + [0.0]
+    x = x_T.double() * math.sqrt(1 + sigmas[0] ** 2)
+    for t, sigma, smaller in zip(timesteps, sigmas, sigmas[1:], strict=False):
+        score = -denoise_somehow(x / math.sqrt(1 + sigma**2), torch.tensor([t, t])) / sigma
+        if clip_denoised:
+            score = ((x + sigma**2 * score).clamp(-1, 1) - x) / sigma**2
+        x = x - sigma * score * (smaller - sigma)
+    torch.testing.assert_close(x_t, x.float(), atol=1e-4, rtol=1e-5)
+
+
+def test_eps_loss_with_the_geometric_schedule_is_weighted_score_matching() -> None:
+    """The eps loss equals sigma^2 (score - gradient of log p(x | x_start))^2 of the variance-exploding process."""
+    torch.manual_seed(0)
+    ours, timesteps = diffusion("geometric"), torch.tensor([0, 300, 700, 999])
+    x_start, noise = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64).unbind()
+    sigma = (0.02 * 5000 ** ((timesteps + 0.5) / 1000)).double()[:, None, None, None]
+    x = (x_start + sigma * noise).requires_grad_()
+    x_t = ours.q_sample(x_start, timesteps, noise)
+    torch.testing.assert_close(x_t, x.detach() / (1 + sigma**2).sqrt(), atol=1e-6, rtol=1e-6)
+
+    prediction = denoise_somehow(x_t, timesteps)
+    torch.distributions.Normal(x_start, sigma).log_prob(x).sum().backward()
+    assert x.grad is not None
+    expected = sigma**2 * (-prediction / sigma - x.grad).square()
+    errors = squared_errors(prediction, ours.target(x_start, timesteps, noise))
+    torch.testing.assert_close(errors.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("clip_denoised", [True, False])
+def test_the_geometric_schedule_samples_a_known_distribution(clip_denoised: bool) -> None:
+    """The exact denoiser of normally distributed pixels turns noise into pixels with their mean and deviation."""
+    torch.manual_seed(0)
+    ours, mean, std = diffusion("geometric"), 0.3, 0.2
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Returns E[eps | x_t], with x_t normally distributed."""
+        a, s = ours.sqrt_alphas_cumprod[timesteps[0]], ours.sqrt_one_minus_alphas_cumprod[timesteps[0]]
+        return s * (x_t - a * mean) / (a**2 * std**2 + s**2)
+
+    sampled = ours.ddim_sample(denoise, torch.randn(100, 3, 16, 16), 500, clip_denoised=clip_denoised)
+    assert sampled.mean().item() == pytest.approx(mean, abs=0.005)
+    assert sampled.std().item() == pytest.approx(std, rel=0.02)
 
 
 def test_errors_are_squared_in_float32() -> None:

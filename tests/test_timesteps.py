@@ -10,7 +10,7 @@ import torch
 from scipy.stats import norm
 
 from config.errors import ConfigError
-from config.schema import Timesteps
+from config.schema import Diffusion, Timesteps
 from experiment import timesteps
 from experiment.batch import draw_batch, read_pixels
 from experiment.timesteps import SAMPLERS, AdaptiveSampler, TimestepSampler, make_sampler
@@ -62,6 +62,17 @@ def test_the_probability_of_a_timestep_is_that_of_its_interval() -> None:
         expected = upper if mean < 0 else lower
         found = timesteps.normal_probabilities(log_snr.sigmoid(), mean, std)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(2.4, 2.4), (-40.0, 2.0), (40.0, 2.0)])
+def test_the_geometric_schedule_covers_the_density_up_to_both_ends(mean: float, std: float) -> None:
+    """The intervals join at log-SNRs of -2 log sigma(t / T). The log-SNR of (2.4, 2.4) is EDM's."""
+    diffusion = GaussianDiffusion(**Diffusion(schedule="geometric").model_dump())
+    edges = -2 * np.log(0.02 * 5000 ** (np.arange(1001) / 1000))
+    tail, sign = (norm.cdf, -1) if mean > edges[-1] else (norm.sf, 1)  # the tail that is exact far from the mean
+    expected = sign * np.diff(tail(edges, mean, std))
+    found = timesteps.normal_probabilities(diffusion.alphas_cumprod, mean, std)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sampling", get_args(TimestepSampling))
