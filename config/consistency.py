@@ -1,8 +1,9 @@
 """Checks of keys that depend on each other. The range of a single key is in the schema."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
+from model.names import WideResNet
 from model.sizes import last_strided_input, num_decoder_blocks, resolutions
 
 
@@ -89,11 +90,20 @@ def check_consistency(config: Any) -> None:
                 f"evaluation.features {config.evaluation.features} does not exist: the decoder has {part}.0 to "
                 f"{part}.{blocks - 1}, and timesteps go from 0 to {config.diffusion.num_timesteps - 1}"
             )
+    encoder = config.encoder
+    for name, value, default in (("stem", encoder.stem, "small"), ("width", encoder.width, 64)):
+        if encoder.architecture in get_args(WideResNet) and value != default:
+            raise ValueError(
+                f"encoder.{name}={value} is for torchvision's ResNets, not for {encoder.architecture}: "
+                f"set encoder.{name}={default}, the default"
+            )
     # On some CPUs, the bf16 gradient of a strided 3x3 convolution on a 1x1 map is wrong.
-    if "resnet" in config.encoder.architecture and last_strided_input(config.encoder_size, config.encoder.stem) == 1:
-        hint = "" if config.encoder.stem == "small" else ", or set encoder.stem=small"
+    if "resnet" in encoder.architecture and (
+        last_strided_input(config.encoder_size, encoder.architecture, encoder.stem) == 1
+    ):
+        hint = "" if encoder.stem == "small" else ", or set encoder.stem=small"
         raise ValueError(
-            f"data.image_size {config.encoder_size} is too small for encoder.stem={config.encoder.stem}, because the "
+            f"data.image_size {config.encoder_size} is too small for encoder.stem={encoder.stem}, because the "
             f"encoder's last strided convolution gets a 1x1 map: take larger images{hint}"
         )
     if config.data.stream and config.data.name not in ("tiny", "folder"):

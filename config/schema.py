@@ -283,16 +283,20 @@ class Views(Section):
 class Encoder(Section):
     """Architecture of the encoder."""
 
-    architecture: Architecture = key("resnet18", "ResNet architecture of the encoder, by torchvision's names")
+    architecture: Architecture = key(
+        "resnet18",
+        "architecture of the encoder; torchvision's ResNets by their names, and Wide ResNets of 28 layers for small "
+        "images, widened by the last number (a pooled width of 64, 128 or 512)",
+    )
     stem: Stem = key(
         "small",
         "first layers of the encoder; `small`: 3x3 convolution, stride 1, for images of about 32 px; `imagenet`: 7x7 "
-        "convolution, stride 2, then max-pooling, for larger images",
+        "convolution, stride 2, then max-pooling, for larger images; wide_resnet28_* only have `small`",
     )
     width: Channels = key(
         64,
         "channels of the encoder's first group of blocks; each following group has twice as many; 64 is standard; "
-        "bottleneck blocks (from resnet50 on) output four times as many",
+        "bottleneck blocks (from resnet50 on) output four times as many; wide_resnet28_* have widths of their own",
     )
     latent_dim: int = key(128, "number of dimensions of the latent z", ge=1)
 

@@ -1,14 +1,14 @@
-"""The image encoder: its interface, and ResNets built from torchvision's blocks with a configurable width and stem."""
+"""The image encoder: its interface, ResNets from torchvision's blocks with any width and stem, and Wide ResNets."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from model.names import Architecture, Stem
-from model.sizes import GROUP_STRIDES, STEM_STRIDES
+from model.names import Architecture, ResNet, Stem, WideResNet
+from model.sizes import GROUP_STRIDES, STEM_STRIDES, WIDE_GROUP_STRIDES
 
 # (type of block, number of blocks in each group, torchvision's `base_width` of a bottleneck)
-ARCHITECTURES: dict[Architecture, tuple[type[BasicBlock] | type[Bottleneck], list[int], int]] = {
+ARCHITECTURES: dict[ResNet, tuple[type[BasicBlock] | type[Bottleneck], list[int], int]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2], 64),
     "resnet34": (BasicBlock, [3, 4, 6, 3], 64),
     "resnet50": (Bottleneck, [3, 4, 6, 3], 64),
@@ -17,6 +17,7 @@ ARCHITECTURES: dict[Architecture, tuple[type[BasicBlock] | type[Bottleneck], lis
     "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], 128),
     "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3], 128),
 }
+WIDENING: dict[WideResNet, int] = {"wide_resnet28_1": 1, "wide_resnet28_2": 2, "wide_resnet28_8": 8}
 
 
 class Encoder(nn.Module):
@@ -46,7 +47,7 @@ class Encoder(nn.Module):
 
 
 class ResNetEncoder(Encoder):
-    """ResNet that maps x_source to z (He et al. 2016, Zagoruyko & Komodakis 2016).
+    """ResNet that maps x_source to z (He et al. 2016; the wide ones: Zagoruyko & Komodakis 2016).
 
     The state_dict keys and the initialisation are those of torchvision.
 
@@ -59,7 +60,7 @@ class ResNetEncoder(Encoder):
         latent_dim: width of z.
     """
 
-    def __init__(self, *, architecture: Architecture, stem: Stem, width: int, latent_dim: int) -> None:
+    def __init__(self, *, architecture: ResNet, stem: Stem, width: int, latent_dim: int) -> None:
         super().__init__()
         block, depths, bottleneck = ARCHITECTURES[architecture]
         stride, pool_stride = STEM_STRIDES[stem]
@@ -113,5 +114,74 @@ class ResNetEncoder(Encoder):
         return {"pooled": pooled, "z": self.fc(pooled)}
 
 
-ENCODERS: dict[Architecture, type[Encoder]] = dict.fromkeys(ARCHITECTURES, ResNetEncoder)
+class PreActivationBlock(nn.Module):
+    """Residual block x + conv2(relu(bn2(conv1(relu(bn1(x)))))) with 3x3 convolutions (He et al. 2016, v2).
+
+    If the number of channels changes, the skip connection is a 1x1 convolution of relu(bn1(x)).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        changes = in_channels != out_channels
+        self.skip = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (N, C_out, H / stride, W / stride) for x (N, C_in, H, W)."""
+        h = F.relu(self.bn1(x))
+        skip = x if self.skip is None else self.skip(h)
+        return skip + self.conv2(F.relu(self.bn2(self.conv1(h))))
+
+
+class WideResNetEncoder(Encoder):
+    """Wide ResNet of 28 layers for images of about 32 px (Zagoruyko & Komodakis 2016, WRN-28-k without dropout).
+
+    A 3x3 convolution with 16 channels is followed by three groups of four pre-activation blocks with 16k, 32k and 64k
+    channels, and by BatchNorm, ReLU and the mean over the pixels.
+
+    Args:
+        architecture: a key of WIDENING, which gives k.
+        stem, width: not used. The architecture determines both.
+        latent_dim: width of z.
+    """
+
+    def __init__(self, *, architecture: WideResNet, stem: Stem, width: int, latent_dim: int) -> None:
+        super().__init__()
+        channels, groups = 16, []
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        for group, stride in enumerate(WIDE_GROUP_STRIDES):
+            planes = 16 * WIDENING[architecture] * 2**group
+            blocks = [PreActivationBlock(channels, planes, stride)]
+            blocks += [PreActivationBlock(planes, planes, 1) for _ in range(3)]
+            groups.append(nn.Sequential(*blocks))
+            channels = planes
+        self.layer1, self.layer2, self.layer3 = groups
+        self.bn = nn.BatchNorm2d(channels)
+        self.pooled_dim, self.latent_dim = channels, latent_dim
+        self.fc = nn.Linear(channels, latent_dim)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def pooled(self, x_source: Tensor) -> Tensor:
+        """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
+        h = self.layer3(self.layer2(self.layer1(self.conv1(x_source))))  # (N, pooled_dim, H / 4, W / 4)
+        return F.relu(self.bn(h)).mean(dim=(2, 3))
+
+    def forward(self, x_source: Tensor) -> Tensor:
+        return self.fc(self.pooled(x_source))
+
+    def features(self, x_source: Tensor) -> dict[str, Tensor]:
+        pooled = self.pooled(x_source)
+        return {"pooled": pooled, "z": self.fc(pooled)}
+
+
+ENCODERS: dict[Architecture, type[Encoder]] = {
+    **dict.fromkeys(ARCHITECTURES, ResNetEncoder),
+    **dict.fromkeys(WIDENING, WideResNetEncoder),
+}
 """Encoder class of each value of `encoder.architecture`."""

@@ -2,9 +2,13 @@
 
 from typing import Literal
 
-Architecture = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"
-]
+ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"]
+"""Names of torchvision's ResNets."""
+
+WideResNet = Literal["wide_resnet28_1", "wide_resnet28_2", "wide_resnet28_8"]
+"""Names of the Wide ResNets for small images: depth and widening factor."""
+
+Architecture = Literal[ResNet, WideResNet]
 """Names of the encoders. ENCODERS in model/encoder.py maps each name to its class."""
 
 Stem = Literal["small", "imagenet"]

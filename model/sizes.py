@@ -1,16 +1,20 @@
 """Sizes and numbers of modules, computed from the config of the encoder and decoder without importing torch."""
 
 import math
+from typing import get_args
 
-from model.names import Modulation, Stem
+from model.names import Architecture, Modulation, Stem, WideResNet
 
 STEM_STRIDES: dict[Stem, tuple[int, int]] = {"small": (1, 1), "imagenet": (2, 2)}  # convolution, max-pooling
 GROUP_STRIDES = (1, 2, 2, 2)  # stride of the first block in each of a ResNet's four groups
+WIDE_GROUP_STRIDES = (1, 2, 2)  # the same for the three groups of a WideResNet, whose stem has stride 1
 
 
-def last_strided_input(image_size: int, stem: Stem) -> int:
-    """Returns the height and width in pixels of the feature map that enters a ResNet's last strided convolution."""
-    return math.ceil(image_size / math.prod((*STEM_STRIDES[stem], *GROUP_STRIDES[:-1])))
+def last_strided_input(image_size: int, architecture: Architecture, stem: Stem) -> int:
+    """Returns the height and width in pixels of the feature map that enters an encoder's last strided convolution."""
+    is_wide = architecture in get_args(WideResNet)
+    strides = WIDE_GROUP_STRIDES if is_wide else (*STEM_STRIDES[stem], *GROUP_STRIDES)
+    return math.ceil(image_size / math.prod(strides[:-1]))
 
 
 def num_sections(modulation: Modulation, num_levels: int, num_res_blocks: int) -> int:

@@ -124,6 +124,11 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
             "data.stored_size=24",
             "data.stored_size 24 is smaller than data.image_size 32: set it to at least 32, or remove it",
         ),
+        (
+            "encoder={architecture: wide_resnet28_2, stem: imagenet}",
+            "encoder.stem=imagenet is for torchvision's ResNets, not for wide_resnet28_2: set encoder.stem=small",
+        ),
+        ("encoder={architecture: wide_resnet28_2, width: 32}", "not for wide_resnet28_2: set encoder.width=64"),
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
         ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
         ("data.stream=true", "data.stream is for data sets of image files, tiny and folder, not for cifar10"),

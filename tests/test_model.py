@@ -17,9 +17,9 @@ from experiment.models import build_on_meta
 from model.blocks import AdaGN, ResBlock, SelfAttention, timestep_embedding
 from model.build import build_soda, forward_flops
 from model.decoder import UNetDecoder
-from model.encoder import ARCHITECTURES, ENCODERS, ResNetEncoder
+from model.encoder import ARCHITECTURES, ENCODERS, ResNetEncoder, WideResNetEncoder
 from model.guidance import guided_denoiser
-from model.names import Architecture, Stem
+from model.names import Architecture, ResNet, Stem, WideResNet
 from model.sizes import last_strided_input, num_decoder_blocks, num_sections, resolutions
 from model.soda import SODA
 from tests.conftest import ROOT, assert_equal_states, experiment_of
@@ -50,7 +50,7 @@ def test_tiny_attends_on_the_maps_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_encoder_is_torchvisions_resnet(architecture: Architecture) -> None:
+def test_encoder_is_torchvisions_resnet(architecture: ResNet) -> None:
     theirs = torchvision.models.get_model(architecture, weights=None, num_classes=16).eval()
     ours = ResNetEncoder(architecture=architecture, stem="imagenet", width=64, latent_dim=16).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -60,11 +60,56 @@ def test_encoder_is_torchvisions_resnet(architecture: Architecture) -> None:
         torch.testing.assert_close(ours.fc(ours.features(images)["pooled"]), ours.features(images)["z"])
 
 
+def pre_activation_wide_resnet(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Returns the logits of a Wide ResNet of 28 layers in evaluation mode, from its weights."""
+
+    def norm_relu(x: torch.Tensor, name: str) -> torch.Tensor:
+        mean, var, scale, shift = (
+            weights[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.relu(F.batch_norm(x, mean, var, scale, shift))
+
+    x = F.conv2d(x, weights["conv1.weight"], padding=1)
+    for group in (1, 2, 3):
+        for index in range(4):
+            block, stride = f"layer{group}.{index}", 2 if group > 1 and index == 0 else 1
+            active = norm_relu(x, f"{block}.bn1")
+            h = F.conv2d(active, weights[f"{block}.conv1.weight"], stride=stride, padding=1)
+            h = F.conv2d(norm_relu(h, f"{block}.bn2"), weights[f"{block}.conv2.weight"], padding=1)
+            x = h + (F.conv2d(active, weights[f"{block}.skip.weight"], stride=stride) if len(h[0]) != len(x[0]) else x)
+    return norm_relu(x, "bn").mean(dim=(2, 3)) @ weights["fc.weight"].T + weights["fc.bias"]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "latent_dim"), list(zip(ARCHITECTURES, [1, 7, 16, 100, 33, 128, 515], strict=True))
+    ("architecture", "parameters", "convolutions"),
+    [("wide_resnet28_1", 369_498, 27), ("wide_resnet28_2", 1_467_610, 28), ("wide_resnet28_8", 23_354_842, 28)],
+)
+def test_wide_resnet_is_the_published_one(architecture: WideResNet, parameters: int, convolutions: int) -> None:
+    """With 10 outputs, WRN-28-2 has 1.47 million parameters and WRN-28-8 has 23.4 million."""
+    torch.manual_seed(0)
+    ours = WideResNetEncoder(architecture=architecture, stem="small", width=64, latent_dim=10).eval()
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert sum(isinstance(module, nn.Conv2d) for module in ours.modules()) == convolutions
+    assert ours.pooled_dim == 64 * int(architecture.split("_")[-1])
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                assert tensor is not None
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    images = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        expected = pre_activation_wide_resnet(ours.state_dict(), images)
+        torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "latent_dim"),
+    [*zip(ARCHITECTURES, [1, 7, 16, 100, 33, 128, 515], strict=True), ("wide_resnet28_1", 9)],
 )
 def test_every_encoder_trains_with_a_latent_of_any_width(architecture: str, latent_dim: int, tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, f"encoder.architecture={architecture}", f"encoder.latent_dim={latent_dim}")
+    width = 64 if architecture in get_args(WideResNet) else 4
+    chosen = {"architecture": architecture, "latent_dim": latent_dim, "width": width}
+    experiment = experiment_of(tmp_path, *(f"encoder.{name}={value}" for name, value in chosen.items()))
     state, pixels = initial_state(experiment), training_pixels(experiment, 0)
     before = [parameter.clone() for parameter in state.soda.encoder.parameters()]
     losses = [train_step(experiment, state, pixels, PhaseTimer())[0] for _ in range(4)]
@@ -72,7 +117,7 @@ def test_every_encoder_trains_with_a_latent_of_any_width(architecture: str, late
     # Four steps, because the encoder's gradient is zero in the first two: layers of the decoder start at zero.
     assert not any(map(torch.equal, state.soda.encoder.parameters(), before))
     features = state.soda.encoder.features(torch.zeros(2, 3, 8, 8))
-    assert features["z"].shape == (2, latent_dim) and features["pooled"].shape[1] in (32, 128)
+    assert features["z"].shape == (2, latent_dim) and features["pooled"].shape[1] in (32, 64, 128)
 
 
 def test_small_stem_keeps_the_resolution() -> None:
@@ -293,15 +338,17 @@ def test_every_encoder_keeps_the_contract() -> None:
         assert torch.equal(encoder(torch.ones(1, 3, 64, 64)), encoder.features(torch.ones(1, 3, 64, 64))["z"])
 
 
-@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize(
+    ("architecture", "stem"), [("resnet18", "small"), ("resnet18", "imagenet"), ("wide_resnet28_1", "small")]
+)
 @pytest.mark.parametrize("image_size", [8, 17, 33, 64])
-def test_sizes_are_those_of_the_modules(stem: Stem, image_size: int) -> None:
-    encoder = ResNetEncoder(architecture="resnet18", stem=stem, width=4, latent_dim=4).eval()
+def test_sizes_are_those_of_the_modules(architecture: Architecture, stem: Stem, image_size: int) -> None:
+    encoder = ENCODERS[architecture](architecture=architecture, stem=stem, width=4, latent_dim=4).eval()
     seen: list[int] = []
     last = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (3, 3)]
     last[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
     encoder(torch.zeros(1, 3, image_size, image_size))
-    assert seen == [last_strided_input(image_size, stem)]
+    assert seen == [last_strided_input(image_size, architecture, stem)]
 
 
 @pytest.mark.parametrize(("channel_mult", "num_res_blocks"), [([1], 1), ([1, 2, 2], 2)])
