@@ -114,9 +114,9 @@ def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
         drawn.append(svg.curves("norm", "gradient norm", {"norm": series("train", "grad_norm")}, log=True))
         rates = {part: series("train", f"lr/{part}") for part in ("encoder", "decoder")}
         drawn.append(svg.curves("rates", "learning rate", rates, from_0=True))
-    names = {"knn_top1": "k-NN", "probe_top1": "linear probe"}
-    lines = {label: series("evaluation", name) for name, label in names.items()}
-    if any(epochs for epochs, _ in lines.values()):
+    names = {"knn_top1": "k-NN", "probe_top1": "linear probe", "mlp_top1": "MLP"}
+    lines = {label: found for name, label in names.items() if (found := series("evaluation", name))[0]}
+    if lines:
         drawn.append(svg.curves("accuracy", "top-1 (%)", lines))
     return drawn
 

@@ -566,7 +566,7 @@ class Probe(Section):
 
 
 class Evaluation(Section):
-    """Evaluation of the EMA model by k-NN and linear probe."""
+    """Evaluation of the EMA model by k-NN, linear probe and, if wanted, an MLP."""
 
     every: int = key(
         100, "epochs between evaluations of the EMA model; it is also evaluated after the last epoch", run=True, ge=1
@@ -580,6 +580,12 @@ class Evaluation(Section):
         run=True,
     )
     normalize: bool = key(True, "scale each feature vector to length 1 before k-NN and linear probe", run=True)
+    mlp: bool = key(
+        False,
+        "also train an MLP on the features, with one hidden layer of 512 units and dropout 0.25; transform, epochs, lr "
+        "and batch_size are those of evaluation.probe",
+        run=True,
+    )
     knn: KNN = KNN()
     probe: Probe = Probe()
 

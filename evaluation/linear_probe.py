@@ -45,11 +45,20 @@ class LinearProbe:
         self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
         self._generator = generator
         self._epoch = 0
-        linear = skip_init(nn.Linear, num_features, num_classes)  # does not draw from torch's default generator
-        for parameter in (linear.weight, linear.bias):  # nn.Linear's distribution, from our generator
-            nn.init.uniform_(parameter, -(num_features**-0.5), num_features**-0.5, generator=generator)
-        self._model = nn.Sequential(nn.BatchNorm1d(num_features, eps=EPS, affine=False), linear).to(device)
+        layers = self.layers(num_features, num_classes)
+        self._model = nn.Sequential(nn.BatchNorm1d(num_features, eps=EPS, affine=False), *layers).to(device)
         self._optimizer = torch.optim.Adam(self._model.parameters(), lr=lr, fused=device.type in FUSED)
+
+    def layers(self, num_features: int, num_classes: int) -> list[nn.Module]:
+        """Returns the layers after BatchNorm, with initial weights: (N, num_features) -> (N, num_classes)."""
+        return [self.linear(num_features, num_classes)]
+
+    def linear(self, num_inputs: int, num_outputs: int) -> nn.Linear:
+        """Returns a linear layer whose initial weights have nn.Linear's distribution, but come from our generator."""
+        layer = skip_init(nn.Linear, num_inputs, num_outputs)  # does not draw from torch's default generator
+        for parameter in (layer.weight, layer.bias):
+            nn.init.uniform_(parameter, -(num_inputs**-0.5), num_inputs**-0.5, generator=self._generator)
+        return layer
 
     def train_epoch(self, features: Tensor, labels: Tensor) -> None:
         """Trains for one epoch on features (N, D) float32 and labels (N,) int64, both on the probe's device."""

@@ -16,6 +16,7 @@ from config.schema import KNN, Config, Probe, ProbeView, View
 from evaluation.knn import knn_votes
 from evaluation.linear_probe import LinearProbe
 from evaluation.logistic_regression import LogisticProbe
+from evaluation.mlp_probe import DROPOUT, HIDDEN, MLPProbe
 
 
 class Classifier(typing.Protocol):
@@ -106,6 +107,8 @@ class ProbeProtocol(Protocol):
     """Linear probe, trained by Adam for several epochs."""
 
     metric = "probe"
+    trained: ClassVar[type[LinearProbe]] = LinearProbe
+    name: ClassVar[str] = "linear"
     settings: Probe
 
     @property
@@ -116,7 +119,7 @@ class ProbeProtocol(Protocol):
         self, num_features: int, num_classes: int, generator: torch.Generator, device: torch.device
     ) -> Classifier:
         s = self.settings
-        return LinearProbe(
+        return self.trained(
             num_features,
             num_classes,
             epochs=s.epochs,
@@ -128,7 +131,16 @@ class ProbeProtocol(Protocol):
 
     def describe(self, features: str, view: str) -> str:
         s = self.settings
-        return f"linear {s.epochs} epochs lr {s.lr:g} batch {s.batch_size}, {features}, views: {view}"
+        return f"{self.name} {s.epochs} epochs lr {s.lr:g} batch {s.batch_size}, {features}, views: {view}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPProtocol(ProbeProtocol):
+    """MLP with one hidden layer, trained like the linear probe."""
+
+    metric = "mlp"
+    trained = MLPProbe
+    name = f"mlp {HIDDEN} hidden dropout {DROPOUT:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +159,10 @@ class FinishedProbeProtocol(Protocol):
 
 
 def config_protocols(config: Config) -> list[Protocol]:
-    """Returns the k-NN and the linear-probe protocol that the `evaluation` section of the config describes."""
+    """Returns the protocols that the `evaluation` section of the config describes: k-NN, linear probe, MLP if wanted.
+
+    The MLP has the settings of the linear probe.
+    """
     evaluation, augmented = config.evaluation, config.views.probe
     features, normalize = evaluation.features, evaluation.normalize
     view = augmented if evaluation.probe.transform == "augmented" else None
@@ -156,6 +171,7 @@ def config_protocols(config: Config) -> list[Protocol]:
         probe = FinishedProbeProtocol(view=view, features=features, normalize=normalize)
     else:
         probe = ProbeProtocol(settings=evaluation.probe, view=view, features=features, normalize=normalize)
+    mlp = MLPProtocol(settings=evaluation.probe, view=view, features=features, normalize=normalize)
     return [
         KNNProtocol(
             settings=evaluation.knn,
@@ -164,6 +180,7 @@ def config_protocols(config: Config) -> list[Protocol]:
             normalize=normalize,
         ),
         probe,
+        *([mlp] if evaluation.mlp else []),
     ]
 
 

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
 from ablations import floors
@@ -26,7 +28,8 @@ from evaluation.features import extract_features
 from evaluation.judge import accuracy_table
 from evaluation.knn import knn_votes, topk_accuracy
 from evaluation.linear_probe import LinearProbe
-from evaluation.protocols import KNNProtocol, ProbeProtocol, Protocol
+from evaluation.mlp_probe import MLPProbe
+from evaluation.protocols import KNNProtocol, MLPProtocol, ProbeProtocol, Protocol, config_protocols
 from experiment.models import initial_soda
 from experiment.opening import open_experiment
 from tests.conftest import ROOT, experiment_of
@@ -90,10 +93,12 @@ def test_knn_ignores_autocast() -> None:
         assert torch.equal(knn_votes(bank, labels, queries, 5, 9), plain)
 
 
-def make_probe(num_features: int, num_classes: int, seed: int = 0, **settings: Any) -> LinearProbe:
+def make_probe(
+    num_features: int, num_classes: int, seed: int = 0, kind: type[LinearProbe] = LinearProbe, **settings: Any
+) -> LinearProbe:
     """Returns an untrained probe on the CPU, whose generator has this seed."""
     generator, device = torch.Generator().manual_seed(seed), torch.device("cpu")
-    return LinearProbe(num_features, num_classes, **settings, generator=generator, device=device)
+    return kind(num_features, num_classes, **settings, generator=generator, device=device)
 
 
 def test_probe_is_as_good_as_logistic_regression() -> None:
@@ -158,6 +163,43 @@ def test_probe_is_the_classifier_of_the_reference(
                 optimizer.step()
         scheduler.step()
     torch.testing.assert_close(probe.scores(features), model.eval()(features))
+
+
+def test_the_mlp_solves_what_the_linear_probe_cannot() -> None:
+    """On XOR of two features, the MLP is as good as scikit-learn's, and the linear probe guesses.
+
+    The result depends only on the probe's generator.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 6))
+    labels = ((x[:, 0] > 0) ^ (x[:, 1] > 0)).astype(int)
+    theirs = MLPClassifier(512, batch_size=128, learning_rate_init=3e-3, max_iter=15, alpha=0, random_state=0)
+    with pytest.warns(ConvergenceWarning):  # 15 epochs are all that the probe has, too
+        expected = 100 * theirs.fit(x[:1500], labels[:1500]).score(x[1500:], labels[1500:])
+    features, classes, queries = as_tensors(x[:1500], labels[:1500], x[1500:])
+
+    def top1(kind: type[LinearProbe]) -> float:
+        probe = make_probe(6, 2, kind=kind, epochs=15, lr=3e-3, batch_size=128)
+        for _ in range(15):
+            probe.train_epoch(features, classes)
+        return topk_accuracy(probe.scores(queries), torch.tensor(labels[1500:]))["top1"]
+
+    found = top1(MLPProbe)
+    assert found > 95 and abs(found - expected) < 3 and top1(LinearProbe) < 60
+    torch.manual_seed(1)
+    assert top1(MLPProbe) == found
+
+
+def test_the_mlp_is_a_protocol_of_the_config_if_wanted() -> None:
+    config = load_config(ROOT / "config" / "digits.yaml")
+    assert [protocol.metric for protocol in config_protocols(config)] == ["knn", "probe"]
+    *_, probe, mlp = config_protocols(load_config(ROOT / "config" / "digits.yaml", ["evaluation.mlp=true"]))
+    assert isinstance(mlp, MLPProtocol) and mlp.metric == "mlp"
+    assert str(mlp) == str(probe).replace("linear", "mlp 512 hidden dropout 0.25")
+    model = mlp.classifier(4, 3, torch.Generator(), torch.device("cpu"))
+    assert isinstance(model, MLPProbe) and [type(layer).__name__ for layer in model._model] == [
+        *("BatchNorm1d", "Linear", "ReLU", "Dropout", "Linear")
+    ]
 
 
 def test_features_are_placed_by_index() -> None:

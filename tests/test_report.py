@@ -153,7 +153,7 @@ def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPat
     assert draw_curves([*reports, {"kind": "evaluation", "epoch": 3, "knn_top1": 70.0}])[-1] == "accuracy"
     assert drawn["loss"] == {"loss": ([1, 2, 3], [0.5, None, 0.1])}
     assert drawn["rates"] == {"encoder": ([1, 2, 3], [3, 6, 9]), "decoder": ([1, 2, 3], [4, 8, 12])}
-    assert drawn["accuracy"] == {"k-NN": ([3], [70.0]), "linear probe": ([], [])}
+    assert drawn["accuracy"] == {"k-NN": ([3], [70.0])}
 
 
 def test_a_curve_goes_through_its_values() -> None:
