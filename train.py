@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from experiment.models import describe_model
     from experiment.opening import open_experiment
     from experiment.shares import check_shares
+    from experiment.starting import check_origin, read_starting_weights
     from experiment.timesteps import check_timesteps
     from training.loop import train
     from training.state import initial_state
@@ -62,10 +63,13 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 report(config)
                 return 0
+            starting = {} if folder.checkpoint else read_starting_weights(config)
             experiment = open_experiment(config)
             folder.check_images(experiment.data_digest)
-            state = initial_state(experiment)
-            folder.resume(state, experiment.total_steps)
+            state = initial_state(experiment, starting)
+            if folder.checkpoint:
+                folder.resume(state, experiment.total_steps)
+                check_origin(config, state.started_from)
             folder.prepare()
         # Train.
         train(experiment, state, folder)

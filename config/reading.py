@@ -307,7 +307,10 @@ def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "")
         without: names of keys that are left out.
         also: text that the digest includes as well.
     """
-    judged_by = ("data.root", "data.labels", "views.probe.", "evaluation.", "training.micro_batch_size")
+    judged_by = (
+        *("data.root", "data.labels", "encoder.weights", "decoder.weights"),
+        *("views.probe.", "evaluation.", "training.micro_batch_size"),
+    )
     kept = {name for name, _, run in all_keys() if not run or name.startswith(judged_by)}.difference(without)
     values = {name: value for name, value in flat(config).items() if name in kept}
     return hashlib.blake2b((yaml.safe_dump(values) + also).encode(), digest_size=16).hexdigest()

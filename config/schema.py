@@ -299,6 +299,16 @@ class Encoder(Section):
         "bottleneck blocks (from resnet50 on) output four times as many; wide_resnet28_* have widths of their own",
     )
     latent_dim: int = key(128, "number of dimensions of the latent z", ge=1)
+    weights: PathText = key(
+        "",
+        "file with the weights that the encoder starts from: a checkpoint of this program (its EMA encoder), or a "
+        "state dict of the same architecture, such as torchvision's, whose last layer may have another width; not used "
+        "on resume; empty: random weights",
+        run=True,
+    )
+    frozen: bool = key(
+        False, "keep the weights and the BatchNorm statistics of the encoder as they are, and train only the decoder"
+    )
 
 
 class Decoder(Section):
@@ -340,6 +350,12 @@ class Decoder(Section):
         "constant added to the learned scales of the decoder's AdaGN layers; 1: an untrained layer keeps the "
         "magnitude of its features; 0: as in the reference implementation",
         ge=0,
+    )
+    weights: PathText = key(
+        "",
+        "checkpoint of this program whose EMA decoder gives the weights that the decoder starts from; not used on "
+        "resume; empty: random weights",
+        run=True,
     )
     modulation: Modulation = key(
         "shared",

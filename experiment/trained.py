@@ -189,21 +189,22 @@ def check_weights(weights: dict[str, Any], model: nn.Module) -> None:
         raise CheckpointError(f"the checkpoint does not fit the model ({difference}): use another checkpoint")
 
 
-def first_difference(weights: dict[str, Any], model: nn.Module) -> str | None:
-    """Returns a text about the first weight whose name or shape differs between a checkpoint and `model`.
+def first_difference(weights: dict[str, Any], model: nn.Module, source: str = "the checkpoint") -> str | None:
+    """Returns a text about the first weight whose name or shape differs between `weights` and `model`.
 
     Returns None if all names and shapes are the same. `model` may be on the meta device.
+
+    Args:
+        source: name of the origin of `weights` in the text.
     """
     here = model.state_dict()
     for name in (*here, *weights):
         if name not in here:
             return f"the model has no {name}"
         if not isinstance(weights.get(name), torch.Tensor):
-            return f"the checkpoint has no {name}"
+            return f"{source} has no {name}"
         if weights[name].shape != here[name].shape:
-            return (
-                f"{name} is {tuple(weights[name].shape)} in the checkpoint and {tuple(here[name].shape)} in the model"
-            )
+            return f"{name} is {tuple(weights[name].shape)} in {source} and {tuple(here[name].shape)} in the model"
     return None
 
 

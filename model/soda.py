@@ -1,5 +1,7 @@
 """SODA: the encoder and the decoder as one module."""
 
+from typing import Self
+
 from torch import Tensor, nn
 
 from model.decoder import UNetDecoder
@@ -16,6 +18,19 @@ class SODA(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self._frozen_encoder = False
+
+    def freeze_encoder(self) -> None:
+        """Keeps the encoder without gradients and in evaluation mode, so that BatchNorm uses its running statistics."""
+        self._frozen_encoder = True
+        self.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode, except for a frozen encoder, which stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen_encoder:
+            self.encoder.eval()
+        return self
 
     def forward(self, x_source: Tensor, x_t: Tensor, timesteps: Tensor, drop_mask: Tensor) -> Tensor:
         """Denoises x_t, given source views of the same image.

@@ -92,6 +92,11 @@ MISTAKES = [
         ["training.timesteps.sampling=log_snr", "training.timesteps.log_snr_mean=-30", "--dry-run"],
     ),
     Mistake("a 1x1 map", ["encoder.stem=imagenet"]),
+    Mistake("encoder.weights: there is no checkpoint", [*folder("missing"), "encoder.weights={place}/none.pt"]),
+    Mistake(
+        "good.pt holds another encoder: add encoder.latent_dim=8 to the command",
+        [*folder("missing"), "encoder.weights={place}/checkpoints/good.pt", "encoder.latent_dim=16"],
+    ),
     Mistake("evaluation.knn.k 1438 is more than the 1437", ["evaluation.knn.k=1438"]),
     Mistake("cannot write to output_dir", ["output_dir={place}/file/run"]),
     Mistake("busy is in use by process", ["output_dir={place}/busy"]),

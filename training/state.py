@@ -1,7 +1,7 @@
 """Training state: the model, its moving average, the optimiser, and the sums and counts for reports."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from config.schema import Optimizer
 from experiment.models import initial_soda
 from experiment.opening import Experiment
+from experiment.starting import StartingWeights, read_starting_weights, start_from
 from experiment.timesteps import TimestepSampler, make_sampler
 from experiment.trained import check_weights
 from model.soda import SODA
@@ -124,6 +125,7 @@ class TrainState:
         soda: the unwrapped module.
         wrapped: the module that a training step calls: `soda`, or DDP around it.
         step: optimiser steps done, skipped ones included.
+        started_from: SHA-256 of the file that "encoder" or "decoder" started from, if there is one.
     """
 
     soda: Any  # model.soda.SODA; a type checker does not know its submodules
@@ -134,6 +136,7 @@ class TrainState:
     tally: Tally
     step: int = 0
     wrapped: Any = None
+    started_from: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.wrapped = self.wrapped or self.soda
@@ -151,6 +154,7 @@ class TrainState:
             "timesteps": self.timestep_sampler.state_dict(alone),
             "tally": self.tally.state_dict(alone),
             "step": self.step,
+            "started_from": self.started_from,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -190,13 +194,28 @@ class TrainState:
         self.timestep_sampler.load_state_dict(state.get("timesteps", {}))
         self.tally.load_state_dict(state["tally"])
         self.step = state["step"]
+        self.started_from = dict(state.get("started_from", {}))  # checkpoints of older versions have none
 
 
-def initial_state(experiment: Experiment) -> TrainState:
-    """Returns model, EMA, optimiser, scaler, sampler and tally before the first step. Raises OutOfMemoryError."""
+def initial_state(experiment: Experiment, starting: Mapping[str, StartingWeights] | None = None) -> TrainState:
+    """Returns model, EMA, optimiser, scaler, sampler and tally before the first step.
+
+    Args:
+        starting: weights that the parts start from. {}: random weights, for a run that resumes. None: the files in the
+            config are read, which is collective.
+
+    Raises:
+        ConfigError: a file cannot be used.
+        OutOfMemoryError
+    """
     training, device = experiment.config.training, experiment.device
+    if starting is None:
+        starting = read_starting_weights(experiment.config)
     with memory_for(lambda: "use a smaller model or another device"):
         soda = initial_soda(experiment.config, device)
+        start_from(soda, starting)
+        if experiment.config.encoder.frozen:
+            soda.freeze_encoder()
         # The EMA copies a model that is already on the device, and is never moved itself. So its own counters stay on
         # the host, and no step synchronises with the device.
         ema = EMA(
@@ -216,13 +235,17 @@ def initial_state(experiment: Experiment) -> TrainState:
             scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
             timestep_sampler=make_sampler(training.timesteps, experiment.diffusion, device),
             tally=Tally(device, logged_names(training)),
+            started_from={part: found.digest for part, found in starting.items()},
         )
 
 
 def _optimizer(soda: SODA, config: Optimizer, device: torch.device) -> torch.optim.Optimizer:
-    """Returns AdamW over all parameters: the encoder's with `encoder_lr`, all others with `decoder_lr`."""
-    encoder = list(soda.encoder.parameters())
-    of_encoder = {id(parameter) for parameter in encoder}
+    """Returns AdamW over all parameters: the encoder's with `encoder_lr`, all others with `decoder_lr`.
+
+    The group of a frozen encoder is empty.
+    """
+    of_encoder = {id(parameter) for parameter in soda.encoder.parameters()}
+    encoder = [parameter for parameter in soda.encoder.parameters() if parameter.requires_grad]
     others = [parameter for parameter in soda.parameters() if id(parameter) not in of_encoder]
     return torch.optim.AdamW(
         [{"params": encoder, "lr": config.encoder_lr}, {"params": others, "lr": config.decoder_lr}],

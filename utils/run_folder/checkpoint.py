@@ -68,9 +68,31 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Returns the contents of a checkpoint, with all tensors on the host.
 
     The contents are model, EMA, optimiser, scaler, timestep sampler, tally (losses since the last report), step,
-    config, and digest, mean and standard deviation of the images. "sha256" is added: the digest of the file itself. If
-    SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same name or another one. Raises
-    CheckpointError if the file is missing, damaged or not a checkpoint of this program.
+    digests of the files that the weights started from, config, and digest, mean and standard deviation of the images.
+    "sha256" is added: the digest of the file itself. Raises CheckpointError if the file is missing, damaged or not a
+    checkpoint of this program.
+    """
+    state, digest = read_tensors(path)
+    if not is_checkpoint(state):
+        raise CheckpointError(f"{path} is not a checkpoint of this program: use another checkpoint")
+    return state | {"sha256": digest}
+
+
+def is_checkpoint(state: Any) -> bool:
+    """Returns True if `state` has the contents of a checkpoint of this program."""
+    expected = {
+        **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
+        **{"tally": dict | torch.Tensor, "step": int, "config": str, "data": str},
+    }
+    fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
+    return fits and state["step"] >= 0
+
+
+def read_tensors(path: Path) -> tuple[Any, str]:
+    """Returns the tensors and plain values that `torch.save` wrote to a file, on the host, and the file's SHA-256.
+
+    If SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same name or another one. Raises
+    CheckpointError if the file is missing, damaged or not written by `torch.save`.
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")
@@ -103,11 +125,4 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({reason}): remove it, or use another checkpoint"
         ) from None
-    expected = {
-        **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
-        **{"tally": dict | torch.Tensor, "step": int, "config": str, "data": str},
-    }
-    fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
-    if not fits or state["step"] < 0:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: use another checkpoint")
-    return state | {"sha256": digest}
+    return state, digest

@@ -1,0 +1,155 @@
+"""Weights that a new run starts from: the encoder or the decoder of a checkpoint, or a state dict of an encoder."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from config.errors import ConfigError
+from config.reading import differences, parse_config, to_words
+from config.schema import Config
+from experiment.models import build_on_meta
+from experiment.trained import first_difference
+from model.soda import SODA
+from utils.distributed.collectives import all_equal
+from utils.run_folder.checkpoint import CheckpointError, is_checkpoint, read_tensors
+
+PARTS = ("encoder", "decoder")
+LAST_LAYER = "fc."  # prefix of the weights of an encoder's last layer, which computes z
+NEED_NOT_AGREE = ("encoder.frozen", "decoder.image_size", "decoder.dropout")  # they change neither layers nor formulas
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """Weights that were read from the file in `encoder.weights` or `decoder.weights`.
+
+    Attributes:
+        path: the file.
+        digest: SHA-256 of the file, in hexadecimal digits.
+        weights: state dict of the part. It may lack the weights of `new`, but no others.
+        new: names of the weights that keep their random initial values.
+        origin: description for the log.
+    """
+
+    path: str
+    digest: str
+    weights: dict[str, Any]
+    new: list[str]
+    origin: str
+
+    def load_into(self, part: nn.Module) -> None:
+        """Copies the weights into the encoder or the decoder."""
+        missing, unexpected = part.load_state_dict(self.weights, strict=False)
+        assert missing == self.new and not unexpected
+
+
+def read_starting_weights(config: Config) -> dict[str, StartingWeights]:
+    """Collective. Reads and checks the files that a new run starts from. Returns the weights of each part.
+
+    Raises ConfigError if a file is missing, does not fit the model, or is not the same on all ranks.
+    """
+    paths = {"encoder": config.encoder.weights, "decoder": config.decoder.weights}
+    soda = build_on_meta(config) if any(paths.values()) else None
+    found = {}
+    for part, path in paths.items():
+        if path:
+            try:
+                found[part] = _read(config, part, Path(path), soda.get_submodule(part))  # type: ignore[union-attr]
+            except CheckpointError as error:
+                raise ConfigError(f"{part}.weights: {error}") from None
+    if not all_equal({part: each.digest for part, each in found.items()}):
+        raise ConfigError("the machines hold different files of encoder.weights or decoder.weights: copy the same ones")
+    if config.encoder.frozen and "encoder" not in found:
+        logger.info("encoder.frozen=true without encoder.weights: the encoder keeps its random initial weights")
+    elif config.encoder.frozen and found["encoder"].new:
+        raise ConfigError(
+            f"encoder.frozen=true needs all weights, but {paths['encoder']} has no {found['encoder'].new[0]} of the "
+            "model's shape: set encoder.frozen=false"
+        )
+    return found
+
+
+def _read(config: Config, part: str, path: Path, module: nn.Module) -> StartingWeights:
+    """Reads the weights of `part` and checks them against `module`, which is on the meta device.
+
+    Raises ConfigError or CheckpointError.
+    """
+    contents, digest = read_tensors(path)
+    new: list[str] = []
+    if is_checkpoint(contents):
+        prefix, averaged = f"{part}.", contents["ema"].get("model", {})
+        weights = {name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)}
+        origin = f"the EMA {part} of step {contents['step']}"
+        before = parse_config(contents["config"], str(path))
+        prefixes = (prefix, "initialization") if part == "decoder" else (prefix,)
+        changed = differences(before, config, run=False, prefixes=prefixes)
+        to_add = {name: old for name, (old, _) in changed.items() if name not in NEED_NOT_AGREE}
+        if to_add:
+            raise ConfigError(
+                f"{part}.weights: {path} holds another {part}: add {to_words(to_add)} to the command, or use another "
+                "checkpoint"
+            )
+    elif part == "encoder" and isinstance(contents, dict) and all(isinstance(name, str) for name in contents):
+        weights, origin = dict(contents), "a state dict"
+        last = {name: each for name, each in module.state_dict().items() if name.startswith(LAST_LAYER)}
+        if any(getattr(weights.get(name), "shape", None) != each.shape for name, each in last.items()):
+            new = list(last)
+            weights = {name: each for name, each in weights.items() if not name.startswith(LAST_LAYER)}
+    else:
+        wanted = "a checkpoint of this program" + (" or a state dict" if part == "encoder" else "")
+        raise ConfigError(f"{part}.weights: {path} is not {wanted}: use another file")
+    placeholders = {name: each for name, each in module.state_dict().items() if name in new}
+    difference = first_difference(weights | placeholders, module, "the file")
+    if difference:
+        raise ConfigError(
+            f"{part}.weights: {path} does not fit the model ({difference}): set the keys of `{part}` to the "
+            "architecture of the file, or use another file"
+        )
+    return StartingWeights(str(path), digest, weights, new, origin)
+
+
+def start_from(soda: SODA, starting: Mapping[str, StartingWeights]) -> None:
+    """Copies the weights into the parts of `soda`. Logs which weights were taken and which are random."""
+    for part, found in starting.items():
+        found.load_into(soda.get_submodule(part))
+        rest = f"; {' and '.join(found.new)} are new, with random weights" if found.new else ""
+        logger.info(
+            "the %s starts from %s, %s: %d tensors%s. Images are normalised by the statistics of this run's own images",
+            *(part, found.path, found.origin, len(found.weights), rest),
+        )
+
+
+def check_origin(config: Config, digests: Mapping[str, str]) -> None:
+    """Checks, on resume, that the files in the config are those that the run started from.
+
+    A file that is missing is not needed.
+
+    Args:
+        digests: digests of the files that the run started from, by part.
+
+    Raises:
+        ConfigError: a file is another one, or the run started from random weights.
+    """
+    for part, text in (("encoder", config.encoder.weights), ("decoder", config.decoder.weights)):
+        path, expected = Path(text), digests.get(part)
+        if text and expected is None:
+            raise ConfigError(
+                f"this run did not start from {part}.weights, which has no effect on resume: remove it, or choose "
+                "another output_dir"
+            )
+        if text and not path.is_file():
+            logger.info("%s.weights=%s is missing, but is not needed on resume", part, path)
+        elif text:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != expected:
+                raise ConfigError(
+                    f"{part}.weights={path} is not the file that this run started from, which has the SHA-256 "
+                    f"{expected}: put it back, remove the key, or choose another output_dir"
+                )
