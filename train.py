@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             if folder.checkpoint:
                 folder.resume(state, experiment.total_steps)
                 check_origin(config, state.started_from)
+            del starting  # the host copies of the weights
             folder.prepare()
         # Train.
         train(experiment, state, folder)

@@ -33,7 +33,10 @@ OF_THE_DECODER = (
     "training.min_snr_gamma",
 )
 # Keys that change how SODA trains the encoder. A control does the same only if they are switched off.
-OF_THE_ENCODER = ("views.num_sources", "training.micro_batch_size", "training.compile", "training.terms.")
+OF_THE_ENCODER = (
+    *("views.num_sources", "training.micro_batch_size", "training.compile", "training.terms."),
+    "encoder.frozen",
+)
 
 
 class Control(nn.Module, ABC):

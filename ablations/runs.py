@@ -185,8 +185,13 @@ class Ablation:
         return found
 
     def best_variant(self, stage: Stage) -> str | None:
-        """Returns the variant with the highest mean score over its seeds; None if no run is complete."""
-        scores = {variant: statistics.mean(map(score, rows)) for variant, rows in self.complete_rows(stage).items()}
+        """Returns the variant with the highest mean score over its seeds; None if no run is complete.
+
+        After a second look, only the variants of that look can be the best: the others have fewer seeds.
+        """
+        rows = self.complete_rows(stage)
+        most = max(map(len, rows.values()), default=0) if stage.again else 0
+        scores = {variant: statistics.mean(map(score, each)) for variant, each in rows.items() if len(each) >= most}
         return max(scores, key=lambda variant: scores[variant]) if scores else None
 
 

@@ -27,6 +27,7 @@ from evaluation.judge import judge
 from evaluation.protocols import all_protocols, config_protocols
 from experiment.models import build_on_meta, pass_flops
 from experiment.opening import Experiment, open_experiment
+from experiment.starting import check_origin
 from training.saving import checkpoint_contents
 from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
@@ -80,28 +81,29 @@ class Trial:
             )
         if self.experiment.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.experiment.device)
-        self.state: TrainState = initial_state(self.experiment)
+        saved = self._load(checkpoint) if checkpoint and checkpoint.exists() else None
+        self.state: TrainState = initial_state(self.experiment, None if saved is None else {})
         self._control_name = control
         self.control = attach_control(self.experiment, self.state, control) if control else None
         self.seconds = self.seconds_after_first_step = 0.0
         self._num_steps = self._timed_steps = 0  # steps of this start, and those of them after the first WARMUP_STEPS
         self._timed_s = 0.0
         self._losses: deque[torch.Tensor] = deque(maxlen=LOSSES)
-        if checkpoint and checkpoint.exists():
-            self._resume(checkpoint)
+        if saved is not None and checkpoint is not None:
+            self._resume(saved, checkpoint)
         if not control and choose_compile(config.training.compile, self.experiment.device):
             self.state.soda.compile()
 
-    def _resume(self, checkpoint: Path) -> None:
-        """Loads the checkpoint. If it is damaged, logs that the run starts from scratch.
-
-        Raises ConfigError if the checkpoint is that of another experiment.
-        """
+    def _load(self, checkpoint: Path) -> dict[str, Any] | None:
+        """Returns the contents of the checkpoint. If it is damaged, logs that the run starts from scratch."""
         try:
-            saved = load_checkpoint(checkpoint)
+            return load_checkpoint(checkpoint)
         except CheckpointError as error:
             logger.info("cannot resume (%s): starting from scratch", error)
-            return
+            return None
+
+    def _resume(self, saved: dict[str, Any], checkpoint: Path) -> None:
+        """Continues from the contents of a checkpoint. Raises ConfigError if it is that of another experiment."""
         others = []
         if saved["data"] != self.experiment.data_digest:
             others.append("data set")
@@ -109,6 +111,7 @@ class Trial:
             others.append("control")
         check_same_experiment(checkpoint, saved["config"], self.config, others)
         self.state.load_state_dict(saved)
+        check_origin(self.config, self.state.started_from)
         self.seconds = float(saved.get("seconds", 0))
         self._losses.extend(saved.get("losses", torch.empty(0)).to(self.experiment.device))
         logger.info("%s: resuming at step %d of %d", checkpoint, self.state.step, self.experiment.total_steps)

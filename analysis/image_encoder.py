@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datasets.decoding import central_square
+from datasets.operations import resize as resize_antialiased
 from experiment.trained import Trained, read_trained
 from model.encoder import Encoder
 
@@ -23,16 +24,23 @@ class ImageEncoder(nn.Module):
         encoder: maps normalised images to features (the interface is `Encoder`).
         mean, std: (3, 1, 1) mean and standard deviation of the training images per channel, for pixels in [0, 1].
         image_size: height and width in pixels of the images that the encoder was trained on.
+        stored_size: size in pixels of the squares that `image_size` was made from (`data.stored_size`), or None.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, encoder: Encoder, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, resize: bool = False
+        self,
+        encoder: Encoder,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image_size: int,
+        stored_size: int | None = None,
+        resize: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.image_size, self.resize = encoder, image_size, resize
+        self.encoder, self.image_size, self.stored_size, self.resize = encoder, image_size, stored_size, resize
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
@@ -46,7 +54,9 @@ class ImageEncoder(nn.Module):
         """
         self._check(pixels)
         if tuple(pixels.shape[2:]) != (self.image_size, self.image_size):
-            pixels = _resize(pixels, self.image_size)
+            pixels = _resize(pixels, self.stored_size or self.image_size)
+            if self.stored_size:
+                pixels = resize_antialiased(pixels, self.image_size)
         views = pixels.float().div(255).sub(self.mean).div(self.std)
         return self.encoder.features(views)
 
@@ -55,8 +65,8 @@ class ImageEncoder(nn.Module):
         if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8:
             kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
             raise TypeError(
-                f"the encoder takes a uint8 tensor of pixels from 0 to 255, not {kind}: convert pixels x in [0, 1] by "
-                "(255 * x).round().byte()"
+                f"the encoder takes a uint8 tensor of pixels from 0 to 255, not {kind}: convert integers from 0 to 255 "
+                "by torch.as_tensor(x).byte(), and values in [0, 1] by (255 * x).round().byte()"
             )
         shape = tuple(pixels.shape)
         if pixels.ndim != 4 or shape[1] != 3:
@@ -84,7 +94,9 @@ def trained_encoder(trained: Trained, resize: bool = False) -> ImageEncoder:
     Raises CheckpointError if the checkpoint does not fit its config, or holds no statistics of its images.
     """
     mean, std = trained.statistics()
-    encoder = ImageEncoder(trained.soda().encoder, mean, std, trained.config.encoder_size, resize)
+    encoder = ImageEncoder(
+        trained.soda().encoder, mean, std, trained.config.encoder_size, trained.config.data.stored_size, resize
+    )
     return encoder.eval().requires_grad_(False)
 
 

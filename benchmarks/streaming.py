@@ -70,12 +70,16 @@ def read_square(path: Path, image_size: int) -> Tensor:
     return torch.from_numpy(decode(path, image_size).transpose(2, 0, 1).copy())
 
 
-def read_pair(path: Path, config: Config) -> tuple[Tensor, Tensor]:
-    """Decodes a file and makes both views of it by torchvision's transforms."""
-    source, target = pil_pair(config.views, config.encoder_size, config.decoder_size)
-    with Image.open(path) as image:
-        rgb = image.convert("RGB")
-    return source(rgb), target(rgb)
+class PairReader:
+    """Function that decodes a file and makes both views of it by torchvision's transforms."""
+
+    def __init__(self, config: Config) -> None:
+        self._source, self._target = pil_pair(config.views, config.encoder_size, config.decoder_size)
+
+    def __call__(self, path: Path) -> tuple[Tensor, Tensor]:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+        return self._source(rgb), self._target(rgb)
 
 
 def pairs_of(batches: Iterable[Tensor], config: Config) -> Iterator[tuple[Tensor, Tensor]]:
@@ -161,7 +165,7 @@ def main() -> None:
         }
         if config:
             everything["threads, and both views"] = lambda: pairs_of(ours(order, args.workers), config)
-            everything["torchvision's, in processes"] = in_processes(partial(read_pair, config=config))
+            everything["torchvision's, in processes"] = in_processes(PairReader(config))
         work = {name: lambda batches=batches: [None for _ in batches()] for name, batches in everything.items()}
         seconds = take_turns(work, args.rounds, torch.device("cpu"), warmup=1)
         print(f"{num_bytes / 1e3:.0f} kB per file")

@@ -145,7 +145,7 @@ class Data(Section):
     holdout: float = key(
         0.0,
         "fraction of each class of `folder` that is held out as the test split if there is none; the files are chosen "
-        "by a digest of their paths below data.root, so runs with different seeds have the same test split; 0: none",
+        "by a digest of their paths, so runs with different seeds have the same test split; 0: none",
         ge=0,
         lt=1,
     )

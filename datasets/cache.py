@@ -29,6 +29,7 @@ from datasets.formats import count_others
 from datasets.images import DatasetError, Images, StoredImages, Summary, summarize
 from datasets.listing import Listing
 from utils.files import replacing
+from utils.text import join_names
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,25 @@ def open_splits(train: Listing, test: Listing | None, data: Data, processes: int
         except OSError as error:
             raise _cannot_cache(cache_dir, error, stream) from None
     assert opened[0] is not None
+    if data.unreadable == "skip":
+        _check_classes(opened[0], opened[1], root)
     return opened[0], opened[1]
+
+
+def _check_classes(train: Images, test: Images | None, root: Path) -> None:
+    """Logs the classes whose test images are all unreadable. Raises DatasetError if training images of a class are."""
+    for split, images in (("training", train), ("test", test)):
+        if images is None or images.labels is None:
+            continue
+        counts = images.labels.bincount(minlength=len(images.classes)).tolist()
+        empty = join_names([name for name, count in zip(images.classes, counts, strict=True) if not count])
+        if empty and split == "training":
+            raise DatasetError(
+                f"data.unreadable=skip leaves no training images in {root} of the classes {empty}: restore some of "
+                "them, or remove these classes"
+            )
+        if empty:
+            logger.info("classes without test images that can be read, which are not judged: %s", empty)
 
 
 def open_listing(

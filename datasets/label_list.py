@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -73,9 +74,10 @@ class _Files:
             return [path]
         if not path.lower().endswith(image_endings()):  # saves the slow steps for most texts that are no path
             return []
+        if os.path.isabs(path):
+            with suppress(ValueError):  # Windows: on another drive than `root`
+                path = os.path.relpath(path, self._root)
         path = path.replace("\\", "/")
-        if path.startswith("/"):
-            path = os.path.relpath(path, self._root)
         path = str(PurePosixPath(os.path.normpath(path)))
         return [path] if path in self._exact else self._composed.get(compose(path), [])
 

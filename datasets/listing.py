@@ -1,4 +1,4 @@
-"""Lists of the image files of a split, and what all ways to make them share."""
+"""The list of a split's image files, and helpers that all ways to make it use."""
 
 import logging
 from dataclasses import dataclass, field

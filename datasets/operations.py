@@ -78,13 +78,14 @@ def crop_by_products(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
     across = _resizing(left, width, pixels.shape[-1], size)
     across = torch.where(flip[:, None, None] > 0, across.flip(1), across)
     down = _resizing(top, height, pixels.shape[-1], size)
-    values = (pixels.float().flatten(1, 2) @ across.mT).unflatten(1, (3, -1))  # (N, 3, P, size)
-    return (down[:, None] @ values).round_().byte()
+    with torch.autocast(pixels.device.type, enabled=False):  # products in bf16 would be off by more than one level
+        values = (pixels.float().flatten(1, 2) @ across.mT).unflatten(1, (3, -1))  # (N, 3, P, size)
+        return (down[:, None] @ values).round_().byte()
 
 
 def _resizing(start: Tensor, length: Tensor, input_size: int, output_size: int) -> Tensor:
     """Returns matrices (N, output_size, input_size) that resize one axis of a crop. `start` and `length` are (N,)."""
-    scale = _per_sample(length / output_size)[..., 0]  # (N, 1, 1)
+    scale = (length / output_size)[:, None, None]
     centre = scale * (torch.arange(output_size, device=start.device) + 0.5)[:, None]
     position = torch.arange(input_size, device=start.device) + 0.5 - start[:, None, None]
     weights = (1 - (position - centre).abs() / scale.clamp(min=1)).clamp_(min=0)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 # Folders with the images of a split, in any capitals. If several test folders fit, the first of these words wins.
 SPLIT_WORDS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation", "eval")}
-SPLIT_NAME = re.compile(r"([a-z]+?)[ _-]?(?:set|split|data|images)?", re.IGNORECASE)
+SPLIT_NAME = re.compile(r"([a-z]+?)[ _-]?(?:set|split|data|images)?[ _-]?(?:(?:19|20)\d\d)?", re.IGNORECASE)
 
 
 def split_of(name: str) -> str | None:

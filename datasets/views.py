@@ -70,7 +70,7 @@ class Views:
 
     def _in_parts(self, num_samples: int, size: int, make: Callable[[slice], Tensor]) -> Tensor:
         """Returns make(part) for all parts of a batch of views of `size` pixels. On CPUs, threads share the parts."""
-        if self._device.type != "cpu":
+        if self._device.type != "cpu" or num_samples == 0:
             return make(slice(0, num_samples))
         threads = torch.get_num_threads()
         rounds = math.ceil(num_samples * size**2 / (threads * CPU_CHUNK))
@@ -129,7 +129,7 @@ class Views:
 
     def _augment_together(self, pixels: Tensor, parameters: Sequence[Parameters], size: int) -> list[Tensor]:
         """Returns one augmented view (N, 3, size, size) of the pixels for each of the parameters."""
-        repeated = pixels.repeat(len(parameters), 1, 1, 1)
+        repeated = pixels.repeat(len(parameters), 1, 1, 1) if len(parameters) > 1 else pixels
         return list(self._augment(repeated, reduce(Parameters.concatenate, parameters), size).split(len(pixels)))
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:

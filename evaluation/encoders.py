@@ -89,7 +89,7 @@ def raw_pixels(views: Tensor, num_images: int) -> Tensor:
 
 
 def baselines(experiment: Experiment) -> dict[str, Encode]:
-    """Returns the baselines: the untrained model, with the initial weights of this run, and the raw pixels.
+    """Returns the baselines: the untrained model, with the random weights of this seed, and the raw pixels.
 
     BatchNorm's running statistics start at mean 0 and variance 1. With these, the untrained model would be too weak a
     baseline, so its statistics are settled first. The raw pixels are returned under the name in `evaluation.features`,

@@ -20,7 +20,9 @@ from utils.run_folder.checkpoint import CheckpointError, is_checkpoint, read_ten
 
 PARTS = ("encoder", "decoder")
 LAST_LAYER = "fc."  # prefix of the weights of an encoder's last layer, which computes z
-NEED_NOT_AGREE = ("encoder.frozen", "decoder.image_size", "decoder.dropout")  # they change neither layers nor formulas
+NEED_NOT_AGREE = ("encoder.frozen", "decoder.image_size", "decoder.dropout")  # shapes are compared in any case
+# Further keys that must agree for each part.
+ALSO_AGREE = {"encoder": (), "decoder": ("initialization", "encoder.latent_dim", "diffusion.")}
 
 logger = logging.getLogger(__name__)
 
@@ -55,22 +57,25 @@ def read_starting_weights(config: Config) -> dict[str, StartingWeights]:
     Raises ConfigError if a file is missing, does not fit the model, or is not the same on all ranks.
     """
     paths = {"encoder": config.encoder.weights, "decoder": config.decoder.weights}
-    soda = build_on_meta(config) if any(paths.values()) else None
+    soda = build_on_meta(config)
     found = {}
     for part, path in paths.items():
         if path:
             try:
-                found[part] = _read(config, part, Path(path), soda.get_submodule(part))  # type: ignore[union-attr]
+                found[part] = _read(config, part, Path(path), soda.get_submodule(part))
             except CheckpointError as error:
                 raise ConfigError(f"{part}.weights: {error}") from None
     if not all_equal({part: each.digest for part, each in found.items()}):
-        raise ConfigError("the machines hold different files of encoder.weights or decoder.weights: copy the same ones")
+        raise ConfigError(
+            "the machines hold different files of encoder.weights or decoder.weights: copy the same "
+            "files to all machines"
+        )
     if config.encoder.frozen and "encoder" not in found:
         logger.info("encoder.frozen=true without encoder.weights: the encoder keeps its random initial weights")
     elif config.encoder.frozen and found["encoder"].new:
         raise ConfigError(
             f"encoder.frozen=true needs all weights, but {paths['encoder']} has no {found['encoder'].new[0]} of the "
-            "model's shape: set encoder.frozen=false"
+            "model's shape: set encoder.latent_dim to the width in the file, or encoder.frozen=false"
         )
     return found
 
@@ -87,8 +92,7 @@ def _read(config: Config, part: str, path: Path, module: nn.Module) -> StartingW
         weights = {name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)}
         origin = f"the EMA {part} of step {contents['step']}"
         before = parse_config(contents["config"], str(path))
-        prefixes = (prefix, "initialization") if part == "decoder" else (prefix,)
-        changed = differences(before, config, run=False, prefixes=prefixes)
+        changed = differences(before, config, run=False, prefixes=(prefix, *ALSO_AGREE[part]))
         to_add = {name: old for name, (old, _) in changed.items() if name not in NEED_NOT_AGREE}
         if to_add:
             raise ConfigError(

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 # Prefixes of the experiment keys that must have the values of the checkpoint, because they define the model. Seed,
 # views (except `views.probe`), diffusion and training (except `training.use_amp`) are always taken from the checkpoint.
 # All other keys may differ.
-MUST_AGREE = ("data.image_size", "encoder.", "decoder.", "initialization")
+MUST_AGREE = ("data.image_size", "data.stored_size", "encoder.", "decoder.", "initialization")
+NOT_OF_THE_MODEL = ("encoder.frozen",)  # keys that begin like those above, but may differ
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def _check_agreement(
 ) -> None:
     """Raises ConfigError if keys that begin with `prefixes` differ. The message says what to add to the command."""
     changed = differences(trained_with, config, run=False, prefixes=prefixes)
+    changed = {name: values for name, values in changed.items() if name not in NOT_OF_THE_MODEL}
     if not changed:
         return
     to_add = dict(changed)

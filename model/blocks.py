@@ -41,7 +41,7 @@ class ZeroConv2d(nn.Conv2d):
     """
 
     def reset_parameters(self) -> None:
-        """Sets weight and bias to zero. Draws the numbers of `reset_as_torch`, so that later layers draw the same."""
+        """Sets weight and bias to zero. First draws torch's values, so that later layers keep their random numbers."""
         self.reset_as_torch()
         nn.init.zeros_(self.weight)
         assert self.bias is not None

@@ -174,6 +174,9 @@ def test_a_second_look_trains_the_best_variants_again(tmp_path: Path) -> None:
     for run in further:
         ablation.record(run, row_of(80 if run.variant == "a" else 10, 50))
     assert ablation.runs_of(screen)[6:] == further and ablation.best_variant(screen) == "a"
+    for run in further:
+        ablation.record(run, row_of(0, 0))
+    assert ablation.best_variant(screen) == "b", "c has a higher mean, but had no second look"
     assert "| 0, 1, 5, 6 |" in markdown_tables(ablation) and "| 0, 1 |" in markdown_tables(ablation)
     plain = Ablation(two_stages(), ablation.path)
     assert len(plain.complete_rows(plain.stage("screen"))) == 3, "results without a second look stay valid"

@@ -350,7 +350,9 @@ def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path
     for mistake, (first, said), (second, also_said) in zip(mistakes, *found, strict=True):
         assert (first, second) == (2, 2), mistake
         assert_refused(said, mistake.expected)
-        assert also_said.rpartition("\r")[2] == "", mistake
+        lines = also_said.rpartition("\r")[2].splitlines()
+        # On a busy machine, a process also says that it waits for the other one.
+        assert [line for line in lines if not line.startswith("waiting: rank")] == [], mistake
     assert contents(place) == before
 
 

@@ -147,6 +147,22 @@ def test_views_of_stored_images_have_their_own_sizes_and_operations() -> None:
     torch.testing.assert_close(ours.augmented(pixels, DRAW, ProbeView()), normalise(probed))
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_views_do_not_depend_on_the_parts_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.randint(0, 256, (23, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise, draw = torch.randn(23, 3, 16, 16), drawn(range(23))
+    expected = *views().pair(pixels, [(draw, noise)], draw), views().evaluation(pixels)
+    monkeypatch.setattr("datasets.views.CPU_CHUNK", 5 * 16**2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = *views().pair(pixels, [(draw, noise)], draw), views().evaluation(pixels)
+        assert views().evaluation(pixels[:0]).shape == (0, 3, 16, 16)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
 def test_clean_views_of_stored_images_are_resized_as_by_pillow() -> None:
     pixels = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ours = Views(

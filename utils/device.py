@@ -65,22 +65,27 @@ def map_in_threads(function: Callable[[In], Out], items: Sequence[In]) -> list[O
     """
     if len(items) == 1 or torch.get_num_threads() == 1:
         return [function(item) for item in items]
-    return list(_serial_threads(torch.get_num_threads()).map(function, items))
+    return list(_serial_threads(torch.get_num_threads(), os.getpid()).map(function, items))
 
 
 @cache
-def _serial_threads(count: int) -> ThreadPoolExecutor:
-    """Starts `count` threads in which torch's operations use one thread."""
-    pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count)
+def _serial_threads(count: int, process: int) -> ThreadPoolExecutor:
+    """Starts `count` threads in which torch's operations use one thread. A forked process needs threads of its own.
+
+    Another thread that uses torch for the first time meanwhile also keeps one thread.
+    """
+    pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count, timeout=60)
 
     def start() -> None:
         torch.set_num_threads(1)  # for this thread, and for all threads that have not used torch yet
         torch.get_num_threads()  # the first use of torch; a later one would read the number that is set below
         all_started.wait()
 
-    for started in [pool.submit(start) for _ in range(count)]:
-        started.result()
-    torch.set_num_threads(count)
+    try:
+        for started in [pool.submit(start) for _ in range(count)]:
+            started.result()
+    finally:
+        torch.set_num_threads(count)
     return pool
 
 
@@ -129,7 +134,7 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_threshold, 2**25)
-        libc.mallopt(arena_max, 1)  # the arenas of other threads than the main one return memory in any case
+        libc.mallopt(arena_max, 1)  # glibc's other arenas return memory whatever the thresholds are
 
 
 def _cpu_computes_bf16() -> bool:

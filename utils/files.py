@@ -28,7 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file to write to, which has the same ending as `path`. Several processes may do so.
 
     At the end, the temporary file is flushed to the disk and then replaces `path`. After an error, it is removed. While
-    a process writes, it locks its temporary file. Files without a lock were left by killed processes and are removed.
+    a process writes, it locks its temporary file. Files without a lock were left by killed processes and are removed,
+    except on Windows, where files are not locked.
 
     Raises OSError immediately if the disk is full or read-only.
     """

@@ -9,6 +9,7 @@ from config.schema import Config
 from utils.files import write_text, writing_to
 
 RESULTS = "results.json"
+STARTING_FILES = ("encoder.weights", "decoder.weights")  # not needed when a run resumes, so they may be missing
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -22,11 +23,11 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def write_results(folder: Path, config: Config, step: int, **contents: Any) -> None:
     """Writes results.json with `contents`, which must include the table. Raises FolderError."""
-    results = {"config_digest": result_digest(config), "step": step, **contents}
+    results = {"config_digest": result_digest(config, without=STARTING_FILES), "step": step, **contents}
     with writing_to(folder):
         write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
 def belongs_to(results: dict[str, Any], config: Config, step: int) -> bool:
     """Returns True if `results` belong to this config and this step."""
-    return (results.get("config_digest"), results.get("step")) == (result_digest(config), step)
+    return (results.get("config_digest"), results.get("step")) == (result_digest(config, without=STARTING_FILES), step)
