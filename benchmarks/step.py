@@ -108,7 +108,7 @@ def plain_step(experiment: Experiment) -> Callable[[], object]:
         timesteps = torch.randint(0, config.diffusion.num_timesteps, (len(batch.x_start),)).to(device)
         noise = torch.randn_like(batch.x_start)
         x_t = experiment.diffusion.q_sample(batch.x_start, timesteps, noise)
-        loss = (soda(batch.x_source, x_t, timesteps, batch.drop_mask) - noise).square().mean()
+        loss = (soda(batch.x_source, x_t, timesteps, batch.drop_mask).prediction - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(soda.parameters(), 1.0)

@@ -59,6 +59,8 @@ def check_consistency(config: Any) -> None:
         )
     if config.training.mask.section_probability and decoder.modulation == "shared":
         raise ValueError("training.mask.section_probability needs decoder.modulation=sectioned: set both, or neither")
+    if config.training.terms.kl and not config.encoder.probabilistic:
+        raise ValueError("training.terms.kl needs encoder.probabilistic=true: set both, or neither")
     if config.optimizer.cooldown_epochs and config.optimizer.schedule != "constant":
         raise ValueError("optimizer.cooldown_epochs needs optimizer.schedule=constant: set both, or neither")
     rising_and_falling = config.optimizer.warmup_epochs + config.optimizer.cooldown_epochs

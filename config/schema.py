@@ -299,6 +299,11 @@ class Encoder(Section):
         "bottleneck blocks (from resnet50 on) output four times as many; wide_resnet28_* have widths of their own",
     )
     latent_dim: int = key(128, "number of dimensions of the latent z", ge=1)
+    probabilistic: bool = key(
+        False,
+        "the encoder gives the mean and the log-variance of a normal distribution; training draws z from it, and "
+        "everything else uses the mean; training.terms.kl should then be above 0",
+    )
     weights: PathText = key(
         "",
         "file with the weights that the encoder starts from: a checkpoint of this program (its EMA encoder), or a "
@@ -472,6 +477,18 @@ class Terms(Section):
         "weight of the mean squared error of the predicted clean target view; 0: no such term; with "
         "diffusion.prediction=eps, this error equals the squared error of eps, divided by the signal-to-noise ratio, "
         "so the last timesteps dominate: use v or x_start",
+        ge=0,
+    )
+    kl: float = key(
+        0.0,
+        "weight of the KL divergence of z from a standard normal distribution, summed over z and divided by half the "
+        "number of values of a target view; needs encoder.probabilistic; Diffusion-Based Representation Learning has "
+        "1e-5; 0: no such term",
+        ge=0,
+    )
+    l1: float = key(
+        0.0,
+        "weight of the L1 norm of z, divided by half the number of values of a target view; 0: no such term",
         ge=0,
     )
 

@@ -28,6 +28,7 @@ class Batch:
         weights: (N,) factors of the samples' losses, which correct for the sampling of timesteps; None: all are 1.
         noise: (N, 3, D, D) standard normal; x_t is made from x_start and this noise.
         drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros.
+        latent_noise: (N, K, latent_dim) standard normal, for a probabilistic encoder; None: it is deterministic.
     """
 
     x_source: Tensor
@@ -36,6 +37,7 @@ class Batch:
     weights: Tensor | None
     noise: Tensor
     drop_mask: Tensor
+    latent_noise: Tensor | None
 
 
 def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> Generator[Tensor, None, None]:
@@ -72,6 +74,11 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
         weights=weights,
         noise=image_noise(x_start.shape[1:], positions, seed, "noise", step, device=device),
         drop_mask=_draw_drop_mask(config, step)[here].to(device, non_blocking=True),
+        latent_noise=image_noise(
+            (config.views.num_sources, config.encoder.latent_dim), positions, seed, "latent noise", step, device=device
+        )
+        if config.encoder.probabilistic
+        else None,
     )
 
 

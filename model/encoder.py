@@ -1,4 +1,4 @@
-"""The image encoder: its interface, ResNets from torchvision's blocks with any width and stem, and Wide ResNets."""
+"""The image encoder: its base class, ResNets from torchvision's blocks with any width and stem, and Wide ResNets."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,29 +21,55 @@ WIDENING: dict[WideResNet, int] = {"wide_resnet28_1": 1, "wide_resnet28_2": 2, "
 
 
 class Encoder(nn.Module):
-    """Interface of an encoder. SODA, the evaluation and the exports use only these attributes and methods.
+    """Base class of the encoders. SODA, the evaluation and the exports use only these attributes and methods.
 
     The parameters of an encoder are trained with `optimizer.encoder_lr`. ENCODERS maps a name to the class. The class
-    is called with the keys of the config's `encoder` section.
+    is called with the keys of the config's `encoder` section that describe layers. A subclass sets up its layers, calls
+    `add_head`, and defines `pooled`.
 
     Attributes:
         latent_dim: width of z.
         pooled_dim: width of the features before the layer that computes z.
+        fc: the layer that computes z.
+        is_probabilistic: True if `fc` computes the mean and the log-variance of a normal distribution of z.
     """
 
     latent_dim: int
     pooled_dim: int
+    is_probabilistic: bool
+    fc: nn.Linear
+
+    def add_head(self, pooled_dim: int, latent_dim: int, is_probabilistic: bool) -> None:
+        """Adds the layer that computes z from the pooled features."""
+        self.pooled_dim, self.latent_dim, self.is_probabilistic = pooled_dim, latent_dim, is_probabilistic
+        self.fc = nn.Linear(pooled_dim, 2 * latent_dim if is_probabilistic else latent_dim)
+
+    def pooled(self, x_source: Tensor) -> Tensor:
+        """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
+        raise NotImplementedError
+
+    def distribution(self, x_source: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns (mean of z, log-variance of z), (N, latent_dim) each. A deterministic encoder has no log-variance."""
+        return self._of(self.pooled(x_source))
 
     def forward(self, x_source: Tensor) -> Tensor:
-        """Returns z (N, latent_dim) for images (N, 3, H, W).
+        """Returns z, or the mean of its distribution, (N, latent_dim), for images (N, 3, H, W).
 
         The images are normalised by the data set's mean and standard deviation.
         """
-        raise NotImplementedError
+        return self.distribution(x_source)[0]
 
     def features(self, x_source: Tensor) -> dict[str, Tensor]:
         """Returns {"pooled": (N, pooled_dim), "z": (N, latent_dim)} for images (N, 3, H, W), for the evaluation."""
-        raise NotImplementedError
+        pooled = self.pooled(x_source)
+        return {"pooled": pooled, "z": self._of(pooled)[0]}
+
+    def _of(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = self.fc(pooled)
+        if not self.is_probabilistic:
+            return found, None
+        mean, log_variance = found.chunk(2, dim=1)
+        return mean, log_variance
 
 
 class ResNetEncoder(Encoder):
@@ -58,9 +84,12 @@ class ResNetEncoder(Encoder):
         width: channels of the first group of blocks. Each following group has twice as many. Standard ResNets have 64.
             Bottleneck blocks output four times as many.
         latent_dim: width of z.
+        probabilistic: True: the encoder gives a normal distribution of z.
     """
 
-    def __init__(self, *, architecture: ResNet, stem: Stem, width: int, latent_dim: int) -> None:
+    def __init__(
+        self, *, architecture: ResNet, stem: Stem, width: int, latent_dim: int, probabilistic: bool = False
+    ) -> None:
         super().__init__()
         block, depths, bottleneck = ARCHITECTURES[architecture]
         stride, pool_stride = STEM_STRIDES[stem]
@@ -88,8 +117,7 @@ class ResNetEncoder(Encoder):
                 channels = planes * block.expansion
             groups.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
-        self.pooled_dim, self.latent_dim = channels, latent_dim
-        self.fc = nn.Linear(channels, latent_dim)
+        self.add_head(channels, latent_dim, probabilistic)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -100,18 +128,6 @@ class ResNetEncoder(Encoder):
         h = self.maxpool(F.relu(self.bn1(self.conv1(x_source))))
         h = self.layer4(self.layer3(self.layer2(self.layer1(h))))  # (N, pooled_dim, h, w)
         return h.mean(dim=(2, 3))
-
-    def forward(self, x_source: Tensor) -> Tensor:
-        """Returns z (N, latent_dim) for images (N, 3, H, W).
-
-        The images are normalised by the data set's mean and standard deviation.
-        """
-        return self.fc(self.pooled(x_source))
-
-    def features(self, x_source: Tensor) -> dict[str, Tensor]:
-        """Returns {"pooled": (N, pooled_dim), "z": (N, latent_dim)} for images (N, 3, H, W), for the evaluation."""
-        pooled = self.pooled(x_source)
-        return {"pooled": pooled, "z": self.fc(pooled)}
 
 
 class PreActivationBlock(nn.Module):
@@ -146,9 +162,12 @@ class WideResNetEncoder(Encoder):
         architecture: a key of WIDENING, which gives k.
         stem, width: not used. The architecture determines both.
         latent_dim: width of z.
+        probabilistic: True: the encoder gives a normal distribution of z.
     """
 
-    def __init__(self, *, architecture: WideResNet, stem: Stem, width: int, latent_dim: int) -> None:
+    def __init__(
+        self, *, architecture: WideResNet, stem: Stem, width: int, latent_dim: int, probabilistic: bool = False
+    ) -> None:
         super().__init__()
         channels, groups = 16, []
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
@@ -160,8 +179,7 @@ class WideResNetEncoder(Encoder):
             channels = planes
         self.layer1, self.layer2, self.layer3 = groups
         self.bn = nn.BatchNorm2d(channels)
-        self.pooled_dim, self.latent_dim = channels, latent_dim
-        self.fc = nn.Linear(channels, latent_dim)
+        self.add_head(channels, latent_dim, probabilistic)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -171,13 +189,6 @@ class WideResNetEncoder(Encoder):
         """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
         h = self.layer3(self.layer2(self.layer1(self.conv1(x_source))))  # (N, pooled_dim, H / 4, W / 4)
         return F.relu(self.bn(h)).mean(dim=(2, 3))
-
-    def forward(self, x_source: Tensor) -> Tensor:
-        return self.fc(self.pooled(x_source))
-
-    def features(self, x_source: Tensor) -> dict[str, Tensor]:
-        pooled = self.pooled(x_source)
-        return {"pooled": pooled, "z": self.fc(pooled)}
 
 
 ENCODERS: dict[Architecture, type[Encoder]] = {

@@ -1,11 +1,25 @@
 """SODA: the encoder and the decoder as one module."""
 
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
 from model.decoder import UNetDecoder
 from model.encoder import Encoder
+
+
+class Denoised(NamedTuple):
+    """Output of a training step's forward pass for N samples with K source views each.
+
+    Attributes:
+        prediction: (N, 3, D, D): eps, or another quantity of `diffusion.prediction`.
+        latents: (N, K, latent_dim) latents of the source views, or the means of their distributions.
+        log_variances: (N, K, latent_dim) log-variances of the distributions; None: the encoder is deterministic.
+    """
+
+    prediction: Tensor
+    latents: Tensor
+    log_variances: Tensor | None
 
 
 class SODA(nn.Module):
@@ -32,7 +46,14 @@ class SODA(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, x_source: Tensor, x_t: Tensor, timesteps: Tensor, drop_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_source: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        drop_mask: Tensor,
+        latent_noise: Tensor | None = None,
+    ) -> Denoised:
         """Denoises x_t, given source views of the same image.
 
         Args:
@@ -42,12 +63,17 @@ class SODA(nn.Module):
             drop_mask: (N, sections) bool. True replaces a section of the sample's latent by zeros (layer masking, SODA,
                 section 3). A row of True gives the null latent. The decoder must be trained with the null latent for
                 classifier-free guidance.
-
-        Returns:
-            The prediction (N, 3, D, D): eps, or another quantity of `diffusion.prediction`.
+            latent_noise: (N, K, latent_dim) standard normal noise, with which a probabilistic encoder draws its latents
+                (Kingma & Welling 2014); None: the means are used.
         """
-        z = self.encode(x_source)  # (N, latent_dim)
-        return self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask))
+        mean, log_variance = self.encoder.distribution(x_source.flatten(0, 1))  # (N * K, latent_dim)
+        latents = mean.unflatten(0, x_source.shape[:2])
+        log_variances = None if log_variance is None else log_variance.unflatten(0, x_source.shape[:2])
+        drawn = latents
+        if log_variances is not None and latent_noise is not None:
+            drawn = latents + (log_variances / 2).exp() * latent_noise
+        z = drawn.mean(dim=1)  # (N, latent_dim)
+        return Denoised(self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask)), latents, log_variances)
 
     def encode(self, x_source: Tensor) -> Tensor:
         """Returns z (N, latent_dim), the mean of the latents of K source views (N, K, 3, S, S)."""

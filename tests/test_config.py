@@ -129,6 +129,7 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
             "encoder.stem=imagenet is for torchvision's ResNets, not for wide_resnet28_2: set encoder.stem=small",
         ),
         ("encoder={architecture: wide_resnet28_2, width: 32}", "not for wide_resnet28_2: set encoder.width=64"),
+        ("training.terms.kl=1e-5", "training.terms.kl needs encoder.probabilistic=true: set both, or neither"),
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
         ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
         ("data.stream=true", "data.stream is for data sets of image files, tiny and folder, not for cifar10"),

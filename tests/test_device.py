@@ -266,7 +266,9 @@ def test_both_memory_layouts_give_the_same_numbers(monkeypatch: pytest.MonkeyPat
         soda = to_device(small_soda(width=8).train(), torch.device("cpu"))
         weights = [weight for weight in soda.encoder.parameters() if weight.dim() == 4 and weight.shape[-1] == 3]
         assert all(weight.is_contiguous(memory_format=torch.channels_last) == last for weight in weights) and weights
-        eps = soda(x_source[:, None], x_t, torch.tensor([0, 10, 500, 999]), torch.zeros(4, 1, dtype=torch.bool))
+        eps = soda(
+            x_source[:, None], x_t, torch.tensor([0, 10, 500, 999]), torch.zeros(4, 1, dtype=torch.bool)
+        ).prediction
         (eps - noise).square().mean().backward()
         found.append({"eps": eps.detach()} | {name: p.grad for name, p in soda.named_parameters()})
     for name, expected in found[0].items():

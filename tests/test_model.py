@@ -310,7 +310,7 @@ def test_within_three_steps_every_parameter_has_had_a_gradient() -> None:
     waiting = {name for name, _ in soda.named_parameters()}
     for _ in range(3):
         x_source, x_t, noise = torch.randn(3, 8, 3, 8, 8).unbind()
-        eps = soda(x_source[:, None], x_t, torch.randint(1000, (8,)), torch.zeros(8, 1, dtype=torch.bool))
+        eps = soda(x_source[:, None], x_t, torch.randint(1000, (8,)), torch.zeros(8, 1, dtype=torch.bool)).prediction
         (eps - noise).square().mean().backward()
         waiting -= {name for name, p in soda.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()

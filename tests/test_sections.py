@@ -181,11 +181,11 @@ def test_what_a_dropped_section_modulates_sees_the_null_latent(sectioned_soda: S
             assert not drop or given[sample].eq(0).all()
     # SODA applies the mask to z before the decoder. With a row of True, eps does not depend on the source view.
     x_source, x_t, timesteps = torch.randn(4, 1, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
-    eps = soda(x_source, x_t, timesteps, drop_mask)
+    eps = soda(x_source, x_t, timesteps, drop_mask).prediction
     masked = soda.encoder(x_source[:, 0]).clone()
     masked[1, :3], masked[2, 3:], masked[3] = 0, 0, 0
     torch.testing.assert_close(eps, decoder(x_t, timesteps, masked))
-    other = soda(torch.randn(4, 1, 3, 8, 8), x_t, timesteps, drop_mask)
+    other = soda(torch.randn(4, 1, 3, 8, 8), x_t, timesteps, drop_mask).prediction
     assert torch.equal(other[3], eps[3]) and not torch.isclose(other[:3], eps[:3]).all(dim=(1, 2, 3)).any()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.schema import Terms
@@ -19,6 +20,7 @@ from evaluation.protocols import config_protocols
 from experiment import batch as batch_module
 from experiment.batch import source_draws
 from experiment.models import initial_soda
+from model.soda import Denoised
 from tests.conftest import assert_equal_states, batch_of, experiment_of
 from training import losses
 from training.sample_grid import sample_grid
@@ -56,7 +58,8 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
 
 
 def test_a_batch_splits_into_its_parts(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "training.timesteps.sampling=adaptive", "views.num_sources=2")
+    settings = ("training.timesteps.sampling=adaptive", "views.num_sources=2", "encoder.probabilistic=true")
+    experiment = experiment_of(tmp_path, *settings)
     whole, part = batch_of(experiment, 3, range(64)), batch_of(experiment, 3, range(16, 48))
     for name, values in vars(whole).items():
         assert torch.equal(getattr(part, name), values[16:48]), name
@@ -275,20 +278,52 @@ def test_the_ema_follows_its_closed_form(tmp_path: Path, power: float) -> None:
 def test_the_model_denoises_the_noised_target_of_its_batch(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path, "decoder.dropout=0.0")
     state = initial_state(experiment)
-    calls: list[tuple[Any, torch.Tensor]] = []
+    calls: list[tuple[Any, Denoised]] = []
 
-    def spy(*inputs: torch.Tensor) -> torch.Tensor:
+    def spy(*inputs: torch.Tensor) -> Denoised:
         calls.append((inputs, state.soda(*inputs)))
         return calls[-1][1]
 
     state.wrapped = spy
     loss, _ = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
-    ((x_source, x_t, timesteps, drop_mask), eps), batch = calls[0], batch_of(experiment, 0, range(64))
+    ((x_source, x_t, timesteps, drop_mask, latent_noise), (eps, *_)), batch = (
+        calls[0],
+        batch_of(experiment, 0, range(64)),
+    )
+    assert latent_noise is None
     share = experiment.diffusion.alphas_cumprod[batch.timesteps][:, None, None, None]
     torch.testing.assert_close(x_t.double(), share.sqrt() * batch.x_start + (1 - share).sqrt() * batch.noise)
     for given, drawn in ((x_source, batch.x_source), (timesteps, batch.timesteps), (drop_mask, batch.drop_mask)):
         assert torch.equal(given, drawn)
     assert loss.item() == pytest.approx((eps - batch.noise).square().mean().item(), rel=1e-6)
+
+
+def test_a_probabilistic_encoder_draws_its_latents_and_is_pulled_towards_a_standard_normal(tmp_path: Path) -> None:
+    """Both terms are compared with torch's distributions. z is drawn with the noise of the batch."""
+    probabilistic = ("encoder.probabilistic=true", "views.num_sources=2", "decoder.dropout=0.0")
+    experiment = experiment_of(tmp_path, *probabilistic, "training.terms.kl=0.5", "training.terms.l1=0.25")
+    state, batch = initial_state(experiment), batch_of(experiment, 0, range(64))
+    assert batch.latent_noise is not None and batch.latent_noise.shape == (64, 2, state.soda.encoder.latent_dim)
+    soda, given = state.soda.train(), (torch.zeros_like(batch.x_start), batch.timesteps, batch.drop_mask)
+    with torch.no_grad():
+        denoised = soda(batch.x_source, *given, batch.latent_noise)
+        normal = Normal(denoised.latents, (denoised.log_variances / 2).exp())
+        z = (normal.loc + normal.scale * batch.latent_noise).mean(dim=1)
+        expected = soda.decoder(*given[:2], soda.decoder.mask(z, batch.drop_mask))
+        torch.testing.assert_close(denoised.prediction, expected)
+        assert torch.equal(soda.encode(batch.x_source), denoised.latents.mean(dim=1)), "elsewhere, z is the mean"
+    half = batch.x_start[0].numel() / 2
+    divergence = kl_divergence(normal, Normal(torch.zeros(()), torch.ones(()))).sum(dim=-1).mean() / half
+    norm = denoised.latents.norm(p=1, dim=-1).mean() / half
+
+    total, _ = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
+    found = state.tally.take().losses
+    assert found["kl"] == pytest.approx(divergence.item(), rel=1e-4)
+    assert found["l1"] == pytest.approx(norm.item(), rel=1e-4)
+    assert total.item() == pytest.approx(found["denoising"] + 0.5 * found["kl"] + 0.25 * found["l1"], rel=1e-5)
+    for _ in range(12):
+        train_step(experiment, state, training_pixels(experiment, state.step), PhaseTimer())
+    assert state.tally.take().losses["kl"] < 0.9 * found["kl"]
 
 
 def test_a_second_loss_term_is_added_and_logged_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +385,7 @@ def test_min_snr_and_reconstruction_in_a_step(tmp_path: Path, prediction: str) -
     a = experiment.diffusion.alphas_cumprod[batch.timesteps].sqrt()[:, None, None, None]
     s, x_start = (1 - a**2).sqrt(), batch.x_start.double()
     x_t = experiment.diffusion.q_sample(batch.x_start, batch.timesteps, batch.noise)
-    found = state.soda.train()(batch.x_source, x_t, batch.timesteps, batch.drop_mask).detach().double()
+    found = state.soda.train()(batch.x_source, x_t, batch.timesteps, batch.drop_mask).prediction.detach().double()
     clean = {"eps": (x_t - s * found) / a, "v": a * x_t - s * found, "x_start": found}[prediction]
     squares, snr = (clean - x_start).square(), (a / s) ** 2
     expected = (snr.clamp(max=5) * squares).mean() + 0.5 * squares.mean()

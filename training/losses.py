@@ -25,6 +25,7 @@ class ForwardPass:
         batch: the micro-batch.
         x_t: (N, 3, H, W) noised target view.
         prediction: (N, 3, H, W) output of the model.
+        latents, log_variances: (N, K, latent_dim) each (see model.soda.Denoised).
     """
 
     config: Training
@@ -32,6 +33,8 @@ class ForwardPass:
     batch: Batch
     x_t: Tensor
     prediction: Tensor
+    latents: Tensor
+    log_variances: Tensor | None
 
     @cached_property
     def errors(self) -> Tensor:
@@ -60,7 +63,29 @@ def reconstruction(found: ForwardPass) -> Tensor:
     return found.weighted_mean(squared_errors(x_start, found.batch.x_start))
 
 
-TERMS: dict[str, Callable[[ForwardPass], Tensor]] = {"denoising": denoising, "reconstruction": reconstruction}
+def kl(found: ForwardPass) -> Tensor:
+    """Returns the mean KL divergence of the latents' distributions from N(0, I), a scalar (Kingma & Welling 2014).
+
+    It is summed over the dimensions of z and divided by half the number of values of a target view. Its weight is then
+    that of Abstreiter et al. (2021), whose denoising loss is half of the sum over these values.
+    """
+    assert found.log_variances is not None, "config/consistency.py checks this"
+    mean, log_variance = found.latents.float(), found.log_variances.float()
+    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1) / 2
+    return divergence.mean() / (found.batch.x_start[0].numel() / 2)
+
+
+def l1(found: ForwardPass) -> Tensor:
+    """Returns the mean L1 norm of the latents, a scalar, divided by half the number of values of a target view."""
+    return found.latents.float().abs().sum(dim=-1).mean() / (found.batch.x_start[0].numel() / 2)
+
+
+TERMS: dict[str, Callable[[ForwardPass], Tensor]] = {
+    "denoising": denoising,
+    "reconstruction": reconstruction,
+    "kl": kl,
+    "l1": l1,
+}
 
 
 def term_weights(config: Training) -> dict[str, float]:

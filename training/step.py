@@ -81,8 +81,8 @@ def train_step(
                 torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
                 x_t = experiment.diffusion.q_sample(batch.x_start, batch.timesteps, batch.noise)
                 with autocast(device, experiment.amp_dtype):
-                    prediction = state.wrapped(batch.x_source, x_t, batch.timesteps, batch.drop_mask)
-                found = ForwardPass(config.training, experiment.diffusion, batch, x_t, prediction)
+                    denoised = state.wrapped(batch.x_source, x_t, batch.timesteps, batch.drop_mask, batch.latent_noise)
+                found = ForwardPass(config.training, experiment.diffusion, batch, x_t, *denoised)
                 losses = loss_terms(found)
                 state.timestep_sampler.observe(batch.timesteps, found.errors)
                 losses = {name: loss / len(micro_batches) for name, loss in losses.items()}
