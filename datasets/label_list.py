@@ -74,7 +74,7 @@ class _Files:
             return [path]
         if not path.lower().endswith(image_endings()):  # saves the slow steps for most texts that are no path
             return []
-        if os.path.isabs(path):
+        if Path(path).is_absolute():
             with suppress(ValueError):  # Windows: on another drive than `root`
                 path = os.path.relpath(path, self._root)
         path = path.replace("\\", "/")

@@ -462,6 +462,20 @@ def test_files_that_the_system_does_not_deliver_are_not_skipped(
         open_folder(tmp_path / "photos", unreadable="skip")
 
 
+def test_skipping_must_leave_images_of_each_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for split, names in (("train", "abc"), ("test", "abc")):
+        for name in names:
+            save(tmp_path / "photos" / split / name / "1.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "photos" / "test" / "b" / "1.png").write_bytes(b"damaged")
+    _, test = open_folder(tmp_path / "photos", unreadable="skip")
+    assert test.labels.tolist() == [0, 2]
+    assert "classes without test images that can be read, which are not judged: b" in caplog.text
+    (tmp_path / "photos" / "train" / "c" / "1.png").write_bytes(b"damaged")
+    with pytest.raises(DatasetError, match=r"leaves no training images in .*photos of the classes c: restore some"):
+        open_folder(tmp_path / "photos", unreadable="skip")
+
+
 # Size.
 
 

@@ -71,6 +71,7 @@ def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
         ("training_set", "test_set"),
         ("train images", "eval-images"),
         ("Training", "testing"),
+        ("train2017", "val2017"),
     ],
 )
 @pytest.mark.parametrize("above", ["", "unpacked/"])
