@@ -65,8 +65,8 @@ class ImageEncoder(nn.Module):
         if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8:
             kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
             raise TypeError(
-                f"the encoder takes a uint8 tensor of pixels from 0 to 255, not {kind}: convert integers from 0 to 255 "
-                "by torch.as_tensor(x).byte(), and values in [0, 1] by (255 * x).round().byte()"
+                f"the encoder takes a uint8 tensor of pixels from 0 to 255, not {kind}: convert pixels x in [0, 1] by "
+                "(255 * x).round().byte(), and integers from 0 to 255 by torch.as_tensor(x).byte()"
             )
         shape = tuple(pixels.shape)
         if pixels.ndim != 4 or shape[1] != 3:

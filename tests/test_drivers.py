@@ -125,6 +125,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
         assert cells == next(found for other, found in judged_by_all.items() if other.startswith(name))
 
 
+@pytest.mark.long
 def test_a_run_that_the_clock_stops_keeps_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
     """Time that is left because the judging was shorter than assumed does not make an incomplete run complete."""
     bench.plan["stages"] = [{"name": "screen", "epochs": 50, "variants": {"a": []}}]
@@ -135,6 +136,7 @@ def test_a_run_that_the_clock_stops_keeps_its_checkpoint(bench: Bench, tmp_path:
     assert (tmp_path / "out" / "runs" / "screen-a-0" / "last.pt").exists()
 
 
+@pytest.mark.long
 def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_path: Path) -> None:
     bench.plan["stages"] = [
         {"name": "bad", "command": "-c 'print(1); exit(3)'", "minutes": 0.5},
@@ -245,6 +247,7 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint may be lost"
 
 
+@pytest.mark.long
 def test_a_driver_waits_for_what_a_later_stage_needs(bench: Bench, tmp_path: Path) -> None:
     """A driver waits for a run that another one holds only before a stage that needs it, and takes it over then."""
     bench.plan["stages"] = [
@@ -298,6 +301,7 @@ def test_a_driver_does_not_wait_for_what_nothing_needs(bench: Bench, tmp_path: P
     locks["screen-b-0"].close()
 
 
+@pytest.mark.long
 def test_two_drivers_make_the_results_of_one(bench: Bench, tmp_path: Path) -> None:
     """Two drivers, started as a user starts them, divide the runs. Their results are those of one driver.
 
@@ -353,6 +357,7 @@ def test_two_drivers_make_the_results_of_one(bench: Bench, tmp_path: Path) -> No
     assert sorted(log.count("(in another driver)") for log in logs) == [0, 1], "the failed run must be tried once"
 
 
+@pytest.mark.long
 def test_the_speed_is_that_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images per second count neither the first steps nor judging nor saving, also if a run is judged in between."""
     now = 0.0
