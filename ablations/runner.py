@@ -115,7 +115,7 @@ class Runner:
                 )
             return max(1, round(rows[0]["epochs"]))
         assert stage.minutes
-        kept = next(iter(sorted(folder.glob("epochs-*"))), folder / f"epochs-{run.digest}")
+        kept = folder / f"epochs-{run.digest}"
         if not kept.exists():
             trial = Trial(run.config, None, control=stage.control)
             trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self.must_stop())

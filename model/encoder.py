@@ -50,7 +50,7 @@ class Encoder(nn.Module):
 
     def distribution(self, x_source: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns (mean of z, log-variance of z), (N, latent_dim) each. A deterministic encoder has no log-variance."""
-        return self._of(self.pooled(x_source))
+        return self._from_pooled(self.pooled(x_source))
 
     def forward(self, x_source: Tensor) -> Tensor:
         """Returns z, or the mean of its distribution, (N, latent_dim), for images (N, 3, H, W).
@@ -62,9 +62,9 @@ class Encoder(nn.Module):
     def features(self, x_source: Tensor) -> dict[str, Tensor]:
         """Returns {"pooled": (N, pooled_dim), "z": (N, latent_dim)} for images (N, 3, H, W), for the evaluation."""
         pooled = self.pooled(x_source)
-        return {"pooled": pooled, "z": self._of(pooled)[0]}
+        return {"pooled": pooled, "z": self._from_pooled(pooled)[0]}
 
-    def _of(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _from_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.fc(pooled)
         if not self.is_probabilistic:
             return found, None

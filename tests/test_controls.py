@@ -70,6 +70,7 @@ IGNORED = [
     ([], ["training.micro_batch_size=32", "training.compile=true"], "training.micro_batch_size, training.compile"),
     (["training.terms.reconstruction=0.1"], [], "training.terms.reconstruction"),
     (["training.compile=true"], [], "training.compile"),
+    ([], ["encoder.frozen=true"], "encoder.frozen"),
     (["decoder.dropout=0.5", "diffusion.schedule=cosine", "training.compile=false"], ["encoder.width=8"], None),
 ]
 

@@ -115,6 +115,8 @@ def test_weights_that_do_not_fit_are_refused(saved: tuple[Path, TrainState], tmp
         ("encoder.weights=start.pt encoder.latent_dim=16", "another encoder: add encoder.latent_dim=8 to the command"),
         ("decoder.weights=start.pt decoder.scale_offset=0", "another decoder: add decoder.scale_offset=1.0 to"),
         ("decoder.weights=start.pt initialization=paper", "add initialization=default to the command"),
+        ("decoder.weights=start.pt diffusion.prediction=v", "add diffusion.prediction=eps to the command"),
+        ("decoder.weights=start.pt encoder.latent_dim=20", "another decoder: add encoder.latent_dim=8 to the command"),
     ]:
         folder = path.parent if "start.pt" in arguments else tmp_path
         with pytest.raises(ConfigError, match=expected) as caught:
