@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets.walking import Walker, is_image
+from datasets.walking import Walker
 from utils.text import join_names
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,11 @@ def list_classes(folder: Path, cache_name: str, walker: Walker, classes: list[st
     Args:
         classes: names of the classes. Folders of other classes are left out. None: all folders with images are classes.
     """
+    within: dict[str, list[str]] = {}  # images by the folder directly below `folder`
+    for file in walker.images_in(folder):
+        within.setdefault(next(iter(Path(file).parent.parts), ""), []).append(file)
     found = {
-        name: [f"{inner}/{file}" for inner in folders for file in walker.images_in(folder / inner)]
+        name: [file for inner in folders for file in within.get(inner, [])]
         for name, folders in walker.class_folders(folder).items()
     }
     empty = [name for name, files in found.items() if not files]
@@ -58,7 +61,7 @@ def list_classes(folder: Path, cache_name: str, walker: Walker, classes: list[st
             folder,
             join_names(unknown),
         )
-    log_loose(folder, sum(is_image(path.name) for path in folder.iterdir()))
+    log_loose(folder, len(within.get("", [])))
     files, labels = [], []
     for label, name in enumerate(classes):
         files += found.get(name, [])

@@ -25,10 +25,12 @@ class Walker:
 
     Attributes:
         left_out: folders of systems and of runs, which were not read.
+        repeated: links that were not followed, because their folders were read already or contain the folder of images.
     """
 
     def __init__(self) -> None:
         self.left_out: set[Path] = set()
+        self.repeated: set[Path] = set()
 
     def images_in(self, folder: Path) -> list[str]:
         """Returns the sorted paths of all images below `folder`, relative to it."""
@@ -54,22 +56,35 @@ class Walker:
         return dict(sorted(found.items()))
 
     def log_left_out(self) -> None:
-        """Logs the folders that were not read."""
+        """Logs the folders and the links that were not read."""
         if self.left_out:
             logger.info("left out %s, made by systems or by runs", join_names(sorted(map(str, self.left_out))))
+        if self.repeated:
+            logger.info(
+                "not followed: %s, because these links lead to folders that are read already, or to a parent folder",
+                join_names(sorted(map(str, self.repeated))),
+            )
 
     def _images(self, folder: Path) -> Iterator[str]:
-        """Yields the paths of all images. Links are followed, but each real folder is read only once."""
-        seen = set()
-        for base, folders, names in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
-            real = os.path.realpath(base)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = self.input_folders(Path(base), folders)
-            relative = Path(base).relative_to(folder)
-            yield from (str(relative / name) for name in names if is_image(name))
+        """Yields the paths of all images below `folder`, relative to it. Each real folder is read once.
+
+        Links to folders are followed after the other folders, so that an image in both has its path without links.
+        Links to a parent of `folder` are not followed.
+        """
+        read = set(map(str, Path(os.path.realpath(folder)).parents))
+        starts = [folder]
+        for start in starts:
+            for base, folders, names in os.walk(start, onerror=_raise_unreadable):  # does not follow links
+                real, here = os.path.realpath(base), Path(base)
+                if real in read:
+                    self.repeated.add(here)
+                    folders.clear()
+                    continue
+                read.add(real)
+                folders[:] = self.input_folders(here, folders)
+                starts += [here / name for name in folders if (here / name).is_symlink()]
+                inside = here.relative_to(folder)
+                yield from (str(inside / name) for name in names if is_image(name))
 
     def input_folders(self, folder: Path, names: list[str]) -> list[str]:
         """Returns the sorted `names` of sub-folders of `folder` that may hold images, and notes the others."""

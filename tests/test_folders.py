@@ -320,6 +320,34 @@ def test_what_systems_leave_behind_is_no_class(tmp_path: Path, caplog: pytest.Lo
     assert list_images(tmp_path / "train").classes == ["a", "b"]
 
 
+def test_each_real_folder_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Links to folders that are read anyway, or to a parent folder, add no images. Other links are followed."""
+    root = touch(tmp_path / "photos", *(f"{split}/{name}/1.png" for split in ("train", "test") for name in "bc"))
+    touch(tmp_path, "elsewhere/deep/2.png", "photos/train/.store/d/3.png")
+    for link, target in {
+        "train/b/up": "photos",
+        "train/b/train": "photos/train",
+        "train/a": "photos/train/c",  # a second name of a class
+        "train/c/b": "photos/train/b",
+        "train/c/other": "elsewhere",
+        "train/d": "photos/train/.store/d",
+        "train/d/twice": "elsewhere/deep",
+        "test/b/self": "photos/test/b",
+    }.items():
+        (root / link).symlink_to(tmp_path / target)
+    train, test = list_folder(root)
+    assert labelled(train) == {"b/1.png": "b", "c/1.png": "c", "c/other/deep/2.png": "c", "d/3.png": "d"}
+    assert labelled(test) == {"b/1.png": "b", "c/1.png": "c"}
+    (line,) = [message for message in caplog.messages if message.startswith("not followed: ")]
+    assert f"{root}/test/b/self, {root}/train/a, {root}/train/b/train, {root}/train/b/up, {root}/train/c/b, ..." in line
+    assert "(6 in total), because these links lead to folders that are read already" in line
+
+    (tmp_path / "flat").mkdir()
+    touch(tmp_path / "flat", "1.png", "sub/2.png")
+    (tmp_path / "flat" / "sub" / "again").symlink_to(tmp_path)
+    assert list_folder(tmp_path / "flat")[0].files == list_images(tmp_path / "flat").files == ["1.png", "sub/2.png"]
+
+
 @pytest.mark.parametrize("output_dir", ["runs/mine", "."])
 def test_a_run_does_not_read_its_own_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, output_dir: str
