@@ -17,7 +17,6 @@ from config.schema import Config
 from datasets.decoding import decode_batches, num_cores, rules_of
 from datasets.findings import GREY_BITS, Findings, log_findings, raise_if_unreadable
 from datasets.folder_layouts import list_images
-from datasets.formats import count_others
 from datasets.images import DatasetError, Images
 from datasets.listing import Listing
 from datasets.operations import resize
@@ -72,9 +71,6 @@ def images_of_folder(folder: Path, config: Config, grey_bits: int | None) -> Nam
         train = folder / next(name for name in listing.classes if holds_splits([name, "test"]))
         choice = shlex.quote(str(train))
         raise DatasetError(f"{folder} holds splits, not classes: choose one split, e.g. --folder {choice}")
-    others = count_others(folder)
-    if others:
-        logger.info("left out files of %s that are not images: %s", folder, others)
     return _images_of_listing(listing, config, grey_bits)
 
 

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from config.schema import Data
 from datasets.decoding import DEFAULT_RULES, Rules, StreamedImages, decode_batches, num_cores, rules_of
 from datasets.findings import GREY_BITS, Findings, UnreadableError, log_findings, raise_if_unreadable
-from datasets.formats import count_others
 from datasets.images import DatasetError, Images, StoredImages, Summary, summarize
 from datasets.listing import Listing
 from utils.files import replacing
@@ -165,9 +164,6 @@ def open_listing(
     index = _read_mark(mark_file, source, listing.root)
     pixels = None if stream or index is None else _map_pixels(pixels_file, shape)
     if index is None or (pixels is None and not stream):
-        others = count_others(listing.root)
-        if others:
-            logger.info("left out files of %s that are not images: %s", listing.root, others)
         workers = num_workers or num_cores()
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)

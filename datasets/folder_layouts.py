@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets.images import DatasetError
 from datasets.listing import NEEDS_TEST, Listing, Listings, list_classes, log_loose, log_unjudged
 from datasets.split_names import split_folders, split_of
-from datasets.walking import Walker, no_images
+from datasets.walking import Walker
 from utils.text import compose, join_names
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def list_folder(root: Path, held_out: bool = False) -> Listings:
         raise DatasetError(f"no folder {root}: set data.root to a folder with train/<class>/* and test/<class>/*")
     walker = Walker()
     listings = _list_below(root, held_out, walker)
-    walker.log_left_out()
+    walker.log_left_out(root)
     return listings
 
 
@@ -100,13 +100,13 @@ def _has_class_folders(folder: Path, walker: Walker) -> bool:
 
 
 def _list_root_classes(root: Path, walker: Walker) -> Listing:
-    return _check_classes(list_classes(root, "classes", walker), "remove data.holdout, to train without labels")
+    return _check_classes(list_classes(root, "classes", walker), "remove data.holdout, to train without labels", walker)
 
 
-def _check_classes(train: Listing, advice: str) -> Listing:
+def _check_classes(train: Listing, advice: str, walker: Walker) -> Listing:
     """Returns the training files. Raises DatasetError if there are none, or if they have only one class."""
     if not train.files:
-        raise no_images(train.root)
+        raise walker.no_images(train.root)
     if len(train.classes) == 1:
         raise DatasetError(f"{train.root} has only one class, {train.classes[0]}: add another class, or {advice}")
     return train
@@ -119,7 +119,7 @@ def _list_splits(layout: _Layout, held_out: bool, walker: Walker) -> Listings:
     if name is None:
         return _list_flat(layout, held_out, walker), None
     train = list_classes(root / name, "classes", walker)
-    _check_classes(train, f"move the images of this class into {train.root} and remove its folder")
+    _check_classes(train, f"move the images of this class into {train.root} and remove its folder", walker)
     shared = {test: _count_shared(root / test, train.classes, walker) for test in tests}
     best = max(shared, key=lambda test: shared[test], default=None)
     if best and shared[best]:
@@ -162,7 +162,7 @@ def _list_flat(layout: _Layout, held_out: bool, walker: Walker) -> Listing:
     train = layout.root / name
     files = walker.images_in(train)
     if not files:
-        raise no_images(train)
+        raise walker.no_images(train)
     if held_out:
         raise _no_labels(train, f", or, if {name} is a class, rename it" if layout.others else "")
     unread = layout.without(name)
@@ -193,7 +193,7 @@ def _list_together(root: Path, held_out: bool, walker: Walker) -> Listings:
     """
     files = walker.images_in(root)
     if not files:
-        raise no_images(root)
+        raise walker.no_images(root)
     holders = _split_holders(files)
     if len(holders) == 1:
         place = root / holders[0]
@@ -246,9 +246,9 @@ def list_images(folder: Path) -> Listing:
         raise DatasetError(f"no folder {folder}: name a folder with images")
     walker = Walker()
     files = walker.images_in(folder)
-    walker.log_left_out()
+    walker.log_left_out(folder)
     if not files:
-        raise no_images(folder)
+        raise walker.no_images(folder)
     in_classes = [file for file in files if len(Path(file).parts) > 1]
     names = [compose(Path(file).parts[0]) for file in in_classes]
     classes = sorted(set(names))

@@ -1,10 +1,8 @@
-"""Endings of image files that the installed Pillow decodes, and counts of other files."""
+"""Endings of image files that the installed Pillow decodes, and descriptions of other files."""
 
-import os
 from collections import Counter
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 from PIL import Image
 
@@ -28,23 +26,12 @@ def image_endings() -> tuple[str, ...]:
     return tuple(sorted(e for e, name in formats.items() if name in Image.OPEN and name not in NOT_DECODED))
 
 
-def count_others(folder: Path) -> str:
-    """Returns the number of files below `folder` that are not read as images, by ending: "3 .txt, 1 .mp4".
+def describe_endings(counts: Counter[str]) -> str:
+    """Returns a text such as "3 .txt, 1 .mp4" for the number of files with each ending. It is empty if there are none.
 
-    A plug-in that would read the files is named. Hidden files and folders are not counted. Returns an empty text if
-    there are no such files.
+    A plug-in that would read the files is named.
     """
-    counts: Counter[str] = Counter()
-    seen = set()
-    for base, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(base)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        counts.update(os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))  # noqa: PTH122
-    others = sorted((-count, ending) for ending, count in counts.items() if ending not in image_endings())
+    others = sorted((-count, ending) for ending, count in counts.items())
     listed = [
         f"{-count} {ending or 'without an ending'}"
         + (f" (pip install {PLUGINS[ending]} to read them)" if ending in PLUGINS else "")

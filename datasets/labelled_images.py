@@ -7,7 +7,7 @@ from datasets.images import DatasetError
 from datasets.label_list import read_label_list
 from datasets.listing import NEEDS_TEST, Listing, Listings, log_unjudged
 from datasets.split_names import split_folders, split_of
-from datasets.walking import Walker, no_images
+from datasets.walking import Walker
 from utils.text import join_names
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def list_labelled(root: Path, labels: Path, held_out: bool = False) -> Listings:
     walker = Walker()
     files = walker.images_in(root)
     if not files:
-        raise no_images(root)
-    walker.log_left_out()
+        raise walker.no_images(root)
+    walker.log_left_out(root)
     found = read_label_list(path, files, root)
     train_files, test_files = _divide_by_folder(found.files, path)
     if not found.labels:

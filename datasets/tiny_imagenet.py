@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datasets.images import DatasetError
 from datasets.listing import Listing, list_classes
-from datasets.walking import Walker, no_images
+from datasets.walking import Walker
 
 
 def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
@@ -27,11 +27,11 @@ def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
         train = list_classes(base / "train", "tiny", walker, classes)
     except (OSError, ValueError, LookupError) as error:
         raise DatasetError(f"{base} is not a complete Tiny-ImageNet ({error}): unpack the archive again") from None
-    walker.log_left_out()
+    walker.log_left_out(base)
     if not rows:
         raise DatasetError(f"{base / 'val' / 'val_annotations.txt'} is empty: unpack tiny-imagenet-200.zip again")
     missing = sorted(set(range(len(classes))).difference(train.labels or []))
     if missing:
-        raise no_images(base / "train" / classes[missing[0]])
+        raise walker.no_images(base / "train" / classes[missing[0]])
     test = Listing(base / "val" / "images", [row[0] for row in rows], labels, classes, "tiny")
     return train, test

@@ -2,10 +2,11 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets.formats import count_others, image_endings
+from datasets.formats import describe_endings, image_endings
 from datasets.images import DatasetError
 from utils.run_folder.folder import OUTPUTS, is_run_folder
 from utils.text import compose, join_names
@@ -31,14 +32,23 @@ class Walker:
     def __init__(self) -> None:
         self.left_out: set[Path] = set()
         self.repeated: set[Path] = set()
+        self._others: dict[Path, Counter[str]] = {}  # endings of the files in each folder that are no images
 
     def images_in(self, folder: Path) -> list[str]:
         """Returns the sorted paths of all images below `folder`, relative to it."""
-        return sorted(self._images(folder), key=lambda file: (compose(file), file))
+        files = []
+        for here, names in self._walk(folder):
+            inside = here.relative_to(folder)
+            files += [str(inside / name) for name in names if is_image(name)]
+            others = [name for name in names if not is_image(name) and not name.startswith(".")]
+            self._others[here] = Counter(Path(name).suffix.lower() for name in others)
+        if is_run_folder(folder):  # files of the run itself
+            del self._others[folder]
+        return sorted(files, key=lambda file: (compose(file), file))
 
     def has_images(self, folder: Path) -> bool:
         """Returns True if there are images below `folder`."""
-        return any(True for _ in self._images(folder))
+        return any(is_image(name) for _, names in self._walk(folder) for name in names)
 
     def folders_in(self, folder: Path) -> list[str]:
         """Returns the sorted names of the sub-folders of `folder` that may hold images."""
@@ -55,8 +65,29 @@ class Walker:
             found.setdefault(compose(name), []).append(name)
         return dict(sorted(found.items()))
 
-    def log_left_out(self) -> None:
-        """Logs the folders and the links that were not read."""
+    def no_images(self, folder: Path) -> DatasetError:
+        """Returns the error about a folder without images. It says what was left out."""
+        if is_run_folder(folder):
+            return DatasetError(
+                f"{folder} is the folder of a run, whose pictures are not read: choose the folder of your images"
+            )
+        runs = [f"the run folder {path}" for path in sorted(self.left_out) if is_run_folder(path)]
+        others = ", ".join(filter(None, [join_names(runs), self._other_files(folder)]))
+        return DatasetError(
+            f"no images in {folder}{f' (left out: {others})' if others else ''}: add files that Pillow reads, for "
+            "example .jpg, .png or .webp"
+        )
+
+    def _other_files(self, folder: Path) -> str:
+        """Returns the number of files below `folder` that are not images, by ending."""
+        counts = [count for here, count in self._others.items() if here.is_relative_to(folder)]
+        return describe_endings(sum(counts, Counter()))
+
+    def log_left_out(self, folder: Path) -> None:
+        """Logs which files, folders and links below `folder` were not read."""
+        others = self._other_files(folder)
+        if others:
+            logger.info("left out files of %s that are not images: %s", folder, others)
         if self.left_out:
             logger.info("left out %s, made by systems or by runs", join_names(sorted(map(str, self.left_out))))
         if self.repeated:
@@ -65,8 +96,8 @@ class Walker:
                 join_names(sorted(map(str, self.repeated))),
             )
 
-    def _images(self, folder: Path) -> Iterator[str]:
-        """Yields the paths of all images below `folder`, relative to it. Each real folder is read once.
+    def _walk(self, folder: Path) -> Iterator[tuple[Path, list[str]]]:
+        """Yields (folder, names of its files) for `folder` and all folders below it. Each real folder is read once.
 
         Links to folders are followed after the other folders, so that an image in both has its path without links.
         Links to a parent of `folder` are not followed.
@@ -83,8 +114,7 @@ class Walker:
                 read.add(real)
                 folders[:] = self.input_folders(here, folders)
                 starts += [here / name for name in folders if (here / name).is_symlink()]
-                inside = here.relative_to(folder)
-                yield from (str(inside / name) for name in names if is_image(name))
+                yield here, names
 
     def input_folders(self, folder: Path, names: list[str]) -> list[str]:
         """Returns the sorted `names` of sub-folders of `folder` that may hold images, and notes the others."""
@@ -101,15 +131,6 @@ class Walker:
 def is_image(name: str) -> bool:
     """Returns True if a file of this name is read as an image."""
     return name.lower().endswith(image_endings()) and not name.startswith(".")
-
-
-def no_images(folder: Path) -> DatasetError:
-    """Returns the error about a folder without images. It counts the other files by their endings."""
-    others = count_others(folder)
-    return DatasetError(
-        f"no images in {folder}{f' (left out: {others})' if others else ''}: add files that Pillow reads, for example "
-        ".jpg, .png or .webp"
-    )
 
 
 def _raise_unreadable(error: OSError) -> None:

@@ -362,6 +362,18 @@ def test_a_run_does_not_read_its_own_pictures(
     assert train_program.main([*arguments, "training.epochs=2"]) == 0
     assert "resuming from" in caplog.text and "decoding all images again" not in caplog.text
     assert len(list_folder(Path())[0].files) == 16
+    left_out = [message for message in caplog.messages if "not images" in message]
+    assert left_out == ["left out files of . that are not images: 1 .json, 1 .npy"] * 2, "one line per start: the cache"
+
+
+def test_run_folders_are_named_if_there_are_no_other_images(tmp_path: Path) -> None:
+    run = touch(tmp_path / "runs" / "x", "config.yaml", "checkpoints/last.pt", "samples/1.png", "pictures/2.png")
+    touch(run.parent, "notes.txt")
+    for read in (list_folder, list_images):
+        with pytest.raises(DatasetError, match="runs/x is the folder of a run, whose pictures are not read: choose"):
+            read(run)
+        with pytest.raises(DatasetError, match=r"no images in .* \(left out: the run folder .*/x, 1 \.txt\): add"):
+            read(run.parent)
 
 
 def test_composed_and_decomposed_names_are_equal(tmp_path: Path) -> None:
