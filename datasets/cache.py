@@ -250,16 +250,17 @@ def _fingerprint(listing: Listing) -> str:
 
     The time of the last change of a file's status is included, because copying tools restore the modification time.
 
-    Raises DatasetError if a file cannot be accessed or is not a regular file.
+    A file that cannot be accessed, such as a link to a missing file, counts by its name. Decoding reports it.
+
+    Raises DatasetError if a file is not a regular file.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in listing.files:
         try:
             status = (listing.root / file).stat()
-        except OSError as error:
-            raise DatasetError(
-                f"cannot read {listing.root / file} ({error.strerror}): restore it, or make it readable"
-            ) from None
+        except OSError:
+            digest.update(f"{file}\0inaccessible\n".encode(errors="surrogateescape"))
+            continue
         if not stat.S_ISREG(status.st_mode):
             raise DatasetError(f"{listing.root / file} is not a regular file: remove it")
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"

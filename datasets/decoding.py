@@ -107,6 +107,9 @@ def decode(path: Path, image_size: int, rules: Rules = DEFAULT_RULES, findings: 
     except Image.DecompressionBombError:
         reason = f"it has more pixels than data.max_megapixels={rules.max_megapixels:g} allows"
         raise ImageError(path, reason, damaged=True) from None
+    except FileNotFoundError:
+        reason = "it is a link to a missing file" if path.is_symlink() else "it is missing"
+        raise ImageError(path, reason, damaged=path.is_symlink()) from None
     except MemoryError:
         raise ImageError(path, "it does not fit in memory", damaged=False) from None
     except Exception as error:  # PIL's decoders raise many types for damaged files

@@ -29,7 +29,8 @@ class ImageError(DatasetError):
 
     Attributes:
         reason: why it cannot be read.
-        damaged: True if its content is the reason; False if the system did not deliver the content.
+        damaged: True if its content is the reason, or if it is a link to a missing file; False if the system did not
+            deliver the content.
     """
 
     def __init__(self, path: Path, reason: str, damaged: bool) -> None:

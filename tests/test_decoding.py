@@ -461,6 +461,26 @@ def test_files_that_the_system_does_not_deliver_are_not_skipped(
         open_folder(tmp_path / "photos", unreadable="skip")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_links_to_missing_files_are_unreadable_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    """All of them are named at the first start, or skipped. When a file is there again, its image is read."""
+    caplog.set_level("INFO")
+    root = tmp_path / "photos"
+    save(root / "a.png", np.full((8, 8, 3), 10, np.uint8))
+    for name in "bc":
+        (root / f"{name}.png").symlink_to(tmp_path / "away" / f"{name}.png")
+    both = rf"cannot read 2 images: {root}/b\.png \(it is a link to a missing file\), {root}/c\.png \(it is a link"
+    with pytest.raises(DatasetError, match=both):
+        open_folder(root, stream=stream)
+    assert open_folder(root, stream=stream, unreadable="skip")[0].names == ["a.png"]
+    assert "skipping 2 of the 3 images" in caplog.text
+    save(tmp_path / "away" / "b.png", np.full((8, 8, 3), 20, np.uint8))
+    train, _ = open_folder(root, stream=stream, unreadable="skip")
+    assert train.names == ["a.png", "b.png"] and pixels_of(train).unique().tolist() == [10, 20]
+
+
 def test_skipping_must_leave_images_of_each_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     for split, names in (("train", "abc"), ("test", "abc")):
