@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from config.errors import ConfigError
-from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, require, run
+from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable, read_names
 
@@ -109,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     task.add_argument("--split", choices=("train", "test"), help="encode the images of this split of the data set")
     task.add_argument(
         "--folder",
-        type=Path,
+        type=path_option,
         help="encode all images in this folder and its sub-folders; if most images are in sub-folders, the sub-folders "
         "are the classes, and the other images are left out",
     )
@@ -122,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     task.add_argument(
         "--export",
-        type=Path,
+        type=path_option,
         metavar="PATH",
         help="export the encoder: to the file PATH if it ends in .pt2 or .onnx, else to encoder.pt2 and encoder.onnx "
         "in the folder PATH; if PATH ends in .pt, export the EMA model in bf16 as a checkpoint from which training "
@@ -130,7 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_option,
         help="file for the features, ending in .npz or .safetensors; default: features/NAME.npz in the run folder, "
         "with the split, the folder's name or `files` as NAME; it holds z, pooled, names, checkpoint (its SHA-256), "
         "and, if the images have them, labels and classes, or attributes and attribute_names",

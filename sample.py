@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.pictures import PICTURES, Picture
 from config.errors import ConfigError
-from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, require, run
+from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
 
@@ -92,7 +92,7 @@ def parse(kind: type[Picture[Any]], words: list[str]) -> tuple[argparse.Namespac
     parser = make_parser(meaning, examples, prog=f"sample.py {kind.name}", of_checkpoint=True)
     parser.add_argument("--seed", type=int, help="seed of the random noise; default: the seed of the run")
     parser.add_argument(
-        "--out", type=Path, help=f"PNG file for the picture; default: pictures/{kind.name}.png in the run folder"
+        "--out", type=path_option, help=f"PNG file for the picture; default: pictures/{kind.name}.png in the run folder"
     )
     kind.add_options(parser)
     args = parser.parse_intermixed_args(words)

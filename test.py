@@ -4,10 +4,9 @@ The accuracies are compared with those of an untrained encoder and of raw pixels
 """
 
 import logging
-from pathlib import Path
 
 from config.errors import ConfigError
-from utils.cli import gather_user_errors, make_parser, overrides, read_config_if_named, require, run
+from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
 from utils.logging import format_table
@@ -26,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     with gather_user_errors():
         parser = make_parser(__doc__ or "", EXAMPLES, of_checkpoint=True)
         parser.add_argument("--report", action="store_true", help="also write a report as a single HTML file")
-        parser.add_argument("--out", type=Path, help="file for the report; default: report.html in the run folder")
+        parser.add_argument(
+            "--out", type=path_option, help="file for the report; default: report.html in the run folder"
+        )
         args = parser.parse_intermixed_args(argv)
         config = read_config_if_named(args)
         if args.out and not args.report:

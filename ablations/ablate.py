@@ -231,7 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="YAML file of the plan, such as ablations/plans/cifar10.yaml")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the results and of the checkpoints needed to resume"
+        "--out",
+        type=cli.path_option,
+        required=True,
+        help="folder of the results and of the checkpoints needed to resume",
     )
     parser.add_argument(
         "--minutes",

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results.jsonl of ablations")
-    parser.add_argument("--out", type=Path, required=True, help="SVG or PNG file for the figure")
+    parser.add_argument("--out", type=cli.path_option, required=True, help="SVG or PNG file for the figure")
     args = parser.parse_args(argv)
     with cli.gather_user_errors():
         cli.require("matplotlib")

@@ -22,13 +22,12 @@ training.
 
 import argparse
 import logging
-from pathlib import Path
 from typing import Any
 
 from ablations.result_rows import RESULTS, append_row, held_folder, read_rows
 from ablations.tables import mean_and_deviation
 from config.reading import load_config
-from utils.cli import gather_user_errors, run
+from utils.cli import gather_user_errors, path_option, run
 
 # Networks that two CPU cores can train. The latent has seven sections of eight dimensions.
 SETTINGS = [
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the results and of the checkpoints needed to resume"
+        "--out", type=path_option, required=True, help="folder of the results and of the checkpoints needed to resume"
     )
     parser.add_argument(
         "--config", default="config/fashion_mnist.yaml", help="YAML file of the experiment; default: %(default)s"

@@ -55,7 +55,14 @@ def _path(text: str) -> str:
         raise ValueError(f"{user} has no home folder: write the path in full, or ./{text} if it is a name") from None
 
 
+def _not_empty(text: str) -> str:
+    if not text:
+        raise ValueError("it is empty: write a path, such as . for the current folder")
+    return text
+
+
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$"), BeforeValidator(_only_text), AfterValidator(_path)]
+GivenPath = Annotated[PathText, AfterValidator(_not_empty)]
 Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 
@@ -89,13 +96,13 @@ class Data(Section):
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key(
         "cifar10", "data set; `tiny`: Tiny-ImageNet; `folder`: your own images"
     )
-    root: PathText = key(
+    root: GivenPath = key(
         "data",
         "folder of the data set; cifar10, cifar100 and fashion_mnist are downloaded to it if they are missing; "
         "digits does not use it",
         run=True,
     )
-    cache_dir: PathText = key("data/cache", "folder for the decoded images of `tiny` and `folder`", run=True)
+    cache_dir: GivenPath = key("data/cache", "folder for the decoded images of `tiny` and `folder`", run=True)
     image_size: int = key(
         32,
         "height and width in pixels of the views that the encoder receives, and of those that the decoder denoises, "

@@ -68,13 +68,13 @@ def test_every_name_of_the_config_is_a_source() -> None:
 
 
 def test_digits_are_embedded() -> None:
-    train, test, info = open_data("digits", "", "", 8)
+    train, test, info = open_data("digits", "unused", "unused", 8)
     assert test is not None and (len(train), len(test)) == (1437, 360)
     assert train.pixels.shape == (1437, 3, 8, 8) and info.classes == [str(i) for i in range(10)]
     assert train.pixels.max() == 255 and train.labels is not None and train.labels.bincount().min() > 130
     for mean, std, channel in zip(info.mean, info.std, train.pixels.transpose(0, 1).double() / 255, strict=True):
         assert (mean, std) == (pytest.approx(channel.mean().item()), pytest.approx(channel.std().item(), rel=1e-4))
-    larger = open_data("digits", "", "", 16)[0]
+    larger = open_data("digits", "unused", "unused", 16)[0]
     assert larger.pixels.shape[-2:] == (16, 16) and larger.labels is not None
     assert torch.equal(larger.labels, train.labels)
 
@@ -434,7 +434,7 @@ def test_pipes_are_refused(tree: Path, tmp_path: Path) -> None:
 
 def test_the_digest_of_what_runs_were_trained_on_stays() -> None:
     """The digest of a data set never changes, because checkpoints store it."""
-    assert open_data("digits", "", "", 8)[0].digest() == "4693b1156cb4fd053639a6059230c3b9"
+    assert open_data("digits", "unused", "unused", 8)[0].digest() == "4693b1156cb4fd053639a6059230c3b9"
 
 
 def test_a_disk_that_is_full_is_explained(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,11 +484,11 @@ def test_fashion_mnist_from_archives_on_disk(tmp_path: Path, monkeypatch: pytest
         folder = tmp_path / "root" / where
         write_idx(folder / f"{split}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
         write_idx(folder / f"{split}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8))
-    train, test, info = open_data("fashion_mnist", str(tmp_path / "root"), "", 28)
+    train, test, info = open_data("fashion_mnist", str(tmp_path / "root"), "unused", 28)
     assert test is not None and (len(train), len(test)) == (6, 3) and len(info.classes) == 10
     expected = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     assert (train.pixels.numpy() == expected[:, None]).all()
-    assert open_data("fashion_mnist", str(tmp_path / "root"), "", 32)[0].pixels.shape == (6, 3, 32, 32)
+    assert open_data("fashion_mnist", str(tmp_path / "root"), "unused", 32)[0].pixels.shape == (6, 3, 32, 32)
 
 
 def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +500,7 @@ def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [3, 7]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
-    train, test, info = open_data("cifar10", str(tmp_path), "", 32)
+    train, test, info = open_data("cifar10", str(tmp_path), "unused", 32)
     assert test is not None and train.labels is not None
     assert len(train) == 10 and (train.pixels[:2].numpy() == data.reshape(2, 3, 32, 32)).all()
     assert train.labels[:2].tolist() == [3, 7] and info.std == (0.2470, 0.2435, 0.2616)
@@ -516,14 +516,14 @@ def test_a_damaged_archive_is_named_and_can_be_mended(tmp_path: Path, monkeypatc
     whole = archive.read_bytes()
     archive.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DatasetError, match=archive.name):
-        open_data("fashion_mnist", str(tmp_path), "", 28)
+        open_data("fashion_mnist", str(tmp_path), "unused", 28)
     with gzip.open(archive, "wb") as file:
         file.write(b"not an idx file")
     with pytest.raises(DatasetError, match="damaged"):
-        open_data("fashion_mnist", str(tmp_path), "", 28)
+        open_data("fashion_mnist", str(tmp_path), "unused", 28)
     archive.write_bytes(whole)
     (tmp_path / "FashionMNIST" / "raw" / archive.stem).unlink()
-    assert len(open_data("fashion_mnist", str(tmp_path), "", 28)[0]) == 6
+    assert len(open_data("fashion_mnist", str(tmp_path), "unused", 28)[0]) == 6
 
 
 @pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python")])
@@ -535,7 +535,7 @@ def test_a_refused_download_says_which_file_to_put_where(
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(DatasetError, match="connection refused") as caught:
-        open_data(name, str(tmp_path), "", 32)
+        open_data(name, str(tmp_path), "unused", 32)
     assert archive in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -560,7 +560,7 @@ def test_unusable_folders_are_explained(tree: Path, tmp_path: Path, damage, expe
 
 def test_tiny_imagenet_that_is_not_there_says_what_to_unpack(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"tiny-imagenet-200\.zip"):
-        open_data("tiny", str(tmp_path), "", 64)
+        open_data("tiny", str(tmp_path), "unused", 64)
 
 
 def test_tiny_imagenet_without_annotations_is_explained(tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ MISTAKES = [
     Mistake("--out z.npz is for features", [*checkpoint("good"), "--export", "out", "--out", "z.npz"], "embed.py"),
     Mistake("--out r.html is for the report: add --report", [*checkpoint("good"), "--out", "r.html"], "test.py"),
     Mistake("holds splits, not classes", [*checkpoint("good"), "--folder", "{place}/images/few"], "embed.py"),
+    Mistake("argument --folder: it is empty: write", [*checkpoint("good"), "--folder", ""], "embed.py"),
     Mistake("no folder none", [*checkpoint("good"), "--folder", "none"], "embed.py"),
     Mistake("no images in", [*checkpoint("good"), "--folder", "{place}/images/empty"], "embed.py"),
     Mistake("the image none.png does not exist", [*checkpoint("good"), "--files", "none.png"], "embed.py"),

@@ -37,6 +37,13 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+def path_option(text: str) -> Path:
+    """Returns the path in an option, for argparse. Raises ArgumentTypeError if it is empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: write a path, such as . for the current folder")
+    return Path(text)
+
+
 def make_parser(
     description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
 ) -> argparse.ArgumentParser:
@@ -59,7 +66,7 @@ def make_parser(
     if of_checkpoint:
         parser.add_argument(
             "--checkpoint",
-            type=Path,
+            type=path_option,
             help="checkpoint file; default: checkpoints/last.pt in the run folder of --config (key output_dir); "
             "without --config, the config stored in the checkpoint is used",
         )
