@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from datasets.formats import image_endings
 from datasets.images import DatasetError
 from datasets.walking import is_image
+from utils.files import marked_encoding
 from utils.text import compose
 
 logger = logging.getLogger(__name__)
@@ -145,14 +146,19 @@ def read_label_list(path: Path, files: list[str], root: Path) -> LabelList:
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """Returns (number, stripped text) of all lines that are not empty. Raises DatasetError."""
+    """Returns (number, stripped text) of all lines that are not empty. Raises DatasetError.
+
+    The file is UTF-8, or has the byte-order mark of UTF-16, which spreadsheet programs write.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding=marked_encoding(path.read_bytes()) or "utf-8")
     except FileNotFoundError:
         raise DatasetError(f"no file {path}: set data.labels to the path of the file of labels") from None
     except OSError as error:
         raise DatasetError(f"cannot read {path} ({error.strerror}): set data.labels to a readable file") from None
     except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # also in UTF-16 without a mark
         raise DatasetError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     stripped = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
     return [(number, line) for number, line in stripped if line]

@@ -1,5 +1,6 @@
 """Tests of the readings of a folder: layouts, splits that are held out, system folders, runs, names, label files."""
 
+import codecs
 import logging
 import re
 import unicodedata
@@ -420,20 +421,23 @@ def test_one_folder_beside_a_cover_is_no_class(tmp_path: Path) -> None:
     assert list_images(touch(tmp_path, "cover.png", "a/1.png", "a/2.png")).labels is None
 
 
-LISTS = {
+LISTS: dict[str, str | bytes] = {
     "commas": "path,label\ntrain/1.png,cat\ntrain/2.png,dog\nval/3.png,dog\n",
+    "UTF-16 of a spreadsheet": "train/1.png\tcat\r\ntrain/2.png\tdog\r\nval/3.png\tdog\r\n".encode("utf-16"),
+    "UTF-16, big-endian": codecs.BOM_UTF16_BE + "train/1.png,cat\ntrain/2.png,dog\nval/3.png,dog".encode("utf-16-be"),
     "byte-order mark and CRLF": "\ufefftrain/1.png,cat\r\ntrain/2.png,dog\r\n\r\nval/3.png,dog\r\n",
     "tabs": "train/1.png\tcat\n./train/2.png\tdog\nval/3.png\tdog\n",
     "semicolons and quotes": 'file;class\n"train/1.png"; "cat"\ntrain\\2.png;dog\nval/3.png;dog',
+    "CR": "train/1.png,cat\rtrain/2.png,dog\rval/3.png,dog\r",
     "blanks": "3\nimage label\ntrain/1.png  cat\ntrain/2.png  dog\nval/3.png  dog\n",
     "blanks and quotes": 'train/1.png "cat"\n"train/2.png" dog\nval/3.png dog\n',
 }
 
 
 @pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
-def test_labels_from_a_list(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_from_a_list(tmp_path: Path, text: str | bytes, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "train/1.png", "train/2.png", "val/3.png", "val/unnamed.png")
-    (tmp_path / "labels.csv").write_bytes(text.encode())
+    (tmp_path / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     train, test = list_labelled(tmp_path, Path("labels.csv"))
     assert (train.classes, labelled(train)) == (["cat", "dog"], {"train/1.png": "cat", "train/2.png": "dog"})
     assert labelled(test) == {"val/3.png": "dog"} and train.cache_name != (test and test.cache_name)
@@ -588,6 +592,7 @@ def test_attributes_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, t
         ("1.png,a\n2.png,b\n", "names no images in a folder test/ or val/: add such images, or set data.holdout=0.1"),
         ("test/3.png,a\n", "names only images in test/"),
         (b"1.png,\xff\n", "is not UTF-8 text"),
+        ("1.png,a\n2.png,b\n".encode("utf-16-le"), "is not UTF-8 text: save it as UTF-8"),
         (None, "no file labels.csv in the current folder or in .*: set data.labels to the path"),
     ],
 )

@@ -63,6 +63,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def marked_encoding(content: bytes) -> str | None:
+    """Returns the encoding of a text that begins with a byte-order mark, of UTF-8 or UTF-16; None without a mark."""
+    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    return next((name for mark, name in marks.items() if content.startswith(mark)), None)
+
+
 def read_names(path: Path) -> list[str]:
     """Returns the file names in a text file with one name per line.
 
@@ -70,8 +76,7 @@ def read_names(path: Path) -> list[str]:
     byte-order mark, of UTF-8 or UTF-16. Raises OSError, or UserError if the file has no names or cannot be decoded.
     """
     content = path.read_bytes()
-    marked = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-    encoding = next((name for mark, name in marked.items() if content.startswith(mark)), None)
+    encoding = marked_encoding(content)
     try:
         text = content.decode(encoding, "surrogateescape") if encoding else os.fsdecode(content)
     except UnicodeError as error:
