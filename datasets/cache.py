@@ -32,7 +32,7 @@ from utils.text import join_names
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 4  # increase it if decoding gives different pixels or if the content of the mark file changes
+CACHE_VERSION = 5  # increase it if decoding gives different pixels or if the content of the mark file changes
 BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
 
 

@@ -221,6 +221,16 @@ def _note(findings: Findings, image: Image.Image, stored: list[str], square: np.
         findings.add_grey(*_extremes(image))
     elif any(";16" in each for each in stored) and square.max() < 2**4:  # PIL keeps the high byte of 16-bit colours
         findings.add("dark")
+    if _has_frames(image):
+        findings.add("frames")
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Returns True if an image has several frames or pages. Reads from its file: use its pixels before this call."""
+    try:
+        return image.format != "PSD" and bool(getattr(image, "is_animated", False))  # a PSD has layers, not frames
+    except Exception:  # the second frame is damaged
+        return True
 
 
 def _extremes(image: Image.Image) -> tuple[int, int]:

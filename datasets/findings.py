@@ -16,6 +16,7 @@ LISTED = 10  # number of files that a message names
 
 # Traits of files whose pixels are not all that the file holds: name -> what is logged about these files.
 TRAITS = {
+    "frames": "have several frames or pages, of which the first is read",
     "transparent": "have transparent pixels, which show the colour data.background",
     "clipped": "are greyscale with values below 0 or above 65535, which become black or white: scale them to 16 bits",
     "dark": "are nearly black, because they use at most 12 of 16 bits per channel: scale them to 8 or 16 bits",

@@ -10,6 +10,8 @@ from PIL import Image
 # without a range, and formats that need a handler.
 NOT_DECODED = {"MPEG", "EPS", "FITS", "BUFR", "GRIB", "HDF5", "IPTC", "WMF"}
 
+OPENED_AS_JPEG = {"MPO"}  # formats that Pillow's opener of JPEG files decodes; they have no opener of their own
+
 # Plug-in of Pillow that decodes the files with an ending. `image_endings` registers it if it is installed.
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif"}
 
@@ -22,8 +24,8 @@ def image_endings() -> tuple[str, ...]:
 
         pillow_heif.register_heif_opener()
     Image.init()
-    formats = Image.registered_extensions()
-    return tuple(sorted(e for e, name in formats.items() if name in Image.OPEN and name not in NOT_DECODED))
+    decoded = (set(Image.OPEN) | OPENED_AS_JPEG) - NOT_DECODED
+    return tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in decoded))
 
 
 def describe_endings(counts: Counter[str]) -> str:

@@ -358,12 +358,27 @@ def test_many_endings_are_counted_in_few_words() -> None:
     assert set(Image.OPEN) >= formats.NOT_DECODED
 
 
-@pytest.mark.parametrize("ending", ["gif", "tif", "webp", "png"])
-def test_the_first_frame_of_an_animation_is_used(tmp_path: Path, ending: str) -> None:
-    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (40, 200, 90)]
-    how: dict[str, Any] = {"lossless": True} if ending == "webp" else {}
-    frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **how)
-    assert (decode(tmp_path / f"a.{ending}", 8) == 40).all()
+def test_the_first_frame_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Animations, documents with several pages and JPEG files with several pictures are read and counted."""
+    caplog.set_level("INFO")
+    root = tmp_path / "photos"
+    root.mkdir()
+    endings = ["avif", "gif", "mpo", "png", "tif", "webp"]
+    for ending in endings:
+        for count in (1, 3):
+            first, *others = (Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (40, 200, 90)[:count])
+            how: dict[str, Any] = {"lossless": True} if ending == "webp" else {}
+            how |= {"save_all": True, "append_images": others} if others else {}
+            first.save(root / f"{ending}{count}.{ending}", **how)
+    train, _ = open_folder(root)
+    assert train.names == [f"{ending}{count}.{ending}" for ending in endings for count in (1, 3)]
+    assert (pixels_of(train).int() - 40).abs().max() <= 2
+    (line,) = [message for message in caplog.messages if "frames or pages" in message]
+    assert line.startswith(f"6 of the 12 images of {root} have several frames or pages, of which the first is read")
+
+    path, found = root / "gif3.gif", Findings()
+    path.write_bytes(path.read_bytes()[:-20])  # the last frames are damaged
+    assert (decode(path, 8, findings=found) == 40).all() and found.counts["frames"] == 1
 
 
 # Unreadable files.
@@ -576,4 +591,4 @@ def test_a_mark_without_its_facts_is_damaged(tmp_path: Path, caplog: pytest.LogC
     (mark,) = (tmp_path / "cache").glob("*.json")
     mark.write_text(mark.read_text().replace('"unreadable": {}', '"unreadable": 3'))
     open_folder(tmp_path / "photos")
-    assert "is damaged" in caplog.text and cache.CACHE_VERSION == 4 and DEFAULT_RULES.background == (255, 255, 255)
+    assert "is damaged" in caplog.text and cache.CACHE_VERSION == 5 and DEFAULT_RULES.background == (255, 255, 255)
