@@ -10,6 +10,7 @@ from config.reading import load_config, parse_yaml
 
 Name = Annotated[str, Field(pattern=r"^\w+$")]
 Judging = Literal["all", "config"]
+OVERRIDES = "an override of the plan"  # place of a wrong key, for error messages
 SET_BY_STAGES = ("seed=", "training.epochs=")
 
 
@@ -137,7 +138,7 @@ def read_plan(path: Path, overrides: list[str]) -> Plan:
                 )
         earlier[stage.name] = stage
         for own in [plan.overrides, *stage.variants.values()]:
-            load_config(plan.config, [*plan.overrides, *own])
+            load_config(plan.config, [*plan.overrides, *own], OVERRIDES)
             if any(override.startswith(SET_BY_STAGES) for override in own):
                 raise ConfigError(
                     f"{path}: an override sets seed or training.epochs: use seeds and epochs of a stage instead"
@@ -153,10 +154,10 @@ def _check_controls(plan: Plan, path: Path) -> None:
         return
     from ablations.controls import check_control  # imports torch, so all other mistakes are reported before
 
-    common = load_config(plan.config, plan.overrides)
+    common = load_config(plan.config, plan.overrides, OVERRIDES)
     for stage, control in controls:
         for variant, own in stage.variants.items():
             try:
-                check_control(control, load_config(plan.config, [*plan.overrides, *own]), common)
+                check_control(control, load_config(plan.config, [*plan.overrides, *own], OVERRIDES), common)
             except ConfigError as error:
                 raise ConfigError(f"{path}, {stage.name}/{variant}: {error}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablations.plan import Judging, Plan, Stage
+from ablations.plan import OVERRIDES, Judging, Plan, Stage
 from ablations.result_rows import append_row, read_rows
 from config.errors import ConfigError
 from config.reading import load_config, parse_config, result_digest
@@ -138,7 +138,7 @@ class Ablation:
         for seed in seeds:
             for variant in variants:
                 overrides = [*inherited, *stage.variants[variant]]
-                config = load_config(plan.config, [*plan.overrides, *overrides, f"seed={seed}"])
+                config = load_config(plan.config, [*plan.overrides, *overrides, f"seed={seed}"], OVERRIDES)
                 runs.append(Run(stage, variant, seed, overrides, config, plan.judging))
         return runs
 

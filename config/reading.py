@@ -8,11 +8,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 INT, FLOAT, BOOL, TEXT, TIMESTAMP, MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "str", "timestamp", "merge")
 )
+
+
+COMMAND_LINE = "the command line"
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,28 +149,41 @@ def _an_example(section: str) -> str:
     return f"{name}={field.default}"
 
 
-def _explain(error: ValidationError) -> str:
-    messages = []
+def _explain(error: ValidationError, where: str, changes: Mapping[str, str]) -> str:
+    """Returns all errors in a config with their places, in one line.
+
+    Args:
+        where: origin of the config.
+        changes: place of each override, by its key.
+    """
+    by_place: dict[str, list[str]] = {}
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
         if item["type"] == "extra_forbidden":
             near = _nearest_key(name)
             hint = f"did you mean {near}?" if near else "`train.py --help` lists the keys"
-            messages.append(f"unknown key {name}: {hint}")
+            message = f"unknown key {name}: {hint}"
         elif item["type"] == "value_error":
-            messages.append(": ".join(filter(None, [name, str(item["ctx"]["error"])])))
+            message = ": ".join(filter(None, [name, str(item["ctx"]["error"])]))
         elif item["type"] == "model_type":
-            messages.append(f"{name} is a section, not a value: set its keys, as in {_an_example(name)}")
+            message = f"{name} is a section, not a value: set its keys, as in {_an_example(name)}"
         else:
-            messages.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
-    return "; ".join(dict.fromkeys(messages))
+            message = f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
+        if name:
+            related = [key for key in changes if f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")]
+            place = changes[related[-1]] if related else where
+        else:  # several keys contradict each other
+            related = [key for key in changes if key in message]
+            place = " and ".join([where, *(changes[key] for key in related or changes)])
+        by_place.setdefault(place, []).append(message)
+    return "; ".join(f"{place}: {'; '.join(dict.fromkeys(messages))}" for place, messages in by_place.items())
 
 
-def _validate(raw: dict[str, Any], where: str) -> Config:
+def _validate(raw: dict[str, Any], where: str, changes: Mapping[str, str] = MappingProxyType({})) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from None
+        raise ConfigError(_explain(error, where, changes)) from None
 
 
 def _unshared(node: Any) -> Any:
@@ -175,10 +191,13 @@ def _unshared(node: Any) -> Any:
     return {name: _unshared(value) for name, value in node.items()} if isinstance(node, dict) else node
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None, place: str = COMMAND_LINE) -> Config:
     """Returns the config in a YAML file, with `key=value` overrides applied.
 
     Raises ConfigError if the file cannot be read, or if a key or value is wrong.
+
+    Args:
+        place: origin of the overrides, for the error message.
     """
     path = Path(path)
     try:
@@ -195,10 +214,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raw = _unshared(raw)
     except RecursionError:
         raise ConfigError(f"{path} has a YAML alias that refers to itself: remove it") from None
-    config = _override(raw, overrides or [], str(path))
+    config = _override(raw, overrides or [], str(path), place)
     if config.output_dir:
         return config
-    return _override(config.model_dump(), [f"output_dir={_run_folder(path)}"], str(path))
+    return _validate(config.model_dump() | {"output_dir": str(_run_folder(path))}, str(path))
 
 
 def _run_folder(config: Path) -> Path:
@@ -216,14 +235,16 @@ def override(config: Config, overrides: list[str], where: str) -> Config:
     Args:
         where: origin of `config`, for the error message.
     """
-    return _override(parse_yaml(config.to_yaml(), where, Config), overrides, where)
+    return _override(parse_yaml(config.to_yaml(), where, Config), overrides, where, COMMAND_LINE)
 
 
-def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
+def _override(raw: dict[str, Any], overrides: list[str], where: str, place: str) -> Config:
+    changes = {}
     for change in overrides:
         name, separator, value = change.partition("=")
+        changes[name] = here = f"{place} ({ascii(change)[1:-1] if not change.isprintable() else change})"
         if not separator or not name:
-            raise ConfigError(f"cannot read {change!r}: overrides are written key=value, as in training.epochs=2")
+            raise ConfigError(f"{here}: overrides are written key=value, as in training.epochs=2")
         *sections, last = name.split(".")
         target = raw
         for section in sections:
@@ -231,9 +252,11 @@ def _override(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
                 target[section] = {}
             target = target[section]
             if not isinstance(target, dict):
-                raise ConfigError(f"unknown key {name}: {section} is not a section (train.py --help lists the keys)")
-        target[last] = _parse_value(value, f"the value of {name}", _type_of(name))
-    return _validate(raw, where)
+                raise ConfigError(
+                    f"{here}: unknown key {name}: {section} is not a section (train.py --help lists the keys)"
+                )
+        target[last] = _parse_value(value, here, _type_of(name))
+    return _validate(raw, where, changes)
 
 
 def _type_of(name: str) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from config.errors import ConfigError
-from config.reading import all_keys, describe_keys, differences, load_config, parse_config
+from config.reading import all_keys, describe_keys, differences, load_config, override, parse_config
 from config.schema import Config, View
 from tests.conftest import ROOT
 
@@ -160,7 +160,25 @@ def test_mistakes_are_explained_in_one_line(write, override: str, expected: str)
     with pytest.raises(ConfigError) as caught:
         load_config(write("seed: 0\n"), overrides)
     assert expected in str(caught.value)
+    assert f"the command line ({overrides[0]})" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_each_error_is_said_to_be_where_it_is(write) -> None:  # type: ignore[no-untyped-def]
+    """An error is in the file, in an override, or in both if keys of both contradict each other."""
+    path = write("seed: x\ndevice: gpu\noptimizer: {beta_end: 3}\ntraining: {batch_size: 64}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["seed=y", "training.epochs=0", "seed=z", "views={target: {blur: 1}}"])
+    line = str(caught.value)
+    assert line.startswith("the command line (seed=z): seed: input should be a valid integer, not 'z'; ")
+    assert f"; {path}: device: input should be 'auto', " in line and "; unknown key optimizer.beta_end: did you" in line
+    assert "; the command line (training.epochs=0): training.epochs: input should be greater" in line
+    assert "; the command line (views={target: {blur: 1}}): unknown key views.target.blur: did you mean" in line
+    with pytest.raises(ConfigError) as caught:
+        override(load_config(write("")), ["training.micro_batch_size=12", "seed=1"], "a checkpoint")
+    assert str(caught.value).startswith("a checkpoint and the command line (training.micro_batch_size=12): training.")
+    with pytest.raises(ConfigError, match=r"^the command line \(seed=1\\n2\): seed: input should"):
+        load_config(path, ["seed=1\n2"])
 
 
 @pytest.mark.parametrize(

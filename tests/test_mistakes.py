@@ -17,7 +17,7 @@ from PIL import Image
 
 import train as train_program
 from config.reading import load_config
-from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch, launch_two
+from tests.conftest import TWO_PROCESSES, digits_args, launch, launch_two
 from tests.processes import PROGRAMS
 from tests.test_checkpoint import Malicious
 from utils.files import lock_file
@@ -361,7 +361,7 @@ def test_a_launcher_shows_the_line_once_and_status_2_of_each_process(place: Path
     done = launch(*TWO_PROCESSES, "train.py", *digits_args(place / "nothing"), "training.epoch=3")
     assert done.returncode == 1, "torchrun itself exits with status 1"
     assert [line for line in done.stderr.splitlines() if "error: " in line and "error_file" not in line] == [
-        f"error: {ROOT / 'config' / 'digits.yaml'}: unknown key training.epoch: did you mean training.epochs?"
+        "error: the command line (training.epoch=3): unknown key training.epoch: did you mean training.epochs?"
     ]
     assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr
 

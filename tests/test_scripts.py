@@ -102,7 +102,7 @@ def test_help_and_config_errors_do_not_wait_for_torch(args: tuple[str, ...], sta
     assert "pydantic" in imported and not {"torch", "numpy", "torchvision"} & imported
     if status:
         said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-        assert said == ["error: config/cifar10.yaml: unknown key seeed: did you mean seed?"]
+        assert said == ["error: the command line (seeed=1): unknown key seeed: did you mean seed?"]
     else:
         assert "training.batch_size=512" in done.stdout and "--dry-run" in done.stdout
 
