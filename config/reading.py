@@ -23,8 +23,8 @@ from config.schema import Config, Section
 
 logger = logging.getLogger(__name__)
 
-INT, FLOAT, BOOL, TEXT, TIMESTAMP, MERGE = (
-    f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "str", "timestamp", "merge")
+INT, FLOAT, BOOL, NULL, TEXT, TIMESTAMP, MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null", "str", "timestamp", "merge")
 )
 
 
@@ -32,10 +32,10 @@ COMMAND_LINE = "the command line"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose numbers are decimal. It raises ConfigError if a key is given twice.
+    """SafeLoader whose numbers are decimal and whose keys are text. It raises ConfigError if a key is given twice.
 
     YAML 1.1 reads 010 as 8, 1:30 as 90, 2026-11-25 as a date, and 1e-4 as text. Here, 010 is 10, 1e-4 is a number, and
-    the other two are text.
+    the other two are text. YAML 1.1 also reads the keys `on` and `no` as true and false.
     """
 
     # For each first character of a value, (tag, pattern) of the types that the value may have.
@@ -47,6 +47,9 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Returns the next mapping. Merges are still separate entries here, so they count as no repetition."""
         node = super().compose_mapping_node(anchor)
+        node.value = [
+            (_as_text(name) if name.tag in (INT, FLOAT, BOOL, NULL) else name, value) for name, value in node.value
+        ]
         names = [name.value for name, _ in node.value if name.tag != MERGE]
         for name in names:
             if names.count(name) > 1:
@@ -94,8 +97,12 @@ def _with_text(node: yaml.Node, value_type: Any) -> yaml.Node:
     elif is_section and isinstance(node, yaml.SequenceNode):  # sections to merge
         node.value = [_with_text(each, value_type) for each in node.value]
     elif node.tag in (INT, FLOAT, BOOL) and takes_text(value_type):
-        return yaml.ScalarNode(TEXT, node.value, node.start_mark, node.end_mark)
+        return _as_text(node)
     return node
+
+
+def _as_text(node: yaml.Node) -> yaml.ScalarNode:
+    return yaml.ScalarNode(TEXT, node.value, node.start_mark, node.end_mark)
 
 
 def takes_text(value_type: Any) -> bool:

@@ -190,6 +190,11 @@ def test_each_error_is_said_to_be_where_it_is(write) -> None:  # type: ignore[no
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
         ("training: {epochs: 0, batch_size: x}", "training.epochs"),
         ('output_dir: "a\\0b"', "output_dir"),
+        ("on: 3", "unknown key on: "),
+        ("training: {No: 3}", "unknown key training.No: "),
+        ("data: {010: 3}", "unknown key data.010: "),
+        ("on: 3\non: 4", "line 1: key 'on' is given twice"),
+        ("? [seed]\n: 3", "unhashable"),
     ],
 )
 def test_bad_files_are_explained(write, text: str, expected: str) -> None:  # type: ignore[no-untyped-def]
