@@ -19,7 +19,8 @@ def list_labelled(root: Path, labels: Path, held_out: bool = False) -> Listings:
     Files in a test folder (a name of SPLIT_WORDS) are the test split. All other files are training images. Of several
     test folders, the one with the first of these names is used, and the others are left out.
 
-    Raises DatasetError if `labels` cannot be used, or if there is no test split although there are labels.
+    Raises DatasetError if `labels` cannot be used, if there is no test split although there are labels, or if a test
+    split is to be held out although there are only attributes.
 
     Args:
         labels: path of the file; it may be relative to `root`. `read_label_list` describes its contents.
@@ -43,6 +44,10 @@ def list_labelled(root: Path, labels: Path, held_out: bool = False) -> Listings:
             Listing(root, part, None, [], name, {file: found.attributes[file] for file in part}, found.attribute_names)
             for part, name in ((train_files, "train-list"), (test_files, "test-list"))
         )
+        if held_out and not test.files:
+            raise DatasetError(
+                f"data.holdout needs labels, but {path} gives attributes, which are not judged: remove data.holdout"
+            )
         return train, test if test.files else None
     known = {found.labels[file] for file in train_files}
     if len(known) == 1:
