@@ -10,6 +10,7 @@ from ablations.tables import markdown_tables
 from config.errors import ConfigError
 from utils import signals
 from utils.files import write_text
+from utils.text import join_names
 
 if TYPE_CHECKING:
     from ablations.trial import Trial
@@ -67,6 +68,14 @@ class Runner:
             check_encoder_parts(self.out / run.name, config)
         trial = Trial(config, folder / "last.pt", run.judging, run.stage.control)
         logger.info("%s, %d epochs: %s", run.name, epochs, " ".join(run.overrides) or "no overrides")
+        others = self.ablation.results_on_other_images(run, trial.experiment.data_digest)
+        if others:
+            logger.info(
+                "since the results of %s, the training images have changed, or data.holdout divides them in another "
+                "way: do not compare these results with that of %s",
+                join_names(others),
+                run.name,
+            )
         steps_per_epoch, every = trial.experiment.loader.steps_per_epoch, run.stage.judge_every or epochs
         judged_step = (self.ablation.row_of(run) or {}).get("epochs", 0.0) * steps_per_epoch
         *ends, last = (epoch * steps_per_epoch for epoch in [*range(every, epochs, every), epochs])

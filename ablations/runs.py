@@ -10,7 +10,7 @@ from typing import Any
 from ablations.plan import OVERRIDES, Judging, Plan, Stage
 from ablations.result_rows import append_row, read_rows
 from config.errors import ConfigError
-from config.reading import load_config, parse_config, result_digest
+from config.reading import differences, load_config, parse_config, result_digest
 from config.schema import Config
 
 
@@ -159,6 +159,19 @@ class Ablation:
     def row_of(self, run: Run) -> dict[str, Any] | None:
         """Returns the last result of a run, complete or not; None if there is no result."""
         return next((row for row in reversed(self._rows.get(run.name, [])) if run.is_result(row)), None)
+
+    def results_on_other_images(self, run: Run, data_digest: str) -> list[str]:
+        """Returns the names of runs in the plan whose training images differ from those of `run`.
+
+        Runs with other experiment keys in the section `data` are ignored, because their images differ on purpose.
+        """
+        return [
+            other.name
+            for stage in self.plan.stages
+            for other, row in self.runs_with_rows(stage)
+            if row.get("data_digest", data_digest) != data_digest
+            and not differences(other.config, run.config, run=False, prefixes=("data.",))
+        ]
 
     def is_complete(self, run: Run) -> bool:
         """Returns True if a run has been trained to its end and judged."""

@@ -222,6 +222,8 @@ def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
     experiment = open_experiment(trained.config, known, to_train=False)
     if trained.contents["data"] != experiment.data_digest:
         logger.info(
-            "the training images in %s are not the images that the checkpoint was trained on", trained.config.data.root
+            "the training images in %s are not the images that the checkpoint was trained on%s",
+            trained.config.data.root,
+            ", which may include images that are now held out for testing" if trained.config.data.holdout else "",
         )
     return experiment, to_device(soda, experiment.device)

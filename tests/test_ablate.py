@@ -159,6 +159,19 @@ def test_plans_that_share_a_file_keep_their_own_results(ablation: Ablation) -> N
     assert [accuracies(row)[0] for row in changed.complete_rows(changed.stage("screen"))["b"]] == [1, 1]
 
 
+def test_results_on_other_images_are_known(tmp_path: Path) -> None:
+    """A changed data set or held-out split is found, but not for runs whose keys ask for other images."""
+    larger = Stage(name="larger", epochs=1, variants={"x": ["data.image_size=16"]})
+    screen = two_stages().stages[0]
+    ablation = Ablation(two_stages().model_copy(update={"stages": [screen, larger]}), tmp_path / "results.jsonl")
+    first, second, *_, last = [*ablation.runs_of(screen), *ablation.runs_of(larger)]
+    ablation.record(first, row_of(1, 1, data_digest="old"))
+    ablation.record(second, row_of(1, 1))
+    ablation.record(last, row_of(1, 1, data_digest="larger"))
+    assert ablation.results_on_other_images(second, "new") == [first.name]
+    assert ablation.results_on_other_images(second, "old") == []
+
+
 def test_a_second_look_trains_the_best_variants_again(tmp_path: Path) -> None:
     """Variants within the given distance of the best get further seeds, when all variants have a result."""
     plan = two_stages(again=SecondLook(seeds=[5, 6], within=10))

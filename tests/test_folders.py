@@ -283,6 +283,8 @@ def test_runs_with_different_seeds_are_judged_on_the_same_images(
     train, test = (set(each or []) for each in names[0])
     assert len(train) == 36 and len(test) == 4 and not train & test
     assert "are not the images that the checkpoint was trained on" not in caplog.text
+    open_trained(read_trained(None, run / "checkpoints" / "last.pt", ["device=cpu", "data.holdout=0.2"]))
+    assert "was trained on, which may include images that are now held out for testing" in caplog.text
 
 
 def test_a_holdout_is_ignored_if_there_is_a_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
