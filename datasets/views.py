@@ -11,7 +11,7 @@ from torch import Tensor
 from config import schema
 from datasets.augmentation import Augmentation, Draw, Parameters, augment
 from datasets.operations import resize
-from utils.device import map_in_threads
+from utils.threads import map_in_threads
 
 SourceDraw = tuple[Draw, Tensor]
 """Random numbers of one source view: the draws of its augmentation, and standard normal noise (N, 3, S, S)."""

@@ -9,13 +9,10 @@ import re
 import shutil
 import sys
 import sysconfig
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,9 +22,6 @@ from utils.distributed.processes import local_rank, local_world_size, world_size
 FUSED = ("cpu", "cuda")  # types of device whose fused optimisers can skip a step if a flag on the device is set
 
 logger = logging.getLogger(__name__)
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,38 +49,6 @@ def choose_device(name: str) -> torch.device:
     torch.backends.cudnn.benchmark = True  # input sizes are constant, so one search for the fastest kernels is enough
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 for float32 products, except k-NN's distances
     return device
-
-
-def map_in_threads(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-    """Returns function(item) for each item. As many threads as torch's number of threads share the items.
-
-    In these threads, each operation of torch uses one thread. This is faster than many short operations that use all
-    threads each, because those wait for each other.
-    """
-    if len(items) == 1 or torch.get_num_threads() == 1:
-        return [function(item) for item in items]
-    return list(_serial_threads(torch.get_num_threads(), os.getpid()).map(function, items))
-
-
-@cache
-def _serial_threads(count: int, process: int) -> ThreadPoolExecutor:
-    """Starts `count` threads in which torch's operations use one thread. A forked process needs threads of its own.
-
-    Another thread that uses torch for the first time meanwhile also keeps one thread.
-    """
-    pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count, timeout=60)
-
-    def start() -> None:
-        torch.set_num_threads(1)  # for this thread, and for all threads that have not used torch yet
-        torch.get_num_threads()  # the first use of torch; a later one would read the number that is set below
-        all_started.wait()
-
-    try:
-        for started in [pool.submit(start) for _ in range(count)]:
-            started.result()
-    finally:
-        torch.set_num_threads(count)
-    return pool
 
 
 def compute_exactly() -> None:
