@@ -193,7 +193,7 @@ class Driver:
                     return False
                 continue
             with lock:
-                if not (kept.exists() and head in kept.read_text(errors="replace")):
+                if not (kept.exists() and head in kept.read_text(encoding="utf-8", errors="replace")):
                     limit = min(60 * (stage.minutes or float("inf")), self._runner.deadline - time.monotonic())
                     if self._runner.must_stop() or limit <= 0:
                         return False
@@ -205,7 +205,7 @@ class Driver:
         assert stage.command is not None
         logger.info("%s: %s", stage.name, stage.command)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # otherwise buffered output is lost at a time-out
-        with open(kept, "a") as file:
+        with open(kept, "a", encoding="utf-8") as file:
             print(head, end="", file=file, flush=True)
             try:
                 process = subprocess.run(

@@ -32,7 +32,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     those that a crash has cut.
     """
     rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("digest"), str):

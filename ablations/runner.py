@@ -132,4 +132,4 @@ class Runner:
                 return None
             images_per_epoch = trial.experiment.loader.steps_per_epoch * trial.config.training.batch_size
             write_text(kept, str(max(1, int(60 * stage.minutes * trial.images_per_s / images_per_epoch))))
-        return int(kept.read_text())
+        return int(kept.read_text(encoding="utf-8"))

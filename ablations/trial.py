@@ -229,7 +229,7 @@ def check_encoder_parts(path: Path, config: Config) -> None:
     """Raises ConfigError if `write_encoder_parts` has written the encoder of another experiment to `path`."""
     described = path.with_name(f"{path.name}.yaml")
     if described.exists():
-        check_same_experiment(described, described.read_text(), config)
+        check_same_experiment(described, described.read_text(encoding="utf-8"), config)
 
 
 def write_encoder_parts(encoder: nn.Module, path: Path, config_yaml: str) -> None:
@@ -245,4 +245,4 @@ def write_encoder_parts(encoder: nn.Module, path: Path, config_yaml: str) -> Non
         path.with_name(f"{path.name}.pt.part{part}").write_bytes(content[start : start + PART_BYTES])
     join = f"cat {path.name}.pt.part* > {path.name}.pt; sha256sum {path.name}.pt"
     head = f"# {join}\n# {hashlib.sha256(content).hexdigest()}\n"
-    path.with_name(f"{path.name}.yaml").write_text(head + config_yaml)
+    path.with_name(f"{path.name}.yaml").write_text(head + config_yaml, encoding="utf-8")

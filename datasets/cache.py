@@ -52,7 +52,7 @@ def memory_bytes() -> int:
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no such file, or `max`, which means no limit
-            limits.append(int(Path(file).read_text()))
+            limits.append(int(Path(file).read_text(encoding="utf-8")))
     return min(limits)
 
 
@@ -178,7 +178,8 @@ def open_listing(
                         array = _allocate(partial, shape)
                         index = _look_through(listing, image_size, workers, array, rules, skip)
                         array.flush()
-                mark.write_text(json.dumps({"version": CACHE_VERSION, **source, **_to_json(index)}))
+                content = {"version": CACHE_VERSION, **source, **_to_json(index)}
+                mark.write_text(json.dumps(content), encoding="utf-8")
         except OSError as error:
             raise _cannot_cache(cache_dir, error, stream) from None
         logger.info("cached %s of %s in %s", "the statistics" if stream else "the images", listing.root, cache_dir)
@@ -313,7 +314,7 @@ def _read_mark(path: Path, source: dict[str, Any], root: Path) -> _Index | None:
     Logs the reason if the cache is stale or damaged.
     """
     try:
-        mark = json.loads(path.read_text())
+        mark = json.loads(path.read_text(encoding="utf-8"))
         if mark["version"] != CACHE_VERSION:
             reason = "was written by another version of this program"
         else:

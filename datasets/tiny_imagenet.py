@@ -20,9 +20,10 @@ def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
         )
     walker = Walker()
     try:
-        classes = sorted((base / "wnids.txt").read_text().split())
+        classes = sorted((base / "wnids.txt").read_text(encoding="utf-8").split())
         label_of = {name: label for label, name in enumerate(classes)}
-        rows = [line.split("\t") for line in (base / "val" / "val_annotations.txt").read_text().splitlines()]
+        annotations = (base / "val" / "val_annotations.txt").read_text(encoding="utf-8")
+        rows = [line.split("\t") for line in annotations.splitlines()]
         labels = [label_of[row[1]] for row in rows]
         train = list_classes(base / "train", "tiny", walker, classes)
     except (OSError, ValueError, LookupError) as error:

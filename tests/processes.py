@@ -251,7 +251,7 @@ def turns(folder: Path) -> dict[str, Any]:
     log = folder / "turns"
 
     def work() -> int:
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(f"{rank()} ")
         return rank()
 

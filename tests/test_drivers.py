@@ -334,7 +334,7 @@ def test_two_drivers_make_the_results_of_one(bench: Bench, tmp_path: Path) -> No
     printed, drivers = [tmp_path / "first.txt", tmp_path / "second.txt"], []
     try:
         for path in printed:
-            with open(path, "w") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 drivers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
         while not all("waiting for hello (process" in path.read_text() for path in printed):

@@ -40,7 +40,7 @@ def started(*command: str, log: Path) -> Iterator[subprocess.Popen[str]]:
 
     The output is appended to the file `log`.
     """
-    with open(log, "a") as said:
+    with open(log, "a", encoding="utf-8") as said:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=said, stderr=said, text=True, start_new_session=True
@@ -116,7 +116,7 @@ def test_fifty_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def status_of(process: int) -> tuple[int, int]:
     """Returns (resident memory in MB, number of open files) of a process."""
-    memory = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    memory = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
     assert memory
     return int(memory[1]) // 1000, len(list(Path(f"/proc/{process}/fd").iterdir()))
 

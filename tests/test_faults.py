@@ -371,7 +371,7 @@ def test_a_console_that_cannot_be_written_to_changes_nothing(tmp_path: Path, con
     )
     read_end, write_end = os.pipe()
     os.close(read_end)
-    with open("/dev/full" if "disk" in console else write_end, "w") as said:
+    with open("/dev/full" if "disk" in console else write_end, "w", encoding="utf-8") as said:
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=said, stderr=said, check=False)
     assert done.returncode == 0 and (tmp_path / "done").exists()
 

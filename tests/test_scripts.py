@@ -109,10 +109,26 @@ def test_help_and_config_errors_do_not_wait_for_torch(args: tuple[str, ...], sta
 
 def imports(path: Path) -> set[str]:
     """Returns the top-level packages that a source file imports."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
     return {module.split(".")[0] for module in modules}
+
+
+def opens_text_without_encoding(call: ast.Call) -> bool:
+    """Returns True for `open` in text mode, `read_text` and `write_text` without an encoding."""
+    if isinstance(call.func, ast.Name) and call.func.id == "open":
+        is_text = not any(isinstance(word, ast.Constant) and "b" in str(word.value) for word in call.args[1:2])
+    else:
+        is_text = isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+    return is_text and not any(keyword.arg == "encoding" for keyword in call.keywords)
+
+
+def test_text_files_have_an_encoding() -> None:
+    """Without one, Windows and ASCII systems read and write other bytes. The tests themselves are excepted."""
+    for path in (*ROOT.glob("*.py"), *(path for floor in [*FLOORS, "docs"] for path in (ROOT / floor).rglob("*.py"))):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [f"{path}:{call.lineno}" for call in calls if opens_text_without_encoding(call)]
 
 
 @pytest.mark.parametrize("floor", FLOORS)

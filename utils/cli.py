@@ -179,7 +179,7 @@ class _Console:
     def __init__(self, stream: TextIO | None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -140,7 +140,7 @@ def lock_file(path: Path) -> ExitStack:
     The end of this process also unlocks `path`. Raises InUseError if another process holds the lock, and OSError if
     `path` cannot be written. If the storage does not support locks, logs it and continues.
     """
-    open(path, "a").close()
+    open(path, "a", encoding="utf-8").close()
     held = ExitStack()
     try:
         held.enter_context(native_lock(path))

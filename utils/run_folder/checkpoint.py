@@ -32,7 +32,7 @@ def read_sums(folder: Path) -> dict[str, list[str]]:
     """
     sums: dict[str, list[str]] = {}
     with suppress(OSError, UnicodeDecodeError):
-        for line in (folder / SUMS).read_text().splitlines():
+        for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
             digest, _, name = line.partition("  ")
             sums.setdefault(name, []).append(digest)
     return sums

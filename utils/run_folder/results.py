@@ -15,7 +15,7 @@ STARTING_FILES = ("encoder.weights", "decoder.weights")  # not needed when a run
 def read_results(folder: Path) -> dict[str, Any]:
     """Returns the contents of results.json in `folder`, or an empty dict if the file is missing or damaged."""
     try:
-        results = dict(json.loads((folder / RESULTS).read_text()))
+        results = dict(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
         return results if isinstance(results.get("table"), dict) else {}
     except (OSError, ValueError, TypeError):
         return {}

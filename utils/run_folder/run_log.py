@@ -32,7 +32,7 @@ def _say_nothing_of_tensorboard(args: threading.ExceptHookArgs) -> None:
 def read_reports(folder: Path, step: int) -> list[dict[str, Any]]:
     """Returns the reports of the run in `folder` up to `step`. Ignores damaged lines, which a crash may have left."""
     entries, path = [], folder / METRICS
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
             if type(entry["step"]) is int and isinstance(entry["kind"], str) and entry["step"] <= step:
@@ -84,7 +84,7 @@ class RunLog:
     def report(self, kind: str, step: int, values: Mapping[str, float], **notes: str | list[float]) -> None:
         """Reports scalars by name, as in report("train", 100, {"loss": 0.1}). `notes` go only into the JSON line."""
         entry = {"kind": kind, "step": step, **values, **notes}
-        with writing_to(self._jsonl.parent), open(self._jsonl, "a") as file:
+        with writing_to(self._jsonl.parent), open(self._jsonl, "a", encoding="utf-8") as file:
             file.write(json.dumps({name: _for_json(value) for name, value in entry.items()}) + "\n")
         self._reported.add((kind, step))
         with self._tensorboard():
