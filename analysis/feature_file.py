@@ -19,7 +19,6 @@ from datasets.findings import GREY_BITS, Findings, log_findings, raise_if_unread
 from datasets.folder_layouts import list_images
 from datasets.images import DatasetError, Images
 from datasets.listing import Listing
-from datasets.operations import resize
 from datasets.split_names import holds_splits
 from evaluation.features import Features, extract_features
 from utils.device import autocast, memory_for
@@ -151,11 +150,8 @@ def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype
 
     def encode(pixels: Tensor, indices: range) -> Features:
         bar.update(len(indices))
-        pixels = pixels.to(device, non_blocking=True)
-        if pixels.shape[-1] != encoder.image_size:  # with data.stored_size
-            pixels = resize(pixels, encoder.image_size)
         with autocast(device, amp_dtype):
-            return dict(encoder(pixels))
+            return dict(encoder(pixels.to(device, non_blocking=True)))
 
     smaller = f"set evaluation.batch_size={max(1, batch_size // 2)}"
     with memory_for(lambda: smaller), progress(len(images) // world_size(), "encoding", "img") as bar:

@@ -17,6 +17,8 @@ class ImageEncoder(nn.Module):
     """The EMA encoder with the normalisation of its input. Images are not augmented.
 
     Args:
+        stored_size: size in pixels of the squares that `image_size` was made from (`data.stored_size`), or None. Such
+            squares are accepted as well. They are resized in the same way as for training and evaluation.
         resize: True accepts images of any size. Their central square is resized on the host, in the same way as the
             data sets decode image files.
 
@@ -24,7 +26,6 @@ class ImageEncoder(nn.Module):
         encoder: maps normalised images to features (the interface is `Encoder`).
         mean, std: (3, 1, 1) mean and standard deviation of the training images per channel, for pixels in [0, 1].
         image_size: height and width in pixels of the images that the encoder was trained on.
-        stored_size: size in pixels of the squares that `image_size` was made from (`data.stored_size`), or None.
     """
 
     mean: Tensor
@@ -40,12 +41,15 @@ class ImageEncoder(nn.Module):
         resize: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.image_size, self.stored_size, self.resize = encoder, image_size, stored_size, resize
+        self.encoder, self.image_size, self.resize = encoder, image_size, resize
+        self._stored_size = stored_size
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Maps (N, 3, image_size, image_size) uint8 to {"pooled": (N, pooled_dim), "z": (N, latent_dim)}, float32.
+
+        Stored squares, of (stored_size, stored_size), are resized first.
 
         Raises:
             TypeError: the pixels are not a uint8 tensor.
@@ -53,12 +57,16 @@ class ImageEncoder(nn.Module):
                 not set.
         """
         self._check(pixels)
-        if tuple(pixels.shape[2:]) != (self.image_size, self.image_size):
-            pixels = _resize(pixels, self.stored_size or self.image_size)
-            if self.stored_size:
-                pixels = resize_antialiased(pixels, self.image_size)
+        if tuple(pixels.shape[2:]) not in self._sizes():
+            pixels = _resize(pixels, self._stored_size or self.image_size)
+        if pixels.shape[-1] != self.image_size:
+            pixels = resize_antialiased(pixels, self.image_size)
         views = pixels.float().div(255).sub(self.mean).div(self.std)
         return self.encoder.features(views)
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Returns the sizes (height, width) of the images that are not cropped."""
+        return [(size, size) for size in (self.image_size, self._stored_size) if size]
 
     def _check(self, pixels: Tensor) -> None:
         size = self.image_size
@@ -71,7 +79,7 @@ class ImageEncoder(nn.Module):
         shape = tuple(pixels.shape)
         if pixels.ndim != 4 or shape[1] != 3:
             raise ValueError(f"the encoder takes pixels (N, 3, {size}, {size}), not {shape}: change their shape")
-        if not self.resize and shape[2:] != (size, size):
+        if not self.resize and shape[2:] not in self._sizes():
             raise ValueError(
                 f"the encoder takes pixels (N, 3, {size}, {size}), not {shape}: resize them, or call "
                 "load_encoder(checkpoint, resize=True)"
@@ -106,7 +114,7 @@ def load_encoder(checkpoint: str | Path, resize: bool = False) -> ImageEncoder:
     Raises CheckpointError if the checkpoint cannot be used, and ConfigError if its config is not valid.
 
     Args:
-        resize: False: the encoder takes only images of the size that it was trained on. True: it crops and resizes
-            others.
+        resize: False: the encoder takes only images of the size that it was trained on, and squares of
+            data.stored_size. True: it crops and resizes others.
     """
     return trained_encoder(read_trained(None, Path(checkpoint), []), resize)

@@ -158,7 +158,11 @@ def test_a_run_on_stored_images_resizes_them_for_every_program(tmp_path: Path) -
     encoder = load_encoder(last)
     expected = encoder(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))["z"]
     found = torch.from_numpy(np.load(features)["z"][:6])
-    torch.testing.assert_close(load_encoder(last, resize=True)(pixels)["z"], found)  # the same two steps as embed.py
+    torch.testing.assert_close(encoder(pixels)["z"], found)
+    wide = torch.nn.functional.pad(pixels, (3, 3, 0, 0))  # of another size: the central square is the stored image
+    torch.testing.assert_close(load_encoder(last, resize=True)(wide)["z"], found)
+    with pytest.raises(ValueError, match=r"not .6, 3, 20, 26.: resize them"):
+        encoder(wide)
     judged = encode_with(experiment, soda)(experiment.views.evaluation(pixels), range(6))["z"]
     assert (found - expected).abs().max() < 0.05 * expected.std()  # torchvision and Pillow round to levels differently
     torch.testing.assert_close(judged, found)
