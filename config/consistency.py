@@ -93,7 +93,8 @@ def check_consistency(config: Any) -> None:
                 f"{part}.{blocks - 1}, and timesteps go from 0 to {config.diffusion.num_timesteps - 1}"
             )
     encoder = config.encoder
-    for name, value, default in (("stem", encoder.stem, "small"), ("width", encoder.width, 64)):
+    for name in ("stem", "width"):
+        value, default = getattr(encoder, name), type(encoder).model_fields[name].default
         if encoder.architecture in get_args(WideResNet) and value != default:
             raise ValueError(
                 f"encoder.{name}={value} is for torchvision's ResNets, not for {encoder.architecture}: "

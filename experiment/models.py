@@ -8,9 +8,11 @@ from model.build import build_soda, forward_flops
 from model.soda import SODA
 from utils.randomness import derive_seed
 
+NOT_LAYERS = {"weights", "frozen"}  # keys of the encoder and the decoder that do not describe their layers
+
 
 def _build(config: Config) -> SODA:
-    encoder, decoder = config.encoder.model_dump(), config.decoder.model_dump()
+    encoder, decoder = (part.model_dump(exclude=NOT_LAYERS) for part in (config.encoder, config.decoder))
     return build_soda(config.decoder_size, encoder, decoder, config.initialization)
 
 

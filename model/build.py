@@ -11,8 +11,6 @@ from model.initialization import initialize_as_paper, initialize_zeros_as_torch
 from model.names import Initialization
 from model.soda import SODA
 
-NOT_BUILT = ("weights", "frozen")  # keys of the encoder and the decoder that do not describe their layers
-
 
 def build_soda(
     decoder_size: int, encoder: dict[str, Any], decoder: dict[str, Any], initialization: Initialization = "default"
@@ -21,14 +19,11 @@ def build_soda(
 
     Args:
         decoder_size: height and width in pixels of the images that the decoder denoises.
-        encoder, decoder: keys and values of the `encoder` and `decoder` sections of the config. `decoder_size` replaces
-            `decoder.image_size`, which may be null.
+        encoder, decoder: keys and values of the `encoder` and `decoder` sections of the config that describe layers.
+            `decoder_size` replaces `decoder.image_size`, which may be null.
         initialization: `default`, `torch` or `paper` (model/initialization.py).
     """
     as_paper = initialization == "paper"
-    encoder, decoder = (
-        {name: value for name, value in part.items() if name not in NOT_BUILT} for part in (encoder, decoder)
-    )
     latent_dim = encoder["latent_dim"]
     soda = SODA(
         ENCODERS[encoder["architecture"]](**encoder),

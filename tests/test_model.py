@@ -30,8 +30,7 @@ from utils.logging import PhaseTimer
 
 def test_cifar10_model_has_the_published_size_and_work() -> None:
     config = load_config(ROOT / "config" / "cifar10.yaml")
-    with torch.device("meta"):
-        soda = build_soda(config.data.image_size, config.encoder.model_dump(), config.decoder.model_dump())
+    soda = build_on_meta(config)
     assert sum(p.numel() for p in soda.encoder.parameters()) == 11_234_496
     assert sum(p.numel() for p in soda.decoder.parameters()) == 39_595_139
     assert [round(flops / 1e9, 3) for flops in forward_flops(soda, 32, 32)] == [1.111, 12.451]
