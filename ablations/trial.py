@@ -25,7 +25,7 @@ from datasets.images import DatasetError
 from evaluation.encoders import encode_with
 from evaluation.judge import judge
 from evaluation.protocols import all_protocols, config_protocols
-from experiment.models import build_on_meta, pass_flops
+from experiment.models import build_on_meta, pass_flops, step_flops
 from experiment.opening import Experiment, open_experiment
 from experiment.starting import check_origin
 from training.saving import checkpoint_contents
@@ -175,8 +175,10 @@ class Trial:
 
     def _step_flops(self) -> int:
         """Returns the FLOPs of a training step per image, forward and backward."""
-        encoder, _, whole = pass_flops(self.config, build_on_meta(self.config))
-        return 3 * (self.control.num_views * encoder if self.control else whole)
+        soda = build_on_meta(self.config)
+        if self.control:
+            return 3 * self.control.num_views * pass_flops(self.config, soda)[0]
+        return step_flops(self.config, soda)
 
     def _save(self) -> None:
         if self.checkpoint is None:

@@ -31,7 +31,7 @@ from config.reading import load_config
 from datasets.images import StoredImages
 from datasets.loader import Loader
 from experiment.batch import draw_batch, read_pixels
-from experiment.models import build_on_meta, initial_soda, pass_flops
+from experiment.models import build_on_meta, initial_soda, step_flops
 from experiment.opening import Experiment, open_experiment
 from experiment.timesteps import make_sampler
 from training.state import TrainState, initial_state
@@ -157,7 +157,7 @@ def main() -> int:
         exact = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=false"])
         mixed = synthetic(args.config, batch_size, [*args.overrides, "training.use_amp=true"])
         device, sizes = exact.device, (exact.config.encoder_size, exact.config.decoder_size)
-        work = 3 * pass_flops(exact.config, build_on_meta(exact.config))[-1] * batch_size
+        work = step_flops(exact.config, build_on_meta(exact.config)) * batch_size
         rates = {dtype: matrix_rate(dtype, device) for dtype in {torch.float32, mixed.amp_dtype or torch.float32}}
         print(
             f"\nbatches of {batch_size} images of {sizes[0]} px for the encoder and {sizes[1]} px for the decoder, "

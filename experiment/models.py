@@ -60,6 +60,16 @@ def pass_flops(config: Config, soda: SODA) -> tuple[int, int, int]:
     return encoder, decoder, config.views.num_sources * encoder + decoder
 
 
+def step_flops(config: Config, soda: SODA) -> int:
+    """Returns the FLOPs of a training step per image.
+
+    A backward pass takes about twice the FLOPs of a forward pass. A frozen encoder has none. `soda` may be on the meta
+    device.
+    """
+    _, decoder, whole = pass_flops(config, soda)
+    return 2 * (decoder if config.encoder.frozen else whole) + whole
+
+
 def describe_model(config: Config) -> str:
     """Returns a text with the number of parameters, the image size and the FLOPs per image of encoder and decoder.
 
@@ -67,7 +77,7 @@ def describe_model(config: Config) -> str:
     """
     soda = build_on_meta(config)
     sizes = config.encoder_size, config.decoder_size
-    *flops, whole = pass_flops(config, soda)
+    *flops, _ = pass_flops(config, soda)
     lines = []
     modules = {"encoder": soda.encoder, "decoder": soda.decoder}
     for (name, module), size, work in zip(modules.items(), sizes, flops, strict=True):
@@ -76,7 +86,7 @@ def describe_model(config: Config) -> str:
             f"{name}: {parameters:,} parameters, {work / 1e9:#.4g} GFLOP per image of {size} px in a forward pass"
         )
     views = f" and {config.views.num_sources} source views" if config.views.num_sources > 1 else ""
-    lines.append(f"training: about {3 * whole / 1e9:#.4g} GFLOP per image{views}, forward and backward")
+    lines.append(f"training: about {step_flops(config, soda) / 1e9:#.4g} GFLOP per image{views}, forward and backward")
     if config.decoder.modulation == "sectioned":
         row = "{:<10}{:>5}{:>10}{:>9}  {}".format
         lines += ["", row("layer", "px", "channels", "section", "dimensions of z (width)")]

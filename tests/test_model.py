@@ -13,7 +13,7 @@ from scipy.stats import truncnorm
 from torch import nn
 
 from config.reading import load_config
-from experiment.models import build_on_meta
+from experiment.models import build_on_meta, describe_model
 from model.blocks import AdaGN, ResBlock, SelfAttention, timestep_embedding
 from model.build import build_soda, forward_flops
 from model.decoder import UNetDecoder
@@ -34,6 +34,9 @@ def test_cifar10_model_has_the_published_size_and_work() -> None:
     assert sum(p.numel() for p in soda.encoder.parameters()) == 11_234_496
     assert sum(p.numel() for p in soda.decoder.parameters()) == 39_595_139
     assert [round(flops / 1e9, 3) for flops in forward_flops(soda, 32, 32)] == [1.111, 12.451]
+    frozen = config.model_copy(update={"encoder": config.encoder.model_copy(update={"frozen": True})})
+    assert "training: about 40.69 GFLOP per image" in describe_model(config)
+    assert "training: about 38.47 GFLOP per image" in describe_model(frozen), "1.1112 + 3 * 12.4513"
 
 
 def test_tiny_attends_on_the_maps_of_the_reference() -> None:
