@@ -114,7 +114,8 @@ def training(
 
     def look(*_: Any) -> None:
         if state.step == 0:
-            found["gradients"] = {name: p.grad.cpu().clone() for name, p in state.soda.named_parameters()}
+            trained = {name: p for name, p in state.soda.named_parameters() if p.requires_grad}
+            found["gradients"] = {name: p.grad.cpu().clone() for name, p in trained.items()}
 
     state.optimizer.register_step_pre_hook(look)
     pixels = training_pixels(experiment, 0)
@@ -274,6 +275,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     return {
         "micro-batches": micro_batches(folder),
         "training": training(folder, 5),
+        "frozen encoder": training(folder, 2, "encoder.frozen=true"),
         "adaptive": adaptive(folder),
         # A batch size of 100 gives 15 training and 4 test batches, and 2000 gives one of each. Six images are one and a
         # half chunks of 4 (CHUNK), the unit in which images are divided among processes.
@@ -289,8 +291,10 @@ def on_cuda(folder: Path) -> dict[str, Any]:
     with torch.backends.cudnn.flags(allow_tf32=False):
         overrides = ("device=cuda", "distributed.backend=gloo")
         found = {compiled: training(folder, 5, *overrides, compiled=compiled) for compiled in (False, True)}
+        frozen = training(folder, 2, *overrides, "encoder.frozen=true")
     return {
         "training": found[False],
+        "frozen encoder": frozen,
         "compiled": found[True],
         "batch norms": batch_norms(data_parallel.GlobalBatchNorm2d, "cuda"),
     }

@@ -43,6 +43,7 @@ def test_two_processes_share_a_gpu(tmp_path: Path) -> None:
         for kind in ("gradients", "buffers"):
             for name, value in one["training"][kind].items():
                 assert relative_error(two["training"][kind][name], value) < 1e-4, name
+        assert two["frozen encoder"]["losses"] == pytest.approx(one["frozen encoder"]["losses"], rel=1e-4)
         assert two["training"]["EMA is the same everywhere"]
         assert_like_torch(two["batch norms"], "cuda")
 

@@ -57,6 +57,16 @@ def test_the_number_of_processes_does_not_change_training(one: dict[str, Any], t
         assert rank["training"]["keys"] == one["training"]["keys"], "DDP must not change the keys of the state dict"
 
 
+def test_a_frozen_encoder_is_trained_around_by_all_processes(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    expected = one["frozen encoder"]
+    assert all(name.startswith("decoder.") for name in expected["gradients"])
+    for found in (rank["frozen encoder"] for rank in two):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert found["gradients"].keys() == expected["gradients"].keys() and found["EMA is the same everywhere"]
+        for name, value in expected["gradients"].items():
+            assert relative_error(found["gradients"][name], value) < 1e-5, name
+
+
 def test_batch_norm_of_one_process_would_change_it(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """Training in two processes differs from training in one if each process normalises over its own samples only."""
     for rank in two:

@@ -13,6 +13,7 @@ import train as train_program
 from config.errors import ConfigError
 from config.reading import load_config
 from experiment.starting import check_origin, read_starting_weights
+from experiment.trained import read_trained, reduced_checkpoint
 from model.encoder import ResNetEncoder
 from tests.conftest import ROOT, TINY_MODEL, assert_equal_states, digits_args, experiment_of
 from training.saving import checkpoint_contents
@@ -39,14 +40,15 @@ def config_of(*overrides: str) -> Any:
     return load_config(ROOT / "config" / "digits.yaml", [*TINY_MODEL, "data.image_size=8", *overrides])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 def test_both_parts_start_from_a_checkpoint_and_a_frozen_encoder_stays(
-    saved: tuple[Path, TrainState], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    saved: tuple[Path, TrainState], tmp_path: Path, caplog: pytest.LogCaptureFixture, frozen: bool
 ) -> None:
-    """The weights are those of the EMA model. Training changes the decoder, but nothing in the frozen encoder."""
+    """The weights are those of the EMA model. Training changes both parts, but nothing in a frozen encoder."""
     path, before = saved
     caplog.set_level(logging.INFO)
     named = [f"encoder.weights={path}", f"decoder.weights={path}"]
-    experiment = experiment_of(tmp_path, *named, "encoder.frozen=true", "optimizer.weight_decay=0.5")
+    experiment = experiment_of(tmp_path, *named, f"encoder.frozen={frozen}", "optimizer.weight_decay=0.5")
     state, expected = initial_state(experiment), before.ema.ema_model.state_dict()
     assert not torch.equal(before.soda.encoder.fc.weight, before.ema.ema_model.encoder.fc.weight)
     for model in (state.soda, state.ema.ema_model):
@@ -61,9 +63,19 @@ def test_both_parts_start_from_a_checkpoint_and_a_frozen_encoder_stays(
     for model in (state.soda, state.ema.ema_model):
         found = model.state_dict()
         changed = {name.split(".")[0] for name in found if not torch.equal(found[name], expected[name])}
-        assert changed == {"decoder"}
-    assert [len(group["params"]) > 0 for group in state.optimizer.param_groups] == [False, True]
-    assert state.soda.decoder.training and not state.soda.encoder.bn1.training
+        assert changed == ({"decoder"} if frozen else {"encoder", "decoder"})
+    assert [len(group["params"]) > 0 for group in state.optimizer.param_groups] == [not frozen, True]
+    assert state.soda.decoder.training and state.soda.encoder.bn1.training != frozen
+
+
+def test_a_run_starts_from_a_reduced_checkpoint(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
+    """A checkpoint with the EMA model alone gives the same weights, rounded to bf16."""
+    torch.save(reduced_checkpoint(read_trained(None, saved[0], ["device=cpu"])), tmp_path / "model.pt")
+    named = [f"{part}.weights={tmp_path / 'model.pt'}" for part in ("encoder", "decoder")]
+    state = initial_state(experiment_of(tmp_path, *named))
+    for name, expected in saved[1].ema.ema_model.state_dict().items():
+        rounded = expected.bfloat16().float() if expected.is_floating_point() else expected
+        assert torch.equal(state.soda.state_dict()[name], rounded), name
 
 
 def test_an_encoder_starts_from_torchvisions_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,23 +140,26 @@ def test_a_run_resumes_without_the_file_but_not_with_another(
     saved: tuple[Path, TrainState], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    file, digest = tmp_path / "start.pt", hashlib.sha256(saved[0].read_bytes()).hexdigest()
-    file.write_bytes(saved[0].read_bytes())
+    files, digest = (tmp_path / "a.pt", tmp_path / "b.pt"), hashlib.sha256(saved[0].read_bytes()).hexdigest()
+    for file in files:
+        file.write_bytes(saved[0].read_bytes())
     few = ("sampling.num_images=0", "evaluation.probe.epochs=1", "encoder.frozen=true")
-    command = digits_args(tmp_path / "run", *few, f"encoder.weights={file}")
+    command = digits_args(tmp_path / "run", *few, f"encoder.weights={files[0]}", f"decoder.weights={files[1]}")
     assert train_program.main(command) == 0
     kept = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert kept["started_from"] == {"encoder": digest}
+    assert kept["started_from"] == {"encoder": digest, "decoder": digest}
 
-    torch.save(saved[1].soda.encoder.state_dict(), file)
-    with pytest.raises(SystemExit, match="2"):
-        train_program.main([*command, "training.epochs=2"])
-    assert "is not the file that this run started from" in capsys.readouterr().err
-    file.unlink()
+    for part, file in zip(("encoder", "decoder"), files, strict=True):
+        torch.save(saved[1].soda.encoder.state_dict(), file)
+        with pytest.raises(SystemExit, match="2"):
+            train_program.main([*command, "training.epochs=2"])
+        assert f"{part}.weights={file} is not the file that this run started from" in capsys.readouterr().err
+        file.unlink()
     assert train_program.main([*command, "training.epochs=2"]) == 0
-    assert "is missing, but is not needed on resume" in caplog.text
+    for part, file in zip(("encoder", "decoder"), files, strict=True):
+        assert f"{part}.weights={file} is missing, but is not needed on resume" in caplog.text
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert last["step"] == 44 and last["started_from"] == {"encoder": digest}
+    assert last["step"] == 44 and last["started_from"] == kept["started_from"]
     assert torch.equal(last["model"]["encoder.fc.weight"], kept["model"]["encoder.fc.weight"])
     check_origin(config_of(), {"encoder": digest})
     with pytest.raises(
