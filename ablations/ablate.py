@@ -60,7 +60,7 @@ class Driver:
         self.ablation, self.out = Ablation(plan, out / RESULTS), out
         self.failed: list[str] = []
         self._runner = Runner(self.ablation, out, deadline, data_name)
-        self._earlier_failures = self.ablation.failures()
+        self._at_start = Ablation(plan, out / RESULTS)
         self._held: dict[str, tuple[Run, str]] = {}  # {name of a run: (run, process that holds its lock)}
 
     def run_stages(self) -> bool:
@@ -150,7 +150,7 @@ class Driver:
         row = self.ablation.row_of(run)
         if row and row["complete"]:
             return True
-        if row and "failed" in row and self.ablation.failures()[run.name] > self._earlier_failures[run.name]:
+        if row and "failed" in row and self.ablation.num_failures(run) > self._at_start.num_failures(run):
             if run.name not in self.failed:
                 self._log_failure(run.name, ConfigError(f"{row['failed']} (in another driver)"))
             return True

@@ -1,5 +1,6 @@
 """Training and judging of single runs before a deadline."""
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -124,12 +125,15 @@ class Runner:
                 )
             return max(1, round(rows[0]["epochs"]))
         assert stage.minutes
-        kept = folder / f"epochs-{run.digest}"
-        if not kept.exists():
+        kept = folder / "length.json"
+        length = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
+        if length is None or not run.is_result(length):
             trial = Trial(run.config, None, control=stage.control)
             trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self.must_stop())
             if trial.images_per_s is None:
                 return None
             images_per_epoch = trial.experiment.loader.steps_per_epoch * trial.config.training.batch_size
-            write_text(kept, str(max(1, int(60 * stage.minutes * trial.images_per_s / images_per_epoch))))
-        return int(kept.read_text(encoding="utf-8"))
+            epochs = max(1, int(60 * stage.minutes * trial.images_per_s / images_per_epoch))
+            length = {**run.identity, "config": run.config.to_yaml(), "epochs": epochs}
+            write_text(kept, json.dumps(length))
+        return int(length["epochs"])

@@ -1,9 +1,9 @@
 """Runs of an ablation plan, and their results so far."""
 
 import statistics
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,15 @@ class Run:
             terms += f" judged by {self.judging}"
         return terms if stage.control is None else f"{terms} control {stage.control}"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of everything that the result depends on, except the images."""
         return self._digest_with(self.config)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Entries of a row by which `is_result` recognises the run, besides the config."""
+        return {"digest": self.digest, "terms": self.terms}
 
     def is_result(self, row: dict[str, Any]) -> bool:
         """Returns True if `row` is a result of this run.
@@ -80,6 +85,7 @@ class Ablation:
 
     def __init__(self, plan: Plan, path: Path) -> None:
         self.plan, self.path = plan, path
+        self._configs: dict[tuple[str, ...], Config] = {}
         self.read_results()
 
     def read_results(self) -> None:
@@ -92,8 +98,7 @@ class Ablation:
     def record(self, run: Run, result: dict[str, Any]) -> None:
         """Stores the result of a run and appends it to the file."""
         identity = {"run": run.name, "stage": run.stage.name, "variant": run.variant, "seed": run.seed}
-        identity |= {"overrides": run.overrides, "digest": run.digest, "terms": run.terms}
-        append_row(self.path, {**identity, **result})
+        append_row(self.path, {**identity, "overrides": run.overrides, **run.identity, **result})
         self.read_results()
 
     def stage(self, name: str) -> Stage:
@@ -138,9 +143,15 @@ class Ablation:
         for seed in seeds:
             for variant in variants:
                 overrides = [*inherited, *stage.variants[variant]]
-                config = load_config(plan.config, [*plan.overrides, *overrides, f"seed={seed}"], OVERRIDES)
-                runs.append(Run(stage, variant, seed, overrides, config, plan.judging))
+                runs.append(
+                    Run(stage, variant, seed, overrides, self._config(*overrides, f"seed={seed}"), plan.judging)
+                )
         return runs
+
+    def _config(self, *overrides: str) -> Config:
+        if overrides not in self._configs:
+            self._configs[overrides] = load_config(self.plan.config, [*self.plan.overrides, *overrides], OVERRIDES)
+        return self._configs[overrides]
 
     def runs_needed_by(self, stage: Stage) -> list[Run]:
         """Returns the runs of earlier stages that must be complete before a stage is trained.
@@ -178,9 +189,9 @@ class Ablation:
         row = self.row_of(run)
         return row is not None and row["complete"]
 
-    def failures(self) -> Counter[str]:
-        """Returns how often each run has failed, by the name of the run."""
-        return Counter(name for name, rows in self._rows.items() for row in rows if "failed" in row)
+    def num_failures(self, run: Run) -> int:
+        """Returns how often a run has failed."""
+        return sum("failed" in row and run.is_result(row) for row in self._rows.get(run.name, []))
 
     def runs_with_rows(self, stage: Stage) -> list[tuple[Run, dict[str, Any]]]:
         """Returns (run, last result) for each run with a result; an empty list if a config in the stage is invalid."""

@@ -28,7 +28,8 @@ def markdown_tables(ablation: Ablation) -> str:
     deviation over seeds. GFLOP/image is the work of a training step per image. A difference of at most two standard
     deviations is called a tie. This standard deviation is that of single runs, pooled over the variants of the stage
     that have several seeds. If no variant of the stage has several seeds, it is pooled over the variants of all stages.
-    The lines that compare settings convert it to that of a difference of two means.
+    The lines that compare settings convert it to that of a difference of two means. Differences are those of the seeds
+    that both sides have.
     """
     rows = {stage.name: ablation.complete_rows(stage) for stage in ablation.plan.stages}
     scores = {name: [[score(row) for row in found] for found in of.values()] for name, of in rows.items()}
@@ -45,10 +46,11 @@ def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation:
     if not rows:
         return ""
     first = next(iter(stage.variants))
-    control = statistics.mean(map(score, rows[first])) if first in rows else None
+    control = {row["seed"]: score(row) for row in rows.get(first, [])}
     lines = [HEAD, ["---"] * len(HEAD)]
     for variant, found in rows.items():
-        mean = statistics.mean(map(score, found))
+        # A second look gives only some variants further seeds, so that means over all seeds would not compare alike.
+        differences = [score(row) - control[row["seed"]] for row in found if row["seed"] in control]
         lines.append(
             [
                 f"{variant}: {' '.join(stage.variants[variant])}" if stage.variants[variant] else variant,
@@ -60,7 +62,7 @@ def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation:
                 mean_and_deviation([accuracies(row)[0] for row in found]),
                 mean_and_deviation([accuracies(row)[1] for row in found]),
                 mean_and_deviation([score(row) for row in found]),
-                "" if variant == first or control is None else verdict(mean - control, deviation),
+                "" if variant == first or not differences else verdict(statistics.mean(differences), deviation),
             ]
         )
     conditions = sorted({f"{row['data']}; {row['machine']}, {row['amp']}" for found in rows.values() for row in found})
@@ -111,7 +113,7 @@ def _effects(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: flo
     A setting is one override, or several overrides that always occur together. A variant that gives the key another
     value is in neither group. A setting is left out if a group has fewer than two variants.
     """
-    scores = {variant: [score(row) for row in found] for variant, found in rows.items()}
+    scores = {variant: [score(row) for row in found if row["seed"] in stage.seeds] for variant, found in rows.items()}
     settings: dict[frozenset[str], list[str]] = {}  # {variants that have them: overrides}
     for override in dict.fromkeys(o for variant in rows for o in stage.variants[variant]):
         settings.setdefault(frozenset(v for v in rows if override in stage.variants[v]), []).append(override)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from config.reading import load_config
+from evaluation import protocols
 from experiment.batch import Batch, draw_batch, read_pixels
 from experiment.opening import open_experiment
 from experiment.timesteps import make_sampler
@@ -46,7 +47,8 @@ TINY_RUN = [
     "training.epochs=1",
     "training.log_every=5",
     "optimizer.warmup_epochs=0.1",
-    "evaluation.probe.epochs=2",
+    "evaluation.probe.epochs=1",
+    "evaluation.probe.batch_size=256",
     "sampling.num_images=4",
     "sampling.num_sampling_steps=2",
 ]
@@ -128,6 +130,12 @@ def small_soda(width: int = 4, **decoder: Any) -> SODA:
         for parameter in soda.decoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return soda.eval()
+
+
+@pytest.fixture
+def short_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes test.py judge by the protocols of the config only. The whole table takes several seconds."""
+    monkeypatch.setattr(protocols, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ PROGRAMS = {
 # the sign of a near-zero gradient matters. max_grad_norm is high so that the gradients are compared without clipping.
 COMPARABLE = (
     "decoder.dropout=0.0",
-    "encoder.width=16",
+    "encoder.width=8",
     "optimizer.max_grad_norm=1e9",
     "optimizer.encoder_lr=1e-4",
     "optimizer.decoder_lr=1e-4",
@@ -135,7 +135,7 @@ def training(
 
 
 def adaptive(folder: Path) -> dict[str, Any]:
-    """Trains for 8 steps with adaptive timesteps, whose density is renewed twice.
+    """Trains for 7 steps with adaptive timesteps, whose density is renewed twice.
 
     After each step, all ranks load the history that rank 0 would save, as when a run is resumed.
     """
@@ -149,7 +149,7 @@ def adaptive(folder: Path) -> dict[str, Any]:
         mock.patch.object(timesteps, "RENEW_EVERY", 3),
         mock.patch.object(timesteps.AdaptiveSampler, "end_step", end_and_resume),
     ):
-        return training(folder, 8, "training.timesteps.sampling=adaptive")
+        return training(folder, 7, "training.timesteps.sampling=adaptive")
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:

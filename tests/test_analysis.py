@@ -41,13 +41,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (x, y) for y in range(0, small.height - SIZE + 1, SIZE) for x in range(0, small.width - SIZE + 1, SIZE)
         ]
         for index, (x, y) in enumerate(corners):
-            folder = place / "images" / ("test" if index % 18 == 0 else "train") / name
+            folder = place / "images" / ("test" if index % 24 == 0 else "train") / name
             folder.mkdir(parents=True, exist_ok=True)
             small.crop((x, y, x + SIZE, y + SIZE)).save(folder / f"{index}.png")
     settings = [
         *("data.name=folder", f"data.root={place / 'images'}", f"data.cache_dir={place / 'cache'}"),
-        *("diffusion.schedule=linear", "decoder.modulation=sectioned", "training.epochs=30", "sampling.num_images=0"),
-        *("device=cpu", "evaluation.knn.k=5", "evaluation.probe.epochs=1", f"output_dir={place / 'run'}"),
+        *("diffusion.schedule=linear", "decoder.modulation=sectioned", "training.epochs=16", "training.batch_size=64"),
+        *("sampling.num_images=0", "device=cpu", "evaluation.knn.k=5", "evaluation.probe.epochs=1"),
+        f"output_dir={place / 'run'}",
     ]
     assert train_program.main(["--config", str(ROOT / "config" / "digits.yaml"), *settings]) == 0
     return place / "run"
@@ -99,7 +100,7 @@ def test_inverted_noise_decodes_to_the_image(run: Path, codec: Codec, inverted: 
     half = codec_of(run, 50)
     fine = psnr(codec.decode(z, x_T), sources)
     coarse = psnr(half.decode(z, half.invert(all_test_pixels(codec), z)), sources)
-    assert len(sources) > 40 and fine.min() >= 30
+    assert len(sources) > 30 and fine.min() >= 30
     assert fine.min() >= coarse.min() + 5 and fine.mean() >= coarse.mean() + 5
     assert 0.9 <= x_T.std() <= 1.1
 
@@ -366,6 +367,7 @@ COMMANDS: list[list[str]] = [  # interpolate and mix divide their work among pro
 ]
 
 
+@pytest.mark.long
 def test_two_processes_draw_the_same_file_as_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The files are identical in every byte. Another seed gives another picture."""
     photograph = next((run.parent / "images" / "test" / "flower").iterdir())

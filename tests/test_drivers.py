@@ -53,12 +53,12 @@ class Bench:
         self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
         self.plan: dict[str, Any] = {
             "config": str(ROOT / "config" / "digits.yaml"),
-            "overrides": [*(o for o in TINY_RUN if not o.startswith("training.epochs")), "evaluation.knn.k=5"],
+            "overrides": [*(o for o in TINY_RUN if not o.startswith("training.epochs")), "training.batch_size=128"],
             "judging": "config",
             "stages": [
                 {"name": "hello", "command": "-c 'print(6 * 7)'"},
                 {"name": "screen", "epochs": 1, "variants": {"a": [], "b": ["diffusion.schedule=linear"]}},
-                {"name": "long", "minutes": 0.2, "base": "screen", "keep": True, "variants": {"best": []}},
+                {"name": "long", "minutes": 0.1, "base": "screen", "keep": True, "variants": {"best": []}},
                 {"name": "control", "images_of": "long/best", "variants": {"a": []}},
             ],
         }
@@ -90,36 +90,43 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     bench.patch.setattr(runner, "FIRST_JUDGING_S", 4.0)
     bench.patch.setattr(runner, "FIRST_STARTUP_S", 2.0)
     bench.patch.setattr(trial, "SAVE_EVERY_S", 3)
+    bench.plan["stages"] = bench.plan["stages"][:2]
     starts = 0
-    while "not all stages are done" in bench.make(
-        "broken", 22 / 60, f"data.root=place_{starts}", "--data", "what it is"
-    ):
+    while "not all stages are done" in bench.make("broken", 20 / 60, f"data.root=place_{starts}"):
         starts += 1
         assert starts < 20
     history = [json.loads(line) for line in (tmp_path / "broken" / "results.jsonl").read_text().splitlines()]
     stopped = [row for row in history if not row["complete"]]
-    assert starts >= 2 and stopped and all(row["images"] % 64 == 0 < row["images"] for row in stopped)
-    rows = bench.rows("broken")
-    assert [row["complete"] for row in rows.values()] == [True] * 4 and len(rows) == 4
+    assert starts >= 2 and stopped and all(row["images"] % 128 == 0 < row["images"] for row in stopped)
     commands = (tmp_path / "broken" / "commands.txt").read_text().splitlines()
     assert commands == ["== hello: -c 'print(6 * 7)'", "42", "== hello: status 0"]
-    # 0.2 minutes are 12 seconds, or 12 reads of the clock. Training reads it about twice every ten steps of 64 images.
-    assert 1 <= rows["long-best-0"]["epochs"] == rows["control-a-0"]["epochs"] <= 10
-    assert not list(tmp_path.rglob("last.pt")) and (tmp_path / "broken" / "long-best-0.yaml").exists()
-    table = (tmp_path / "broken" / "table.md").read_text()
-    assert table.count("**") == 6 and "what it is" in table and table.strip() in bench.make("broken")
 
-    bench.plan["stages"] = bench.plan["stages"][1:2]
-    bench.make("whole", None, "--data", "what it is")
+    bench.plan["stages"] = bench.plan["stages"][1:]
+    bench.make("whole")
+    rows = bench.rows("broken")
+    assert list(rows) == list(bench.rows("whole")) == ["screen-a-0", "screen-b-0"]
     for name, whole in bench.rows("whole").items():
         texts = [row.pop("config") for row in (whole, rows[name])]
         first, second = (parse_config(text, "a result") for text in texts)
         assert set(differences(first, second, run=True)) == {"data.root"} and not differences(first, second, run=False)
         assert without_times(whole) == without_times(rows[name]), "interruptions must not change the results"
-        assert len(whole["table"]) == 2
+        assert whole["complete"] and len(whole["table"]) == 2
+
+
+@pytest.mark.long
+def test_lengths_in_minutes_and_of_another_run(bench: Bench, tmp_path: Path) -> None:
+    bench.make("out", None, "--data", "what it is")
+    rows = bench.rows("out")
+    assert [row["complete"] for row in rows.values()] == [True] * 4 and len(rows) == 4
+    # 0.1 minutes are 6 seconds, or 6 reads of the clock. Training reads it about twice every ten steps of 128 images.
+    assert 1 <= rows["long-best-0"]["epochs"] == rows["control-a-0"]["epochs"] <= 10
+    assert not list(tmp_path.rglob("last.pt")) and (tmp_path / "out" / "long-best-0.yaml").exists()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.count("**") == 6 and "what it is" in table and table.strip() in bench.make("out")
+
     bench.plan |= {"judging": "all", "stages": [{"name": "screen", "epochs": 1, "variants": {"a": []}}]}
-    assert "| a | 0 |" in bench.make("whole")
-    judged_by_all = bench.rows("whole")["screen-a-0"]["table"]
+    assert "| a | 0 |" in bench.make("out")
+    judged_by_all = bench.rows("out")["screen-a-0"]["table"]
     assert len(judged_by_all) >= 8, "results judged by the config's protocols must not stand in for those of all"
     for name, cells in rows["screen-a-0"]["table"].items():
         assert cells == next(found for other, found in judged_by_all.items() if other.startswith(name))
@@ -229,7 +236,7 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGTERM, signals._note)
 
     def signalled(*args: Any) -> Any:
-        if next(steps) == 15:
+        if next(steps) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
@@ -242,7 +249,7 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     bench.patch.setattr(signals, "_received", 0)
     checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
     saved = torch.load(checkpoint, weights_only=True)
-    assert saved["step"] == 20, "the run must stop at the next check of the clock"
+    assert saved["step"] == 10, "the run must stop at the next check of the clock"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint may be lost"
 

@@ -37,7 +37,7 @@ from tests.test_mistakes import write_images
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of a model trained on digits."""
     run = tmp_path_factory.mktemp("embed") / "runs" / "digits"
-    assert train_program.main(digits_args(run, "sampling.num_images=0", "evaluation.probe.epochs=1")) == 0
+    assert train_program.main(digits_args(run, "sampling.num_images=0")) == 0
     return run
 
 
@@ -209,7 +209,7 @@ def test_an_exported_model_keeps_the_experiment_and_nothing_of_the_machine(
     assert found == flat(before) | expected
 
     words = ["--checkpoint", str(path), *few]
-    assert judge_program.main([*words, "evaluation.knn.k=5", "evaluation.probe.epochs=1"]) == 0
+    assert judge_program.main([*words, "evaluation.knn.k=5"]) == 0
     assert capsys.readouterr().out.count("k-NN k=5") == 1
     assert sample_program.main(["reconstruct", *words, "--num_images", "1"]) == 0
     assert embed_program.main([*words, "--split", "test"]) == 0

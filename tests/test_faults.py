@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ SETTINGS = (  # 22 steps, all of them in the warm-up
     "optimizer.warmup_epochs=1",
     "training.checkpoint_every=6 steps",
     "sampling.num_images=0",
-    "evaluation.probe.epochs=1",
-    "evaluation.probe.batch_size=512",
 )
 
 
@@ -100,17 +99,17 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
     monkeypatch.setattr(loop, "train_step", hooked)
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 10), (signal.SIGINT, 11), (signal.SIGUSR1, 21)])
 def test_a_signal_saves_and_the_same_command_goes_on(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None, number: int, step: int
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: None
 ) -> None:
-    with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(signals.Stopped) as stopped:
-            train_program.main(args_for(tmp_path))
-    assert stopped.value.code == 75 and f"at step {step + 1}, state saved" in stopped.value.message
-    assert last(tmp_path)["step"] == step + 1
-    forget_signals(monkeypatch)
+    for number, step in ((signal.SIGTERM, 10), (signal.SIGINT, 11), (signal.SIGUSR1, 21)):
+        with monkeypatch.context() as patch:
+            at_step(patch, step, partial(os.kill, os.getpid(), number))
+            with pytest.raises(signals.Stopped) as stopped:
+                train_program.main(args_for(tmp_path))
+        assert stopped.value.code == 75 and f"at step {step + 1}, state saved" in stopped.value.message
+        assert last(tmp_path)["step"] == step + 1
+        forget_signals(monkeypatch)
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
 
@@ -177,31 +176,26 @@ def test_a_smaller_micro_batch_goes_on_with_the_run(
     )
 
 
-@pytest.mark.parametrize("when", ["while a checkpoint is written", "while a report is written"])
 def test_a_full_disk_ends_the_run_with_a_line(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If the disk is full, the run ends with one error line. It resumes once there is room.
 
-    A limit on the size of files stands for the full disk. `capsys` keeps the progress bar out of files, so that the
-    limit does not affect it.
+    The room is too small first for a checkpoint, then for a report. A limit on the size of files stands for the full
+    disk. `capsys` keeps the progress bar out of files, so that the limit does not affect it.
     """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    room = 100_000 if "checkpoint" in when else 10
-
-    def fill() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-
-    try:
-        with monkeypatch.context() as patch:
-            at_step(patch, 14, fill)
-            with pytest.raises(FolderError) as failure:
-                train_program.main(args_for(tmp_path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = str(failure.value)
-    assert error.startswith("cannot write to") and "File too large" in error and error.endswith("start again")
-    assert last(tmp_path)["step"] == 12 and not list((tmp_path / "checkpoints").glob("*.partial"))
+    for room in (100_000, 10):
+        try:
+            with monkeypatch.context() as patch:
+                at_step(patch, 14, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, limits[1])))
+                with pytest.raises(FolderError) as failure:
+                    train_program.main(args_for(tmp_path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = str(failure.value)
+        assert error.startswith("cannot write to") and "File too large" in error and error.endswith("start again")
+        assert last(tmp_path)["step"] == 12 and not list((tmp_path / "checkpoints").glob("*.partial"))
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
 

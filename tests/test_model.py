@@ -51,7 +51,15 @@ def test_tiny_attends_on_the_maps_of_the_reference() -> None:
     assert round(forward_flops(soda, config.encoder_size, config.decoder_size)[1] / 1e9, 1) == 53.8
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_encoder_has_the_layers_of_torchvisions_resnet() -> None:
+    for architecture in ARCHITECTURES:
+        with torch.device("meta"):
+            theirs = torchvision.models.get_model(architecture, weights=None, num_classes=16)
+            ours = ResNetEncoder(architecture=architecture, stem="imagenet", width=64, latent_dim=16)
+        ours.load_state_dict(theirs.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "wide_resnet50_2"])
 def test_encoder_is_torchvisions_resnet(architecture: ResNet) -> None:
     theirs = torchvision.models.get_model(architecture, weights=None, num_classes=16).eval()
     ours = ResNetEncoder(architecture=architecture, stem="imagenet", width=64, latent_dim=16).eval()

@@ -183,23 +183,24 @@ def test_judging_a_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]
     assert "add encoder.width=4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stop_at", [9, 30])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = digits_args(tmp_path / "run", "training.epochs=2", "evaluation.every=1", "training.checkpoint_every=4 steps")
     step = loop.train_step
 
-    def interrupted(experiment: Any, state: Any, *rest: Any) -> Any:
-        if state.step == stop_at:
-            raise KeyboardInterrupt
-        return step(experiment, state, *rest)
+    for stop_at in (9, 30):
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train_program.main(args)
-    assert last(tmp_path / "run")["step"] == stop_at // 4 * 4
+        def interrupted(experiment: Any, state: Any, *rest: Any, stop_at: int = stop_at) -> Any:
+            if state.step == stop_at:
+                raise KeyboardInterrupt
+            return step(experiment, state, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train_program.main(args)
+        assert last(tmp_path / "run")["step"] == stop_at // 4 * 4
     assert train_program.main(args) == 0
 
     resumed, whole = last(tmp_path / "run"), last(finished)

@@ -48,9 +48,8 @@ def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path, monkeypatch:
 
 def test_a_section_is_probed_alone(tmp_path: Path) -> None:
     """If section 2 has all information about the image and the others are noise, only section 2 is classified well."""
-    experiment, soda = prepared(
-        tmp_path, "evaluation.probe.transform=clean", "evaluation.probe.epochs=8", "evaluation.probe.lr=5e-3"
-    )
+    probe = {"transform": "clean", "epochs": 8, "lr": 5e-3, "batch_size": 16}
+    experiment, soda = prepared(tmp_path, *(f"evaluation.probe.{name}={value}" for name, value in probe.items()))
     encode = soda.encoder.features
     brightness = torch.Generator().manual_seed(0)
 
@@ -93,11 +92,11 @@ def test_the_script_resumes(
     monkeypatch.setattr(section_measures, "NUM_PAIRS", 8)
     monkeypatch.setattr(section_measures, "NUM_SAMPLING_STEPS", 2)
     arguments = ["--config", str(ROOT / "config" / "digits.yaml"), "--seeds", "1", "--epochs", "1"]
-    arguments += ["--out", str(tmp_path), *TINY_RUN, "output_dir=none"]
+    arguments += ["--out", str(tmp_path), *TINY_RUN, "training.batch_size=128", "output_dir=none"]
     sections.main(arguments)
     table = capsys.readouterr().out.splitlines()
     rows = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in table}
-    assert rows["22 steps"] == list(VARIANTS) and len(rows["k-NN"]) == 3
+    assert rows["11 steps"] == list(VARIANTS) and len(rows["k-NN"]) == 3
     assert rows["swapped whole latent"] == ["1.00"] * 3
     assert {f"{measure} {name}" for measure in sections.ROWS_BY_SECTION for name in NAMES} < rows.keys()
     results = tmp_path / "results.jsonl"
