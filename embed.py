@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     from analysis.image_encoder import trained_encoder
     from datasets.findings import UnreadableError
     from datasets.images import DatasetError
+    from evaluation.features import feature_name
     from experiment.opening import open_device, open_experiment
     from experiment.trained import read_trained, reduced_checkpoint
     from utils.device import compute_exactly
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     with gather_user_errors():
         trained = read_trained(config, args.checkpoint, overrides(args))
         config = trained.config
-        encoder = trained_encoder(trained)
+        encoder = trained_encoder(trained, timestep=args.timestep)
 
         # Export.
         if args.export:
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             raise error.with_advice(path.parent, f"{path.stem}.unreadable.txt") from None
     with gather_user_errors():
         if rank() == 0:
+            features = {feature_name(str(kind), args.timestep): values for kind, values in features.items()}
             save_features(path, features, named, trained.digest)
             print(path)
     return 0

@@ -43,12 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     from analysis.codec import Codec
     from analysis.grid import save_grid
     from datasets.walking import is_listed
-    from experiment.trained import open_trained, read_trained
+    from experiment.trained import check_timestep, open_trained, read_trained
     from utils.device import compute_exactly
 
     # Open the checkpoint and the images, and find the images that the options name.
     with gather_user_errors():
         trained = read_trained(config, args.checkpoint, overrides(args))
+        if picture.needs_one_z or args.timestep is not None:
+            check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
         compute_exactly()
         found = picture.find(experiment)
@@ -60,13 +62,14 @@ def main(argv: list[str] | None = None) -> int:
 
     # Draw.
     seed = experiment.config.seed if args.seed is None else args.seed
-    grid = picture.draw(Codec(experiment, soda, seed), found)
+    grid = picture.draw(Codec(experiment, soda, seed, args.timestep), found)
 
     # Save.
     with gather_user_errors():
         if rank() == 0:
             model = f"{trained.describe(experiment)}, SHA-256 {trained.digest[:12]}"
-            save_grid(grid, path, f"{model}; {describe_sampling(experiment.config.sampling)}; seed {seed}")
+            at = "" if args.timestep is None else f"z at timestep {args.timestep}; "
+            save_grid(grid, path, f"{model}; {at}{describe_sampling(experiment.config.sampling)}; seed {seed}")
             print(path)
     return 0
 

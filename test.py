@@ -32,13 +32,18 @@ def main(argv: list[str] | None = None) -> int:
         config = read_config_if_named(args)
         if args.out and not args.report:
             raise ConfigError(f"--out {args.out} is for the report: add --report")
+        if args.timestep is not None and not args.report:
+            raise ConfigError(
+                f"--timestep {args.timestep} is for the report: add --report, or set 'evaluation.timesteps="
+                f"[{args.timestep}]'"
+            )
 
     from datasets.images import DatasetError
     from evaluation.encoders import baselines, encode_with, settled
     from evaluation.judge import judge
     from evaluation.protocols import all_protocols
     from experiment.opening import check_neighbours
-    from experiment.trained import open_trained, read_trained
+    from experiment.trained import check_timestep, open_trained, read_trained
     from utils.device import compute_exactly
 
     # Open the checkpoint and the images.
@@ -49,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
             require(*report.NEEDS)
         trained = read_trained(config, args.checkpoint, overrides(args))
+        if args.report:
+            check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
         if experiment.test is None:
             raise DatasetError(
@@ -66,18 +73,19 @@ def main(argv: list[str] | None = None) -> int:
         "settled": encode_with(experiment, settled(experiment, soda)),
         **baselines(experiment),
     }
-    table = judge(experiment, encoders, all_protocols(trained.config, len(experiment.train)))
+    protocols = all_protocols(trained.config, len(experiment.train))
+    table = judge(experiment, encoders, protocols)
     if rank() == 0:
         print(format_table(table))
 
     # Report.
     if args.report:
         compute_exactly()
-        codec = Codec(experiment, soda, experiment.config.seed)
+        codec = Codec(experiment, soda, experiment.config.seed, args.timestep)
         found, drawn = report.confusions(codec), report.draw_pictures(codec)
         with gather_user_errors():
             if rank() == 0:
-                report.write_report(path, trained, codec, table, found, drawn)
+                report.write_report(path, trained, codec, protocols, table, found, drawn)
                 print(f"\nreport       {path}")
     return 0
 

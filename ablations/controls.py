@@ -27,6 +27,7 @@ OF_THE_DECODER = (
     "decoder.",
     "diffusion.",
     "views.target.",
+    "views.same",
     "optimizer.decoder_lr",
     "training.mask.",
     "training.timesteps.",
@@ -35,7 +36,7 @@ OF_THE_DECODER = (
 # Keys that change how SODA trains the encoder. A control does the same only if they are switched off.
 OF_THE_ENCODER = (
     *("views.num_sources", "training.micro_batch_size", "training.compile", "training.terms."),
-    "encoder.frozen",
+    *("encoder.frozen", "encoder.time_dependent"),
 )
 
 

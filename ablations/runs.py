@@ -1,5 +1,6 @@
 """Runs of an ablation plan, and their results so far."""
 
+import re
 import statistics
 from contextlib import suppress
 from dataclasses import dataclass
@@ -223,11 +224,16 @@ def accuracies(row: dict[str, Any]) -> tuple[float, float]:
     """Returns top-1 of k-NN and of the linear probe, in per cent.
 
     The protocols are the reference implementation's, or those of the config if the run was judged by them alone
-    (`Plan.judging`).
+    (`Plan.judging`). For a time-dependent encoder, each is that of the best judged timestep.
     """
     named = [name for name in row["table"] if "reference's" in name] or list(row["table"])
-    found = {name.split()[0]: row["table"][name]["trained"]["top1"] for name in named}
-    return found["k-NN"], found["linear"]
+
+    def best(kind: str) -> float:
+        of_kind = {name: re.sub(r"@\d+", "", name) for name in named if name.split()[0] == kind}
+        first = next(iter(of_kind.values()))
+        return max(row["table"][name]["trained"]["top1"] for name, text in of_kind.items() if text == first)
+
+    return best("k-NN"), best("linear")
 
 
 def score(row: dict[str, Any]) -> float:

@@ -26,6 +26,7 @@ from typing import Any
 
 from ablations.result_rows import RESULTS, append_row, held_folder, read_rows
 from ablations.tables import mean_and_deviation
+from config.errors import ConfigError
 from config.reading import load_config
 from utils.cli import gather_user_errors, path_option, run
 
@@ -103,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         for seed in range(args.seeds):
             common = [*SETTINGS, f"training.epochs={args.epochs}", f"seed={seed}", *args.overrides]
             runs += [(name, seed, load_config(args.config, [*common, *own])) for name, own in VARIANTS.items()]
+        if runs[0][2].encoder.time_dependent:
+            raise ConfigError("the sections are those of one z: set encoder.time_dependent=false")
 
         from ablations.section_measures import digest_of, measure_sections, sections_of
         from ablations.trial import Trial

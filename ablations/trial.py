@@ -28,6 +28,7 @@ from evaluation.protocols import all_protocols, config_protocols
 from experiment.models import build_on_meta, pass_flops, step_flops
 from experiment.opening import Experiment, open_experiment
 from experiment.starting import check_origin
+from experiment.trained import halved_weights
 from training.saving import checkpoint_contents
 from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
@@ -240,8 +241,7 @@ def write_encoder_parts(encoder: nn.Module, path: Path, config_yaml: str) -> Non
     Also writes `path`.yaml: the command that joins the parts to `path`.pt, the SHA-256 of `path`.pt, and the config.
     """
     file = io.BytesIO()
-    halved = {name: t.bfloat16() if t.is_floating_point() else t for name, t in encoder.state_dict().items()}
-    torch.save({name: t.cpu().contiguous() for name, t in halved.items()}, file)
+    torch.save({name: t.cpu().contiguous() for name, t in halved_weights(encoder).items()}, file)
     content = file.getvalue()
     for part, start in enumerate(range(0, len(content), PART_BYTES)):
         path.with_name(f"{path.name}.pt.part{part}").write_bytes(content[start : start + PART_BYTES])

@@ -1,7 +1,7 @@
 """Encoding of images as a latent z and noise x_T, and decoding of both. x_T holds the details that z leaves out."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from datasets.images import Images
 from evaluation.features import encode_clean, extract_latents
 from experiment.opening import Experiment
 from model.diffusion import Denoiser
+from model.encoder import Encoder
 from model.guidance import guided_denoiser
 from model.soda import SODA
 from utils.device import autocast, memory_for
@@ -22,6 +23,9 @@ from utils.randomness import image_noise
 BATCH = 16  # images per forward pass; the same for any number of ranks, so that pixels do not depend on that number
 INVERSION_PASSES = 2  # evaluations of the denoiser per step of the inversion
 
+Latents = Tensor | Callable[[Tensor], Tensor]
+"""Condition of a batch: z (N, latent_dim), or a function timesteps (N,) -> z."""
+
 OnDone = Callable[[int], Any]
 """Callback for the progress bar. It receives the number of images of one forward pass."""
 
@@ -30,46 +34,56 @@ class Codec:
     """The EMA model as an encoder and a decoder of images (Preechakul et al. 2022, section 3).
 
     Collective: call each method on all ranks. The ranks share the work, and each rank gets the full result. Pixels are
-    (N, 3, P, P) uint8, with the size of the data set's images. z is (N, latent_dim). x_T, and images in [-1, 1], are
-    (N, 3, decoder_size, decoder_size). All results are float32 on the device.
+    (N, 3, P, P) uint8, with the size of the data set's images. z is (N, latent_dim). For a time-dependent encoder, z is
+    the curve over the S timesteps that the sampler visits, (N, S, latent_dim), unless a timestep is given. x_T, and
+    images in [-1, 1], are (N, 3, decoder_size, decoder_size). All results are float32 on the device.
 
     Args:
         seed: seed of `noise`, and of the noise that `sample` adds if eta is above 0.
+        timestep: timestep of z, for a time-dependent encoder; the decoder gets this z in all its steps.
     """
 
-    def __init__(self, experiment: Experiment, soda: SODA, seed: int) -> None:
-        self.experiment, self.soda, self.seed = experiment, soda, seed
+    def __init__(self, experiment: Experiment, soda: SODA, seed: int, timestep: int | None = None) -> None:
+        self.experiment, self.soda, self.seed, self.timestep = experiment, soda, seed, timestep
         self._batch = min(BATCH, experiment.config.evaluation.batch_size)
+        self._encoder = soda.encoder if timestep is None else soda.encoder.at(timestep)
+        self._visited = experiment.diffusion.sampling_timesteps(experiment.config.sampling.num_sampling_steps)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Returns z of the images, without augmentation."""
-        width = self.experiment.config.encoder.latent_dim
+        is_curve, width = self._encoder.is_time_dependent, self.experiment.config.encoder.latent_dim
+        encoders = [self._encoder.at(timestep) for timestep in self._visited] if is_curve else [self._encoder]
 
         def encode(positions: range, on_done: OnDone) -> Tensor:
-            on_done(len(positions))
-            return self._encode(pixels[positions.start : positions.stop])
+            found = []
+            for encoder in encoders:
+                on_done(len(positions))
+                found.append(self._encode(encoder, pixels[positions.start : positions.stop]))
+            return torch.stack(found, dim=1)
 
-        return self._fill("encoding", 1, torch.zeros(len(pixels), width, device=self.experiment.device), encode)
+        out = torch.zeros(len(pixels), len(encoders), width, device=self.experiment.device)
+        z = self._fill("encoding", len(encoders), out, encode)
+        return z if is_curve else z[:, 0]
 
     @cached_property
     def train_z(self) -> Tensor:
-        """z of all training images, in the order of the split."""
+        """z (N, latent_dim) of all training images, in the order of the split. Not for curves over the timesteps."""
         return self._latents(self.experiment.train, "training")
 
     @cached_property
     def test_z(self) -> Tensor:
-        """z of all test images, in the order of the split. The test split must exist."""
+        """z of all test images, as `train_z`. The test split must exist."""
         assert self.experiment.test is not None
         return self._latents(self.experiment.test, "test")
 
     def _latents(self, images: Images, split: str) -> Tensor:
         with progress(len(images) // world_size(), f"encoding {split} images", "img") as bar:
-            batch_size = self.experiment.config.evaluation.batch_size
-            return extract_latents(self._encode, images, batch_size, self.experiment.device, bar.update)
+            batch_size, encode = self.experiment.config.evaluation.batch_size, partial(self._encode, self._encoder)
+            return extract_latents(encode, images, batch_size, self.experiment.device, bar.update)
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode(self, encoder: Encoder, pixels: Tensor) -> Tensor:
         experiment = self.experiment
-        return encode_clean(self.soda, experiment.views, pixels, experiment.device, experiment.amp_dtype)
+        return encode_clean(encoder, experiment.views, pixels, experiment.device, experiment.amp_dtype)
 
     def noise(self, count: int, purpose: str) -> Tensor:
         """Returns random x_T for `count` images. The noise of each image is the same for any `count`."""
@@ -106,12 +120,12 @@ class Codec:
 
             return diffusion.ddim_sample(denoise, x_T, config.num_sampling_steps, config.eta, draw_noise=draw_noise)
 
-        def guided(z: Tensor) -> Denoiser:
+        def guided(z: Latents) -> Denoiser:
             return guided_denoiser(self.soda.decoder, z, config.guidance_scale, config.sections)
 
         return self._denoise("sampling", config.num_sampling_steps, sample, z, x_T, guided)
 
-    def _unguided(self, z: Tensor) -> Denoiser:
+    def _unguided(self, z: Latents) -> Denoiser:
         return guided_denoiser(self.soda.decoder, z)
 
     def _denoise(
@@ -121,16 +135,23 @@ class Codec:
         run: Callable[[Denoiser, Tensor, range], Tensor],
         z: Tensor,
         images: Tensor,
-        condition: Callable[[Tensor], Denoiser],
+        condition: Callable[[Latents], Denoiser],
     ) -> Tensor:
         """Returns the results of `run(denoiser, images, positions)` on each batch of images.
 
-        `condition` makes the denoiser of a batch from its z.
+        `condition` makes the denoiser of a batch from its z, or from a function timesteps -> z.
         """
+        position = torch.zeros(self.experiment.diffusion.num_timesteps, dtype=torch.int64, device=z.device)
+        position[self._visited] = torch.arange(len(self._visited), device=z.device)
+
+        def latents(z: Tensor) -> Latents:
+            if z.dim() == 2:
+                return z
+            return lambda timesteps: z[torch.arange(len(z), device=z.device), position[timesteps]]
 
         def work(positions: range, on_done: OnDone) -> Tensor:
             here = slice(positions.start, positions.stop)
-            denoise = condition(z[here])
+            denoise = condition(latents(z[here]))
 
             def counted(x_t: Tensor, timesteps: Tensor) -> Tensor:
                 on_done(len(x_t))

@@ -161,9 +161,9 @@ def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype
 def save_features(path: Path, features: Features, named: NamedImages, checkpoint: str) -> None:
     """Writes the features of `named` to a .npz or .safetensors file.
 
-    .npz holds the arrays z, pooled, names and checkpoint, labels and classes if there are labels, and attributes and
-    attribute_names if there are attributes. In .safetensors, names, classes, attribute_names (as JSON) and checkpoint
-    are metadata, and the others are tensors.
+    .npz holds the features (z and pooled, or z@500 and pooled@500), names and checkpoint, labels and classes if there
+    are labels, and attributes and attribute_names if there are attributes. In .safetensors, names, classes,
+    attribute_names (as JSON) and checkpoint are metadata, and the others are tensors.
 
     Args:
         checkpoint: SHA-256 of the checkpoint.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from datasets.decoding import central_square
 from datasets.operations import resize as resize_antialiased
-from experiment.trained import Trained, read_trained
+from experiment.trained import Trained, check_timestep, read_trained
 from model.encoder import Encoder
 
 
@@ -96,25 +96,28 @@ def _resize(pixels: Tensor, size: int) -> Tensor:
     return resized.permute(0, 3, 1, 2).to(pixels.device)
 
 
-def trained_encoder(trained: Trained, resize: bool = False) -> ImageEncoder:
+def trained_encoder(trained: Trained, resize: bool = False, timestep: int | None = None) -> ImageEncoder:
     """Returns the EMA encoder of a checkpoint that has been read, on the host in evaluation mode.
 
-    Raises CheckpointError if the checkpoint does not fit its config, or holds no statistics of its images.
+    Raises CheckpointError if the checkpoint does not fit its config, or holds no statistics of its images, and
+    ConfigError if a time-dependent encoder has no timestep.
     """
-    mean, std = trained.statistics()
-    encoder = ImageEncoder(
-        trained.soda().encoder, mean, std, trained.config.encoder_size, trained.config.data.stored_size, resize
-    )
-    return encoder.eval().requires_grad_(False)
+    check_timestep(trained.config, timestep)
+    (mean, std), encoder = trained.statistics(), trained.soda().encoder
+    size, stored_size = trained.config.encoder_size, trained.config.data.stored_size
+    of_one_z = encoder if timestep is None else encoder.at(timestep)
+    return ImageEncoder(of_one_z, mean, std, size, stored_size, resize).eval().requires_grad_(False)
 
 
-def load_encoder(checkpoint: str | Path, resize: bool = False) -> ImageEncoder:
+def load_encoder(checkpoint: str | Path, resize: bool = False, timestep: int | None = None) -> ImageEncoder:
     """Returns the EMA encoder of a checkpoint file, on the host in evaluation mode.
 
-    Raises CheckpointError if the checkpoint cannot be used, and ConfigError if its config is not valid.
+    Raises CheckpointError if the checkpoint cannot be used, and ConfigError if its config is not valid, or if a
+    time-dependent encoder has no timestep.
 
     Args:
         resize: False: the encoder takes only images of the size that it was trained on, and squares of
             data.stored_size. True: it crops and resizes others.
+        timestep: timestep of the features of a time-dependent encoder (`encoder.time_dependent`).
     """
-    return trained_encoder(read_trained(None, Path(checkpoint), []), resize)
+    return trained_encoder(read_trained(None, Path(checkpoint), []), resize, timestep)

@@ -2,7 +2,9 @@
 
 import base64
 import io
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from analysis.pictures import Directions, Interpolate, Mix, Nearest, Picture, Re
 from config.schema import KNN
 from evaluation.judge import Table
 from evaluation.knn import knn_votes
-from evaluation.protocols import KNNProtocol
+from evaluation.protocols import KNNProtocol, Protocol
 from experiment.models import describe_model
 from experiment.trained import Trained
 from utils.files import write_text
@@ -29,6 +31,8 @@ from utils.run_folder.run_log import read_reports
 MAX_TSNE = 2000  # largest number of points; more points cannot be distinguished
 MAX_CELLS = 20  # largest number of classes for which a confusion matrix is shown as a table of numbers
 LOSSLESS = 64  # longest side in pixels of an image that is stored without loss
+
+METRICS = {"knn": "k-NN", "probe": "linear probe", "mlp": "MLP"}  # names of the protocols' metrics in figures
 
 NEEDS = ("torchmetrics", "matplotlib", "jinja2")  # packages needed in addition to requirements.txt
 
@@ -57,7 +61,7 @@ class Confusions:
 
 
 def confusions(codec: Codec) -> Confusions:
-    """Collective. Computes the confusion matrix of k-NN on z with k=20 and uniform votes, a protocol of the table."""
+    """Collective. Computes the confusion matrix of k-NN on z with k=20 and uniform votes, as in the table."""
     train, test = codec.experiment.train, codec.experiment.test
     assert train.labels is not None and test is not None and test.labels is not None, "the evaluation needs labels"
     k, count, device = min(20, len(train)), len(train.classes), codec.train_z.device
@@ -65,7 +69,8 @@ def confusions(codec: Codec) -> Confusions:
     votes = knn_votes(bank, train.labels.to(device), queries, k, count)
     guesses = votes.sort(dim=1, descending=True, stable=True).indices[:, 0].cpu()  # breaks ties like the accuracy
     counts = torch.bincount(test.labels * count + guesses, minlength=count**2).view(count, count)
-    return Confusions(counts.numpy(), str(KNNProtocol(settings=KNN(k=k))), train.classes)
+    protocol = KNNProtocol(settings=KNN(k=k), timestep=codec.timestep)
+    return Confusions(counts.numpy(), str(protocol), train.classes)
 
 
 def draw_pictures(codec: Codec) -> dict[str, Grid]:
@@ -83,7 +88,12 @@ def draw_pictures(codec: Codec) -> dict[str, Grid]:
         Nearest(num_images=num_images, num_neighbours=min(7, num_train)),
         *([Mix(random=True, num_images=even)] if num_images > 1 and config.decoder.num_sections > 1 else []),
     ]
-    return {picture.name: picture.draw(codec, picture.find(experiment)) for picture in pictures}
+    # The decoder of a time-dependent encoder expects z at its own timesteps, so pictures that can use them all do.
+    over_time = codec if codec.timestep is None else Codec(experiment, codec.soda, codec.seed)
+    return {
+        picture.name: picture.draw(codec if picture.needs_one_z else over_time, picture.find(experiment))
+        for picture in pictures
+    }
 
 
 def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
@@ -114,11 +124,32 @@ def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
         drawn.append(svg.curves("norm", "gradient norm", {"norm": series("train", "grad_norm")}, log=True))
         rates = {part: series("train", f"lr/{part}") for part in ("encoder", "decoder")}
         drawn.append(svg.curves("rates", "learning rate", rates, from_0=True))
-    names = {"knn_top1": "k-NN", "probe_top1": "linear probe", "mlp_top1": "MLP"}
-    lines = {label: found for name, label in names.items() if (found := series("evaluation", name))[0]}
-    if lines:
-        drawn.append(svg.curves("accuracy", "top-1 (%)", lines))
+    plain = {label: found for name, label in METRICS.items() if (found := series("evaluation", f"{name}_top1"))[0]}
+    if plain:
+        drawn.append(svg.curves("accuracy", "top-1 (%)", plain))
+    names = {name for entry in reports if entry["kind"] == "evaluation" for name in entry}
+    for metric, label in METRICS.items():  # of a time-dependent encoder, one line per timestep
+        timesteps = sorted(int(each[1]) for name in names if (each := re.fullmatch(rf"{metric}@(\d+)_top1", name)))
+        lines = {f"z@{t}": series("evaluation", f"{metric}@{t}_top1") for t in timesteps}
+        if lines:
+            drawn.append(svg.curves(f"accuracy-{metric}", f"{label}, top-1 (%)", lines))
     return drawn
+
+
+def draw_timesteps(protocols: Sequence[Protocol], table: Table) -> str | None:
+    """Draws top-1 of the trained encoder over the timesteps of z, as an SVG element; None if there are no timesteps.
+
+    The figure has one line per kind of classifier, under the first of its protocols.
+    """
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    first: dict[str, str] = {}
+    for protocol in protocols:
+        text = str(replace(protocol, timestep=None))
+        if protocol.timestep is not None and first.setdefault(protocol.metric, text) == text:
+            timesteps, values = lines.setdefault(METRICS[protocol.metric], ([], []))
+            timesteps.append(protocol.timestep)
+            values.append(table[str(protocol)]["trained"]["top1"])
+    return svg.curves("timesteps", "top-1 (%)", lines, xlabel="timestep of z") if lines else None
 
 
 def data_uri(image: Tensor, lossless: bool = False) -> str:
@@ -141,7 +172,13 @@ def heat_map(counts: np.ndarray) -> str:
 
 
 def write_report(
-    path: Path, trained: Trained, codec: Codec, table: Table, found: Confusions, pictures: dict[str, Grid]
+    path: Path,
+    trained: Trained,
+    codec: Codec,
+    protocols: Sequence[Protocol],
+    table: Table,
+    found: Confusions,
+    pictures: dict[str, Grid],
 ) -> None:
     """Writes the HTML file. Not collective: the ranks have already encoded both splits in `codec`."""
     import jinja2
@@ -167,6 +204,8 @@ def write_report(
         device=str(experiment.device),
         columns=columns,
         table=table,
+        timestep=codec.timestep,
+        over_timesteps=draw_timesteps(protocols, table),
         curves=draw_curves(read_reports(trained.folder, trained.contents["step"])),
         confusions=found,
         max_cells=MAX_CELLS,

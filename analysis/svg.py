@@ -47,31 +47,37 @@ def _svg(figure: Any, name: str, title: str) -> str:
 
 
 def curves(
-    name: str, ylabel: str, lines: dict[str, tuple[list[float], list[float]]], log: bool = False, from_0: bool = False
+    name: str,
+    ylabel: str,
+    lines: dict[str, tuple[list[float], list[float]]],
+    log: bool = False,
+    from_0: bool = False,
+    xlabel: str = "epoch",
 ) -> str:
-    """Draws lines over epochs, as an SVG element.
+    """Draws lines, as an SVG element.
 
     Args:
         name: prefix of the element's ids, unique in the page.
         ylabel: label of the vertical axis.
-        lines: {label: (epochs, values)}. A value of None leaves a gap; it stands for a value that was not finite.
+        lines: {label: (positions, values)}. A value of None leaves a gap; it stands for a value that was not finite.
         log: make the vertical axis logarithmic.
         from_0: start the vertical axis at 0.
+        xlabel: label of the horizontal axis.
     """
     figure, axes = _figure(5.2, 2.8)
-    for label, (epochs, values) in lines.items():
+    for label, (positions, values) in lines.items():
         y = np.array([np.nan if value is None else value for value in values])
-        axes.plot(epochs, y, marker="o" if len(y) < 30 else None, markersize=3, linewidth=1.2, label=label)
+        axes.plot(positions, y, marker="o" if len(y) < 30 else None, markersize=3, linewidth=1.2, label=label)
     if log:
         axes.set_yscale("log")
     elif from_0:
         axes.set_ylim(bottom=0)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color=INK, alpha=0.15, linewidth=0.5)
     if len(lines) > 1:
         axes.legend(frameon=False, labelcolor=INK)
-    return _svg(figure, name, f"{ylabel} over epochs")
+    return _svg(figure, name, f"{ylabel} by {xlabel}")
 
 
 def scatter(name: str, points: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:

@@ -12,6 +12,7 @@ printed table has these columns:
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,14 @@ from model.guidance import guided_denoiser
 from utils.cli import run
 
 BATCH = 128
+
+Latents = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+"""z of a batch, or a function timesteps -> z."""
+
+
+def of_neighbours(z: Latents) -> Latents:
+    """Returns the latents with those of each image moved to the next image."""
+    return (lambda timesteps: z(timesteps).roll(1, dims=0)) if callable(z) else z.roll(1, dims=0)
 
 
 @torch.no_grad()
@@ -56,7 +65,7 @@ def main() -> int:
     if test is None:
         raise DatasetError("the images have no labels, so there are no test images: set data.root to labelled images")
 
-    def decode(z: torch.Tensor, x_T: torch.Tensor, steps: int) -> torch.Tensor:
+    def decode(z: Latents, x_T: torch.Tensor, steps: int) -> torch.Tensor:
         return diffusion.ddim_sample(guided_denoiser(soda.decoder, z), x_T, steps, clip_denoised=False)
 
     print(machine(experiment.device))
@@ -68,11 +77,11 @@ def main() -> int:
             decibels, nearer, codes = [], [], []
             for pixels in test.batches(batches):
                 x_start = views.x_start(pixels.to(experiment.device))
-                z = soda.encoder(views.evaluation(pixels))
+                z = soda.condition(views.evaluation(pixels)[:, None])
                 x_T = diffusion.ddim_invert(guided_denoiser(soda.decoder, z), x_start, steps, iterations)
                 own, other = (
                     (decode(latents, x_T, steps) - x_start).square().mean(dim=(1, 2, 3))
-                    for latents in (z, z.roll(1, dims=0))
+                    for latents in (z, of_neighbours(z))
                 )
                 decibels.append(10 * torch.log10(4 / own))
                 nearer.append((own < other).float())

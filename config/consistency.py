@@ -61,6 +61,16 @@ def check_consistency(config: Any) -> None:
         raise ValueError("training.mask.section_probability needs decoder.modulation=sectioned: set both, or neither")
     if config.training.terms.kl and not config.encoder.probabilistic:
         raise ValueError("training.terms.kl needs encoder.probabilistic=true: set both, or neither")
+    if config.views.same:
+        check_same_view(config.views)
+    timesteps = config.evaluation.timesteps
+    if timesteps and max(timesteps) >= config.diffusion.num_timesteps:
+        raise ValueError(
+            f"evaluation.timesteps names timestep {max(timesteps)}: timesteps go from 0 to "
+            f"{config.diffusion.num_timesteps - 1}"
+        )
+    if timesteps and not config.encoder.time_dependent:
+        raise ValueError("evaluation.timesteps needs encoder.time_dependent=true: set both, or neither")
     if config.optimizer.cooldown_epochs and config.optimizer.schedule != "constant":
         raise ValueError("optimizer.cooldown_epochs needs optimizer.schedule=constant: set both, or neither")
     rising_and_falling = config.optimizer.warmup_epochs + config.optimizer.cooldown_epochs
@@ -134,4 +144,17 @@ def check_consistency(config: Any) -> None:
     if config.evaluation.knn.weights == "temperature" and not config.evaluation.normalize:
         raise ValueError(
             "evaluation.knn.weights=temperature needs evaluation.normalize=true: set it, or choose uniform weights"
+        )
+
+
+def check_same_view(views: Any) -> None:
+    """Raises ValueError if views.same contradicts the other keys of the `views` section."""
+    if views.num_sources > 1:
+        raise ValueError("views.same needs views.num_sources=1: set both, or neither")
+    source, target = views.source.model_dump(exclude={"noise_std"}), views.target.model_dump()
+    other = next((name for name in target if source[name] != target[name]), None)
+    if other:
+        raise ValueError(
+            f"views.same needs one augmentation, but views.source.{other} is {source[other]} and views.target.{other} "
+            f"is {target[other]}: set them to one value"
         )

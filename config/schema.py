@@ -282,6 +282,11 @@ class Views(Section):
     num_sources: int = key(
         1, "number of source views of an image, drawn independently; z is the mean of their latents", ge=1, le=64
     )
+    same: bool = key(
+        False,
+        "source and target are the same view: the decoder reconstructs what the encoder sees, apart from "
+        "views.source.noise_std; views.source and views.target must augment in the same way",
+    )
     source: SourceView = SourceView()
     target: View = View()
     probe: ProbeView = ProbeView()
@@ -311,11 +316,16 @@ class Encoder(Section):
         "the encoder gives the mean and the log-variance of a normal distribution; training draws z from it, and "
         "everything else uses the mean; training.terms.kl should then be above 0",
     )
+    time_dependent: bool = key(
+        False,
+        "the encoder also receives the timestep of the decoder's input, through its noise level, so that z is a "
+        "function of the timestep; in training, each image is encoded at its own timestep",
+    )
     weights: PathText = key(
         "",
-        "file with the weights that the encoder starts from: a checkpoint of this program (its EMA encoder), or a "
-        "state dict of the same architecture, such as torchvision's, whose last layer may have another width; not used "
-        "on resume; empty: random weights",
+        "file with the weights that the encoder starts from: a checkpoint of this program (its EMA encoder), a state "
+        "dict of the same architecture, such as torchvision's, whose last layer may have another width, or the "
+        ".safetensors file of embed.py --export; not used on resume; empty: random weights",
         run=True,
     )
     frozen: bool = key(
@@ -620,6 +630,13 @@ class Evaluation(Section):
         run=True,
     )
     normalize: bool = key(True, "scale each feature vector to length 1 before k-NN and linear probe", run=True)
+    timesteps: list[Annotated[int, Field(ge=0)]] | None = key(
+        None,
+        "timesteps at which z and the pooled features of a time-dependent encoder are judged, as z@<timestep>; null: "
+        "five, evenly spaced",
+        run=True,
+        min_length=1,
+    )
     mlp: bool = key(
         False,
         "also train an MLP on the features, with one hidden layer of 512 units and dropout 0.25; transform, epochs, lr "
@@ -726,6 +743,14 @@ class Config(Section):
     def decoder_size(self) -> int:
         """Height and width in pixels of the images that the decoder denoises."""
         return self.decoder.image_size or self.data.image_size
+
+    @property
+    def judged_timesteps(self) -> list[int | None]:
+        """Timesteps at which the encoder's features are judged; [None]: they do not depend on the timestep."""
+        if not self.encoder.time_dependent:
+            return [None]
+        count = self.diffusion.num_timesteps
+        return sorted({*(self.evaluation.timesteps or (count * odd // 10 for odd in (1, 3, 5, 7, 9)))})
 
     def to_yaml(self) -> str:
         """Returns the config with all keys as YAML; `parse_config` reads back an equal config."""

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.features import feature_name
+from evaluation.protocols import config_protocols
 from experiment.batch import draw_source, read_pixels
 from experiment.models import initial_soda
 from experiment.opening import Experiment
@@ -25,15 +27,21 @@ Encode = Callable[[Tensor, range], Mapping[str, Tensor]]
 def encode_with(experiment: Experiment, soda: SODA) -> Encode:
     """Returns a function that computes the features of `soda`, in evaluation mode and under the experiment's autocast.
 
-    The features are "z" and "pooled" of the encoder. If `evaluation.features` names features of the decoder, these are
-    added.
+    The features are "z" and "pooled" of the encoder, or those at each judged timestep, such as "z@500". If
+    `evaluation.features` names features of the decoder, these are added.
     """
     features = experiment.config.evaluation.features
+    encoders = {
+        timestep: soda.encoder if timestep is None else soda.encoder.at(timestep)
+        for timestep in experiment.config.judged_timesteps
+    }
 
     def encode(views: Tensor, indices: range) -> dict[str, Tensor]:
         soda.eval()
+        found: dict[str, Tensor] = {}
         with torch.no_grad(), autocast(experiment.device, experiment.amp_dtype):
-            found = soda.encoder.features(views)
+            for timestep, encoder in encoders.items():
+                found |= {feature_name(kind, timestep): each for kind, each in encoder.features(views).items()}
             if features.startswith("decoder."):
                 found[features] = decoder_features(experiment, soda.decoder, views, indices, features)
         return found
@@ -64,15 +72,16 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
 def settled(experiment: Experiment, soda: SODA) -> SODA:
     """Returns a model with the decoder of `soda` and a copy of its encoder with settled BatchNorm statistics.
 
-    The running statistics are re-estimated by SETTLING_PASSES forward passes over source views, in training mode.
-    Every rank encodes complete global batches, because statistics of one rank's share would depend on the number
-    of ranks.
+    The running statistics are re-estimated by SETTLING_PASSES forward passes over source views, in training mode. The
+    images of a pass have timesteps that are spread evenly, in case the encoder depends on the timestep. Every rank
+    encodes complete global batches, because statistics of one rank's share would depend on the number of ranks.
     """
     encoder = copy.deepcopy(soda.encoder).train()
     positions = range(experiment.loader.batch_size)
+    timesteps = torch.tensor(positions, device=experiment.device) * experiment.diffusion.num_timesteps // len(positions)
     steps = range(SETTLING_PASSES)
     for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
-        encoder(draw_source(experiment, pixels, step, positions))
+        encoder(draw_source(experiment, pixels, step, positions), timesteps)
     return SODA(encoder, soda.decoder)
 
 
@@ -92,11 +101,11 @@ def baselines(experiment: Experiment) -> dict[str, Encode]:
     """Returns the baselines: the untrained model, with the random weights of this seed, and the raw pixels.
 
     BatchNorm's running statistics start at mean 0 and variance 1. With these, the untrained model would be too weak a
-    baseline, so its statistics are settled first. The raw pixels are returned under the name in `evaluation.features`,
-    so that the same protocols apply to them.
+    baseline, so its statistics are settled first. The raw pixels are returned under the name of the first features that
+    the config's protocols judge, so that the same protocols apply to them.
     """
     untrained = settled(experiment, initial_soda(experiment.config, experiment.device))
-    features = experiment.config.evaluation.features
+    features = config_protocols(experiment.config)[0].feature_name
     return {
         "untrained": encode_with(experiment, untrained),
         "raw pixels": lambda views, _: {features: raw_pixels(views, len(experiment.train))},
@@ -106,10 +115,10 @@ def baselines(experiment: Experiment) -> dict[str, Encode]:
 def principal_components(experiment: Experiment, num_components: int) -> Encode:
     """Returns a function that reduces raw pixels to their first principal components on the training images.
 
-    The features have at most as many dimensions as the raw pixels. They are returned under the name in
-    `evaluation.features`.
+    The features have at most as many dimensions as the raw pixels. They are returned under the same name as the raw
+    pixels in `baselines`.
     """
-    name, num_train = experiment.config.evaluation.features, len(experiment.train)
+    name, num_train = config_protocols(experiment.config)[0].feature_name, len(experiment.train)
     size = experiment.config.evaluation.batch_size
     total, products = torch.zeros((), device=experiment.device), torch.zeros((), device=experiment.device)
     for pixels in experiment.train.batches([range(i, min(i + size, num_train)) for i in range(0, num_train, size)]):

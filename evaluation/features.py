@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasets.images import Images
 from datasets.views import Views
-from model.soda import SODA
+from model.encoder import Encoder
 from utils.device import autocast
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range
@@ -17,6 +17,11 @@ from utils.distributed.processes import my_range
 # Features by name, (N, D) each. A name may be a tuple that also names the encoder, so that several encoders share one
 # pass over the views.
 Features = dict[Hashable, Tensor]
+
+
+def feature_name(kind: str, timestep: int | None) -> str:
+    """Returns the name of an encoder's features, "z" or "pooled", at a timestep, as in z@500; None: no timestep."""
+    return kind if timestep is None else f"{kind}@{timestep}"
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,12 @@ def extract_features(
 
 @torch.no_grad()
 def encode_clean(
-    soda: SODA, views: Views, pixels: Tensor, device: torch.device, amp_dtype: torch.dtype | None
+    encoder: Encoder, views: Views, pixels: Tensor, device: torch.device, amp_dtype: torch.dtype | None
 ) -> Tensor:
     """Returns z (N, latent_dim) float32 of images (N, 3, H, W) uint8, without augmentation, in evaluation mode."""
-    soda.eval()
+    encoder.eval()
     with autocast(device, amp_dtype):
-        return soda.encoder(views.evaluation(pixels)).float()
+        return encoder(views.evaluation(pixels)).float()
 
 
 def extract_latents(

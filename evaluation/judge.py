@@ -86,7 +86,7 @@ def accuracy_table(
         source: function that returns a generator of random numbers for one classifier. All generators have the same
             seed.
     """
-    wanted = list(dict.fromkeys((protocol.features, protocol.normalize) for protocol in protocols))
+    wanted = list(dict.fromkeys((protocol.feature_name, protocol.normalize) for protocol in protocols))
 
     def extract(split: Images, view: View | None, epoch: int) -> Features:
         def encode(pixels: Tensor, indices: range) -> Features:
@@ -111,7 +111,7 @@ def accuracy_table(
             _Cell(protocol, name, key, protocol.classifier(queries[key].shape[1], num_classes, source(), device))
             for protocol in protocols
             for name in encoders
-            if protocol.view == view and (key := (name, protocol.features, protocol.normalize)) in queries
+            if protocol.view == view and (key := (name, protocol.feature_name, protocol.normalize)) in queries
         ]
         features: Features = {}
         for epoch in range(max((cell.protocol.epochs for cell in cells), default=0)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config.schema import KNN, Config, Probe, ProbeView, View
+from evaluation.features import feature_name
 from evaluation.knn import knn_votes
 from evaluation.linear_probe import LinearProbe
 from evaluation.logistic_regression import LogisticProbe
@@ -34,9 +35,10 @@ class Protocol(ABC):
     """A named way to turn features into accuracies. Its name is `str(protocol)`: its settings, in one line.
 
     Attributes:
-        metric: name of its accuracies in metrics.jsonl and TensorBoard.
+        metric: short name of the kind of classifier.
         view: augmentation of the training images, drawn again in each epoch; None: no augmentation.
-        features: name of the features, such as "z".
+        features: kind of the features, such as "z".
+        timestep: timestep of the features of a time-dependent encoder; None: they do not depend on the timestep.
         normalize: True scales each feature vector to length 1.
         note: text that is added to the name in parentheses.
     """
@@ -44,6 +46,7 @@ class Protocol(ABC):
     metric: ClassVar[str]
     view: View | None = None
     features: str = "z"
+    timestep: int | None = None
     normalize: bool = True
     note: str = ""
 
@@ -63,12 +66,22 @@ class Protocol(ABC):
         """Returns the settings in one line, which includes the descriptions `features` and `view`."""
 
     @property
+    def feature_name(self) -> str:
+        """Name of the features, such as "z" or "z@500"."""
+        return feature_name(self.features, self.timestep)
+
+    @property
+    def logged_as(self) -> str:
+        """Name of the accuracies in metrics.jsonl and TensorBoard: the metric and the timestep, such as "knn@500"."""
+        return feature_name(self.metric, self.timestep)
+
+    @property
     def view_name(self) -> str:
         """Short description of the view. Different views have different descriptions."""
         return "clean" if self.view is None else str(self.view)
 
     def __str__(self) -> str:
-        text = self.describe(f"{'unit ' if self.normalize else ''}{self.features}", self.view_name)
+        text = self.describe(f"{'unit ' if self.normalize else ''}{self.feature_name}", self.view_name)
         return f"{text} ({self.note})" if self.note else text
 
 
@@ -161,7 +174,7 @@ class FinishedProbeProtocol(Protocol):
 def config_protocols(config: Config) -> list[Protocol]:
     """Returns the protocols that the `evaluation` section of the config describes: k-NN, linear probe, MLP if wanted.
 
-    The MLP has the settings of the linear probe.
+    The MLP has the settings of the linear probe. Features of a time-dependent encoder are judged at each timestep.
     """
     evaluation, augmented = config.evaluation, config.views.probe
     features, normalize = evaluation.features, evaluation.normalize
@@ -172,16 +185,19 @@ def config_protocols(config: Config) -> list[Protocol]:
     else:
         probe = ProbeProtocol(settings=evaluation.probe, view=view, features=features, normalize=normalize)
     mlp = MLPProtocol(settings=evaluation.probe, view=view, features=features, normalize=normalize)
-    return [
-        KNNProtocol(
-            settings=evaluation.knn,
-            view=augmented if evaluation.knn.bank == "augmented" else None,
-            features=features,
-            normalize=normalize,
-        ),
-        probe,
-        *([mlp] if evaluation.mlp else []),
-    ]
+    knn = KNNProtocol(
+        settings=evaluation.knn,
+        view=augmented if evaluation.knn.bank == "augmented" else None,
+        features=features,
+        normalize=normalize,
+    )
+    protocols: list[Protocol] = [knn, probe, *([mlp] if evaluation.mlp else [])]
+    return protocols if features.startswith("decoder.") else over_timesteps(protocols, config)
+
+
+def over_timesteps(protocols: list[Protocol], config: Config) -> list[Protocol]:
+    """Returns each protocol at each judged timestep. They are unchanged if the encoder has no timesteps."""
+    return [replace(protocol, timestep=timestep) for protocol in protocols for timestep in config.judged_timesteps]
 
 
 def all_protocols(config: Config, num_train: int) -> list[Protocol]:
@@ -190,8 +206,13 @@ def all_protocols(config: Config, num_train: int) -> list[Protocol]:
     The k-NN bank and the probe of the reference implementation use the augmentation that is the default of
     `views.probe`. k = 200 with temperature 0.1 is the protocol of lightly's benchmark (Wu et al. 2018). k is limited to
     `num_train`, the number of training images.
+
+    The curves of a time-dependent encoder have fewer protocols: the config's, k-NN, and the probe that converges.
     """
     few = KNN(k=min(20, num_train))
+    if config.encoder.time_dependent:
+        curves = [KNNProtocol(settings=few), FinishedProbeProtocol(normalize=False)]
+        return _distinct([*config_protocols(config), *over_timesteps(curves, config)])
     many = KNN(k=min(200, num_train), weights="temperature", temperature=0.1)
     protocols: list[Protocol] = [
         KNNProtocol(settings=few, view=ProbeView(), note="the reference's"),
@@ -205,5 +226,9 @@ def all_protocols(config: Config, num_train: int) -> list[Protocol]:
             ProbeProtocol(settings=Probe(), features=features),
             FinishedProbeProtocol(features=features, normalize=False),  # it standardises the features itself
         ]
-    # The config's protocols may equal others. Of equal protocols, only the first is kept, because it may have a note.
+    return _distinct(protocols)
+
+
+def _distinct(protocols: list[Protocol]) -> list[Protocol]:
+    """Returns the protocols without repetitions. Of equal ones the first is kept, because it may have a note."""
     return list({str(replace(protocol, note="")): protocol for protocol in reversed(protocols)}.values())[::-1]

@@ -62,11 +62,7 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
     # depend on how the batch is divided.
     here = slice(positions.start, positions.stop)
     timesteps, weights = sampler.draw(generator(seed, "timesteps", step), config.training.batch_size, here)
-    x_source, x_start = experiment.views.pair(
-        pixels,
-        source_draws(experiment, config.views.num_sources, positions, "source", step),
-        view_draw(seed, positions, "target view", step),
-    )
+    x_source, x_start = draw_views(experiment, pixels, positions, "", step)
     return Batch(
         x_source=x_source,
         x_start=x_start,
@@ -79,6 +75,22 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
         )
         if config.encoder.probabilistic
         else None,
+    )
+
+
+def draw_views(
+    experiment: Experiment, pixels: Tensor, positions: range, purpose: str, *counters: int
+) -> tuple[Tensor, Tensor]:
+    """Returns source and target views (see `Views.pair`) of the samples at `positions`.
+
+    Args:
+        purpose, counters: as in `view_draw`. "source" or "target", and " view" or " noise", are added to the purpose.
+    """
+    config = experiment.config
+    sources = source_draws(experiment, config.views.num_sources, positions, f"{purpose}source", *counters)
+    of_target = "source" if config.views.same else "target"
+    return experiment.views.pair(
+        pixels, sources, view_draw(config.seed, positions, f"{purpose}{of_target} view", *counters)
     )
 
 

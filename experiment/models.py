@@ -13,7 +13,7 @@ NOT_LAYERS = {"weights", "frozen"}  # keys of the encoder and the decoder that d
 
 def _build(config: Config) -> SODA:
     encoder, decoder = (part.model_dump(exclude=NOT_LAYERS) for part in (config.encoder, config.decoder))
-    return build_soda(config.decoder_size, encoder, decoder, config.initialization)
+    return build_soda(config.decoder_size, encoder, decoder, config.initialization, config.diffusion.model_dump())
 
 
 def build_on_meta(config: Config) -> SODA:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from config.errors import ConfigError
@@ -14,6 +15,7 @@ from config.reading import differences, parse_config, to_words
 from config.schema import Config
 from experiment.models import build_on_meta
 from experiment.trained import first_difference
+from model.diffusion import log_sigmas
 from model.soda import SODA
 from utils.distributed.collectives import all_equal
 from utils.run_folder.checkpoint import CheckpointError, is_checkpoint, read_tensors
@@ -115,6 +117,13 @@ def _read(config: Config, part: str, path: Path, module: nn.Module) -> StartingW
             f"{part}.weights: {path} does not fit the model ({difference}): set the keys of `{part}` to the "
             "architecture of the file, or use another file"
         )
+    if part == "encoder" and config.encoder.time_dependent:
+        expected = log_sigmas(**config.diffusion.model_dump())
+        if not torch.allclose(weights["time.log_sigmas"].double(), expected, rtol=1e-5, atol=1e-5):
+            raise ConfigError(
+                f"encoder.weights: the timesteps of {path} have other noise levels: set the keys of `diffusion` to the "
+                "noise schedule of the file, or use another file"
+            )
     return StartingWeights(str(path), digest, weights, new, origin)
 
 

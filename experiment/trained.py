@@ -81,6 +81,11 @@ class Trained:
         """Returns the last three parts of the checkpoint's path, and its progress, in one line."""
         return f"{Path(*self.path.parts[-3:])}, {self.progress(experiment)}"
 
+    @property
+    def trained_with(self) -> Config:
+        """Config that the checkpoint was saved with."""
+        return parse_config(self.contents["config"], str(self.path))
+
     def soda(self) -> SODA:
         """Returns the EMA model on the host, in evaluation mode and without gradients.
 
@@ -175,13 +180,38 @@ def reduced_checkpoint(trained: Trained) -> dict[str, Any]:
     test.py, sample.py, embed.py and `load_encoder` open it. Training cannot resume from it. Its config defines the
     experiment of the checkpoint. All run keys, such as paths, have their defaults.
     """
-    config = without_run_keys(parse_config(trained.contents["config"], str(trained.path)))
-    weights = trained.soda().state_dict()
-    halved = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
+    halved = halved_weights(trained.soda())
     kept = {name: trained.contents[name] for name in ("step", "data", "statistics")}
     no_state: dict[str, Any] = {name: {} for name in ("model", "optimizer", "scaler", "tally")}
+    config = without_run_keys(trained.trained_with)
     more = {"ema": {"model": halved}, "config": config.to_yaml(), "grey_bits": trained.grey_bits}
     return no_state | kept | more
+
+
+def halved_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the state dict with the parameters in bf16.
+
+    Buffers are small and keep their type. Rounded to bf16, the frequencies of `TimeBiases` would be other frequencies.
+    """
+    parameters = {name for name, _ in module.named_parameters()}
+    return {name: each.bfloat16() if name in parameters else each for name, each in module.state_dict().items()}
+
+
+def check_timestep(config: Config, timestep: int | None) -> None:
+    """Raises ConfigError if a time-dependent encoder has no timestep, or another encoder has one.
+
+    The features of a time-dependent encoder at one timestep are a single z, as those of any other encoder.
+    """
+    last = config.diffusion.num_timesteps - 1
+    if config.encoder.time_dependent and timestep is None:
+        raise ConfigError(
+            "the z of this encoder depends on the timestep, and a single z is needed: add --timestep T, from 0 to "
+            f"{last} (in Python, timestep=T); test.py shows the accuracy at several timesteps"
+        )
+    if not config.encoder.time_dependent and timestep is not None:
+        raise ConfigError(f"--timestep {timestep} is for encoders with encoder.time_dependent=true: remove it")
+    if timestep is not None and not 0 <= timestep <= last:
+        raise ConfigError(f"--timestep {timestep} does not exist: choose one from 0 to {last}")
 
 
 def check_weights(weights: dict[str, Any], model: nn.Module) -> None:

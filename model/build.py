@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.decoder import UNetDecoder
+from model.diffusion import log_sigmas
 from model.encoder import ENCODERS
 from model.initialization import initialize_as_paper, initialize_zeros_as_torch
 from model.names import Initialization
@@ -13,7 +14,11 @@ from model.soda import SODA
 
 
 def build_soda(
-    decoder_size: int, encoder: dict[str, Any], decoder: dict[str, Any], initialization: Initialization = "default"
+    decoder_size: int,
+    encoder: dict[str, Any],
+    decoder: dict[str, Any],
+    initialization: Initialization = "default",
+    diffusion: dict[str, Any] | None = None,
 ) -> SODA:
     """Builds SODA. Its initial weights are drawn from torch's default generator.
 
@@ -22,9 +27,13 @@ def build_soda(
         encoder, decoder: keys and values of the `encoder` and `decoder` sections of the config that describe layers.
             `decoder_size` replaces `decoder.image_size`, which may be null.
         initialization: `default`, `torch` or `paper` (model/initialization.py).
+        diffusion: keys and values of the `diffusion` section. Only a time-dependent encoder needs them.
     """
     as_paper = initialization == "paper"
     latent_dim = encoder["latent_dim"]
+    if encoder.pop("time_dependent", False):
+        assert diffusion is not None, "a time-dependent encoder needs the noise schedule"
+        encoder["log_sigmas"] = log_sigmas(**diffusion)
     soda = SODA(
         ENCODERS[encoder["architecture"]](**encoder),
         UNetDecoder(**decoder | {"image_size": decoder_size}, latent_dim=latent_dim, rescale_residual=as_paper),
@@ -43,11 +52,12 @@ def forward_flops(soda: SODA, encoder_size: int, decoder_size: int) -> tuple[int
     """
     device = next(soda.parameters()).device
     x_source, x_t = (torch.zeros(1, 3, size, size, device=device) for size in (encoder_size, decoder_size))
+    timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     z = torch.zeros(1, soda.encoder.latent_dim, device=device)
     was_training = soda.training
     soda.eval()  # in training mode, BatchNorm raises an error for a single image with a 1x1 feature map
     counts = []
-    for module, inputs in [(soda.encoder, (x_source,)), (soda.decoder, (x_t, torch.zeros(1, device=device), z))]:
+    for module, inputs in [(soda.encoder, (x_source, timesteps)), (soda.decoder, (x_t, timesteps, z))]:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(*inputs)
         counts.append(counter.get_total_flops())

@@ -184,10 +184,10 @@ class UNetDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def mask(self, z: Tensor, drop_mask: Tensor) -> Tensor:
-        """Returns z (N, latent_dim) with zeros in the sections for which `drop_mask` (N, sections) is True."""
-        drops = drop_mask.split(1, dim=1)
-        wide = [drop.expand(-1, width) for drop, width in zip(drops, self.section_dims, strict=True)]
-        return z.masked_fill(torch.cat(wide, dim=1), 0)
+        """Returns z (..., latent_dim) with zeros in the sections for which `drop_mask` (..., sections) is True."""
+        drops = drop_mask.split(1, dim=-1)
+        wide = [drop.expand(*drop.shape[:-1], width) for drop, width in zip(drops, self.section_dims, strict=True)]
+        return z.masked_fill(torch.cat(wide, dim=-1), 0)
 
     def layers(self) -> Iterator[Layer]:
         """Yields the residual blocks in the order in which they run."""

@@ -5,7 +5,7 @@ Other loss terms are in training/losses.py.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ SCHEDULES: dict[Schedule, Callable[..., Tensor]] = {
     "geometric": geometric,
 }
 """Schedule function of each value of `diffusion.schedule`."""
+
+
+def log_sigmas(*, schedule: Schedule, prediction: Prediction = "eps", **settings: Any) -> Tensor:
+    """Returns log sigma, sigma^2 = (1 - alphas_cumprod) / alphas_cumprod, at each timestep: (num_timesteps,) float64.
+
+    sigma is the standard deviation of the noise relative to x_start. The arguments are those of GaussianDiffusion.
+    """
+    return -SCHEDULES[schedule](**settings).logit() / 2
 
 
 class Target(NamedTuple):

@@ -1,6 +1,6 @@
 """Classifier-free guidance for sampling, with a separate scale for each section of the latent."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -13,11 +13,11 @@ from model.diffusion import Denoiser
 
 def guided_denoiser(
     decoder: UNetDecoder,
-    z: Tensor,
+    z: Tensor | Callable[[Tensor], Tensor],
     guidance_scale: float | Sequence[float] = 1.0,
     sections: Collection[int] | None = None,
 ) -> Denoiser:
-    """Returns a function (x_t, timesteps) -> prediction for the sampler, conditioned on z (N, latent_dim).
+    """Returns a function (x_t, timesteps) -> prediction for the sampler, conditioned on z.
 
     With one scale w for all sections, this is classifier-free guidance (Ho & Salimans 2022):
     eps_uncond + w (eps_cond - eps_uncond). A scale of 1 is the conditional model alone. It costs one forward pass
@@ -38,6 +38,7 @@ def guided_denoiser(
     scale is 1.
 
     Args:
+        z: (N, latent_dim), or a function timesteps (N,) -> z, for an encoder that depends on the timestep.
         guidance_scale: one value for all sections, or one value per section. A section with scale 0 is dropped.
         sections: indices of the sections to condition on. None means all sections.
 
@@ -45,6 +46,11 @@ def guided_denoiser(
         ValueError: the number of scales does not match the number of sections, a scale is negative, or a section index
             is out of range.
     """
+    if callable(z):
+        encode = z
+        return lambda x_t, timesteps: guided_denoiser(decoder, encode(timesteps), guidance_scale, sections)(
+            x_t, timesteps
+        )
     count = len(decoder.section_dims)
     scales = [guidance_scale] if isinstance(guidance_scale, int | float) else list(guidance_scale)
     scales = scales * count if len(scales) == 1 else scales

@@ -1,5 +1,7 @@
 """SODA: the encoder and the decoder as one module."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Self
 
 from torch import Tensor, nn
@@ -66,7 +68,8 @@ class SODA(nn.Module):
             latent_noise: (N, K, latent_dim) standard normal noise, with which a probabilistic encoder draws its latents
                 (Kingma & Welling 2014); None: the means are used.
         """
-        mean, log_variance = self.encoder.distribution(x_source.flatten(0, 1))  # (N * K, latent_dim)
+        seen = self.encoder.distribution(x_source.flatten(0, 1), timesteps.repeat_interleave(x_source.shape[1]))
+        mean, log_variance = seen  # (N * K, latent_dim)
         latents = mean.unflatten(0, x_source.shape[:2])
         log_variances = None if log_variance is None else log_variance.unflatten(0, x_source.shape[:2])
         drawn = latents
@@ -75,7 +78,15 @@ class SODA(nn.Module):
         z = drawn.mean(dim=1)  # (N, latent_dim)
         return Denoised(self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask)), latents, log_variances)
 
-    def encode(self, x_source: Tensor) -> Tensor:
-        """Returns z (N, latent_dim), the mean of the latents of K source views (N, K, 3, S, S)."""
-        latents = self.encoder(x_source.flatten(0, 1))  # (N * K, latent_dim)
+    def encode(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Returns z (N, latent_dim), the mean of the latents of K source views (N, K, 3, S, S).
+
+        Only a time-dependent encoder needs the timesteps (N,).
+        """
+        repeated = None if timesteps is None else timesteps.repeat_interleave(x_source.shape[1])
+        latents = self.encoder(x_source.flatten(0, 1), repeated)  # (N * K, latent_dim)
         return latents.unflatten(0, x_source.shape[:2]).mean(dim=1)
+
+    def condition(self, x_source: Tensor) -> Tensor | Callable[[Tensor], Tensor]:
+        """Returns the condition of `guided_denoiser`: z, or timesteps -> z if the encoder depends on the timestep."""
+        return partial(self.encode, x_source) if self.encoder.is_time_dependent else self.encode(x_source)

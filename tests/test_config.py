@@ -130,6 +130,13 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ),
         ("encoder={architecture: wide_resnet28_2, width: 32}", "not for wide_resnet28_2: set encoder.width=64"),
         ("training.terms.kl=1e-5", "training.terms.kl needs encoder.probabilistic=true: set both, or neither"),
+        ("views={same: true, num_sources: 2}", "views.same needs views.num_sources=1: set both, or neither"),
+        (
+            "views={same: true, target: {randaugment_num_ops: 3}}",
+            "views.source.randaugment_num_ops is 2 and views.target.randaugment_num_ops is 3: set them to one value",
+        ),
+        ("evaluation.timesteps=[5]", "evaluation.timesteps needs encoder.time_dependent=true: set both, or neither"),
+        ("evaluation.timesteps=[3, 1000]", "names timestep 1000: timesteps go from 0 to 999"),
         ("training.micro_batch_size=100", "training.micro_batch_size must divide"),
         ("sampling.num_sampling_steps=2000", "sampling.num_sampling_steps"),
         ("data.stream=true", "data.stream is for data sets of image files, tiny and folder, not for cifar10"),

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from evaluation.encoders import baselines, encode_with
-from evaluation.features import Subset, encode_clean, extract_latents
+from evaluation.features import Subset, encode_clean, extract_latents, feature_name
 from evaluation.judge import Table, judge
 from evaluation.protocols import Protocol, config_protocols
 from evaluation.spectrum import effective_rank, variance_spectrum
 from experiment.opening import Experiment
+from model.encoder import Encoder
 from model.soda import SODA
 from training.sample_grid import sample_grid
 from utils.device import memory_for
@@ -32,6 +33,7 @@ class Evaluation:
         chosen: (n,) int64, indices of the images that `z` encodes: test images, or training images if there is no test
             split.
         z: (n, latent_dim) latents of these images, without augmentation.
+        z_name: "z", or "z@500" for a time-dependent encoder: `z` is that of the middle one of the judged timesteps.
         effective_rank: effective rank of `z`.
         spectrum: (latent_dim,) float64, eigenvalues of the covariance of `z`, largest first.
     """
@@ -43,6 +45,7 @@ class Evaluation:
     grid: Tensor | None
     chosen: Tensor
     z: Tensor
+    z_name: str
     effective_rank: float
     spectrum: Tensor
 
@@ -67,14 +70,16 @@ def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
             protocols = config_protocols(config)
             encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)
-        chosen, z = latents(experiment, soda)
+        timestep = config.judged_timesteps[len(config.judged_timesteps) // 2]
+        chosen, z = latents(experiment, soda.encoder if timestep is None else soda.encoder.at(timestep))
     if config.sampling.num_images:
         with memory_for(lambda: f"set sampling.num_images={config.sampling.num_images // 2}"):
             grid = sample_grid(experiment, soda)
-    return Evaluation(step, at_end, protocols, table, grid, chosen, z, effective_rank(z), variance_spectrum(z))
+    rank, spectrum, name = effective_rank(z), variance_spectrum(z), feature_name("z", timestep)
+    return Evaluation(step, at_end, protocols, table, grid, chosen, z, name, rank, spectrum)
 
 
-def latents(experiment: Experiment, soda: SODA) -> tuple[Tensor, Tensor]:
+def latents(experiment: Experiment, encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Collective. Encodes at most MAX_LATENTS test images, or training images if there are no test images.
 
     Returns the indices of the images (n,), which depend only on the seed, and their z (n, latent_dim).
@@ -84,6 +89,6 @@ def latents(experiment: Experiment, soda: SODA) -> tuple[Tensor, Tensor]:
     chosen = torch.randperm(len(images), generator=generator(config.seed, "latents"))[:MAX_LATENTS].sort().values
 
     def encode(pixels: Tensor) -> Tensor:
-        return encode_clean(soda, experiment.views, pixels, device, experiment.amp_dtype)
+        return encode_clean(encoder, experiment.views, pixels, device, experiment.amp_dtype)
 
     return chosen, extract_latents(encode, Subset(images, chosen), config.evaluation.batch_size, device)

@@ -64,17 +64,17 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
     """
     epoch = found.step // experiment.loader.steps_per_epoch
     values: dict[str, float] = {"epoch": epoch, "effective_rank": found.effective_rank}
-    logger.info("epoch %d, latents: effective rank %.1f of %d", epoch, found.effective_rank, found.z.shape[1])
+    logger.info("epoch %d, %s: effective rank %.1f of %d", epoch, found.z_name, found.effective_rank, found.z.shape[1])
     for protocol in found.protocols:
         accuracies = found.table[str(protocol)]["trained"]
-        values |= {f"{protocol.metric}_{name}": accuracy for name, accuracy in accuracies.items()}
+        values |= {f"{protocol.logged_as}_{name}": accuracy for name, accuracy in accuracies.items()}
         logger.info("epoch %d, %s: top-1 %.1f, top-3 %.1f", epoch, protocol, *accuracies.values())
     if found.grid is not None:
         with writing_to(folder):
             save_png(folder / "samples" / f"epoch_{epoch:04d}.png", found.grid)
         log.image("samples", found.step, found.grid)
     if not log.has("evaluation", found.step):
-        protocols = {each.metric: str(each) for each in found.protocols}
+        protocols = {each.logged_as: str(each) for each in found.protocols}
         # Logarithms, because the largest eigenvalues would hide the others.
         log.histogram("evaluation/log10_spectrum", found.step, found.spectrum.clamp(min=MIN_VARIANCE).log10())
         log.report("evaluation", found.step, values, **protocols, spectrum=found.spectrum.tolist())

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from experiment.batch import source_draws, view_draw
+from experiment.batch import draw_views
 from experiment.opening import Experiment
 from model.guidance import guided_denoiser
 from model.soda import SODA
@@ -30,12 +30,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
     (pixels,) = images.batches([chosen], pin_memory=device.type == "cuda")
-    positions = range(num_images)
-    x_source, x_target = experiment.views.pair(
-        pixels,
-        source_draws(experiment, experiment.config.views.num_sources, positions, "grid source"),
-        view_draw(seed, positions, "grid target view"),
-    )
+    x_source, x_target = draw_views(experiment, pixels, range(num_images), "grid ")
 
     mine = my_range(num_images, CHUNK)
     samples = torch.zeros_like(x_target)
@@ -46,7 +41,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     soda.eval()
     if mine:
         with autocast(device, experiment.amp_dtype):
-            z = soda.encode(x_source[mine.start : mine.stop])
+            z = soda.condition(x_source[mine.start : mine.stop])
             samples[mine.start : mine.stop] = experiment.diffusion.ddim_sample(
                 guided_denoiser(soda.decoder, z, config.guidance_scale, config.sections),
                 noise("grid noise"),

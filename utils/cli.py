@@ -70,6 +70,12 @@ def make_parser(
             help="checkpoint file; default: checkpoints/last.pt in the run folder of --config (key output_dir); "
             "without --config, the config stored in the checkpoint is used",
         )
+        parser.add_argument(
+            "--timestep",
+            type=int,
+            metavar="T",
+            help="timestep of z, if the encoder depends on it (encoder.time_dependent); from 0, the least noise",
+        )
     parser.add_argument(
         "--use_amp",
         action="store_true",

@@ -60,12 +60,15 @@ class Picture(ABC, Generic[Found]):
         meaning: content of the picture in one line, for `--help`.
         example: name of a config, without folder and ending, whose model can be drawn.
         needs: packages that the picture needs in addition to requirements.txt.
+        needs_one_z: True if a time-dependent encoder needs a timestep for this picture; False if the picture can also
+            be drawn from z at all timesteps.
     """
 
     name: ClassVar[str]
     meaning: ClassVar[str]
     example: ClassVar[str] = "digits"
     needs: ClassVar[tuple[str, ...]] = ()
+    needs_one_z: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -19,6 +19,7 @@ class Interpolate(PictureOfPairs):
 
     name = "interpolate"
     meaning = "interpolation from the first image of each pair to the second"
+    needs_one_z = False
 
     num_steps: int = number(9, "number of images from one end to the other", minimum=2)
 

@@ -26,6 +26,7 @@ class Mix(PictureOfPairs):
 
     name = "mix"
     meaning = "the first image of each pair, with sections of z from the second image"
+    needs_one_z = False
     example = "cifar10_paper"
 
     random: bool = option(False, "start from random noise instead of the first image's x_T", action="store_true")
@@ -65,7 +66,7 @@ class Mix(PictureOfPairs):
             sets = [sorted({*self.sections})]
         mixed = []
         for taken in sets:
-            drop_mask = torch.tensor([i in taken for i in range(count)], device=z_a.device).expand(len(z_a), -1)
+            drop_mask = torch.tensor([i in taken for i in range(count)], device=z_a.device)
             mixed.append(decoder.mask(z_a, drop_mask) + decoder.mask(z_b, ~drop_mask))
         decoded = decode(torch.cat(mixed), x_T.repeat(len(sets), 1, 1, 1)).split(len(first))
         ends = to_cells(first.pixels, first.names), to_cells(second.pixels, second.names)

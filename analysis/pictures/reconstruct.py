@@ -19,6 +19,7 @@ class Reconstruct(PictureOfImages):
 
     name = "reconstruct"
     meaning = "images, samples from their z and random noise, and reconstructions from z and x_T"
+    needs_one_z = False
     needs = ("torchmetrics",)
 
     num_samples: int = number(3, "number of samples from random noise", minimum=0)
@@ -32,7 +33,7 @@ class Reconstruct(PictureOfImages):
         z = codec.encode(found.pixels)
         x_T = codec.invert(found.pixels, z)
         noises = [codec.noise(len(found), f"sample {i}") for i in range(self.num_samples)]
-        sampled = codec.sample(z.repeat(len(noises), 1), torch.cat(noises)).split(len(found)) if noises else ()
+        sampled = codec.sample(torch.cat([z] * len(noises)), torch.cat(noises)).split(len(found)) if noises else ()
         decoded = codec.decode(z, x_T)
 
         sources, size = codec.experiment.views.x_start(found.pixels).to(z.device), found.pixels.shape[-1]
