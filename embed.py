@@ -1,23 +1,28 @@
 """Encodes images with a trained encoder and saves their features, or exports the encoder or the model.
 
-The images are a split of the data set, a folder, or files. An exported encoder runs without this repository. An
-exported model is a small checkpoint for test.py, sample.py and embed.py.
+The images are a split of the data set, a folder, or files. An exported encoder runs without this repository. Its
+weights are written as well, with a model card. An exported model is a small checkpoint for test.py, sample.py and
+embed.py.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config.errors import ConfigError
 from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable, read_names
 
+if TYPE_CHECKING:
+    from experiment.trained import Trained
+
 EXAMPLES = """\
   python embed.py --checkpoint runs/digits/checkpoints/last.pt --split test --out digits.npz
   python embed.py --config config/cifar10.yaml --folder photos --out photos.safetensors
   python embed.py --config config/cifar10.yaml --files @list.txt      (list.txt: one file name per line)
-  python embed.py --config config/cifar10.yaml --export encoder       (writes encoder.pt2 and encoder.onnx in encoder/)
+  python embed.py --config config/cifar10.yaml --export encoder       (writes encoder/: .pt2, .onnx, weights and a card)
   python embed.py --config config/cifar10.yaml --export encoder.pt2   (writes only this file; needs no ONNX packages)
   python embed.py --config config/cifar10.yaml --export model.pt      (the EMA model as a small checkpoint)"""
 
@@ -40,39 +45,26 @@ def main(argv: list[str] | None = None) -> int:
         files = export_paths(args.export) if args.export else [args.out] if args.out else []
         require(*(package for file in files for package in NEEDS[file.suffix.lower()]))
 
-    from analysis.export import export_encoder
     from analysis.feature_file import encode_named, images_of_files, images_of_folder, images_of_split, save_features
     from analysis.image_encoder import trained_encoder
     from datasets.findings import UnreadableError
     from datasets.images import DatasetError
     from evaluation.features import feature_name
     from experiment.opening import open_device, open_experiment
-    from experiment.trained import read_trained, reduced_checkpoint
+    from experiment.trained import read_trained
     from utils.device import compute_exactly
-    from utils.run_folder.checkpoint import read_sums
-    from utils.run_folder.checkpoint_writer import save_checkpoint
 
     # Open the checkpoint.
     with gather_user_errors():
         trained = read_trained(config, args.checkpoint, overrides(args))
         config = trained.config
-        encoder = trained_encoder(trained, timestep=args.timestep)
 
         # Export.
         if args.export:
-            for file in files:
-                check_writable(file)
-                if file.name in read_sums(file.parent):
-                    raise ConfigError(f"{file} is a checkpoint of a run: export to another file")
-            if rank() > 0:
-                return 0
-            if files[0].suffix.lower() == ".pt":
-                save_checkpoint(files[0], reduced_checkpoint(trained))
-                print(files[0])
-                return 0
-            for file, difference in export_encoder(encoder, files, {"checkpoint": trained.digest}).items():
-                print(f"{file}  (its features differ from the model's by at most {difference:.1g})")
+            export(trained, files, args.timestep)
             return 0
+
+        encoder = trained_encoder(trained, timestep=args.timestep)
 
         # Open the images.
         if args.split:
@@ -126,9 +118,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--export",
         type=path_option,
         metavar="PATH",
-        help="export the encoder: to the file PATH if it ends in .pt2 or .onnx, else to encoder.pt2 and encoder.onnx "
-        "in the folder PATH; if PATH ends in .pt, export the EMA model in bf16 as a checkpoint from which training "
-        "cannot resume; in its config, all keys marked * have their defaults, so that it holds no paths",
+        help="export the encoder: to the file PATH if it ends in .pt2 or .onnx; if it ends in .safetensors, only its "
+        "weights, for encoder.weights, with a model card, README.md, beside them; if PATH ends in .pt, export the EMA "
+        "model in bf16 as a checkpoint from which training cannot resume; in its config, all keys marked * have their "
+        "defaults, so that it holds no paths; any other PATH is a folder for encoder.pt2, encoder.onnx, "
+        "model.safetensors and README.md",
     )
     parser.add_argument(
         "--out",
@@ -149,8 +143,48 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def export_paths(path: Path) -> list[Path]:
-    """Returns the files that `--export` writes."""
-    return [path] if path.suffix.lower() in (".pt", ".pt2", ".onnx") else [path / "encoder.pt2", path / "encoder.onnx"]
+    """Returns the files that `--export` writes, without the model card."""
+    names = ("encoder.pt2", "encoder.onnx", "model.safetensors")
+    return [path] if path.suffix.lower() in NEEDS and path.suffix != ".npz" else [path / name for name in names]
+
+
+def export(trained: "Trained", files: list[Path], timestep: int | None) -> None:
+    """Writes the files of `--export` on rank 0, and a model card beside weights. Prints their paths.
+
+    Raises ConfigError if a file cannot be written or would replace another one, CheckpointError and ExportError.
+    """
+    from analysis.export import FORMATS, export_encoder
+    from analysis.image_encoder import trained_encoder
+    from analysis.model_card import CARD, check_card, save_card, save_weights
+    from experiment.trained import check_timestep, reduced_checkpoint
+    from utils.run_folder.checkpoint import read_sums
+    from utils.run_folder.checkpoint_writer import save_checkpoint
+
+    by_ending = {file.suffix.lower(): file for file in files}
+    programs, weights = [file for ending, file in by_ending.items() if ending in FORMATS], by_ending.get(".safetensors")
+    for file in files:
+        check_writable(file)
+        if file.name in read_sums(file.parent):
+            raise ConfigError(f"{file} is a checkpoint of a run: export to another file")
+    if weights:
+        check_card(weights.parent)
+    if programs or timestep is not None:
+        check_timestep(trained.config, timestep)
+    if rank() > 0:
+        return
+    if ".pt" in by_ending:
+        save_checkpoint(files[0], reduced_checkpoint(trained))
+        print(files[0])
+    if programs:
+        encoder, notes = trained_encoder(trained, timestep=timestep), {"checkpoint": trained.digest}
+        notes |= {} if timestep is None else {"timestep": str(timestep)}
+        for file, difference in export_encoder(encoder, programs, notes).items():
+            print(f"{file}  (its features differ from the model's by at most {difference:.1g})")
+    if weights:
+        card = weights.parent / CARD
+        save_weights(weights, trained)
+        save_card(card, trained, weights, programs, timestep)
+        print(weights, card, sep="\n")
 
 
 if __name__ == "__main__":

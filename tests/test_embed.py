@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from sklearn.neighbors import NearestNeighbors
@@ -295,7 +296,8 @@ def test_an_exported_encoder_needs_nothing_of_this_repository(
     folder = run / "export"
     if not folder.exists():
         assert embed_program.main(["--checkpoint", str(checkpoint), "--export", str(folder)]) == 0
-        assert sorted(path.name for path in folder.iterdir()) == ["encoder.onnx", "encoder.pt2"]
+        names = ["README.md", "encoder.onnx", "encoder.pt2", "model.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == names
     pixels = torch.randint(0, 256, (33, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     expected = as_evaluated(checkpoint, pixels)
     shutil.copy(folder / file, tmp_path)
@@ -314,6 +316,45 @@ for count in (33, 1):
         with np.load(tmp_path / f"features_{count}.npz") as found:
             for name in ("z", "pooled"):
                 np.testing.assert_allclose(found[name], expected[name][:count], atol=1e-4)
+
+
+def test_weights_are_exported_with_a_card_whose_lines_run(
+    run: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The card's code gives the z of the evaluation. It has the accuracies of the run, and no paths."""
+    weights, card = tmp_path / "out" / "mine.safetensors", tmp_path / "out" / "README.md"
+    for _ in range(2):  # an earlier card is replaced
+        assert embed_program.main(["--checkpoint", str(checkpoint), "--export", str(weights)]) == 0
+        assert capsys.readouterr().out == f"{weights}\n{card}\n"
+    text = card.read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(card.parent)
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    experiment, soda = open_trained(read_trained(None, checkpoint, ["device=cpu"]))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (experiment.info.mean, experiment.info.std))
+    torch.testing.assert_close(found["z"], soda.encoder((found["images"] - mean) / std), rtol=1e-4, atol=1e-4)
+    table = json.loads((run / "results.json").read_text())["table"]
+    for protocol, cells in table.items():
+        assert f"| {protocol} | {cells['trained']['top1']:.1f} / {cells['trained']['top3']:.1f} |" in text
+    assert sha256(checkpoint.read_bytes()).hexdigest() in text and str(run.parent) not in text
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "soda"
+
+    copied = tmp_path / "elsewhere" / "last.pt"
+    copied.parent.mkdir()
+    shutil.copy(checkpoint, copied)
+    card.write_text("my notes")
+    with pytest.raises(SystemExit, match="2"):
+        embed_program.main(["--checkpoint", str(copied), "--export", str(weights)])
+    error = f"error: {card} is not a model card of this program: export to another folder\n"
+    assert capsys.readouterr().err == error and card.read_text() == "my notes"
+    card.unlink()
+    assert embed_program.main(["--checkpoint", str(copied), "--export", str(weights)]) == 0
+    assert "accuracy" not in card.read_text(), "the run is not known"
 
 
 @pytest.mark.parametrize("ending", [".pt2", ".onnx"])

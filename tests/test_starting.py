@@ -112,9 +112,11 @@ def test_weights_that_do_not_fit_are_refused(saved: tuple[Path, TrainState], tmp
     for name, contents in files.items():
         torch.save(contents, tmp_path / f"{name}.pt")
     (tmp_path / "text.pt").write_text("weights")
+    (tmp_path / "text.safetensors").write_text("weights")
     for arguments, expected in [
         ("encoder.weights=none.pt", r"^encoder.weights: there is no checkpoint .*none.pt"),
         ("encoder.weights=text.pt", "text.pt cannot be read"),
+        ("encoder.weights=text.safetensors", "text.safetensors cannot be read"),
         ("encoder.weights=list.pt", "list.pt is not a checkpoint of this program or a state dict: use another file"),
         ("encoder.weights=incomplete.pt", "the file has no layer2.0.bn1.bias"),
         ("encoder.weights=more.pt", "the model has no layer5.weight"),

@@ -242,10 +242,11 @@ def test_pictures_decode_the_curve_of_z_over_the_steps_of_the_sampler(run: Path)
 
 
 def test_an_encoder_starts_from_one_with_the_same_noise_levels(run: Path, tmp_path: Path) -> None:
-    file, checkpoint = tmp_path / "encoder.pt", checkpoint_of(run)
-    _, soda, _ = opened(run)
-    torch.save(soda.encoder.state_dict(), file)
+    """The weights come from a checkpoint, or from the .safetensors file that embed.py exports without a timestep."""
+    file, checkpoint = tmp_path / "z.safetensors", checkpoint_of(run)
+    assert embed_program.main([*checkpoint, "--export", str(file)]) == 0
     _, path, *words = digits_args(run, *MODEL, "encoder.probabilistic=true")
+    _, soda, _ = opened(run)
     for source in (checkpoint[1], str(file)):
         started = [*words, f"encoder.weights={source}"]
         found = read_starting_weights(load_config(path, started))["encoder"]
@@ -272,3 +273,4 @@ def test_the_report_and_the_exports_of_a_time_dependent_encoder(
     *_, pixels = opened(run)
     z, _ = torch.export.load(tmp_path / "out" / "encoder.pt2").module()(pixels)
     torch.testing.assert_close(z, load_encoder(checkpoint_of(run)[1], timestep=40)(pixels)["z"], rtol=1e-4, atol=1e-5)
+    assert "(z is that of timestep 40)" in (tmp_path / "out" / "README.md").read_text()

@@ -89,10 +89,12 @@ def is_checkpoint(state: Any) -> bool:
 
 
 def read_tensors(path: Path) -> tuple[Any, str]:
-    """Returns the tensors and plain values that `torch.save` wrote to a file, on the host, and the file's SHA-256.
+    """Returns the tensors and plain values of a file, on the host, and the file's SHA-256.
+
+    A .safetensors file holds tensors by name. All other files are those of `torch.save`.
 
     If SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same name or another one. Raises
-    CheckpointError if the file is missing, damaged or not written by `torch.save`.
+    CheckpointError if the file is missing, damaged or of another format.
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")
@@ -113,13 +115,20 @@ def read_tensors(path: Path) -> tuple[Any, str]:
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about pickle protocols do not help the user
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                if path.suffix == ".safetensors":
+                    from safetensors.torch import load
+
+                    state = load(file.read())
+                else:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}): make it readable, or use another checkpoint"
         ) from None
     except CheckpointError:
         raise
+    except ImportError:
+        raise CheckpointError(f"{path} needs safetensors: run pip install -r requirements-extra.txt") from None
     except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
         reason = f"{type(error).__name__}: it is damaged, or holds objects other than tensors and plain values"
         raise CheckpointError(
