@@ -64,6 +64,20 @@ def test_the_recipe_of_the_reference() -> None:
     assert (cifar.encoder.stem, tiny.encoder.stem) == ("small", "imagenet")
 
 
+def test_the_recipe_of_diffusion_based_representation_learning() -> None:
+    config = load_config(ROOT / "config/drl_cifar10.yaml")
+    steps_per_epoch, optimizer, training = 50_000 // 64, config.optimizer, config.training
+    assert (config.encoder.architecture, config.encoder.latent_dim) == ("wide_resnet28_2", 128)
+    assert 70_000 <= training.epochs * steps_per_epoch < 71_000 and training.batch_size == 64
+    assert round(optimizer.warmup_epochs * steps_per_epoch) == 5000 and optimizer.max_grad_norm == 1
+    assert (optimizer.encoder_lr, optimizer.decoder_lr, optimizer.weight_decay) == (2e-4, 2e-4, 0)
+    assert training.ema_decay == 0.999 and training.terms.kl == 1e-5
+    for name in ("cifar10", "digits"):
+        config = load_config(ROOT / f"config/drl_{name}.yaml")
+        assert config.views.same and config.views.source.noise_std == 0 and config.diffusion.schedule == "geometric"
+        assert config.encoder.time_dependent and config.encoder.probabilistic
+
+
 def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
     path = write("optimizer: {encoder_lr: 1e-4, weight_decay: 1E-2}\n")
     config = load_config(path, ["training.epochs=2", "views.target.crop_scale=[0.5, 1]", "optimizer.decoder_lr=2e-05"])
