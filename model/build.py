@@ -31,11 +31,12 @@ def build_soda(
     """
     as_paper = initialization == "paper"
     latent_dim = encoder["latent_dim"]
-    if encoder.pop("time_dependent", False):
+    layers = {name: value for name, value in encoder.items() if name != "time_dependent"}
+    if encoder.get("time_dependent"):
         assert diffusion is not None, "a time-dependent encoder needs the noise schedule"
-        encoder["log_sigmas"] = log_sigmas(**diffusion)
+        layers["log_sigmas"] = log_sigmas(**diffusion)
     soda = SODA(
-        ENCODERS[encoder["architecture"]](**encoder),
+        ENCODERS[encoder["architecture"]](**layers),
         UNetDecoder(**decoder | {"image_size": decoder_size}, latent_dim=latent_dim, rescale_residual=as_paper),
     )
     if as_paper:
