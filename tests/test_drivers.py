@@ -92,7 +92,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     bench.patch.setattr(trial, "SAVE_EVERY_S", 3)
     bench.plan["stages"] = bench.plan["stages"][:2]
     starts = 0
-    while "not all stages are done" in bench.make("broken", 20 / 60, f"data.root=place_{starts}"):
+    while "not all stages are done" in bench.make("broken", 13 / 60, f"data.root=place_{starts}"):
         starts += 1
         assert starts < 20
     history = [json.loads(line) for line in (tmp_path / "broken" / "results.jsonl").read_text().splitlines()]
