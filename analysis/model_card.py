@@ -6,8 +6,8 @@ from typing import Any
 
 from config.errors import ConfigError
 from config.reading import without_run_keys
+from experiment.models import NOT_LAYERS
 from experiment.trained import Trained
-from model.build import NOT_BUILT
 from utils.files import replacing, write_text
 from utils.run_folder.results import belongs_to, read_results
 
@@ -38,7 +38,7 @@ def save_weights(path: Path, trained: Trained) -> None:
 def encoder_arguments(trained: Trained) -> dict[str, Any]:
     """Returns the keys of the config's `encoder` section that describe its layers."""
     values = trained.config.encoder.model_dump()
-    return {name: value for name, value in values.items() if name not in NOT_BUILT}
+    return {name: value for name, value in values.items() if name not in NOT_LAYERS}
 
 
 def save_card(path: Path, trained: Trained, weights: Path, programs: list[Path], timestep: int | None) -> None:
