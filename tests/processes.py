@@ -240,7 +240,7 @@ def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor, float]:
     experiment, state = prepare(folder, *overrides)
     encoders = {"random": encode_with(experiment, state.soda), **baselines(experiment)}
     table = judge(experiment, encoders, config_protocols(experiment.config))
-    _, z = latents(experiment, state.soda)
+    _, z = latents(experiment, state.soda.encoder)
     return table, sample_grid(experiment, state.soda), effective_rank(z)
 
 

@@ -79,11 +79,11 @@ def test_few_of_many_images_are_encoded(tmp_path: Path, monkeypatch: pytest.Monk
     """If there are more than MAX_LATENTS images, the seed chooses which are encoded, and their latents are the same."""
     experiment = experiment_of(tmp_path)
     soda = initial_state(experiment).soda
-    every, z = evaluating.latents(experiment, soda)
+    every, z = evaluating.latents(experiment, soda.encoder)
     assert every.tolist() == list(range(360)) and z.shape == (360, 8)
     monkeypatch.setattr(evaluating, "MAX_LATENTS", 100)
-    chosen, few = evaluating.latents(experiment, soda)
+    chosen, few = evaluating.latents(experiment, soda.encoder)
     assert len(chosen.unique()) == 100 and chosen.max() > 300 and (chosen.diff() > 0).all()
     torch.testing.assert_close(few, z[chosen])
-    again, _ = evaluating.latents(experiment, soda)
+    again, _ = evaluating.latents(experiment, soda.encoder)
     assert torch.equal(again, chosen)
