@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             find = partial(images_of_folder, args.folder) if args.folder else partial(images_of_files, args.files)
             named = find(config, trained.grey_bits)
         compute_exactly()
-        name = args.split or (args.folder.resolve().name if args.folder else "files")
+        name = feature_name(args.split or (args.folder.resolve().name if args.folder else "files"), args.timestep)
         path = args.out or trained.folder / "features" / f"{name}.npz"
         check_writable(path)
 
@@ -145,7 +145,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def export_paths(path: Path) -> list[Path]:
     """Returns the files that `--export` writes, without the model card."""
     names = ("encoder.pt2", "encoder.onnx", "model.safetensors")
-    return [path] if path.suffix.lower() in NEEDS and path.suffix != ".npz" else [path / name for name in names]
+    is_file = path.suffix.lower() in (".pt", ".pt2", ".onnx", ".safetensors")
+    return [path] if is_file else [path / name for name in names]
 
 
 def export(trained: "Trained", files: list[Path], timestep: int | None) -> None:
@@ -168,8 +169,11 @@ def export(trained: "Trained", files: list[Path], timestep: int | None) -> None:
             raise ConfigError(f"{file} is a checkpoint of a run: export to another file")
     if weights:
         check_card(weights.parent)
+    if ".pt" in by_ending and timestep is not None:
+        raise ConfigError(f"--timestep {timestep} is not for {files[0]}, which holds all timesteps: remove it")
     if programs or timestep is not None:
         check_timestep(trained.config, timestep)
+    trained.statistics()  # all files need them
     if rank() > 0:
         return
     if ".pt" in by_ending:

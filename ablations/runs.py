@@ -191,7 +191,7 @@ class Ablation:
         return row is not None and row["complete"]
 
     def num_failures(self, run: Run) -> int:
-        """Returns how often a run has failed."""
+        """Returns the number of failures of a run."""
         return sum("failed" in row and run.is_result(row) for row in self._rows.get(run.name, []))
 
     def runs_with_rows(self, stage: Stage) -> list[tuple[Run, dict[str, Any]]]:

@@ -49,7 +49,7 @@ def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation:
     control = {row["seed"]: score(row) for row in rows.get(first, [])}
     lines = [HEAD, ["---"] * len(HEAD)]
     for variant, found in rows.items():
-        # A second look gives only some variants further seeds, so that means over all seeds would not compare alike.
+        # A second look gives only some variants further seeds. Means over all seeds would compare different seeds.
         differences = [score(row) - control[row["seed"]] for row in found if row["seed"] in control]
         lines.append(
             [

@@ -37,8 +37,7 @@ def save_weights(path: Path, trained: Trained) -> None:
 
 def encoder_arguments(trained: Trained) -> dict[str, Any]:
     """Returns the keys of the config's `encoder` section that describe its layers."""
-    values = trained.config.encoder.model_dump()
-    return {name: value for name, value in values.items() if name not in NOT_LAYERS}
+    return trained.config.encoder.model_dump(exclude=NOT_LAYERS)
 
 
 def save_card(path: Path, trained: Trained, weights: Path, programs: list[Path], timestep: int | None) -> None:
@@ -62,7 +61,8 @@ def model_card(trained: Trained, weights: Path, programs: list[Path], timestep: 
     call = ", ".join(f"{name}={value}" for name, value in given.items())
     count, at = config.diffusion.num_timesteps, ""
     if is_time_dependent:
-        call, at = f"{call}, log_sigmas=torch.zeros({count})", f", timesteps=torch.tensor([{timestep or count // 2}])"
+        shown = count // 2 if timestep is None else timestep
+        call, at = f"{call}, log_sigmas=torch.zeros({count})", f", timesteps=torch.tensor([{shown}])"
     parts = [
         f"---\n{MARK}\ntags: [image-feature-extraction, diffusion, representation-learning]\n---",
         f"# Image encoder, trained on {config.data.name}\n\n"

@@ -180,8 +180,10 @@ def _explain(error: ValidationError, where: str, changes: Mapping[str, str]) -> 
             related = [key for key in changes if f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")]
             place = changes[related[-1]] if related else where
         else:  # several keys contradict each other
-            related = [key for key in changes if key in message]
-            place = " and ".join([where, *(changes[key] for key in related or changes)])
+            related = [key for key in changes if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message)]
+            origin = changes[next(iter(changes))].partition(" (")[0] if changes else ""
+            places = [changes[key] for key in related] or [origin]
+            place = " and ".join(filter(None, [where, *places]))
         by_place.setdefault(place, []).append(message)
     return "; ".join(f"{place}: {'; '.join(dict.fromkeys(messages))}" for place, messages in by_place.items())
 

@@ -57,7 +57,7 @@ def _path(text: str) -> str:
 
 def _not_empty(text: str) -> str:
     if not text:
-        raise ValueError("it is empty: write a path, such as . for the current folder")
+        raise ValueError("the path is empty: write a path; . is the current folder")
     return text
 
 

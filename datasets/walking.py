@@ -99,8 +99,8 @@ class Walker:
     def _walk(self, folder: Path) -> Iterator[tuple[Path, list[str]]]:
         """Yields (folder, names of its files) for `folder` and all folders below it. Each real folder is read once.
 
-        Links to folders are followed after the other folders, so that an image in both has its path without links.
-        Links to a parent of `folder` are not followed.
+        Links to folders are followed after the other folders. An image that is reachable both ways is then listed under
+        its path without links. Links to a parent of `folder` are not followed.
         """
         read = set(map(str, Path(os.path.realpath(folder)).parents))
         starts = [folder]

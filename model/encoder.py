@@ -105,14 +105,13 @@ class Encoder(nn.Module):
 
     def through(self, h: Tensor, groups: Sequence[nn.Sequential], timesteps: Tensor | None) -> Tensor:
         """Returns the output of all blocks for h (N, C, H, W). A time-dependent bias is added to each block's input."""
-        blocks = list(chain(*groups))
         if self.time is None:
-            for block in blocks:
-                h = block(h)
+            for group in groups:
+                h = group(h)
             return h
         if timesteps is None:
             raise ValueError("a time-dependent encoder needs timesteps: pass them, or call `at` first")
-        for block, bias in zip(blocks, self.time(timesteps), strict=True):
+        for block, bias in zip(chain(*groups), self.time(timesteps), strict=True):
             h = block(h + bias)
         return h
 

@@ -135,7 +135,7 @@ def training(
 
 
 def adaptive(folder: Path) -> dict[str, Any]:
-    """Trains for 7 steps with adaptive timesteps, whose density is renewed twice.
+    """Trains for 7 steps with adaptive timesteps, whose density is renewed twice, and an encoder that receives them.
 
     After each step, all ranks load the history that rank 0 would save, as when a run is resumed.
     """
@@ -149,7 +149,7 @@ def adaptive(folder: Path) -> dict[str, Any]:
         mock.patch.object(timesteps, "RENEW_EVERY", 3),
         mock.patch.object(timesteps.AdaptiveSampler, "end_step", end_and_resume),
     ):
-        return training(folder, 7, "training.timesteps.sampling=adaptive")
+        return training(folder, 7, "training.timesteps.sampling=adaptive", "encoder.time_dependent=true")
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:

@@ -138,8 +138,8 @@ def test_a_config_whose_name_is_not_utf8_can_be_resumed(tmp_path: Path, caplog: 
             "~nobody-at-all has no home folder: write the path in full, or ./~nobody-at-all/r",
         ),
         (f"output_dir=runs/{NOT_UTF8}", r"'runs/caf\udce9' is not a path in utf-8: choose a path in ASCII letters"),
-        ("data.root=", "data.root: it is empty: write a path, such as . for the current folder"),
-        ("data.cache_dir=", "data.cache_dir: it is empty"),
+        ("data.root=", "data.root: the path is empty: write a path; . is the current folder"),
+        ("data.cache_dir=", "data.cache_dir: the path is empty"),
         (f"data.root={NOT_UTF8}", r"data.root: 'caf\udce9' is not a path in utf-8"),
     ],
 )

@@ -57,7 +57,9 @@ def test_the_number_of_processes_does_not_change_training(one: dict[str, Any], t
         assert rank["training"]["keys"] == one["training"]["keys"], "DDP must not change the keys of the state dict"
 
 
-def test_a_frozen_encoder_is_trained_around_by_all_processes(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_the_number_of_processes_does_not_change_training_with_a_frozen_encoder(
+    one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
     expected = one["frozen encoder"]
     assert all(name.startswith("decoder.") for name in expected["gradients"])
     for found in (rank["frozen encoder"] for rank in two):

@@ -113,6 +113,25 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
         assert whole["complete"] and len(whole["table"]) == 2
 
 
+def test_the_length_of_a_run_in_minutes_is_measured_once(bench: Bench, tmp_path: Path) -> None:
+    """A length stays valid if only the digest has changed, as when the schema gets a key, but not for another config."""
+    bench.plan["stages"] = [{"name": "long", "minutes": 1, "variants": {"a": []}}]
+    (tmp_path / "plan.yaml").write_text(json.dumps(bench.plan))
+    ablation = Ablation(read_plan(tmp_path / "plan.yaml", []), tmp_path / "results.jsonl")
+    (run,) = ablation.runs_of(ablation.stage("long"))
+    bench.patch.setattr(trial, "Trial", lambda *args, **options: pytest.fail("timed again"))
+
+    def length(config: str) -> int | None:
+        kept = {"digest": "of an older version", "terms": run.terms, "config": config, "epochs": 7}
+        (tmp_path / "length.json").write_text(json.dumps(kept))
+        return runner.Runner(ablation, tmp_path, float("inf"), None)._epochs_of(run, tmp_path)
+
+    config = run.config.to_yaml()
+    assert length(config) == 7 and config.count("latent_dim: 8") == 1
+    with pytest.raises(pytest.fail.Exception, match="timed again"):
+        length(config.replace("latent_dim: 8", "latent_dim: 16"))
+
+
 @pytest.mark.long
 def test_lengths_in_minutes_and_of_another_run(bench: Bench, tmp_path: Path) -> None:
     bench.make("out", None, "--data", "what it is")

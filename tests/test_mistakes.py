@@ -194,7 +194,7 @@ MISTAKES = [
     Mistake("--out z.npz is for features", [*checkpoint("good"), "--export", "out", "--out", "z.npz"], "embed.py"),
     Mistake("--out r.html is for the report: add --report", [*checkpoint("good"), "--out", "r.html"], "test.py"),
     Mistake("holds splits, not classes", [*checkpoint("good"), "--folder", "{place}/images/few"], "embed.py"),
-    Mistake("argument --folder: it is empty: write", [*checkpoint("good"), "--folder", ""], "embed.py"),
+    Mistake("argument --folder: the path is empty: write", [*checkpoint("good"), "--folder", ""], "embed.py"),
     Mistake("no folder none", [*checkpoint("good"), "--folder", "none"], "embed.py"),
     Mistake("no images in", [*checkpoint("good"), "--folder", "{place}/images/empty"], "embed.py"),
     Mistake("the image none.png does not exist", [*checkpoint("good"), "--files", "none.png"], "embed.py"),
@@ -340,7 +340,7 @@ def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path
     before = contents(place)
     # A program checks most of its options at one place, so some of the mistakes that one process makes are enough.
     alone = [mistake for mistake in MISTAKES if mistake.processes == 1]
-    mistakes = [mistake for mistake in MISTAKES if mistake.processes == 2] + alone[::6]
+    mistakes = [mistake for mistake in MISTAKES if mistake.processes == 2] + alone[::9]
     shutil.copytree(place / "run", tmp_path / "disk0" / "run")  # each process has its own folder
     (tmp_path / "disk1").mkdir()
     torch.save([(mistake.program, complete(mistake, place)) for mistake in mistakes], tmp_path / "cases.pt")

@@ -26,6 +26,7 @@ from analysis import svg
 from analysis.report import Confusions, draw_curves, heat_map
 from datasets.images import StoredImages
 from datasets.sources import load_digits
+from evaluation import protocols
 from experiment.trained import open_trained, read_trained
 from tests.conftest import digits_args
 from training import projector
@@ -69,7 +70,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(run: Path) -> dict[str, list[str]]:
     """Table that test.py printed when it wrote the report: {protocol: cells}."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(protocols, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
         checkpoint = str(run / "checkpoints" / "last.pt")
         assert judge_program.main(["--checkpoint", checkpoint, "device=cpu", "--report"]) == 0
     *lines, _, path = printed.getvalue().splitlines()

@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 def path_option(text: str) -> Path:
     """Returns the path in an option, for argparse. Raises ArgumentTypeError if it is empty."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty: write a path, such as . for the current folder")
+        raise argparse.ArgumentTypeError("the path is empty: write a path")
     return Path(text)
 
 

@@ -115,7 +115,7 @@ def read_tensors(path: Path) -> tuple[Any, str]:
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about pickle protocols do not help the user
-                if path.suffix == ".safetensors":
+                if path.suffix.lower() == ".safetensors":
                     from safetensors.torch import load
 
                     state = load(file.read())
