@@ -23,6 +23,8 @@ from config.schema import Config, Section
 
 logger = logging.getLogger(__name__)
 
+MAX_PLACES = 3  # number of overrides that a message names
+
 INT, FLOAT, BOOL, NULL, TEXT, TIMESTAMP, MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null", "str", "timestamp", "merge")
 )
@@ -180,10 +182,11 @@ def _explain(error: ValidationError, where: str, changes: Mapping[str, str]) -> 
             related = [key for key in changes if f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")]
             place = changes[related[-1]] if related else where
         else:  # several keys contradict each other
-            related = [key for key in changes if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message)]
-            origin = changes[next(iter(changes))].partition(" (")[0] if changes else ""
-            places = [changes[key] for key in related] or [origin]
-            place = " and ".join(filter(None, [where, *places]))
+            related = [key for key in changes if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message)]
+            places = [changes[key] for key in related or changes]
+            if len(places) > MAX_PLACES:
+                places = [places[0].partition(" (")[0]]  # the command line, without its overrides
+            place = " and ".join([where, *places])
         by_place.setdefault(place, []).append(message)
     return "; ".join(f"{place}: {'; '.join(dict.fromkeys(messages))}" for place, messages in by_place.items())
 

@@ -135,7 +135,7 @@ def training(
 
 
 def adaptive(folder: Path) -> dict[str, Any]:
-    """Trains for 7 steps with adaptive timesteps, whose density is renewed twice, and an encoder that receives them.
+    """Trains for 7 steps with adaptive timesteps, whose density is renewed twice.
 
     After each step, all ranks load the history that rank 0 would save, as when a run is resumed.
     """
@@ -149,7 +149,7 @@ def adaptive(folder: Path) -> dict[str, Any]:
         mock.patch.object(timesteps, "RENEW_EVERY", 3),
         mock.patch.object(timesteps.AdaptiveSampler, "end_step", end_and_resume),
     ):
-        return training(folder, 7, "training.timesteps.sampling=adaptive", "encoder.time_dependent=true")
+        return training(folder, 7, "training.timesteps.sampling=adaptive")
 
 
 def micro_batches(folder: Path) -> list[dict[str, Any]]:
@@ -276,6 +276,7 @@ def numbers(folder: Path) -> dict[str, Any]:
         "micro-batches": micro_batches(folder),
         "training": training(folder, 5),
         "frozen encoder": training(folder, 2, "encoder.frozen=true"),
+        "time-dependent": training(folder, 2, "encoder.time_dependent=true"),
         "adaptive": adaptive(folder),
         # A batch size of 100 gives 15 training and 4 test batches, and 2000 gives one of each. Six images are one and a
         # half chunks of 4 (CHUNK), the unit in which images are divided among processes.

@@ -114,7 +114,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_the_length_of_a_run_in_minutes_is_measured_once(bench: Bench, tmp_path: Path) -> None:
-    """A length stays valid if only the digest has changed, as when the schema gets a key, but not for another config."""
+    """A length stays valid if only the digest changes, as when the schema gets a key. Another config is timed again."""
     bench.plan["stages"] = [{"name": "long", "minutes": 1, "variants": {"a": []}}]
     (tmp_path / "plan.yaml").write_text(json.dumps(bench.plan))
     ablation = Ablation(read_plan(tmp_path / "plan.yaml", []), tmp_path / "results.jsonl")
