@@ -108,6 +108,7 @@ def test_a_control_of_untrained_features_is_refused(tmp_path: Path, capsys: pyte
         attach_control(experiment, initial_state(experiment), "supervised")
 
 
+@pytest.mark.long
 def test_a_plan_with_controls_judges_at_epochs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Controls are judged each `judge_every` epochs. A run that is stopped has the rows of an uninterrupted one."""
     stage = {"name": "control", "epochs": 3, "judge_every": 1, "control": "supervised", "variants": {"labels": []}}

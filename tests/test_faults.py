@@ -370,6 +370,7 @@ def test_a_console_that_cannot_be_written_to_changes_nothing(tmp_path: Path, con
     assert done.returncode == 0 and (tmp_path / "done").exists()
 
 
+@pytest.mark.long
 def test_two_processes_agree_to_stop_when_one_is_told_to(tmp_path: Path) -> None:
     """If one rank receives a signal, both ranks save the state and exit with status 75 at the same step."""
     run = tmp_path / "run"

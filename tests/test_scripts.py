@@ -82,11 +82,12 @@ def test_make_train_ends_with_a_report_of_the_digits() -> None:
         assert last.endswith(expected) if expected else "train.py" in last
 
 
-def test_dry_run_prints_config_size_and_work(tmp_path: Path) -> None:
-    done = launch("train.py", "--config", "config/cifar10.yaml", "--dry-run", f"output_dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    assert "encoder_lr: 0.0008" in done.stdout
-    assert "11,234,496 parameters, 1.111 GFLOP" in done.stdout and "39,595,139 parameters, 12.45 GFLOP" in done.stdout
+def test_dry_run_prints_config_size_and_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "config" / "cifar10.yaml")
+    assert train_program.main(["--config", config, "--dry-run", f"output_dir={tmp_path / 'run'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "encoder_lr: 0.0008" in printed
+    assert "11,234,496 parameters, 1.111 GFLOP" in printed and "39,595,139 parameters, 12.45 GFLOP" in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -86,6 +86,7 @@ def test_how_much_of_a_section_is_its_own(tmp_path: Path) -> None:
     assert [noise, cause, effect, whole] == pytest.approx([1, 4 / 6, 1 / 2, 1], abs=0.12)
 
 
+@pytest.mark.long
 def test_the_script_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
