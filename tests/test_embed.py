@@ -289,7 +289,7 @@ USE = {
 }
 
 
-@pytest.mark.parametrize("file", USE)
+@pytest.mark.parametrize("file", [pytest.param("encoder.pt2", marks=pytest.mark.long), "encoder.onnx"])
 def test_an_exported_encoder_needs_nothing_of_this_repository(
     run: Path, checkpoint: Path, tmp_path: Path, file: str
 ) -> None:

@@ -336,11 +336,12 @@ def test_a_mistake_ends_with_one_line_and_nothing_written(
     assert contents(place) == before
 
 
+@pytest.mark.long
 def test_two_processes_refuse_alike_and_one_says_why(place: Path, tmp_path: Path) -> None:
     before = contents(place)
     # A program checks most of its options at one place, so some of the mistakes that one process makes are enough.
     alone = [mistake for mistake in MISTAKES if mistake.processes == 1]
-    mistakes = [mistake for mistake in MISTAKES if mistake.processes == 2] + alone[::9]
+    mistakes = [mistake for mistake in MISTAKES if mistake.processes == 2] + alone[::3]
     shutil.copytree(place / "run", tmp_path / "disk0" / "run")  # each process has its own folder
     (tmp_path / "disk1").mkdir()
     torch.save([(mistake.program, complete(mistake, place)) for mistake in mistakes], tmp_path / "cases.pt")
