@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from datasets.images import DatasetError
     from evaluation.features import feature_name
     from experiment.opening import open_device, open_experiment
+    from experiment.threads import training_work
     from experiment.trained import read_trained
     from utils.device import compute_exactly
 
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise DatasetError(f"{config.data.root} has no {args.split} split: use --split train")
             device, amp_dtype, named = experiment.device, experiment.amp_dtype, images_of_split(split, args.split)
         else:
-            device, amp_dtype = open_device(config)
+            device, amp_dtype = open_device(config, partial(training_work, config))
             find = partial(images_of_folder, args.folder) if args.folder else partial(images_of_files, args.files)
             named = find(config, trained.grey_bits)
         compute_exactly()

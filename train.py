@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from experiment.models import describe_model
     from experiment.opening import open_experiment
     from experiment.shares import check_shares
-    from experiment.starting import check_origin, read_starting_weights
+    from experiment.starting import check_origin, read_starting_weights, weight_paths
     from experiment.timesteps import check_timesteps
     from training.loop import train
     from training.state import initial_state
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             state = initial_state(experiment, starting)
             if folder.checkpoint:
                 folder.resume(state, experiment.total_steps)
-                check_origin(config, state.started_from)
+                check_origin(weight_paths(config), state.started_from)
             del starting  # the host copies of the weights
             folder.prepare()
         # Train.

@@ -161,5 +161,5 @@ def control_step(experiment: Experiment, state: TrainState, control: Control, pi
         pooled = state.soda.encoder.pooled(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         loss = control.loss(pooled, labels)
     state.scaler.scale(loss).backward()
-    update(experiment, state, before, PhaseTimer())
+    update(state, experiment.config.optimizer.max_grad_norm, before, PhaseTimer())
     return loss.detach()

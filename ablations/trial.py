@@ -27,7 +27,7 @@ from evaluation.judge import judge
 from evaluation.protocols import all_protocols, config_protocols
 from experiment.models import build_on_meta, pass_flops, step_flops
 from experiment.opening import Experiment, open_experiment
-from experiment.starting import check_origin
+from experiment.starting import check_origin, weight_paths
 from experiment.trained import halved_weights
 from training.saving import checkpoint_contents
 from training.state import TrainState, initial_state
@@ -112,7 +112,7 @@ class Trial:
             others.append("control")
         check_same_experiment(checkpoint, saved["config"], self.config, others)
         self.state.load_state_dict(saved)
-        check_origin(self.config, self.state.started_from)
+        check_origin(weight_paths(self.config), self.state.started_from)
         self.seconds = float(saved.get("seconds", 0))
         self._losses.extend(saved.get("losses", torch.empty(0)).to(self.experiment.device))
         logger.info("%s: resuming at step %d of %d", checkpoint, self.state.step, self.experiment.total_steps)

@@ -9,16 +9,13 @@ from model.sizes import last_strided_input, num_decoder_blocks, resolutions
 
 def check_consistency(config: Any) -> None:
     """Raises ValueError, with advice, if keys of a `Config` contradict each other."""
+    check_images_and_encoder(config)
+    check_noise_schedule(config.diffusion)
+    check_rates(config)
     size, decoder, num_levels = config.decoder_size, config.decoder, len(config.decoder.channel_mult)
     halvings = num_levels - 1
     halved = range(2**halvings, config.encoder_size + 1, 2**halvings)
     divisors = [each for each in halved if each >= 4 and config.encoder_size % each == 0]
-    stored_size = config.data.stored_size
-    if stored_size is not None and stored_size < config.encoder_size:
-        raise ValueError(
-            f"data.stored_size {stored_size} is smaller than data.image_size {config.encoder_size}: set it to at least "
-            f"{config.encoder_size}, or remove it"
-        )
     if config.encoder_size % size:
         hint = f", or decoder.image_size to one of {divisors}" if divisors else ""
         raise ValueError(
@@ -71,14 +68,6 @@ def check_consistency(config: Any) -> None:
         )
     if timesteps and not config.encoder.time_dependent:
         raise ValueError("evaluation.timesteps needs encoder.time_dependent=true: set both, or neither")
-    if config.optimizer.cooldown_epochs and config.optimizer.schedule != "constant":
-        raise ValueError("optimizer.cooldown_epochs needs optimizer.schedule=constant: set both, or neither")
-    rising_and_falling = config.optimizer.warmup_epochs + config.optimizer.cooldown_epochs
-    if config.optimizer.cooldown_epochs and rising_and_falling > config.training.epochs:
-        raise ValueError(
-            f"optimizer.warmup_epochs and optimizer.cooldown_epochs add up to {rising_and_falling:g} epochs, more than "
-            f"the {config.training.epochs} of training.epochs: lower one of the two"
-        )
     by_section = len(config.sampling.guidance_scale) > 1 or config.sampling.sections is not None
     if by_section and decoder.modulation == "shared":
         raise ValueError(
@@ -102,6 +91,24 @@ def check_consistency(config: Any) -> None:
                 f"evaluation.features {config.evaluation.features} does not exist: the decoder has {part}.0 to "
                 f"{part}.{blocks - 1}, and timesteps go from 0 to {config.diffusion.num_timesteps - 1}"
             )
+    if config.training.micro_batch_size and config.training.batch_size % config.training.micro_batch_size:
+        raise ValueError("training.micro_batch_size must divide training.batch_size: change one of them")
+    if config.sampling.num_sampling_steps > config.diffusion.num_timesteps:
+        raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps: lower it")
+    if config.evaluation.knn.weights == "temperature" and not config.evaluation.normalize:
+        raise ValueError(
+            "evaluation.knn.weights=temperature needs evaluation.normalize=true: set it, or choose uniform weights"
+        )
+
+
+def check_images_and_encoder(config: Any) -> None:
+    """Raises ValueError, with advice, if keys of `data` and `encoder` contradict each other."""
+    stored_size = config.data.stored_size
+    if stored_size is not None and stored_size < config.encoder_size:
+        raise ValueError(
+            f"data.stored_size {stored_size} is smaller than data.image_size {config.encoder_size}: set it to at least "
+            f"{config.encoder_size}, or remove it"
+        )
     encoder = config.encoder
     for name in ("stem", "width"):
         value, default = getattr(encoder, name), type(encoder).model_fields[name].default
@@ -126,24 +133,32 @@ def check_consistency(config: Any) -> None:
     for name, value in (("holdout", config.data.holdout), ("labels", config.data.labels)):
         if value and config.data.name != "folder":
             raise ValueError(f"data.{name} is for data.name=folder, not for {config.data.name}: remove it")
-    if config.training.micro_batch_size and config.training.batch_size % config.training.micro_batch_size:
-        raise ValueError("training.micro_batch_size must divide training.batch_size: change one of them")
-    if config.sampling.num_sampling_steps > config.diffusion.num_timesteps:
-        raise ValueError("sampling.num_sampling_steps must be at most diffusion.num_timesteps: lower it")
-    if config.diffusion.beta_end < config.diffusion.beta_start:
+
+
+def check_noise_schedule(diffusion: Any) -> None:
+    """Raises ValueError, with advice, if keys of the noise schedule contradict each other."""
+    if diffusion.beta_end < diffusion.beta_start:
         raise ValueError("diffusion.beta_end must be at least diffusion.beta_start: raise beta_end")
-    if config.diffusion.sigma_max <= config.diffusion.sigma_min:
+    if diffusion.sigma_max <= diffusion.sigma_min:
         raise ValueError("diffusion.sigma_max must be larger than diffusion.sigma_min: raise sigma_max")
-    diffusion, mean_beta = config.diffusion, (config.diffusion.beta_start + config.diffusion.beta_end) / 2
+    mean_beta = (diffusion.beta_start + diffusion.beta_end) / 2
     # T log(1 - mean beta) is about log alphas_cumprod of the last timestep. The sampler divides by the square root of
     # alphas_cumprod, and the smallest normal float32 is about exp(-87).
     if diffusion.schedule == "linear" and diffusion.num_timesteps * math.log1p(-mean_beta) < -150:
         raise ValueError(
             "alphas_cumprod of the linear schedule's last timestep is too small for float32: lower diffusion.beta_end"
         )
-    if config.evaluation.knn.weights == "temperature" and not config.evaluation.normalize:
+
+
+def check_rates(config: Any) -> None:
+    """Raises ValueError, with advice, if keys of `optimizer` and `training.epochs` contradict each other."""
+    if config.optimizer.cooldown_epochs and config.optimizer.schedule != "constant":
+        raise ValueError("optimizer.cooldown_epochs needs optimizer.schedule=constant: set both, or neither")
+    rising_and_falling = config.optimizer.warmup_epochs + config.optimizer.cooldown_epochs
+    if config.optimizer.cooldown_epochs and rising_and_falling > config.training.epochs:
         raise ValueError(
-            "evaluation.knn.weights=temperature needs evaluation.normalize=true: set it, or choose uniform weights"
+            f"optimizer.warmup_epochs and optimizer.cooldown_epochs add up to {rising_and_falling:g} epochs, more than "
+            f"the {config.training.epochs} of training.epochs: lower one of the two"
         )
 
 

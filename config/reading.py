@@ -1,4 +1,7 @@
-"""Functions that read, override, check and compare configs."""
+"""Functions that read, override, check and compare configs.
+
+Each function works for the configs of all programs. A `schema` is the class of a program's config.
+"""
 
 import difflib
 import hashlib
@@ -13,15 +16,18 @@ from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from config.errors import ConfigError
-from config.schema import Config, Section
+from config.finetune_schema import FinetuneConfig
+from config.schema import Config, RunConfig, Section
 
 logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=RunConfig)
 
 MAX_PLACES = 3  # number of overrides that a message names
 
@@ -130,21 +136,21 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tupl
             yield prefix + name, field, section.all_run or extra["run"]
 
 
-def describe_keys() -> str:
+def describe_keys(schema: type[RunConfig] = Config) -> str:
     """Returns a text for `--help`, one line per key: default, a * if it may change on resume, meaning."""
-    lines = ["config keys, as key=default (train.py can resume a run with another value of a key marked *):"]
-    for name, field, run in all_keys():
+    lines = [f"config keys, as key=default ({schema.program} can resume a run with another value of a key marked *):"]
+    for name, field, run in all_keys(schema):
         default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
         choices = f" ({' | '.join(get_args(field.annotation))})" if get_origin(field.annotation) is Literal else ""
         lines.append(f"  {name}={default}{' *' if run else ''}  {field.description}{choices}")
     return "\n".join(lines)
 
 
-def _nearest_key(name: str) -> str | None:
+def _nearest_key(schema: type[RunConfig], name: str) -> str | None:
     """Returns the key whose last part is spelled most like that of `name`: in the same section, else in any section."""
     section, _, last = name.rpartition(".")
-    known = [dotted.rpartition(".") for dotted, _, _ in all_keys()]
-    known += [("", "", part) for part in Config.model_fields]
+    known = [dotted.rpartition(".") for dotted, _, _ in all_keys(schema)]
+    known += [("", "", part) for part in schema.model_fields]
     for candidates in ([key for key in known if key[0] == section], known):
         near = difflib.get_close_matches(last, [key[2] for key in candidates], n=1)
         if near:
@@ -152,13 +158,13 @@ def _nearest_key(name: str) -> str | None:
     return None
 
 
-def _an_example(section: str) -> str:
+def _an_example(schema: type[RunConfig], section: str) -> str:
     """Returns a key of the section with its default, as key=default."""
-    name, field, _ = next(key for key in all_keys() if key[0].startswith(f"{section}."))
+    name, field, _ = next(key for key in all_keys(schema) if key[0].startswith(f"{section}."))
     return f"{name}={field.default}"
 
 
-def _explain(error: ValidationError, where: str, changes: Mapping[str, str]) -> str:
+def _explain(schema: type[RunConfig], error: ValidationError, where: str, changes: Mapping[str, str]) -> str:
     """Returns all errors in a config with their places, in one line.
 
     Args:
@@ -169,13 +175,13 @@ def _explain(error: ValidationError, where: str, changes: Mapping[str, str]) -> 
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
         if item["type"] == "extra_forbidden":
-            near = _nearest_key(name)
-            hint = f"did you mean {near}?" if near else "`train.py --help` lists the keys"
+            near = _nearest_key(schema, name)
+            hint = f"did you mean {near}?" if near else f"`{schema.program} --help` lists the keys"
             message = f"unknown key {name}: {hint}"
         elif item["type"] == "value_error":
             message = ": ".join(filter(None, [name, str(item["ctx"]["error"])]))
         elif item["type"] == "model_type":
-            message = f"{name} is a section, not a value: set its keys, as in {_an_example(name)}"
+            message = f"{name} is a section, not a value: set its keys, as in {_an_example(schema, name)}"
         else:
             message = f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
         if name:
@@ -191,11 +197,27 @@ def _explain(error: ValidationError, where: str, changes: Mapping[str, str]) -> 
     return "; ".join(f"{place}: {'; '.join(dict.fromkeys(messages))}" for place, messages in by_place.items())
 
 
-def _validate(raw: dict[str, Any], where: str, changes: Mapping[str, str] = MappingProxyType({})) -> Config:
+def _validate(schema: type[C], raw: dict[str, Any], where: str, changes: Mapping[str, str] = MappingProxyType({})) -> C:
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where, changes)) from None
+        raise ConfigError(_explain(schema, error, where, changes)) from None
+
+
+def _check_program(schema: type[RunConfig], raw: dict[str, Any], where: str) -> None:
+    """Raises ConfigError if the keys `raw` of a config are those of another program than that of `schema`."""
+    for other in (Config, FinetuneConfig):
+        foreign = [name for name in other.model_fields if name in raw and name not in schema.model_fields]
+        if foreign:
+            raise ConfigError(
+                f"{where} is for {other.program}, because it has the key {foreign[0]}: run {other.program} with it, or "
+                f"give {schema.program} another one"
+            )
+    if schema.marker and schema.marker not in raw:
+        raise ConfigError(
+            f"{where} is not for {schema.program}, because it has no key {schema.marker}: add this key, or give "
+            f"{schema.program} another one"
+        )
 
 
 def _unshared(node: Any) -> Any:
@@ -204,16 +226,21 @@ def _unshared(node: Any) -> Any:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, place: str = COMMAND_LINE) -> Config:
+    """Returns the config of train.py in a YAML file, as `load` does."""
+    return load(Config, path, overrides, place)
+
+
+def load(schema: type[C], path: str | Path, overrides: list[str] | None = None, place: str = COMMAND_LINE) -> C:
     """Returns the config in a YAML file, with `key=value` overrides applied.
 
-    Raises ConfigError if the file cannot be read, or if a key or value is wrong.
+    Raises ConfigError if the file cannot be read, if it is for another program, or if a key or value is wrong.
 
     Args:
         place: origin of the overrides, for the error message.
     """
     path = Path(path)
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path), Config)
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path), schema)
     except FileNotFoundError:
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.yaml")))
         raise ConfigError(f"no config file {path}" + (f": choose one of {there}" if there else "")) from None
@@ -222,14 +249,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None, place: str
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a config file: it needs lines of the form `key: value`")
+    _check_program(schema, raw, str(path))
     try:
         raw = _unshared(raw)
     except RecursionError:
         raise ConfigError(f"{path} has a YAML alias that refers to itself: remove it") from None
-    config = _override(raw, overrides or [], str(path), place)
+    config = _override(schema, raw, overrides or [], str(path), place)
     if config.output_dir:
         return config
-    return _validate(config.model_dump() | {"output_dir": str(_run_folder(path))}, str(path))
+    return _validate(schema, config.model_dump() | {"output_dir": str(_run_folder(path) / config.run_name)}, str(path))
 
 
 def _run_folder(config: Path) -> Path:
@@ -241,16 +269,17 @@ def _run_folder(config: Path) -> Path:
     return folder
 
 
-def override(config: Config, overrides: list[str], where: str) -> Config:
+def override(config: C, overrides: list[str], where: str) -> C:
     """Returns a copy of `config` with `key=value` overrides applied. Raises ConfigError if one of them is wrong.
 
     Args:
         where: origin of `config`, for the error message.
     """
-    return _override(parse_yaml(config.to_yaml(), where, Config), overrides, where, COMMAND_LINE)
+    schema = type(config)
+    return _override(schema, parse_yaml(config.to_yaml(), where, schema), overrides, where, COMMAND_LINE)
 
 
-def _override(raw: dict[str, Any], overrides: list[str], where: str, place: str) -> Config:
+def _override(schema: type[C], raw: dict[str, Any], overrides: list[str], where: str, place: str) -> C:
     changes = {}
     for change in overrides:
         name, separator, value = change.partition("=")
@@ -265,15 +294,15 @@ def _override(raw: dict[str, Any], overrides: list[str], where: str, place: str)
             target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(
-                    f"{here}: unknown key {name}: {section} is not a section (train.py --help lists the keys)"
+                    f"{here}: unknown key {name}: {section} is not a section ({schema.program} --help lists the keys)"
                 )
-        target[last] = _parse_value(value, here, _type_of(name))
-    return _validate(raw, where, changes)
+        target[last] = _parse_value(value, here, _type_of(schema, name))
+    return _validate(schema, raw, where, changes)
 
 
-def _type_of(name: str) -> Any:
+def _type_of(schema: type[RunConfig], name: str) -> Any:
     """Returns the type of a key or section; None if there is no such key or section."""
-    found: Any = Config
+    found: Any = schema
     for part in name.split("."):
         fields = found.model_fields if isinstance(found, type) and issubclass(found, Section) else {}
         found = fields[part].annotation if part in fields else None
@@ -287,36 +316,44 @@ def _parse_value(typed: str, where: str, value_type: Any) -> Any:
     return None if typed == "null" and NoneType in get_args(value_type) else typed
 
 
-def to_words(values: dict[str, Any]) -> str:
+def to_words(values: dict[str, Any], schema: type[RunConfig] = Config) -> str:
     """Returns {key: value} as arguments of a command, key=value, quoted for a shell."""
     words = {
-        name: value if takes_text(_type_of(name)) and value is not None else json.dumps(value)
+        name: value if takes_text(_type_of(schema, name)) and value is not None else json.dumps(value)
         for name, value in values.items()
     }
     return " ".join(shlex.quote(f"{name}={word}") for name, word in words.items())
 
 
 def parse_config(text: str, where: str) -> Config:
-    """Returns the config in a YAML text that `Config.to_yaml` wrote, for example in a checkpoint.
+    """Returns the config of train.py in a YAML text, as `parse` does."""
+    return parse(Config, text, where)
 
-    Raises ConfigError if a key or value is wrong.
+
+def parse(schema: type[C], text: str, where: str) -> C:
+    """Returns the config in a YAML text that `to_yaml` wrote, for example in a checkpoint.
+
+    Raises ConfigError if the text is for another program, or if a key or value is wrong.
 
     Args:
         where: origin of the text, for the error message.
     """
-    return _validate(parse_yaml(text, where, Config), where)
+    raw = parse_yaml(text, where, schema)
+    if isinstance(raw, dict):
+        _check_program(schema, raw, where)
+    return _validate(schema, raw, where)
 
 
-def _value(config: Config, name: str) -> Any:
+def _value(config: RunConfig, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part)
     return value
 
 
-def flat(config: Config) -> dict[str, Any]:
+def flat(config: RunConfig) -> dict[str, Any]:
     """Returns the value of every key by its dotted name."""
-    return {name: _value(config, name) for name, _, _ in all_keys()}
+    return {name: _value(config, name) for name, _, _ in all_keys(type(config))}
 
 
 def without_run_keys(config: Config) -> Config:
@@ -335,7 +372,7 @@ def without_run_keys(config: Config) -> Config:
     return config
 
 
-def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "") -> str:
+def result_digest(config: RunConfig, without: tuple[str, ...] = (), also: str = "") -> str:
     """Returns a digest of all keys that the table of accuracies depends on, including data.root.
 
     Args:
@@ -344,17 +381,18 @@ def result_digest(config: Config, without: tuple[str, ...] = (), also: str = "")
     """
     judged_by = (
         *("data.root", "data.labels", "encoder.weights", "decoder.weights"),
-        *("views.probe.", "evaluation.", "training.micro_batch_size"),
+        *("views.probe.", "evaluation.", "training.micro_batch_size", "labelled", "unlabelled"),
     )
-    kept = {name for name, _, run in all_keys() if not run or name.startswith(judged_by)}.difference(without)
+    keys = all_keys(type(config))
+    kept = {name for name, _, run in keys if not run or name.startswith(judged_by)}.difference(without)
     values = {name: value for name, value in flat(config).items() if name in kept}
     return hashlib.blake2b((yaml.safe_dump(values) + also).encode(), digest_size=16).hexdigest()
 
 
 def differences(
-    old: Config, new: Config, *, run: bool, prefixes: tuple[str, ...] = ("",)
+    old: RunConfig, new: RunConfig, *, run: bool, prefixes: tuple[str, ...] = ("",)
 ) -> dict[str, tuple[Any, Any]]:
-    """Returns {key: (old value, new value)} of the keys that differ.
+    """Returns {key: (old value, new value)} of the keys of `old` that differ in `new`.
 
     Args:
         run: True compares the run keys, False the experiment keys.
@@ -362,6 +400,6 @@ def differences(
     """
     return {
         name: (_value(old, name), _value(new, name))
-        for name, _, is_run in all_keys()
+        for name, _, is_run in all_keys(type(old))
         if name.startswith(prefixes) and is_run == run and _value(old, name) != _value(new, name)
     }

@@ -171,7 +171,7 @@ class Data(Section):
 
 
 class View(Section):
-    """Augmentation of one view: crop and flip, RandAugment, colours, blur, affine transform, in this order."""
+    """Augmentation of a view: crop and flip, shift, RandAugment, colours, blur, affine transform, cutout, in order."""
 
     crop_flip_probability: Probability = key(
         0.95, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
@@ -180,6 +180,12 @@ class View(Section):
     crop_ratio: Pair = key([3 / 4, 4 / 3], "[lowest, highest] aspect ratio (width / height) of the random crop")
     flip_probability: Probability = key(
         0.5, "probability of a horizontal flip of an image that is cropped; other images are never flipped"
+    )
+    shift_pixels: int = key(
+        0,
+        "largest shift of a view along each axis in pixels, in either direction, after crop and flip; pixels from "
+        "outside are reflections of those inside, as in a random crop after padding by reflection; 0: no shift",
+        ge=0,
     )
     randaugment_probability: Probability = key(0.65, "probability of applying RandAugment to an image")
     randaugment_num_ops: int = key(2, "number of RandAugment operations per image", ge=1)
@@ -213,6 +219,11 @@ class View(Section):
     affine_shear: float = key(
         0.0, "largest horizontal shear of the affine transform in degrees, in either direction", ge=0, lt=90
     )
+    cutout: Probability = key(
+        0.0,
+        "largest side of a grey square that is drawn over the view, as a fraction of the image size; the side is "
+        "uniform between 0 and this, and the centre is anywhere in the view; 0: no square",
+    )
 
     def __str__(self) -> str:
         """Returns a short description for tables.
@@ -224,6 +235,8 @@ class View(Section):
             (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
             parts.append(f"crop {low:g}-{high:g} ratio {narrow:g}-{wide:g} flip {self.flip_probability:g}")
             parts[-1] += f" (p={self.crop_flip_probability:g})"
+        if self.shift_pixels:
+            parts.append(f"shift {self.shift_pixels} px")
         if self.randaugment_probability:
             strength = f"{self.randaugment_num_ops}x{self.randaugment_magnitude}"
             parts.append(f"RandAugment {strength} (p={self.randaugment_probability:g})")
@@ -239,6 +252,8 @@ class View(Section):
             low, high = self.affine_scale
             parts.append(f"affine {self.affine_degrees:g} deg {self.affine_translate:g} x{low:g}-{high:g}")
             parts[-1] += f" shear {self.affine_shear:g} (p={self.affine_probability:g})"
+        if self.cutout:
+            parts.append(f"cutout {self.cutout:g}")
         return " + ".join(parts) or "clean"
 
     @field_validator("crop_scale", "crop_ratio", "blur_sigma", "affine_scale")
@@ -392,15 +407,10 @@ class Decoder(Section):
         return num_sections(self.modulation, len(self.channel_mult), self.num_res_blocks)
 
 
-class Diffusion(Section):
-    """Noise schedule, timesteps and prediction target."""
+class NoiseSchedule(Section):
+    """Noise levels of the timesteps. finetune.py uses them for a time-dependent encoder, and not for others."""
 
     schedule: Schedule = key("linear", "noise schedule of training and sampling; docs/schedules.md compares them")
-    prediction: Prediction = key(
-        "eps",
-        "quantity that the decoder predicts; eps: the noise; x_start: the clean target view; v: "
-        "sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x_start",
-    )
     num_timesteps: int = key(1000, "number T of diffusion timesteps", ge=1)
     beta_start: Annotated[float, Field(ge=1e-12, lt=1)] = key(
         1e-4, "beta of the first timestep in the linear schedule; other schedules ignore it"
@@ -420,18 +430,19 @@ class Diffusion(Section):
     )
 
 
-class Optimizer(Section):
-    """Settings of AdamW. Learning rates are not scaled by the batch size or by the number of processes."""
+class Diffusion(NoiseSchedule):
+    """Noise schedule, timesteps and prediction target."""
 
-    encoder_lr: Positive = key(8e-4, "learning rate of the encoder, reached at the end of the warm-up")
-    decoder_lr: Positive = key(4e-4, "learning rate of the decoder, reached at the end of the warm-up")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
-        [0.9, 0.95],
-        "AdamW's two betas: decay of the running means of the gradients and of their squares",
-        min_length=2,
-        max_length=2,
+    prediction: Prediction = key(
+        "eps",
+        "quantity that the decoder predicts; eps: the noise; x_start: the clean target view; v: "
+        "sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x_start",
     )
-    weight_decay: float = key(0.05, "AdamW's weight decay, applied to all parameters; 0: none", ge=0)
+
+
+class Rates(Section):
+    """Course of the learning rates, and the limit of the gradients."""
+
     warmup_epochs: float = key(
         20.0,
         "epochs over which both learning rates rise linearly, step by step; may be a fraction; 0: no warm-up",
@@ -451,6 +462,27 @@ class Optimizer(Section):
     max_grad_norm: Positive = key(
         1.0, "largest norm of the gradient over all parameters; a larger gradient is scaled down to it"
     )
+
+    @property
+    def fixed_end(self) -> str | None:
+        """Setting by which the learning rates depend on the last epoch, as key=value; None if there is none."""
+        if self.schedule == "cosine":
+            return "optimizer.schedule=cosine"
+        return f"optimizer.cooldown_epochs={self.cooldown_epochs:g}" if self.cooldown_epochs else None
+
+
+class Optimizer(Rates):
+    """Settings of AdamW. Learning rates are not scaled by the batch size or by the number of processes."""
+
+    encoder_lr: Positive = key(8e-4, "learning rate of the encoder, reached at the end of the warm-up")
+    decoder_lr: Positive = key(4e-4, "learning rate of the decoder, reached at the end of the warm-up")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
+        [0.9, 0.95],
+        "AdamW's two betas: decay of the running means of the gradients and of their squares",
+        min_length=2,
+        max_length=2,
+    )
+    weight_decay: float = key(0.05, "AdamW's weight decay, applied to all parameters; 0: none", ge=0)
 
 
 class Mask(Section):
@@ -510,8 +542,8 @@ class Terms(Section):
     )
 
 
-class Training(Section):
-    """Length of the training, batches, arithmetic, EMA, reports and checkpoints."""
+class Running(Section):
+    """Length of the training, batch size, arithmetic, EMA, reports and checkpoints."""
 
     epochs: int = key(
         800,
@@ -520,27 +552,8 @@ class Training(Section):
         ge=1,
     )
     batch_size: int = key(512, "images per training step, over all processes", ge=4, multiple_of=4)
-    micro_batch_size: int | None = key(
-        None,
-        "images per forward pass of each process; a smaller value saves memory, and each step adds up the gradients of "
-        "several passes; BatchNorm then normalises over one pass of all processes together; null: one pass per step",
-        run=True,
-        ge=4,
-        multiple_of=4,
-    )
     use_amp: bool = key(
         False, "mixed precision: bf16 if the hardware computes it, else fp16 on CUDA and float32 on other devices"
-    )
-    compile: bool | None = key(
-        None, "true: compile the model with torch.compile for training; false: do not; null: only on CUDA", run=True
-    )
-    mask: Mask = Mask()
-    timesteps: Timesteps = Timesteps()
-    terms: Terms = Terms()
-    min_snr_gamma: Positive | None = key(
-        None,
-        "weight the denoising loss by min-SNR: the squared error of x_start is multiplied by the signal-to-noise "
-        "ratio, but at most by this number (5 in the paper of Hang et al. 2023); null: no such weight",
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = key(
         0.9999, "largest decay of the exponential moving average (EMA) of the weights; training.ema_power sets its rise"
@@ -550,7 +563,6 @@ class Training(Section):
         "exponent of the rise of the EMA's decay: at step n (from 1), the decay is 1 - n^-ema_power, but at most "
         "training.ema_decay",
     )
-    log_every: int = key(50, "training steps between reports of loss, learning rates and speed", run=True, ge=1)
     checkpoint_every: str = key(
         "10 minutes",
         "interval between checkpoints: `N steps`, `N epochs` or `N minutes`; a checkpoint is also saved before each "
@@ -564,6 +576,7 @@ class Training(Section):
         run=True,
         ge=1,
     )
+    log_every: int = key(50, "training steps between reports of loss, learning rates and speed", run=True, ge=1)
 
     @field_validator("checkpoint_every", mode="before")
     @classmethod
@@ -571,6 +584,30 @@ class Training(Section):
         if not isinstance(text, str) or not re.fullmatch(r"[1-9]\d* (steps|epochs|minutes)", text):
             raise ValueError(f"write `N steps`, `N epochs` or `N minutes`, not {text!r}")
         return text
+
+
+class Training(Running):
+    """Micro-batches, loss and compilation, and the keys of `Running`."""
+
+    micro_batch_size: int | None = key(
+        None,
+        "images per forward pass of each process; a smaller value saves memory, and each step adds up the gradients of "
+        "several passes; BatchNorm then normalises over one pass of all processes together; null: one pass per step",
+        run=True,
+        ge=4,
+        multiple_of=4,
+    )
+    compile: bool | None = key(
+        None, "true: compile the model with torch.compile for training; false: do not; null: only on CUDA", run=True
+    )
+    mask: Mask = Mask()
+    timesteps: Timesteps = Timesteps()
+    terms: Terms = Terms()
+    min_snr_gamma: Positive | None = key(
+        None,
+        "weight the denoising loss by min-SNR: the squared error of x_start is multiplied by the signal-to-noise "
+        "ratio, but at most by this number (5 in the paper of Hang et al. 2023); null: no such weight",
+    )
 
 
 class KNN(Section):
@@ -615,13 +652,18 @@ class Probe(Section):
     batch_size: int = key(128, "images per training step of the linear probe", run=True, ge=2)
 
 
-class Evaluation(Section):
-    """Evaluation of the EMA model by k-NN, linear probe and, if wanted, an MLP."""
+class Evaluating(Section):
+    """Interval and batch size of evaluations."""
 
     every: int = key(
         100, "epochs between evaluations of the EMA model; it is also evaluated after the last epoch", run=True, ge=1
     )
     batch_size: int = key(512, "images per forward pass of each process in the evaluation", run=True, ge=1)
+
+
+class Evaluation(Evaluating):
+    """Evaluation of the EMA model by k-NN, linear probe and, if wanted, an MLP."""
+
     features: str = key(
         "z",
         "features to evaluate; z: the latent; pooled: the input of the encoder's last layer; "
@@ -702,8 +744,17 @@ class Distributed(Section):
     )
 
 
-class Config(Section):
-    """The whole config."""
+class RunConfig(Section):
+    """Base class of a whole config, of any program that trains.
+
+    Attributes:
+        program: name of the program.
+        marker: key that each config file of this program must have, so that files of other programs are refused; None:
+            there is no such key.
+    """
+
+    program: ClassVar[str]
+    marker: ClassVar[str | None] = None
 
     seed: int = key(0, "seed of all random numbers", ge=0)
     output_dir: PathText = key(
@@ -713,8 +764,34 @@ class Config(Section):
         "auto", "device to compute on; auto: cuda if available, else mps, else cpu", run=True
     )
     data: Data = Data()
-    views: Views = Views()
     encoder: Encoder = Encoder()
+    diffusion: NoiseSchedule = NoiseSchedule()
+    optimizer: Rates = Rates()
+    training: Running = Running()
+    evaluation: Evaluating = Evaluating()
+    distributed: Distributed = Distributed()
+
+    @property
+    def run_name(self) -> str:
+        """Default folder of the run inside that of the config file; empty: the folder of the config file."""
+        return ""
+
+    @property
+    def encoder_size(self) -> int:
+        """Height and width in pixels of the images that the encoder receives."""
+        return self.data.image_size
+
+    def to_yaml(self) -> str:
+        """Returns the config with all keys as YAML; `parse` reads back an equal config."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=100)
+
+
+class Config(RunConfig):
+    """The whole config of train.py, and of the programs that use what it has trained."""
+
+    program = "train.py"
+
+    views: Views = Views()
     decoder: Decoder = Decoder()
     initialization: Initialization = key(
         "default",
@@ -727,17 +804,11 @@ class Config(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sampling: Sampling = Sampling()
-    distributed: Distributed = Distributed()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         check_consistency(self)
         return self
-
-    @property
-    def encoder_size(self) -> int:
-        """Height and width in pixels of the images that the encoder receives."""
-        return self.data.image_size
 
     @property
     def decoder_size(self) -> int:
@@ -751,7 +822,3 @@ class Config(Section):
             return [None]
         count = self.diffusion.num_timesteps
         return sorted({*(self.evaluation.timesteps or (count * odd // 10 for odd in (1, 3, 5, 7, 9)))})
-
-    def to_yaml(self) -> str:
-        """Returns the config with all keys as YAML; `parse_config` reads back an equal config."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=100)

@@ -1,9 +1,9 @@
 """Augmentation of a batch: parameters are drawn on the host for each sample and applied to the pixels on their device.
 
-A view is made by crop and flip, RandAugment, colour jitter and greyscale, blur, and an affine transform. The parameters
-have the distributions of these classes of torchvision.transforms.v2: RandomResizedCrop and RandomHorizontalFlip,
-RandAugment, ColorJitter and RandomGrayscale, GaussianBlur, and RandomAffine. The operations on pixels are in
-operations.py.
+A view is made by crop and flip, shift, RandAugment, colour jitter and greyscale, blur, affine transform, and cutout.
+The parameters have the distributions of these classes of torchvision.transforms.v2: RandomResizedCrop and
+RandomHorizontalFlip, RandomCrop after padding, RandAugment, ColorJitter and RandomGrayscale, GaussianBlur, and
+RandomAffine. The operations on pixels are in operations.py.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.schema import View
-from datasets.operations import OPERATIONS, crop, crop_antialiased, move, operate
+from datasets.operations import OPERATIONS, crop, crop_antialiased, cutout, move, operate, shift
 
 
 class Draw(Protocol):
@@ -84,7 +84,9 @@ class Parameters:
         operations: (N, num_ops) int64, indices into OPERATIONS, applied from left to right.
         strengths: (N, num_ops) float32, signed.
         matrices: (N, num_ops, 2, 3) float32, used by the geometric operations.
-        moves: (N, 2, 3) float32, matrices of the affine transform, which is applied last; None: no affine transform.
+        moves: (N, 2, 3) float32, matrices of the affine transform, after the operations; None: no affine transform.
+        shifts: (N, 2) float32, whole pixels along x and y, applied after the crop; None: no shifts.
+        holes: (N, 4) float32, boxes of cutout in whole pixels, applied last; None: no cutout.
     """
 
     boxes: Tensor
@@ -92,6 +94,8 @@ class Parameters:
     strengths: Tensor
     matrices: Tensor
     moves: Tensor | None
+    shifts: Tensor | None = None
+    holes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -105,13 +109,24 @@ class Parameters:
         """Returns the parameters of the samples of `first`, followed by the parameters of the samples of `second`."""
         num_ops = max(first.operations.shape[1], second.operations.shape[1])
         both = [(p, num_ops - p.operations.shape[1]) for p in (first, second)]  # missing ones become Identity
-        moves = [IDENTITY.expand(len(p), 2, 3) if p.moves is None else p.moves for p in (first, second)]
+
+        def joined(name: str, neutral: Tensor) -> Tensor | None:
+            parts = [getattr(p, name) for p in (first, second)]
+            if parts == [None, None]:
+                return None
+            lengths = [len(p) for p in (first, second)]
+            return torch.cat(
+                [neutral.expand(n, *neutral.shape) if p is None else p for p, n in zip(parts, lengths, strict=True)]
+            )
+
         return Parameters(
             torch.cat([p.boxes for p, _ in both]),
             torch.cat([F.pad(p.operations, (0, missing)) for p, missing in both]),
             torch.cat([F.pad(p.strengths, (0, missing)) for p, missing in both]),
             torch.cat([F.pad(p.matrices, (0, 0, 0, 0, 0, missing)) for p, missing in both]),
-            None if first.moves is None and second.moves is None else torch.cat(moves),
+            joined("moves", IDENTITY),
+            joined("shifts", torch.zeros(2)),
+            joined("holes", torch.zeros(4)),
         )
 
 
@@ -147,7 +162,26 @@ class Augmentation:
         operations, strengths = (torch.cat(parts, dim=1) for parts in zip(*rounds, strict=True))
         matrices = operation_matrices(operations.flatten(), strengths.flatten(), self._size)
         matrices = matrices.view(*operations.shape, 2, 3)
-        return Parameters(self._boxes(crop), operations, strengths, matrices, self._moves(moves))
+        return Parameters(
+            self._boxes(crop),
+            operations,
+            strengths,
+            matrices,
+            self._moves(moves),
+            self._shifts(draw(2, " shift")) if view.shift_pixels else None,
+            self._holes(draw(3, " cutout")) if view.cutout else None,
+        )
+
+    def _shifts(self, uniforms: Tensor) -> Tensor:
+        """Returns RandomCrop's offsets after padding by `shift_pixels`, (N, 2)."""
+        reach = self._view.shift_pixels
+        return (uniforms * (2 * reach + 1)).floor() - reach
+
+    def _holes(self, uniforms: Tensor) -> Tensor:
+        """Returns the boxes of cutout, (N, 4): squares around a point of the view, rounded and cut off at its edges."""
+        side = uniforms[:, :1] * self._view.cutout * self._size
+        corner = uniforms[:, 1:] * self._size - side / 2
+        return torch.cat([corner, corner + side], dim=1).round().clamp(0, self._size)
 
     def _colors(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Returns operations and strengths, (N, 5) each: ColorJitter's four in random order, then RandomGrayscale."""
@@ -264,7 +298,7 @@ def _copy(values: Tensor, device: torch.device) -> Tensor:
 
 
 def augment(pixels: Tensor, parameters: Parameters, size: int | None = None) -> Tensor:
-    """Augments images (N, 3, P, P) uint8: crop and flip first, then the operations, then the affine transform.
+    """Augments images (N, 3, P, P) uint8: crop, flip and shift, the operations, the affine transform, then cutout.
 
     Args:
         size: height and width of the views. Crops are resized to it with antialiasing. None: the views have the size of
@@ -283,16 +317,21 @@ def augment(pixels: Tensor, parameters: Parameters, size: int | None = None) -> 
         at = at[orders[-1]]
         columns += [parameters.strengths[at, round_, None], parameters.matrices[at, round_].flatten(1)]
     orders.append(at.argsort())  # restores the original order
-    if parameters.moves is not None:
-        columns.append(parameters.moves.flatten(1))
+    optional = {name: getattr(parameters, name) for name in ("moves", "shifts", "holes")}
+    optional = {name: values.flatten(1) for name, values in optional.items() if values is not None}
+    columns += optional.values()
 
     *there, back = _copy(torch.stack(orders), pixels.device)  # (N,) int64 each
     widths = [part.shape[1] for part in columns]
     boxes, *rest = _copy(torch.cat(columns, dim=1), pixels.device).split(widths, dim=1)  # (N, width) float32 each
-    rounds, moves = rest[: 2 * num_ops], rest[2 * num_ops :]
+    rounds, also = rest[: 2 * num_ops], dict(zip(optional, rest[2 * num_ops :], strict=True))
 
     pixels = crop(pixels, boxes) if size is None else crop_antialiased(pixels, boxes, size)
+    if "shifts" in also:
+        pixels = shift(pixels, also["shifts"])
     for order, count, strengths, matrices in zip(there, counts, rounds[::2], rounds[1::2], strict=True):
         pixels = operate(pixels.index_select(0, order), count, strengths[:, 0], matrices.view(-1, 2, 3))
     pixels = pixels.index_select(0, back)
-    return move(pixels, moves[0].view(-1, 2, 3), "bilinear") if moves else pixels
+    if "moves" in also:
+        pixels = move(pixels, also["moves"].view(-1, 2, 3), "bilinear")
+    return cutout(pixels, also["holes"]) if "holes" in also else pixels

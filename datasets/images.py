@@ -1,6 +1,7 @@
 """Images of one split: uint8 squares that are read by index, and their labels if there are any."""
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -117,6 +118,39 @@ class StoredImages(Images):
         moved.attributes, moved.attribute_names = self.attributes, self.attribute_names
         moved.names, moved.grey_bits = self.names, self.grey_bits
         return moved
+
+
+class JoinedImages(Images):
+    """Images of one split, followed by images of another one without their labels. Both have the same size.
+
+    Labels of the second ones are -1. Classes are those of the first ones.
+    """
+
+    def __init__(self, first: Images, second: Images) -> None:
+        assert first.labels is not None and first.shape[1:] == second.shape[1:]
+        unknown = torch.full((len(second),), -1)
+        digests = hashlib.blake2b(f"{first.summary.digest} {second.summary.digest}".encode(), digest_size=16)
+        summary = Summary(first.summary.statistics, digests.hexdigest())
+        shape = (len(first) + len(second), *first.shape[1:])
+        super().__init__(shape, torch.cat([first.labels, unknown]), first.classes, summary)
+        self._first, self._second = first, second
+
+    def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:
+        tensors = (torch.arange(i.start, i.stop) if isinstance(i, range) else i for i in wanted)
+        for_order, for_first, for_second = itertools.tee(tensors, 3)
+        count = len(self._first)
+        parts = zip(
+            for_order,
+            self._first.batches((i[i < count] for i in for_first), pin_memory),
+            self._second.batches((i[i >= count] - count for i in for_second), pin_memory),
+            strict=True,
+        )
+        for indices, first, second in parts:
+            order = torch.argsort((indices >= count).byte(), stable=True)  # the first ones before the others
+            both = torch.cat([first, second.to(first.device)])
+            found = torch.empty_like(both, pin_memory=pin_memory and both.device.type == "cpu")
+            found[order.to(both.device)] = both
+            yield found
 
 
 def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], image_size: int) -> StoredImages:

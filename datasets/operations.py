@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+GREY = 127  # level that `cutout` fills with
+
 
 def _read_at(pixels: Tensor, x: Tensor, y: Tensor, mode: str) -> Tensor:
     """Samples images (N, 3, S, S) uint8 at positions x, y (N, S, S).
@@ -111,6 +113,36 @@ def move(pixels: Tensor, matrices: Tensor, mode: str) -> Tensor:
     a, b, c = (matrices / (size / 2))[..., None, None].unbind(dim=2)  # (N, 2, 1, 1) each
     x, y = (a * axis + b * axis[:, None] + c).unbind(dim=1)
     return _read_at(pixels, x, y, mode)
+
+
+def shift(pixels: Tensor, shifts: Tensor) -> Tensor:
+    """Shifts images (N, 3, S, S) uint8 by whole pixels. Pixels from outside are reflections of those inside.
+
+    This is a random crop after padding by reflection (torch's mode "reflect", which does not repeat the border).
+
+    Args:
+        shifts: (N, 2) along x and y. The output pixel i is the input pixel i + shift.
+    """
+    size = pixels.shape[-1]
+    index = torch.arange(size, device=pixels.device)
+    period = max(2 * (size - 1), 1)
+    x, y = ((index + shifts.long()[:, :, None]) % period).unbind(dim=1)  # (N, S) each
+    x, y = x.minimum(period - x), y.minimum(period - y)
+    rows = pixels.gather(2, y[:, None, :, None].expand_as(pixels))
+    return rows.gather(3, x[:, None, None, :].expand_as(pixels))
+
+
+def cutout(pixels: Tensor, boxes: Tensor) -> Tensor:
+    """Fills a box of each image (N, 3, S, S) uint8 with the grey level GREY (DeVries & Taylor 2017).
+
+    Args:
+        boxes: (N, 4) left, top, right and bottom in whole pixels. Right and bottom are not inside. An empty box changes
+            nothing.
+    """
+    index = torch.arange(pixels.shape[-1], device=pixels.device)
+    left, top, right, bottom = boxes[:, :, None].unbind(dim=1)  # (N, 1) each
+    inside = ((index >= top) & (index < bottom))[:, :, None] & ((index >= left) & (index < right))[:, None, :]
+    return pixels.masked_fill(inside[:, None], GREY)
 
 
 def _grey(values: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from datasets.folder_layouts import list_folder
 from datasets.holdout import hold_out
 from datasets.images import DatasetError, Images, Statistics, StoredImages, from_arrays
 from datasets.labelled_images import list_labelled
+from datasets.listing import Listing
 from datasets.tiny_imagenet import list_tiny_imagenet
+from datasets.walking import Walker
 from utils.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -146,6 +148,20 @@ def open_folder(data: Data, processes: int) -> Splits:
         splits[0].attributes = torch.tensor([train.attributes[name] for name in names], dtype=torch.uint8)
         splits[0].attribute_names = train.attribute_names
     return splits
+
+
+def open_unlabelled(root: Path, data: Data, processes: int = 1) -> Images:
+    """Opens all images below `root`, without labels, decoded as `data` says. Raises DatasetError."""
+    if not root.is_dir():
+        raise DatasetError(f"no folder {root}: set `unlabelled` to a folder with images")
+    walker = Walker()
+    files = walker.images_in(root)
+    if not files:
+        raise walker.no_images(root)
+    walker.log_left_out(root)
+    listing = Listing(root, files, None, [], "unlabelled")
+    images, _ = open_splits(listing, None, data.model_copy(update={"root": str(root)}), processes)
+    return images
 
 
 SOURCES: dict[str, Callable[[Data, int], Splits]] = {

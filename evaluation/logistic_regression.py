@@ -137,7 +137,7 @@ def fit(inputs: Tensor, labels: Tensor, variances: Tensor, strength: float, num_
         labels: (N,) int64.
         variances: (D,), variance of the inputs along each axis.
     """
-    from scipy.optimize import minimize  # scikit-learn depends on scipy; imported here to keep the start-up short
+    from scipy.optimize import minimize  # imported here to keep the start-up short
 
     penalty = F.pad(torch.full_like(variances, strength), (0, 1)).cpu().double()  # (D + 1,)
     hessian = F.pad(variances, (0, 1), value=1.0).cpu().double() / num_classes + penalty  # (D + 1,)

@@ -1,5 +1,7 @@
 """Construction of SODA from a config: on the meta device, or with initial weights on a device, and its description."""
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
@@ -9,6 +11,8 @@ from model.soda import SODA
 from utils.randomness import derive_seed
 
 NOT_LAYERS = {"weights", "frozen"}  # keys of the encoder and the decoder that do not describe their layers
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def _build(config: Config) -> SODA:
@@ -31,13 +35,13 @@ def initial_soda(config: Config, device: torch.device) -> SODA:
     return to_device(_build(config), device)
 
 
-def to_device(soda: SODA, device: torch.device) -> SODA:
-    """Moves `soda` to `device`, with the memory layout that is fastest there, and returns it."""
-    layout = torch.channels_last if prefers_channels_last(soda, device) else torch.contiguous_format
-    return soda.to(device, memory_format=layout)  # type: ignore[call-overload]
+def to_device(model: M, device: torch.device) -> M:
+    """Moves `model` to `device`, with the memory layout that is fastest there, and returns it."""
+    layout = torch.channels_last if prefers_channels_last(model, device) else torch.contiguous_format
+    return model.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
-def prefers_channels_last(soda: SODA, device: torch.device) -> bool:
+def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
     """Returns True if convolutions are faster in the channels-last memory layout (docs/performance.md).
 
     This is so on CUDA and, as measured on one such machine, on CPUs with AVX2 but without AVX-512.
@@ -47,7 +51,7 @@ def prefers_channels_last(soda: SODA, device: torch.device) -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX2":
         return False
     # In torch 2.14, the backward pass of strided 1x1 convolutions with so few channels writes past its memory.
-    convolutions = [module for module in soda.modules() if isinstance(module, nn.Conv2d)]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     return all(c.kernel_size != (1, 1) or c.stride == (1, 1) or c.in_channels >= 8 for c in convolutions)
 
 

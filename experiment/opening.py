@@ -1,17 +1,19 @@
 """Opening of a config: its images, views, loader, diffusion and device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from config.errors import ConfigError
-from config.schema import Config
+from config.schema import Config, Data, RunConfig
 from datasets.decoding import Rules, rules_of
 from datasets.images import DatasetError, Images, Statistics, StoredImages
 from datasets.loader import Loader
 from datasets.sources import DatasetInfo, build_dataset
 from datasets.views import Views
-from experiment.threads import choose_num_threads
+from experiment.threads import choose_num_threads, training_work
 from model.diffusion import GaussianDiffusion
 from utils.device import choose_amp_dtype, choose_device
 from utils.distributed.collectives import all_equal, all_gather_object, first_on_each_node, open_tensor_group
@@ -41,6 +43,11 @@ class Experiment:
     diffusion: GaussianDiffusion
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Number of training steps of an epoch."""
+        return self.loader.steps_per_epoch
+
+    @property
     def total_steps(self) -> int:
         """Number of training steps of the complete run."""
         return self.config.training.epochs * self.loader.steps_per_epoch
@@ -63,15 +70,9 @@ def open_experiment(config: Config, statistics: Statistics | None = None, *, to_
         ConfigError: the ranks would compute on different types of device or in different number formats.
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
-    device, amp_dtype = open_device(config)
-    train, test, info = first_on_each_node(lambda: build_dataset(config.data, local_world_size()))
-    if statistics is not None:
-        info = replace(info, mean=statistics[0], std=statistics[1])
+    device, amp_dtype = open_device(config, partial(training_work, config))
+    train, test, info = open_images(config.data, statistics)
     data_digest = train.digest()
-    if not all_equal((data_digest, test and test.digest())):
-        raise DatasetError(
-            f"the machines hold different images in {config.data.root}: copy the same images to all machines"
-        )
     train, test = to_gpu_if_small(train, device), test and to_gpu_if_small(test, device)
     if to_train and len(train) < config.training.batch_size:
         raise DatasetError(
@@ -105,6 +106,22 @@ def open_experiment(config: Config, statistics: Statistics | None = None, *, to_
     )
 
 
+def open_images(data: Data, statistics: Statistics | None = None) -> tuple[Images, Images | None, DatasetInfo]:
+    """Collective. Returns (training split, test split or None, info) of a data set, the same on all ranks.
+
+    Args:
+        statistics: as in `open_experiment`.
+
+    Raises DatasetError if the images cannot be used, or differ between ranks.
+    """
+    train, test, info = first_on_each_node(lambda: build_dataset(data, local_world_size()))
+    if statistics is not None:
+        info = replace(info, mean=statistics[0], std=statistics[1])
+    if not all_equal((train.digest(), test and test.digest())):
+        raise DatasetError(f"the machines hold different images in {data.root}: copy the same images to all machines")
+    return train, test, info
+
+
 def check_neighbours(config: Config, train: Images) -> None:
     """Raises DatasetError if k-NN as the config sets it needs more neighbours than there are training images."""
     k = config.evaluation.knn.k
@@ -114,10 +131,13 @@ def check_neighbours(config: Config, train: Images) -> None:
         )
 
 
-def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:
+def open_device(config: RunConfig, work: Callable[[], float]) -> tuple[torch.device, torch.dtype | None]:
     """Collective. Returns (device, number format of autocast) of this rank and opens the tensor group.
 
     On a CPU, also chooses the number of threads.
+
+    Args:
+        work: function that returns the FLOPs of a forward pass of this rank.
 
     Raises ConfigError if the type of device or the number format is not the same on all ranks.
     """
@@ -131,7 +151,7 @@ def open_device(config: Config) -> tuple[torch.device, torch.dtype | None]:
         )
     open_tensor_group(config.distributed.backend, device)
     if device.type == "cpu":
-        choose_num_threads(config)
+        choose_num_threads(work)
     return device, amp_dtype
 
 

@@ -9,21 +9,26 @@ from utils.randomness import CHUNK
 def check_shares(training: Training) -> None:
     """Checks that the global batch can be divided.
 
-    Raises ConfigError if the ranks cannot have equal shares that are multiples of CHUNK images. Also raises ConfigError
-    if a share cannot be divided into equal micro-batches.
+    Raises ConfigError in the cases of `check_batch_size`, and if a share cannot be divided into equal micro-batches.
     """
-    batch_size, unit = training.batch_size, CHUNK * world_size()
+    check_batch_size(training.batch_size)
+    batch_size = training.batch_size
+    if (batch_size // world_size()) % micro_batch_size(training):
+        raise ConfigError(
+            f"training.micro_batch_size {micro_batch_size(training)} does not divide the "
+            f"{batch_size // world_size()} images of each process: use a divisor of them that is a multiple of {CHUNK}"
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ConfigError if the ranks cannot have equal shares of the batch that are multiples of CHUNK images."""
+    unit = CHUNK * world_size()
     if batch_size % unit:
         below = batch_size // unit * unit
         nearest = f"{below} or {below + unit}" if below else str(unit)
         raise ConfigError(
             f"training.batch_size is {batch_size}, but for {world_size()} processes it must be a multiple of {unit}: "
             f"use {nearest}"
-        )
-    if (batch_size // world_size()) % micro_batch_size(training):
-        raise ConfigError(
-            f"training.micro_batch_size {micro_batch_size(training)} does not divide the "
-            f"{batch_size // world_size()} images of each process: use a divisor of them that is a multiple of {CHUNK}"
         )
 
 

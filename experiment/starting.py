@@ -12,11 +12,11 @@ from torch import nn
 
 from config.errors import ConfigError
 from config.reading import differences, parse_config, to_words
-from config.schema import Config
+from config.schema import Config, NoiseSchedule, RunConfig
+from datasets.images import Statistics
 from experiment.models import build_on_meta
 from experiment.trained import first_difference
 from model.diffusion import log_sigmas
-from model.soda import SODA
 from utils.distributed.collectives import all_equal
 from utils.run_folder.checkpoint import CheckpointError, is_checkpoint, read_tensors
 
@@ -39,6 +39,7 @@ class StartingWeights:
         weights: state dict of the part. It may lack the weights of `new`, but no others.
         new: names of the weights that keep their random initial values.
         origin: description for the log.
+        statistics: mean and standard deviation of the images that the weights were trained on; None: not known.
     """
 
     path: str
@@ -46,6 +47,7 @@ class StartingWeights:
     weights: dict[str, Any]
     new: list[str]
     origin: str
+    statistics: Statistics | None = None
 
     def load_into(self, part: nn.Module) -> None:
         """Copies the weights into the encoder or the decoder."""
@@ -53,48 +55,66 @@ class StartingWeights:
         assert missing == self.new and not unexpected
 
 
+def weight_paths(config: Config) -> dict[str, str]:
+    """Returns the file in the config that each part of SODA starts from; empty: none."""
+    return {"encoder": config.encoder.weights, "decoder": config.decoder.weights}
+
+
 def read_starting_weights(config: Config) -> dict[str, StartingWeights]:
     """Collective. Reads and checks the files that a new run starts from. Returns the weights of each part.
 
     Raises ConfigError if a file is missing, does not fit the model, or is not the same on all ranks.
     """
-    paths = {"encoder": config.encoder.weights, "decoder": config.decoder.weights}
-    soda = build_on_meta(config)
-    found = {}
-    for part, path in paths.items():
-        if path:
-            try:
-                found[part] = _read(config, part, Path(path), soda.get_submodule(part))
-            except CheckpointError as error:
-                raise ConfigError(f"{part}.weights: {error}") from None
-    if not all_equal({part: each.digest for part, each in found.items()}):
-        raise ConfigError(
-            "the machines hold different files of encoder.weights or decoder.weights: copy the same "
-            "files to all machines"
-        )
+    found = read_parts(config, weight_paths(config), build_on_meta(config))
     if config.encoder.frozen and "encoder" not in found:
         logger.info("encoder.frozen=true without encoder.weights: the encoder keeps its random initial weights")
     elif config.encoder.frozen and found["encoder"].new:
         raise ConfigError(
-            f"encoder.frozen=true needs all weights, but {paths['encoder']} has no {found['encoder'].new[0]} of the "
-            "model's shape: set encoder.latent_dim to the width in the file, or encoder.frozen=false"
+            f"encoder.frozen=true needs all weights, but {config.encoder.weights} has no {found['encoder'].new[0]} of "
+            "the model's shape: set encoder.latent_dim to the width in the file, or encoder.frozen=false"
         )
     return found
 
 
-def _read(config: Config, part: str, path: Path, module: nn.Module) -> StartingWeights:
+def read_parts(config: RunConfig, paths: Mapping[str, str], model: nn.Module) -> dict[str, StartingWeights]:
+    """Collective. Reads and checks the file of each part. Returns the weights of the parts that have a file.
+
+    Raises ConfigError if a file is missing, does not fit the model, or is not the same on all ranks.
+
+    Args:
+        paths: file of each part; empty: none.
+        model: module whose submodules are the parts, on the meta device.
+    """
+    found = {}
+    for part, path in paths.items():
+        if path:
+            try:
+                found[part] = _read(config, part, Path(path), model.get_submodule(part))
+            except CheckpointError as error:
+                raise ConfigError(f"{part}.weights: {error}") from None
+    if not all_equal({part: each.digest for part, each in found.items()}):
+        names = " or ".join(f"{part}.weights" for part in paths)
+        raise ConfigError(f"the machines hold different files of {names}: copy the same files to all machines")
+    return found
+
+
+def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> StartingWeights:
     """Reads the weights of `part` and checks them against `module`, which is on the meta device.
 
     Raises ConfigError or CheckpointError.
     """
     contents, digest = read_tensors(path)
     new: list[str] = []
+    statistics = before = None
     if is_checkpoint(contents):
         prefix, averaged = f"{part}.", contents["ema"].get("model", {})
         weights = {name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)}
         origin = f"the EMA {part} of step {contents['step']}"
         before = parse_config(contents["config"], str(path))
         changed = differences(before, config, run=False, prefixes=(prefix, *ALSO_AGREE[part]))
+        if "statistics" in contents:
+            mean, std = contents["statistics"]
+            statistics = tuple(mean), tuple(std)
         to_add = {name: old for name, (old, _) in changed.items() if name not in NEED_NOT_AGREE}
         if to_add:
             raise ConfigError(
@@ -120,36 +140,45 @@ def _read(config: Config, part: str, path: Path, module: nn.Module) -> StartingW
     if part == "encoder" and config.encoder.time_dependent:
         expected = log_sigmas(**config.diffusion.model_dump())
         if not torch.allclose(weights["time.log_sigmas"].double(), expected, rtol=1e-5, atol=1e-5):
+            advice = "set the keys of `diffusion` to the noise schedule of the file"
+            if before is not None:
+                keys = tuple(f"diffusion.{name}" for name in NoiseSchedule.model_fields)
+                changed = differences(before, config, run=False, prefixes=keys)
+                advice = f"add {to_words({name: old for name, (old, _) in changed.items()})} to the command"
             raise ConfigError(
-                f"encoder.weights: the timesteps of {path} have other noise levels: set the keys of `diffusion` to the "
-                "noise schedule of the file, or use another file"
+                f"encoder.weights: the timesteps of {path} have other noise levels: {advice}, or use another file"
             )
-    return StartingWeights(str(path), digest, weights, new, origin)
+    return StartingWeights(str(path), digest, weights, new, origin, statistics)
 
 
-def start_from(soda: SODA, starting: Mapping[str, StartingWeights]) -> None:
-    """Copies the weights into the parts of `soda`. Logs which weights were taken and which are random."""
+def start_from(model: nn.Module, starting: Mapping[str, StartingWeights], normalised_by: str) -> None:
+    """Copies the weights into the parts of `model`. Logs which weights were taken and which are random.
+
+    Args:
+        normalised_by: description of the images whose statistics normalise the encoder's input, for the log.
+    """
     for part, found in starting.items():
-        found.load_into(soda.get_submodule(part))
+        found.load_into(model.get_submodule(part))
         rest = f"; {' and '.join(found.new)} are new, with random weights" if found.new else ""
         logger.info(
-            "the %s starts from %s, %s: %d tensors%s. Images are normalised by the statistics of this run's own images",
-            *(part, found.path, found.origin, len(found.weights), rest),
+            "the %s starts from %s, %s: %d tensors%s. Images are normalised by the statistics of %s",
+            *(part, found.path, found.origin, len(found.weights), rest, normalised_by),
         )
 
 
-def check_origin(config: Config, digests: Mapping[str, str]) -> None:
+def check_origin(paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
     """Checks, on resume, that the files in the config are those that the run started from.
 
     A file that is missing is not needed.
 
     Args:
+        paths: file of each part in the config; empty: none.
         digests: digests of the files that the run started from, by part.
 
     Raises:
         ConfigError: a file is another one, or the run started from random weights.
     """
-    for part, text in (("encoder", config.encoder.weights), ("decoder", config.decoder.weights)):
+    for part, text in paths.items():
         path, expected = Path(text), digests.get(part)
         if text and expected is None:
             raise ConfigError(

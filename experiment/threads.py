@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,19 +18,27 @@ logger = logging.getLogger(__name__)
 SMALL_PASS = 10e9
 
 
-def choose_num_threads(config: Config) -> None:
+def training_work(config: Config) -> float:
+    """Returns the FLOPs of a forward pass of one rank in training."""
+    return micro_batch_size(config.training) * pass_flops(config, build_on_meta(config))[-1]
+
+
+def choose_num_threads(work: Callable[[], float]) -> None:
     """Sets the number of torch's threads by the work of a forward pass: one thread, or as many as at start-up.
 
     The number does not depend on the machine's load, because the last bits of results depend on it. If the user or the
     launcher sets OMP_NUM_THREADS, nothing changes.
+
+    Args:
+        work: function that returns the FLOPs of a forward pass.
     """
     if "OMP_NUM_THREADS" in os.environ or _threads_at_start() == 1:
         return
-    work = micro_batch_size(config.training) * pass_flops(config, build_on_meta(config))[-1]
-    small = work < SMALL_PASS
+    flops = work()
+    small = flops < SMALL_PASS
     torch.set_num_threads(1 if small else _threads_at_start())
     if small:
-        logger.info("computing with one thread: a forward pass of %.1f GFLOP is too small for more", work / 1e9)
+        logger.info("computing with one thread: a forward pass of %.1f GFLOP is too small for more", flops / 1e9)
 
 
 @cache

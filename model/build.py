@@ -3,14 +3,29 @@
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.decoder import UNetDecoder
 from model.diffusion import log_sigmas
-from model.encoder import ENCODERS
+from model.encoder import ENCODERS, Encoder
 from model.initialization import initialize_as_paper, initialize_zeros_as_torch
 from model.names import Initialization
 from model.soda import SODA
+
+
+def build_encoder(encoder: dict[str, Any], diffusion: dict[str, Any] | None) -> Encoder:
+    """Builds an encoder. Its initial weights are drawn from torch's default generator.
+
+    Args:
+        encoder: keys and values of the `encoder` section of the config that describe layers.
+        diffusion: keys and values of the `diffusion` section. Only a time-dependent encoder needs them.
+    """
+    layers = {name: value for name, value in encoder.items() if name != "time_dependent"}
+    if encoder.get("time_dependent"):
+        assert diffusion is not None, "a time-dependent encoder needs the noise schedule"
+        layers["log_sigmas"] = log_sigmas(**diffusion)
+    return ENCODERS[encoder["architecture"]](**layers)
 
 
 def build_soda(
@@ -31,12 +46,8 @@ def build_soda(
     """
     as_paper = initialization == "paper"
     latent_dim = encoder["latent_dim"]
-    layers = {name: value for name, value in encoder.items() if name != "time_dependent"}
-    if encoder.get("time_dependent"):
-        assert diffusion is not None, "a time-dependent encoder needs the noise schedule"
-        layers["log_sigmas"] = log_sigmas(**diffusion)
     soda = SODA(
-        ENCODERS[encoder["architecture"]](**layers),
+        build_encoder(encoder, diffusion),
         UNetDecoder(**decoder | {"image_size": decoder_size}, latent_dim=latent_dim, rescale_residual=as_paper),
     )
     if as_paper:
@@ -55,12 +66,15 @@ def forward_flops(soda: SODA, encoder_size: int, decoder_size: int) -> tuple[int
     x_source, x_t = (torch.zeros(1, 3, size, size, device=device) for size in (encoder_size, decoder_size))
     timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     z = torch.zeros(1, soda.encoder.latent_dim, device=device)
-    was_training = soda.training
-    soda.eval()  # in training mode, BatchNorm raises an error for a single image with a 1x1 feature map
-    counts = []
-    for module, inputs in [(soda.encoder, (x_source, timesteps)), (soda.decoder, (x_t, timesteps, z))]:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(*inputs)
-        counts.append(counter.get_total_flops())
-    soda.train(was_training)
-    return counts[0], counts[1]
+    decoder = module_flops(soda.decoder, x_t, timesteps, z)
+    return module_flops(soda.encoder, x_source, timesteps), decoder
+
+
+def module_flops(module: nn.Module, *inputs: Tensor) -> int:
+    """Returns the FLOPs of a forward pass. A multiply-add counts as two FLOPs. All may be on the meta device."""
+    was_training = module.training
+    module.eval()  # in training mode, BatchNorm raises an error for a single image with a 1x1 feature map
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs)
+    module.train(was_training)
+    return counter.get_total_flops()

@@ -49,10 +49,26 @@ class TimeBiases(nn.Module):
         self.biases = nn.ModuleList(nn.Linear(TIME_DIM, width) for width in channels)
 
     def forward(self, timesteps: Tensor) -> list[Tensor]:
-        """Returns the bias (N, C, 1, 1) of each block at timesteps (N,) int64."""
-        phases = 2 * math.pi * self.log_sigmas[timesteps][:, None] * self.frequencies  # (N, TIME_DIM)
+        """Returns the bias (N, C, 1, 1) of each block at timesteps (N,).
+
+        Timesteps may be fractions from 0 to T - 1. In that case, log sigma is interpolated linearly, and the biases are
+        differentiable functions of the timesteps.
+        """
+        phases = 2 * math.pi * self._log_sigmas_at(timesteps)[:, None] * self.frequencies  # (N, TIME_DIM)
         embedding = self.mlp(torch.cat([phases.sin(), phases.cos()], dim=1))
         return [bias(embedding)[:, :, None, None] for bias in self.biases]
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number T of timesteps."""
+        return len(self.log_sigmas)
+
+    def _log_sigmas_at(self, timesteps: Tensor) -> Tensor:
+        if not timesteps.is_floating_point():
+            return self.log_sigmas[timesteps]
+        below = timesteps.detach().long()
+        above = (below + 1).clamp(max=self.num_timesteps - 1)
+        return torch.lerp(self.log_sigmas[below], self.log_sigmas[above], (timesteps - below).to(self.log_sigmas))
 
 
 class Encoder(nn.Module):
@@ -62,8 +78,8 @@ class Encoder(nn.Module):
     is called with the keys of the config's `encoder` section that describe layers, and with `log_sigmas` (`add_head`)
     in place of `time_dependent`. A subclass sets up its layers, calls `add_head`, and defines `pooled`.
 
-    All methods take timesteps (N,) or (1,) int64, those of the decoder's input. A time-dependent encoder needs them,
-    and all other encoders ignore them. The images have no noise of these timesteps.
+    All methods take timesteps (N,) or (1,), those of the decoder's input. A time-dependent encoder needs them, and all
+    other encoders ignore them. They may be fractions from 0 to T - 1. The images have no noise of these timesteps.
 
     Attributes:
         latent_dim: width of z.

@@ -28,3 +28,6 @@ TimestepSampling = Literal["uniform", "log_snr", "adaptive"]
 
 Prediction = Literal["eps", "v", "x_start"]
 """Names of the quantities that a decoder can predict. PREDICTIONS in model/diffusion.py defines them."""
+
+Method = Literal["probe", "finetune", "laplacenet"]
+"""Names of the ways to train a classifier with few labels. METHODS in transfer/methods.py maps each to its class."""

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import embed as embed_program
+import finetune as finetune_program
 import sample as sample_program
 import test as judge_program
 import train as train_program
@@ -50,6 +51,7 @@ from utils.run_folder.checkpoint_writer import CheckpointWriter
 
 PROGRAMS = {
     "train.py": train_program,
+    "finetune.py": finetune_program,
     "test.py": judge_program,
     "sample.py": sample_program,
     "embed.py": embed_program,

@@ -24,7 +24,7 @@ from datasets.augmentation import (
     augment,
     operation_matrices,
 )
-from datasets.operations import OPERATIONS, operate
+from datasets.operations import GREY, OPERATIONS, operate, shift
 from utils.randomness import uniforms
 
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
@@ -413,3 +413,33 @@ def test_nothing_is_read_from_the_pixels() -> None:
     assert views.shape == pixels.shape and views.dtype == torch.uint8
     with pytest.raises(RuntimeError):
         pixels.max().item()
+
+
+def test_a_shift_is_a_crop_after_padding_by_reflection() -> None:
+    pixels, shifts = torch.randint(256, (50, 3, 9, 9)).byte(), torch.randint(-4, 5, (50, 2))
+    padded = F.pad(pixels.float(), [4] * 4, mode="reflect").byte()
+    expected = [image[:, 4 + y : 13 + y, 4 + x : 13 + x] for image, (x, y) in zip(padded, shifts.tolist(), strict=True)]
+    assert torch.equal(shift(pixels, shifts.float()), torch.stack(expected))
+    drawn = Augmentation(View(shift_pixels=4), 9).parameters(random(2000)).shifts
+    assert drawn is not None and sorted(set(drawn.flatten().tolist())) == list(range(-4, 5))
+
+
+def test_cutout_fills_a_square_around_a_random_point() -> None:
+    """The filled part is torchvision's `erase`. Over many samples, its area is that of the closed form.
+
+    A square of side s around a uniform point of an image of side 1 covers s - s^2 / 4 of each axis on average. With s
+    uniform in (0, 1/2), the mean of the squared fraction is the integral of 2 (s - s^2 / 4)^2.
+    """
+    view, size = View(crop_flip_probability=0.0, randaugment_probability=0.0, cutout=0.5), 64
+    pixels = torch.full((20_000, 3, 1, 1), 200).byte().expand(-1, -1, size, size)
+    parameters = Augmentation(view, size).parameters(random(20_000))
+    assert parameters.holes is not None
+    few = augment(pixels[:20], parameters[:20])
+    for image, (left, top, right, bottom) in zip(few, parameters.holes[:20].int().tolist(), strict=True):
+        assert torch.equal(image, tv.erase(pixels[0], top, left, bottom - top, right - left, torch.tensor(GREY).byte()))
+    left, top, right, bottom = (parameters.holes / size).unbind(dim=1)
+    s = 0.5
+    expected = 2 * (s**3 / 3 - s**4 / 8 + s**5 / 80)
+    assert ((right - left) * (bottom - top)).mean().item() == pytest.approx(expected, rel=0.03)
+    both = Parameters.concatenate(parameters[:2], Augmentation(View(), size).parameters(random(2)))
+    assert both.holes is not None and torch.equal(both.holes[2:], torch.zeros(2, 4)) and both.shifts is None

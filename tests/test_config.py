@@ -7,11 +7,17 @@ import pytest
 import yaml
 
 from config.errors import ConfigError
-from config.reading import all_keys, describe_keys, differences, load_config, override, parse_config
+from config.finetune_schema import FinetuneConfig
+from config.reading import all_keys, describe_keys, differences, load, load_config, override, parse, parse_config
 from config.schema import Config, View
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+
+
+def load_any(path: Path) -> Any:
+    """Returns a config of train.py or of finetune.py."""
+    return load(FinetuneConfig if "method" in yaml.safe_load(path.read_text()) else Config, path)
 
 
 @pytest.fixture
@@ -28,9 +34,9 @@ def write(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_survives_being_written(path: Path) -> None:
-    config = load_config(path)
-    assert config.output_dir == f"runs/{path.stem}"
-    assert parse_config(config.to_yaml(), "text") == config
+    config = load_any(path)
+    assert Path(config.output_dir) == Path("runs") / path.stem / config.run_name
+    assert parse(type(config), config.to_yaml(), "text") == config
 
 
 def test_a_config_saved_before_a_key_was_added_has_its_default() -> None:
@@ -43,12 +49,12 @@ def test_a_config_saved_before_a_key_was_added_has_its_default() -> None:
 
 def test_every_config_says_only_what_differs_from_the_defaults() -> None:
     for path in CONFIGS:
-        config, text = load_config(path), yaml.safe_load(path.read_text())
-        for name, field, _ in all_keys():
+        config, text = load_any(path), yaml.safe_load(path.read_text())
+        for name, field, _ in all_keys(type(config)):
             node = text
             for part in name.split("."):
                 node = node.get(part) if isinstance(node, dict) else None
-            if node is not None and not name.startswith("data."):
+            if node is not None and not name.startswith("data.") and name != config.marker:
                 assert node != field.default, f"{path.name}: {name} repeats its default"
         assert config.data.name
 
@@ -232,9 +238,11 @@ def test_a_missing_config_names_those_that_exist(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_key_is_documented_once() -> None:
-    text = describe_keys()
-    for name, field, _ in all_keys():
-        assert field.description and text.count(f"  {name}=") == 1
+    for schema in (Config, FinetuneConfig):
+        text = describe_keys(schema)
+        assert schema.program in text
+        for name, field, _ in all_keys(schema):
+            assert field.description and text.count(f"  {name}=") == 1
 
 
 def test_differences_by_kind() -> None:

@@ -12,7 +12,7 @@ import torchvision
 import train as train_program
 from config.errors import ConfigError
 from config.reading import load_config
-from experiment.starting import check_origin, read_starting_weights
+from experiment.starting import check_origin, read_starting_weights, weight_paths
 from experiment.trained import read_trained, reduced_checkpoint
 from model.encoder import ResNetEncoder
 from tests.conftest import ROOT, TINY_MODEL, assert_equal_states, digits_args, experiment_of
@@ -164,8 +164,8 @@ def test_a_run_resumes_without_the_file_but_not_with_another(
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")
     assert last["step"] == 44 and last["started_from"] == kept["started_from"]
     assert torch.equal(last["model"]["encoder.fc.weight"], kept["model"]["encoder.fc.weight"])
-    check_origin(config_of(), {"encoder": digest})
+    check_origin(weight_paths(config_of()), {"encoder": digest})
     with pytest.raises(
         ConfigError, match=r"this run did not start from encoder.weights, which has no effect on resume"
     ):
-        check_origin(config_of(f"encoder.weights={saved[0]}"), {})
+        check_origin(weight_paths(config_of(f"encoder.weights={saved[0]}")), {})

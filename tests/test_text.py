@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from config.finetune_schema import FinetuneConfig
 from config.reading import all_keys
+from config.schema import Config
 from tests.conftest import ROOT
 from tests.test_scripts import FLOORS
 
@@ -140,5 +142,6 @@ def test_every_module_is_documented_in_sentences() -> None:
 
 
 def test_the_meaning_of_every_key_is_read() -> None:
-    meanings = {text for _, text in help_texts(ast.parse((ROOT / "config" / "schema.py").read_text()))}
-    assert meanings == {field.description for _, field, _ in all_keys()}
+    sources = [(ROOT / "config" / name).read_text() for name in ("schema.py", "finetune_schema.py")]
+    meanings = {text for source in sources for _, text in help_texts(ast.parse(source))}
+    assert meanings == {field.description for schema in (Config, FinetuneConfig) for _, field, _ in all_keys(schema)}

@@ -1,6 +1,7 @@
 """Tests of the threads that share torch's work, and of the choice of their number."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -42,15 +43,18 @@ def test_the_number_of_threads_depends_on_the_work_of_a_pass(
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(thread_choice, "_threads_at_start", lambda: 8)
     for name, overrides in (("digits", []), ("cifar10", []), ("cifar10", ["training.micro_batch_size=4"])):
-        thread_choice.choose_num_threads(load_config(ROOT / "config" / f"{name}.yaml", overrides))
+        config = load_config(ROOT / "config" / f"{name}.yaml", overrides)
+        thread_choice.choose_num_threads(partial(thread_choice.training_work, config))
     assert chosen == [1, 8, 8] and "computing with one thread: a forward pass of 1.6 GFLOP" in caplog.text
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    thread_choice.choose_num_threads(load_config(ROOT / "config" / "digits.yaml"))
+    digits = load_config(ROOT / "config" / "digits.yaml", ["device=cpu"])
+    work = partial(thread_choice.training_work, digits)
+    thread_choice.choose_num_threads(work)
     assert len(chosen) == 3, "the user's number must be kept"
     monkeypatch.delenv("OMP_NUM_THREADS")
-    open_device(load_config(ROOT / "config" / "digits.yaml", ["device=cpu"]))
+    open_device(digits, work)
     assert chosen == [1, 8, 8, 1]
     monkeypatch.setattr("experiment.opening.choose_device", lambda asked: torch.device("cuda"))
     monkeypatch.setattr("experiment.opening.choose_amp_dtype", lambda use_amp, device: None)
-    open_device(load_config(ROOT / "config" / "digits.yaml"))
+    open_device(digits, work)
     assert len(chosen) == 4, "on a GPU, the number of threads must not change"

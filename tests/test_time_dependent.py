@@ -247,11 +247,14 @@ def test_an_encoder_starts_from_one_with_the_same_noise_levels(run: Path, tmp_pa
     assert embed_program.main([*checkpoint, "--export", str(file)]) == 0
     _, path, *words = digits_args(run, *MODEL, "encoder.probabilistic=true")
     _, soda, _ = opened(run)
-    for source in (checkpoint[1], str(file)):
+    for source, advice in (
+        (checkpoint[1], r"add diffusion.sigma_max=100\.0 to"),
+        (str(file), "set the keys of `diffusion` to"),
+    ):
         started = [*words, f"encoder.weights={source}"]
         found = read_starting_weights(load_config(path, started))["encoder"]
         assert_equal_states(found.weights, dict(soda.encoder.state_dict()))
-        with pytest.raises(ConfigError, match="have other noise levels: set the keys of `diffusion` to the noise sch"):
+        with pytest.raises(ConfigError, match=f"have other noise levels: {advice}"):
             read_starting_weights(load_config(path, [*started, "diffusion.sigma_max=50"]))
 
 

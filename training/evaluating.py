@@ -14,6 +14,7 @@ from experiment.opening import Experiment
 from model.encoder import Encoder
 from model.soda import SODA
 from training.sample_grid import sample_grid
+from training.saving import Opened
 from utils.device import memory_for
 from utils.randomness import generator
 
@@ -50,9 +51,9 @@ class Evaluation:
     spectrum: Tensor
 
 
-def evaluation_due(experiment: Experiment, step: int) -> bool:
+def evaluation_due(experiment: Opened, step: int) -> bool:
     """Returns True every `evaluation.every` epochs and after the last step."""
-    epoch, step_of_epoch = divmod(step, experiment.loader.steps_per_epoch)
+    epoch, step_of_epoch = divmod(step, experiment.steps_per_epoch)
     periodic = step_of_epoch == 0 and epoch > 0 and epoch % experiment.config.evaluation.every == 0
     return periodic or step == experiment.total_steps
 

@@ -52,7 +52,7 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
         Saver(experiment, state, folder, timer) as saver,
         log or nullcontext(),
         closing(training_pixels(experiment, state.step)) as pixels,
-        _progress_bar(config.batch_size, state.step, total_steps) as bar,
+        progress_bar(config.batch_size, state.step, total_steps) as bar,
     ):
         if log:
             log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
@@ -73,7 +73,8 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
                     summary, last_grad_norm = state.tally.take(), grad_norm.item()
                 if log:
                     num_steps = state.step - reported_step
-                    record_steps(log, experiment, state, summary, last_grad_norm, timer, num_steps)
+                    rates = dict(zip(("encoder", "decoder"), learning_rates(experiment, state.step - 1), strict=True))
+                    record_steps(log, experiment, state, rates, summary, last_grad_norm, timer, num_steps)
                 bar.set_postfix(loss=f"{summary.losses['loss']:.4f}", refresh=False)
                 reported_step = state.step
                 if summary.most_in_a_row >= MAX_SKIPPED:
@@ -108,7 +109,7 @@ def _evaluate_if_due(
     phase_log.info("evaluated; training from step %d to %d", state.step, experiment.total_steps)
 
 
-def _progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
+def progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
     """Returns a progress bar that counts images on rank 0. Without a terminal, it is drawn every 30 seconds."""
     return tqdm(
         total=total_steps * batch_size,

@@ -1,6 +1,7 @@
 """Reports of a run in metrics.jsonl, TensorBoard and results.json. To log another scalar, add it to `values`."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from config.reading import flat
@@ -9,8 +10,8 @@ from experiment.shares import batch_norm_batch_size
 from training.evaluating import Evaluation
 from training.projector import projector_points
 from training.sample_grid import save_png
-from training.state import Summary, TrainState
-from training.step import learning_rates
+from training.saving import Opened
+from training.state import RunState, Summary
 from utils.device import peak_memory_mb
 from utils.files import writing_to
 from utils.logging import PhaseTimer
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 def record_steps(
     log: RunLog,
-    experiment: Experiment,
-    state: TrainState,
+    experiment: Opened,
+    state: RunState,
+    rates: Mapping[str, float],
     summary: Summary,
     grad_norm: float,
     timer: PhaseTimer,
@@ -34,20 +36,19 @@ def record_steps(
     """Reports the steps since the last report.
 
     Args:
+        rates: learning rates by name.
         grad_norm: gradient norm of the last step, before clipping.
         timer: timer of the phases since the last report. It is reset.
         num_steps: steps that this process has run since the last report.
     """
     total, by_phase = timer.take()
     training_s = total - by_phase.get("evaluation", 0) - by_phase.get("checkpoint", 0)
-    encoder_lr, decoder_lr = learning_rates(experiment, state.step - 1)
     values = {
-        "epoch": state.step / experiment.loader.steps_per_epoch,
+        "epoch": state.step / experiment.steps_per_epoch,
         **summary.losses,
         "grad_norm": grad_norm,
         "skipped_steps": summary.skipped,
-        "lr/encoder": encoder_lr,
-        "lr/decoder": decoder_lr,
+        **{f"lr/{name}": rate for name, rate in rates.items()},
         "ema_decay": state.ema.get_current_decay(),
         "images_per_s": num_steps * experiment.config.training.batch_size / training_s,
         "peak_memory_mb": peak_memory_mb(experiment.device),

@@ -3,10 +3,13 @@
 import time
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from experiment.opening import Experiment
-from training.state import TrainState
+import torch
+
+from config.schema import RunConfig
+from datasets.sources import DatasetInfo
+from training.state import RunState
 from utils import signals
 from utils.distributed.collectives import DelayedMax, all_gather_object, barrier
 from utils.distributed.processes import rank
@@ -14,7 +17,35 @@ from utils.logging import PhaseTimer, phase_log
 from utils.run_folder.folder import RunFolder
 
 
-def checkpoint_contents(experiment: Experiment, state: TrainState, alone: bool = False) -> dict[str, Any]:
+class Opened(Protocol):
+    """Opened config of a program that trains, such as an `Experiment`."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The config."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the training images, their labels and the names of their classes."""
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Facts about the data set."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of training steps of an epoch."""
+
+    @property
+    def total_steps(self) -> int:
+        """Number of training steps of the complete run."""
+
+
+def checkpoint_contents(experiment: Opened, state: RunState, alone: bool = False) -> dict[str, Any]:
     """Collective unless `alone`. Returns the contents of a checkpoint.
 
     These are the training state, the config, the digest of the images, the mean and standard deviation of their
@@ -35,11 +66,11 @@ class Saver:
         saved_step: step of the newest checkpoint; None if the run has none.
     """
 
-    def __init__(self, experiment: Experiment, state: TrainState, folder: RunFolder, timer: PhaseTimer) -> None:
+    def __init__(self, experiment: Opened, state: RunState, folder: RunFolder, timer: PhaseTimer) -> None:
         self._experiment, self._state, self._timer = experiment, state, timer
         self._config = experiment.config.training
         self._writer = folder.checkpoint_writer() if rank() == 0 else None
-        self._interval = CheckpointInterval(self._config.checkpoint_every, experiment.loader.steps_per_epoch)
+        self._interval = CheckpointInterval(self._config.checkpoint_every, experiment.steps_per_epoch)
         self._delayed_max = DelayedMax()
         self.saved_step = state.step if folder.checkpoint else None
 
@@ -72,7 +103,7 @@ class Saver:
         if before_evaluation and not stop:
             # Without this, only the ranks that have received a signal would stop, and the others would evaluate.
             stop = max(all_gather_object(signals.received()))
-        epoch, step_of_epoch = divmod(self._state.step, self._experiment.loader.steps_per_epoch)
+        epoch, step_of_epoch = divmod(self._state.step, self._experiment.steps_per_epoch)
         keep_every = self._config.keep_every
         keep = keep_every is not None and step_of_epoch == 0 and epoch % keep_every == 0
         if self._interval.due(self._state.step) or overdue or keep or before_evaluation or stop:

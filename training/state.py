@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from ema_pytorch import EMA
-from torch import Tensor
+from torch import Tensor, nn
 
-from config.schema import Optimizer
+from config.schema import Optimizer, Running
 from experiment.models import initial_soda
 from experiment.opening import Experiment
 from experiment.starting import StartingWeights, read_starting_weights, start_from
@@ -117,41 +117,36 @@ class Tally:
         self.values.copy_(torch.stack([known[name].cpu() for name in self.names]))
 
 
-@dataclass
-class TrainState:
-    """Everything that training changes.
+@dataclass(kw_only=True)
+class RunState:
+    """Everything that training changes, in any program that trains.
 
     Attributes:
-        soda: the unwrapped module.
-        wrapped: the module that a training step calls: `soda`, or DDP around it.
+        model: the unwrapped module.
+        wrapped: the module that a training step calls: `model`, or DDP around it.
         step: optimiser steps done, skipped ones included.
         started_from: SHA-256 of the file that "encoder" or "decoder" started from, if there is one.
     """
 
-    soda: Any  # model.soda.SODA; a type checker does not know its submodules
+    model: Any  # a module; a type checker does not know its submodules
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    timestep_sampler: TimestepSampler
     tally: Tally
     step: int = 0
     wrapped: Any = None
     started_from: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.wrapped = self.wrapped or self.soda
+        self.wrapped = self.wrapped or self.model
 
     def state_dict(self, alone: bool = False) -> dict[str, Any]:
-        """Collective unless `alone`. Returns the state.
-
-        With `alone`, the tally and the history of adaptive timesteps cover only this rank's share.
-        """
+        """Collective unless `alone`. Returns the state. With `alone`, the tally covers only this rank's share."""
         return {
-            "model": self.soda.state_dict(),
+            "model": self.model.state_dict(),
             "ema": {"model": self.ema.ema_model.state_dict(), "step": self.ema.step, "initted": self.ema.initted},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "timesteps": self.timestep_sampler.state_dict(alone),
             "tally": self.tally.state_dict(alone),
             "step": self.step,
             "started_from": self.started_from,
@@ -164,7 +159,7 @@ class TrainState:
                 "the checkpoint holds only the EMA model, for test.py, sample.py and embed.py: training cannot resume "
                 "from it; choose another output_dir"
             )
-        check_weights(state["model"], self.soda)
+        check_weights(state["model"], self.model)
         try:
             self._load(state)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -174,7 +169,7 @@ class TrainState:
     def _load(self, state: dict[str, Any]) -> None:
         # Learning rates, `fused` and `foreach` come from the config and the device, not from the checkpoint.
         settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
-        self.soda.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"])
         self.ema.ema_model.load_state_dict(state["ema"]["model"])
         # Checkpoints of older versions have "updates" instead of "step".
         updates = state["ema"]["step"] if "step" in state["ema"] else state["ema"]["updates"]
@@ -191,10 +186,48 @@ class TrainState:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.timestep_sampler.load_state_dict(state.get("timesteps", {}))
         self.tally.load_state_dict(state["tally"])
         self.step = state["step"]
         self.started_from = dict(state.get("started_from", {}))  # checkpoints of older versions have none
+
+
+@dataclass(kw_only=True)
+class TrainState(RunState):
+    """State of train.py, whose model is SODA."""
+
+    timestep_sampler: TimestepSampler
+
+    @property
+    def soda(self) -> Any:
+        """The model, a `model.soda.SODA`."""
+        return self.model
+
+    def state_dict(self, alone: bool = False) -> dict[str, Any]:
+        """Collective unless `alone`. Returns the state.
+
+        With `alone`, the tally and the history of adaptive timesteps cover only this rank's share.
+        """
+        return super().state_dict(alone) | {"timesteps": self.timestep_sampler.state_dict(alone)}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
+        self.timestep_sampler.load_state_dict(state.get("timesteps", {}))
+
+
+def averaged(model: nn.Module, config: Running) -> EMA:
+    """Returns the moving average of a model that is on its device already, as `config` describes it."""
+    # The average is never moved itself. So its own counters stay on the host, and no step synchronises with the device.
+    ema = EMA(
+        model,
+        beta=config.ema_decay,
+        power=config.ema_power,
+        update_after_step=0,
+        update_every=1,
+        include_online_model=False,
+        use_foreach=True,
+    )
+    ema.ema_model.eval()  # the copy starts in training mode
+    return ema
 
 
 def initial_state(experiment: Experiment, starting: Mapping[str, StartingWeights] | None = None) -> TrainState:
@@ -213,24 +246,12 @@ def initial_state(experiment: Experiment, starting: Mapping[str, StartingWeights
         starting = read_starting_weights(experiment.config)
     with memory_for(lambda: "use a smaller model or another device"):
         soda = initial_soda(experiment.config, device)
-        start_from(soda, starting)
+        start_from(soda, starting, "this run's own images")
         if experiment.config.encoder.frozen:
             soda.freeze_encoder()
-        # The EMA copies a model that is already on the device, and is never moved itself. So its own counters stay on
-        # the host, and no step synchronises with the device.
-        ema = EMA(
-            soda,
-            beta=training.ema_decay,
-            power=training.ema_power,
-            update_after_step=0,
-            update_every=1,
-            include_online_model=False,
-            use_foreach=True,
-        )
-        ema.ema_model.eval()  # the copy starts in training mode
         return TrainState(
-            soda=soda,
-            ema=ema,
+            model=soda,
+            ema=averaged(soda, training),
             optimizer=_optimizer(soda, experiment.config.optimizer, device),
             scaler=torch.amp.GradScaler(device.type, enabled=experiment.amp_dtype == torch.float16),
             timestep_sampler=make_sampler(training.timesteps, experiment.diffusion, device),

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from config.schema import Rates
 from experiment.batch import draw_batch, read_pixels
 from experiment.opening import Experiment
 from experiment.shares import micro_batch_size
 from training.losses import ForwardPass, loss_terms
-from training.state import Snapshot, TrainState
+from training.state import RunState, Snapshot, TrainState
 from utils.device import FUSED, autocast
 from utils.distributed.processes import my_range, world_size
 from utils.logging import PhaseTimer
@@ -29,15 +30,21 @@ def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
 
     A linear warm-up, which starts above zero, is followed by the schedule. A cool-down ends it.
     """
-    config, total_steps = experiment.config.optimizer, experiment.total_steps
-    warmup_steps = round(config.warmup_epochs * experiment.loader.steps_per_epoch)
+    config = experiment.config.optimizer
+    factor = rate_factor(config, step, experiment.loader.steps_per_epoch, experiment.total_steps)
+    return config.encoder_lr * factor, config.decoder_lr * factor
+
+
+def rate_factor(rates: Rates, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Returns the factor by which learning rates are multiplied at `step`, from 0 to 1."""
+    warmup_steps = round(rates.warmup_epochs * steps_per_epoch)
     factor = min(1.0, (step + 1) / max(1, warmup_steps))
-    if config.schedule == "cosine" and step >= warmup_steps:
+    if rates.schedule == "cosine" and step >= warmup_steps:
         factor = (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2
-    cooldown_steps = round(config.cooldown_epochs * experiment.loader.steps_per_epoch)
+    cooldown_steps = round(rates.cooldown_epochs * steps_per_epoch)
     if cooldown_steps:
         factor *= min(1.0, (total_steps - step) / cooldown_steps)
-    return config.encoder_lr * factor, config.decoder_lr * factor
+    return factor
 
 
 def train_step(
@@ -90,18 +97,19 @@ def train_step(
             with timer.phase("backward"):
                 state.scaler.scale(losses["loss"]).backward()
 
-    grad_norm, skipped = update(experiment, state, before, timer)
+    grad_norm, skipped = update(state, config.optimizer.max_grad_norm, before, timer)
     state.tally.add(totals, skipped)
     state.timestep_sampler.end_step(state.step)
     return totals["loss"], grad_norm
 
 
-def update(experiment: Experiment, state: TrainState, before: Snapshot, timer: PhaseTimer) -> tuple[Tensor, Tensor]:
+def update(state: RunState, max_grad_norm: float, before: Snapshot, timer: PhaseTimer) -> tuple[Tensor, Tensor]:
     """Ends an optimiser step: clips the gradients, changes weights and EMA, and counts the step.
 
     If the gradient norm is not finite, the weights do not change, and the tensors in `before` are restored.
 
     Args:
+        max_grad_norm: larger gradients are scaled down to this norm.
         before: copies of what the forward passes of this step have changed, such as BatchNorm statistics.
 
     Returns:
@@ -110,12 +118,11 @@ def update(experiment: Experiment, state: TrainState, before: Snapshot, timer: P
     """
     with timer.phase("update"):
         state.scaler.unscale_(state.optimizer)
-        max_norm = experiment.config.optimizer.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(state.soda.parameters(), max_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_grad_norm)
         skipped = grad_norm.isfinite().logical_not().float()
         before.restore(skipped.bool())
         # Not scaler.step, because it tests whether the scaled gradients are finite, but does not test their norm.
-        if experiment.device.type in FUSED:
+        if grad_norm.device.type in FUSED:
             state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # skips the step on the device
             state.optimizer.step()
         elif not skipped.item():

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from config.errors import ConfigError, UserError
-from config.reading import describe_keys, load_config
-from config.schema import Config
+from config.reading import describe_keys, load
+from config.schema import Config, RunConfig
 from utils import signals
 from utils.distributed.collectives import (
     SharedError,
@@ -26,6 +26,8 @@ from utils.distributed.collectives import (
 )
 from utils.distributed.processes import RendezvousError, check_launcher, rank, world_size
 from utils.logging import start_logging
+
+C = TypeVar("C", bound=RunConfig)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +47,12 @@ def path_option(text: str) -> Path:
 
 
 def make_parser(
-    description: str, examples: str, *, prog: str | None = None, of_checkpoint: bool = False
+    description: str,
+    examples: str,
+    *,
+    prog: str | None = None,
+    of_checkpoint: bool = False,
+    schema: type[RunConfig] = Config,
 ) -> argparse.ArgumentParser:
     """Returns a parser with the options that all programs share.
 
@@ -53,11 +60,12 @@ def make_parser(
         prog: name of the program in the help text; None: the name of the script.
         of_checkpoint: True if the program opens a checkpoint. --config is then optional, because the checkpoint
             contains its own config.
+        schema: class of the program's config.
     """
     parser = _Parser(
         prog=prog,
         description=description,
-        epilog=f"examples:\n{examples}\n\n{describe_keys()}",
+        epilog=f"examples:\n{examples}\n\n{describe_keys(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -98,12 +106,17 @@ def make_parser(
 
 
 def read_config(args: argparse.Namespace) -> Config:
+    """Collective. Returns the config of train.py on the command line, as `read` does."""
+    return read(Config, args)
+
+
+def read(schema: type[C], args: argparse.Namespace) -> C:
     """Collective. Returns the config of the command line.
 
     Raises ConfigError if the config is wrong, or if it is not the same on all ranks. Only data.root and data.cache_dir
     may differ between ranks.
     """
-    config = load_config(args.config, overrides(args))
+    config = load(schema, args.config, overrides(args))
     set_timeout(config.distributed.timeout_minutes)
     data = config.data.model_copy(update={"root": "", "cache_dir": ""})
     if not all_equal(config.model_copy(update={"data": data})):

@@ -7,8 +7,8 @@ from tempfile import TemporaryFile
 from typing import Any, Protocol, Self
 
 from config.errors import ConfigError
-from config.reading import differences, parse_config
-from config.schema import Config
+from config.reading import differences, parse
+from config.schema import RunConfig
 from utils.distributed.collectives import all_equal, barrier, broadcast_object
 from utils.distributed.processes import rank
 from utils.files import InUseError, lock_file, write_text
@@ -53,7 +53,7 @@ class RunFolder:
         checkpoint: path of the checkpoint from which the run resumes, the same on all ranks; None for a new run.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.output_dir)
         self.checkpoint: Path | None = None
         self._config = config
@@ -80,6 +80,17 @@ class RunFolder:
         """Collective. Returns True if results.json belongs to this config and to the newest checkpoint."""
         results = broadcast_object(read_results(self.path))
         return self._saved is not None and belongs_to(results, self._config, self._saved["step"])
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of the channels in the checkpoint from which the run resumes; None if not known.
+
+        They are forgotten by `prepare`.
+        """
+        if not (self._saved and "statistics" in self._saved):
+            return None
+        mean, std = self._saved["statistics"]
+        return tuple(mean), tuple(std)
 
     def check_images(self, digest: str) -> None:
         """Raises ConfigError if the run was trained on images with a digest other than `digest`."""
@@ -159,16 +170,13 @@ class RunFolder:
             return
         config = self._config
         changed = differences(before, config, run=False)
-        fixed_end = None  # the setting by which learning rates depend on the last epoch
-        if config.optimizer.schedule == "cosine":
-            fixed_end = "optimizer.schedule=cosine"
-        elif config.optimizer.cooldown_epochs:
-            fixed_end = f"optimizer.cooldown_epochs={config.optimizer.cooldown_epochs:g}"
-        if "training.epochs" in changed and config.training.epochs > before.training.epochs and not fixed_end:
+        fixed_end = config.optimizer.fixed_end
+        old_epochs, new_epochs = changed.get("training.epochs", (0, 0))
+        if new_epochs > old_epochs and not fixed_end:
             del changed["training.epochs"]  # more epochs continue the same experiment
         if set(changed) == {"training.epochs"} and fixed_end:
             raise ConfigError(
-                f"{self.path} was started with training.epochs={before.training.epochs}, and the learning rates of "
+                f"{self.path} was started with training.epochs={old_epochs}, and the learning rates of "
                 f"{fixed_end} depend on it: restore this value or choose another output_dir"
             )
         if changed:
@@ -180,17 +188,18 @@ class RunFolder:
         for name, (old, new) in differences(before, config, run=True).items():
             logger.info("%s was %s and is now %s", name, old, new)
 
-    def _config_before(self) -> Config | None:
+    def _config_before(self) -> RunConfig | None:
         """Returns the config in the checkpoint, or else in config.yaml; None for a new run. Raises ConfigError."""
+        schema = type(self._config)
         if self._saved:
-            return parse_config(self._saved["config"], f"the config in {self.path}")
+            return parse(schema, self._saved["config"], f"the config in {self.path}")
         written = self.path / "config.yaml"
         if not written.exists():
             return None
         try:
             if not written.read_text(encoding="utf-8").strip():
                 raise ConfigError("it is empty")
-            return parse_config(written.read_text(encoding="utf-8"), str(written))
+            return parse(schema, written.read_text(encoding="utf-8"), str(written))
         except (ConfigError, UnicodeDecodeError, IsADirectoryError):
             raise ConfigError(f"{written} was not written by this program: choose another output_dir") from None
 

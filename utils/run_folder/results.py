@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from config.reading import result_digest
-from config.schema import Config
+from config.schema import RunConfig
 from utils.files import write_text, writing_to
 
 RESULTS = "results.json"
@@ -21,13 +21,13 @@ def read_results(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def write_results(folder: Path, config: Config, step: int, **contents: Any) -> None:
+def write_results(folder: Path, config: RunConfig, step: int, **contents: Any) -> None:
     """Writes results.json with `contents`, which must include the table. Raises FolderError."""
     results = {"config_digest": result_digest(config, without=STARTING_FILES), "step": step, **contents}
     with writing_to(folder):
         write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
-def belongs_to(results: dict[str, Any], config: Config, step: int) -> bool:
+def belongs_to(results: dict[str, Any], config: RunConfig, step: int) -> bool:
     """Returns True if `results` belong to this config and this step."""
     return (results.get("config_digest"), results.get("step")) == (result_digest(config, without=STARTING_FILES), step)

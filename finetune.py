@@ -1,0 +1,78 @@
+"""Trains an image classifier with few labels: on top of a trained encoder, or from scratch.
+
+If a run was stopped, the same command resumes it from its last checkpoint.
+"""
+
+import logging
+import shlex
+from pathlib import Path
+
+from config.finetune_schema import FinetuneConfig
+from utils.cli import gather_user_errors, make_parser, read, run
+from utils.distributed.processes import rank
+from utils.logging import format_table
+from utils.run_folder.results import read_results
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python finetune.py --config config/finetune_digits.yaml num_labels=50 label_split=3
+  python finetune.py --config config/finetune_digits.yaml method=laplacenet
+  python finetune.py --config config/laplacenet_cifar10.yaml --use_amp encoder.weights=runs/wrn/checkpoints/last.pt
+  torchrun --nproc_per_node=4 finetune.py --config config/laplacenet_cifar10.yaml --use_amp"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
+    # Parse the command line and the config. Heavy imports come later, so that mistakes are reported immediately.
+    with gather_user_errors():
+        args = make_parser(__doc__ or "", EXAMPLES, schema=FinetuneConfig).parse_intermixed_args(argv)
+        config = read(FinetuneConfig, args)
+
+    from experiment.shares import check_batch_size
+    from experiment.starting import check_origin
+    from transfer.classifier import read_starting_weights
+    from transfer.loop import finetune
+    from transfer.opening import open_task
+    from transfer.state import initial_state
+    from utils.run_folder.folder import RunFolder
+
+    with RunFolder(config) as folder:
+        # Open the run folder, the images and the state. Until all of them are valid, nothing in the run folder changes,
+        # except its lock.
+        with gather_user_errors():
+            check_batch_size(config.training.batch_size)
+            folder.open()
+            if folder.is_finished():
+                logger.info("finished: all %d epochs are done", config.training.epochs)
+                report(config)
+                return 0
+            starting = {} if folder.checkpoint else read_starting_weights(config)
+            task = open_task(config, folder.statistics or next((each.statistics for each in starting.values()), None))
+            folder.check_images(task.data_digest)
+            state = initial_state(task, starting)
+            if folder.checkpoint:
+                folder.resume(state, task.total_steps)
+                check_origin({"encoder": config.encoder.weights}, state.started_from)
+            del starting  # the host copy of the weights
+            folder.prepare()
+        # Train.
+        finetune(task, state, folder)
+        # Report.
+        report(config)
+    return 0
+
+
+def report(config: FinetuneConfig) -> None:
+    """Prints on rank 0 the table of accuracies and the paths of checkpoint and TensorBoard files."""
+    if rank() > 0:
+        return
+    folder = Path(config.output_dir)
+    table = read_results(folder)["table"]
+    print("", format_table(table), sep="\n")
+    print(f"\ncheckpoint   {folder / 'checkpoints' / 'last.pt'}")
+    print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,91 @@
+"""Choice of the training images whose labels are used: drawn evenly from all classes, or named in a file."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config.errors import ConfigError
+from config.finetune_schema import FinetuneConfig
+from datasets.images import Images
+from utils.files import read_names
+from utils.randomness import generator
+from utils.text import join_names
+
+
+def choose_labelled(config: FinetuneConfig, images: Images) -> Tensor:
+    """Returns the indices (n,) int64 of the labelled training images, in rising order.
+
+    Raises ConfigError if the config asks for labels that do not exist, or for none of a class.
+    """
+    assert images.labels is not None
+    if config.labelled:
+        chosen = _read_indices(Path(config.labelled), images)
+    elif config.num_labels is None:
+        chosen = images.labels.ne(-1).nonzero()[:, 0]
+    else:
+        chosen = draw_evenly(images.labels, images.classes, config.num_labels, config.label_split)
+    found = set(images.labels[chosen].tolist())
+    without = [name for label, name in enumerate(images.classes) if label not in found]
+    if without:
+        origin = f"{config.labelled} names" if config.labelled else f"{config.data.root} has"
+        raise ConfigError(f"{origin} no labelled images of the classes {join_names(without)}: add some of each class")
+    return chosen
+
+
+def draw_evenly(labels: Tensor, classes: list[str], num_labels: int, split: int) -> Tensor:
+    """Draws the same number of images of each class, or one more of some classes. Returns their indices, rising.
+
+    Each class has a random order that depends only on `split`, and its first images are taken. So the images of a
+    smaller `num_labels` are among those of a larger one. Raises ConfigError if the images are too few.
+
+    Args:
+        labels: (N,) int64, -1 for images without a label.
+    """
+    members = [labels.eq(label).nonzero()[:, 0] for label in range(len(classes))]
+    known = sum(map(len, members))
+    if num_labels < len(classes):
+        raise ConfigError(
+            f"num_labels={num_labels} is less than the {len(classes)} classes: each class needs a labelled image"
+        )
+    if num_labels > known:
+        raise ConfigError(f"num_labels={num_labels} is more than the {known} training images with labels: lower it")
+    share, rest = divmod(num_labels, len(classes))
+    gets_one_more = torch.randperm(len(classes), generator=generator(split, "classes with one more label"))[:rest]
+    chosen = []
+    for label, inside in enumerate(members):
+        count = share + int(label in gets_one_more)
+        if count > len(inside):
+            raise ConfigError(
+                f"num_labels={num_labels} needs {count} images of each class, but {classes[label]} has only "
+                f"{len(inside)}: lower num_labels, or name the labelled images in a file (labelled=PATH)"
+            )
+        order = torch.randperm(len(inside), generator=generator(split, "labelled images", label))
+        chosen.append(inside[order[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def _read_indices(path: Path, images: Images) -> Tensor:
+    """Returns the indices of the images that a file names, rising. Raises ConfigError."""
+    assert images.labels is not None
+    names = images.names or [str(index) for index in range(len(images))]
+    index_of = {name: index for index, name in enumerate(names)}
+    chosen = set()
+    for line in read_names(path):
+        name, label = line, None
+        if line not in index_of:
+            # The class follows the name, after a separator. Both may contain blanks.
+            parts = re.split(r"[\t;,]", line) if re.search(r"[\t;,]", line) else line.rsplit(maxsplit=1)
+            name, label = parts[0].strip(), parts[-1].strip() if len(parts) > 1 else None
+        index = index_of.get(name)
+        if index is None:
+            kind = "path" if images.names else "index"
+            raise ConfigError(f"{path}: there is no training image {name}: write the {kind} of one")
+        own = images.classes[int(images.labels[index])]
+        if label is not None and label not in images.classes:
+            raise ConfigError(f"{path}: {label} of {name} is no class: choose from {join_names(images.classes, 20)}")
+        if label is not None and label != own:
+            raise ConfigError(f"{path}: {name} is of class {own} in the data set, not {label}: correct one of the two")
+        chosen.add(index)
+    return torch.tensor(sorted(chosen))

@@ -1,0 +1,133 @@
+"""Opening of a config of finetune.py: its images, the labelled ones among them, views and device."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config.errors import ConfigError
+from config.finetune_schema import FinetuneConfig
+from config.schema import Views as ViewsConfig
+from datasets.images import DatasetError, Images, JoinedImages, Statistics
+from datasets.sources import DatasetInfo, open_unlabelled
+from datasets.views import Views
+from experiment.opening import open_device, open_images, to_gpu_if_small
+from model.build import module_flops
+from transfer.classifier import build_classifier
+from transfer.labelled import choose_labelled
+from transfer.methods import METHODS, Method
+from transfer.sampling import Draws
+from utils.distributed.collectives import all_equal, first_on_each_node
+from utils.distributed.processes import local_world_size, world_size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that training and evaluation of a classifier read, but do not change.
+
+    Attributes:
+        amp_dtype: number format of autocast; None: float32.
+        train: training images: those of the data set, then those of `unlabelled`.
+        data_digest: digest of the training images, their labels and the names of their classes.
+        labels: (N,) int64, true labels of the training images; -1: not known.
+        labelled: (n,) int64, indices of the images whose labels training may use.
+        draws: indices of the images of each step.
+    """
+
+    config: FinetuneConfig
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    train: Images
+    test: Images
+    data_digest: str
+    info: DatasetInfo
+    views: Views
+    labels: Tensor
+    labelled: Tensor
+    method: Method
+    draws: Draws
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of training steps of an epoch."""
+        return self.draws.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Number of training steps of the complete run."""
+        return self.config.training.epochs * self.steps_per_epoch
+
+    @property
+    def given_labels(self) -> Tensor:
+        """Labels that training may use, (N,) int64; -1 for all other images."""
+        given = torch.full_like(self.labels, -1)
+        given[self.labelled] = self.labels[self.labelled]
+        return given
+
+
+def open_task(config: FinetuneConfig, statistics: Statistics | None = None) -> Task:
+    """Collective. Loads the images, chooses the labelled ones, and returns the task.
+
+    Args:
+        statistics: mean and standard deviation of the channels, which normalise the views; None: those of the images.
+
+    Raises:
+        ConfigError: the labels cannot be chosen as the config asks, or the ranks would compute differently.
+        DatasetError: the images cannot be used, have no labels, or differ between ranks.
+    """
+    device, amp_dtype = open_device(config, lambda: _work(config))
+    train, test, info = open_images(config.data, statistics)
+    if test is None or train.labels is None:
+        raise DatasetError(
+            f"the images in {config.data.root} have no labels: put them into a folder per class, or set data.labels"
+        )
+    labelled = choose_labelled(config, train)
+    if not all_equal(labelled.tolist()):
+        raise ConfigError("the processes read different files of labelled images: give all of them the same file")
+    if config.unlabelled:
+        more = first_on_each_node(lambda: open_unlabelled(Path(config.unlabelled), config.data, local_world_size()))
+        if not all_equal(more.digest()):
+            raise DatasetError(
+                f"the machines hold different images in {config.unlabelled}: copy the same images to all machines"
+            )
+        train = JoinedImages(train, more)
+    assert train.labels is not None
+    method = METHODS[config.method](config)
+    unlabelled = torch.ones(len(train), dtype=torch.bool).index_fill(0, labelled, False).nonzero()[:, 0]
+    logger.info("%d labelled and %d other training images", len(labelled), len(unlabelled))
+    if method.uses_unlabelled and len(unlabelled) == 0:
+        raise ConfigError(f"method={config.method} needs images without labels: lower num_labels, or set unlabelled")
+    return Task(
+        config=config,
+        device=device,
+        amp_dtype=amp_dtype,
+        train=to_gpu_if_small(train, device),
+        test=to_gpu_if_small(test, device),
+        data_digest=train.digest(),
+        info=info,
+        views=Views(
+            ViewsConfig(),  # its augmentations are not used: each view names its own
+            encoder_size=config.encoder_size,
+            decoder_size=config.encoder_size,
+            stored_size=config.data.stored_size,
+            mean=info.mean,
+            std=info.std,
+            device=device,
+        ),
+        labels=train.labels,
+        labelled=labelled,
+        method=method,
+        draws=Draws(config, method, labelled, unlabelled),
+    )
+
+
+def _work(config: FinetuneConfig) -> float:
+    """Returns the FLOPs of a forward pass of one rank in training."""
+    with torch.device("meta"):
+        classifier = build_classifier(config, num_classes=2)
+    share = config.training.batch_size // world_size()
+    return share * module_flops(classifier, torch.zeros(1, 3, config.encoder_size, config.encoder_size, device="meta"))
