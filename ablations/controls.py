@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.errors import ConfigError
-from config.reading import flat
+from config.keys import flat
 from config.schema import Config
 from experiment.batch import source_draws
 from experiment.opening import Experiment

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from config.errors import ConfigError
-from config.reading import load_config, parse_yaml
+from config.reading import load_config
+from config.yaml_text import parse_yaml
 
 Name = Annotated[str, Field(pattern=r"^\w+$")]
 Judging = Literal["all", "config"]

@@ -11,7 +11,8 @@ from typing import Any
 from ablations.plan import OVERRIDES, Judging, Plan, Stage
 from ablations.result_rows import append_row, read_rows
 from config.errors import ConfigError
-from config.reading import differences, load_config, parse_config, result_digest
+from config.keys import differences, result_digest
+from config.reading import load_config, parse_config
 from config.schema import Config
 
 

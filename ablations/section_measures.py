@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config.reading import result_digest
+from config.keys import result_digest
 from config.schema import Config
 from evaluation.encoders import encode_with
 from evaluation.judge import judge

@@ -19,7 +19,8 @@ from ablations.controls import attach_control, control_step
 from ablations.plan import Judging
 from benchmarks.measure import machine
 from config.errors import ConfigError
-from config.reading import differences, parse_config
+from config.keys import differences
+from config.reading import parse_config
 from config.schema import Config
 from datasets.images import DatasetError
 from evaluation.encoders import encode_with

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import ConfigError
-from config.reading import without_run_keys
+from config.keys import without_run_keys
 from experiment.models import NOT_LAYERS
 from experiment.trained import Trained
 from utils.files import replacing, write_text
@@ -82,7 +82,7 @@ def model_card(trained: Trained, weights: Path, programs: list[Path], timestep: 
             }
         ),
         f"With the code of SODA, `{weights.name}` is loaded as follows:",
-        "```python\nimport torch\nfrom safetensors.torch import load_file\n\nfrom model.encoder import ENCODERS\n\n"
+        "```python\nimport torch\nfrom safetensors.torch import load_file\n\nfrom model.build import ENCODERS\n\n"
         f"encoder = ENCODERS[{given['architecture']}]({call})\n"
         f'encoder.load_state_dict(load_file("{weights.name}"))\n'
         f"images = torch.rand(2, 3, {size}, {size})  # from 0 to 1\n"

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from config.errors import ConfigError
-from config.reading import differences, parse_config, to_words
+from config.keys import differences
+from config.reading import parse_config, to_words
 from config.schema import Config, NoiseSchedule, RunConfig
 from datasets.images import Statistics
 from experiment.models import build_on_meta

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from config.errors import ConfigError
-from config.reading import differences, override, parse_config, to_words, without_run_keys
+from config.keys import differences, without_run_keys
+from config.reading import override, parse_config, to_words
 from config.schema import Config
 from datasets.images import Statistics
 from experiment.models import build_on_meta, to_device

@@ -1,4 +1,4 @@
-"""Construction of SODA from the keys of a config, and its FLOPs per image."""
+"""Construction of encoders and of SODA from the keys of a config, and their FLOPs per image."""
 
 from typing import Any
 
@@ -8,10 +8,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.decoder import UNetDecoder
 from model.diffusion import log_sigmas
-from model.encoder import ENCODERS, Encoder
+from model.encoder import Encoder
 from model.initialization import initialize_as_paper, initialize_zeros_as_torch
-from model.names import Initialization
+from model.names import Architecture, Initialization
+from model.resnets import ARCHITECTURES, WIDENING, ResNetEncoder, WideResNetEncoder
 from model.soda import SODA
+
+ENCODERS: dict[Architecture, type[Encoder]] = {
+    **dict.fromkeys(ARCHITECTURES, ResNetEncoder),
+    **dict.fromkeys(WIDENING, WideResNetEncoder),
+}
+"""Encoder class of each value of `encoder.architecture`."""
 
 
 def build_encoder(encoder: dict[str, Any], diffusion: dict[str, Any] | None) -> Encoder:

@@ -25,8 +25,10 @@ import torch.distributed as dist
 import embed
 import train
 from config.errors import ConfigError, UserError
-from config.reading import flat, load_config, parse_config, parse_yaml, to_words
+from config.keys import flat
+from config.reading import load_config, parse_config, to_words
 from config.schema import Config
+from config.yaml_text import parse_yaml
 from tests.conftest import ROOT, digits_args
 from tests.test_scripts import FLOORS
 from utils import cli

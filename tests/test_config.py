@@ -8,7 +8,8 @@ import yaml
 
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
-from config.reading import all_keys, describe_keys, differences, load, load_config, override, parse, parse_config
+from config.keys import all_keys, describe_keys, differences
+from config.reading import load, load_config, override, parse, parse_config
 from config.schema import Config, View
 from tests.conftest import ROOT
 

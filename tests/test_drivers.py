@@ -16,7 +16,8 @@ from ablations import ablate, runner, trial
 from ablations.plan import read_plan
 from ablations.runs import Ablation, accuracies
 from ablations.trial import Trial
-from config.reading import differences, parse_config
+from config.keys import differences
+from config.reading import parse_config
 from tests.conftest import ROOT, TINY_RUN, experiment_of
 from tests.test_ablate import row_of
 from training.saving import checkpoint_contents

@@ -26,7 +26,8 @@ import test as judge_program
 import train as train_program
 from analysis.export import FORMATS
 from analysis.image_encoder import load_encoder
-from config.reading import all_keys, flat, override, parse_config
+from config.keys import all_keys, flat
+from config.reading import override, parse_config
 from datasets.decoding import decode
 from evaluation.knn import nearest_neighbours
 from experiment.trained import open_trained, read_trained

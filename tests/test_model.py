@@ -15,11 +15,11 @@ from torch import nn
 from config.reading import load_config
 from experiment.models import build_on_meta, describe_model
 from model.blocks import AdaGN, ResBlock, SelfAttention, timestep_embedding
-from model.build import build_soda, forward_flops
+from model.build import ENCODERS, build_soda, forward_flops
 from model.decoder import UNetDecoder
-from model.encoder import ARCHITECTURES, ENCODERS, ResNetEncoder, WideResNetEncoder
 from model.guidance import guided_denoiser
 from model.names import Architecture, ResNet, Stem, WideResNet
+from model.resnets import ARCHITECTURES, ResNetEncoder, WideResNetEncoder
 from model.sizes import last_strided_input, num_decoder_blocks, num_sections, resolutions
 from model.soda import SODA
 from tests.conftest import ROOT, assert_equal_states, experiment_of

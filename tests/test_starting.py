@@ -14,7 +14,7 @@ from config.errors import ConfigError
 from config.reading import load_config
 from experiment.starting import check_origin, read_starting_weights, weight_paths
 from experiment.trained import read_trained, reduced_checkpoint
-from model.encoder import ResNetEncoder
+from model.resnets import ResNetEncoder
 from tests.conftest import ROOT, TINY_MODEL, assert_equal_states, digits_args, experiment_of
 from training.saving import checkpoint_contents
 from training.state import TrainState, initial_state

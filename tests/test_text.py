@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from config.finetune_schema import FinetuneConfig
-from config.reading import all_keys
+from config.keys import all_keys
 from config.schema import Config
 from tests.conftest import ROOT
 from tests.test_scripts import FLOORS

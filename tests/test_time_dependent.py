@@ -22,9 +22,9 @@ from config.schema import Diffusion
 from evaluation.encoders import encode_with
 from experiment.starting import read_starting_weights
 from experiment.trained import check_timestep, open_trained, read_trained
-from model.build import build_soda
+from model.build import ENCODERS, build_soda
 from model.diffusion import log_sigmas
-from model.encoder import ENCODERS, TimeBiases
+from model.encoder import TimeBiases
 from model.guidance import guided_denoiser
 from model.soda import SODA
 from tests.conftest import ROOT, assert_equal_states, batch_of, digits_args, experiment_of, small_soda

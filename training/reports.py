@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from config.reading import flat
+from config.keys import flat
 from experiment.opening import Experiment
 from experiment.shares import batch_norm_batch_size
 from training.evaluating import Evaluation

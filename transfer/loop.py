@@ -3,7 +3,7 @@
 import logging
 from contextlib import closing, nullcontext
 
-from config.reading import flat
+from config.keys import flat
 from datasets.images import DatasetError
 from training.evaluating import evaluation_due
 from training.loop import MAX_SKIPPED, progress_bar

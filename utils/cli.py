@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from config.errors import ConfigError, UserError
-from config.reading import describe_keys, load
+from config.keys import describe_keys
+from config.reading import load
 from config.schema import Config, RunConfig
 from utils import signals
 from utils.distributed.collectives import (

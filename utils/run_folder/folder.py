@@ -7,7 +7,8 @@ from tempfile import TemporaryFile
 from typing import Any, Protocol, Self
 
 from config.errors import ConfigError
-from config.reading import differences, parse
+from config.keys import differences
+from config.reading import parse
 from config.schema import RunConfig
 from utils.distributed.collectives import all_equal, barrier, broadcast_object
 from utils.distributed.processes import rank

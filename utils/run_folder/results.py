@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from config.reading import result_digest
+from config.keys import result_digest
 from config.schema import RunConfig
 from utils.files import write_text, writing_to
 
