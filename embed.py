@@ -8,15 +8,11 @@ embed.py.
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from config.errors import ConfigError
 from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable, read_names
-
-if TYPE_CHECKING:
-    from experiment.trained import Trained
 
 EXAMPLES = """\
   python embed.py --checkpoint runs/digits/checkpoints/last.pt --split test --out digits.npz
@@ -45,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         files = export_paths(args.export) if args.export else [args.out] if args.out else []
         require(*(package for file in files for package in NEEDS[file.suffix.lower()]))
 
+    from analysis.export import export
     from analysis.feature_file import encode_named, images_of_files, images_of_folder, images_of_split, save_features
     from analysis.image_encoder import trained_encoder
     from datasets.findings import UnreadableError
@@ -148,48 +145,6 @@ def export_paths(path: Path) -> list[Path]:
     names = ("encoder.pt2", "encoder.onnx", "model.safetensors")
     is_file = path.suffix.lower() in (".pt", ".pt2", ".onnx", ".safetensors")
     return [path] if is_file else [path / name for name in names]
-
-
-def export(trained: "Trained", files: list[Path], timestep: int | None) -> None:
-    """Writes the files of `--export` on rank 0, and a model card beside weights. Prints their paths.
-
-    Raises ConfigError if a file cannot be written or would replace another one, CheckpointError and ExportError.
-    """
-    from analysis.export import FORMATS, export_encoder
-    from analysis.image_encoder import trained_encoder
-    from analysis.model_card import CARD, check_card, save_card, save_weights
-    from experiment.trained import check_timestep, reduced_checkpoint
-    from utils.run_folder.checkpoint import read_sums
-    from utils.run_folder.checkpoint_writer import save_checkpoint
-
-    by_ending = {file.suffix.lower(): file for file in files}
-    programs, weights = [file for ending, file in by_ending.items() if ending in FORMATS], by_ending.get(".safetensors")
-    for file in files:
-        check_writable(file)
-        if file.name in read_sums(file.parent):
-            raise ConfigError(f"{file} is a checkpoint of a run: export to another file")
-    if weights:
-        check_card(weights.parent)
-    if ".pt" in by_ending and timestep is not None:
-        raise ConfigError(f"--timestep {timestep} is not for {files[0]}, which holds all timesteps: remove it")
-    if programs or timestep is not None:
-        check_timestep(trained.config, timestep)
-    trained.statistics()  # all files need them
-    if rank() > 0:
-        return
-    if ".pt" in by_ending:
-        save_checkpoint(files[0], reduced_checkpoint(trained))
-        print(files[0])
-    if programs:
-        encoder, notes = trained_encoder(trained, timestep=timestep), {"checkpoint": trained.digest}
-        notes |= {} if timestep is None else {"timestep": str(timestep)}
-        for file, difference in export_encoder(encoder, programs, notes).items():
-            print(f"{file}  (its features differ from the model's by at most {difference:.1g})")
-    if weights:
-        card = weights.parent / CARD
-        save_weights(weights, trained)
-        save_card(card, trained, weights, programs, timestep)
-        print(weights, card, sep="\n")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from analysis.codec import Codec
     from analysis.grid import save_grid
     from datasets.walking import is_listed
+    from evaluation.features import feature_name
     from experiment.trained import check_timestep, open_trained, read_trained
     from utils.device import compute_exactly
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         experiment, soda = open_trained(trained)
         compute_exactly()
         found = picture.find(experiment)
-        path = args.out or trained.folder / "pictures" / f"{name}.png"
+        path = args.out or trained.folder / "pictures" / f"{feature_name(name, args.timestep)}.png"
         check_writable(path)
         data = trained.config.data
         if data.name in ("tiny", "folder") and is_listed(path, Path(data.root)):

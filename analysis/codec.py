@@ -12,7 +12,7 @@ from evaluation.features import encode_clean, extract_latents
 from experiment.opening import Experiment
 from model.diffusion import Denoiser
 from model.encoder import Encoder
-from model.guidance import guided_denoiser
+from model.guidance import Condition, guided_denoiser
 from model.soda import SODA
 from utils.device import autocast, memory_for
 from utils.distributed.collectives import all_reduce
@@ -22,9 +22,6 @@ from utils.randomness import image_noise
 
 BATCH = 16  # images per forward pass; the same for any number of ranks, so that pixels do not depend on that number
 INVERSION_PASSES = 2  # evaluations of the denoiser per step of the inversion
-
-Latents = Tensor | Callable[[Tensor], Tensor]
-"""Condition of a batch: z (N, latent_dim), or a function timesteps (N,) -> z."""
 
 OnDone = Callable[[int], Any]
 """Callback for the progress bar. It receives the number of images of one forward pass."""
@@ -120,12 +117,12 @@ class Codec:
 
             return diffusion.ddim_sample(denoise, x_T, config.num_sampling_steps, config.eta, draw_noise=draw_noise)
 
-        def guided(z: Latents) -> Denoiser:
+        def guided(z: Condition) -> Denoiser:
             return guided_denoiser(self.soda.decoder, z, config.guidance_scale, config.sections)
 
         return self._denoise("sampling", config.num_sampling_steps, sample, z, x_T, guided)
 
-    def _unguided(self, z: Latents) -> Denoiser:
+    def _unguided(self, z: Condition) -> Denoiser:
         return guided_denoiser(self.soda.decoder, z)
 
     def _denoise(
@@ -135,7 +132,7 @@ class Codec:
         run: Callable[[Denoiser, Tensor, range], Tensor],
         z: Tensor,
         images: Tensor,
-        condition: Callable[[Latents], Denoiser],
+        condition: Callable[[Condition], Denoiser],
     ) -> Tensor:
         """Returns the results of `run(denoiser, images, positions)` on each batch of images.
 
@@ -144,7 +141,7 @@ class Codec:
         position = torch.zeros(self.experiment.diffusion.num_timesteps, dtype=torch.int64, device=z.device)
         position[self._visited] = torch.arange(len(self._visited), device=z.device)
 
-        def latents(z: Tensor) -> Latents:
+        def latents(z: Tensor) -> Condition:
             if z.dim() == 2:
                 return z
             return lambda timesteps: z[torch.arange(len(z), device=z.device), position[timesteps]]

@@ -1,130 +1,52 @@
-"""Export of an encoder to files that run without this repository: .pt2 (torch.export) and ONNX."""
+"""Export of a trained model: programs, weights with a model card, or a small checkpoint."""
 
-import json
-import logging
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram
-
-from analysis.image_encoder import ImageEncoder
-from config.errors import UserError
-from utils.files import replacing
-
-OPSET = 18
-TOLERANCE = 1e-4
-NAMES = ("z", "pooled")  # names of the outputs, in order
-
-Run = Callable[[Tensor], list[Tensor]]
-"""An exported encoder: pixels (N, 3, H, W) uint8 -> features, in the order of NAMES."""
+from analysis.image_encoder import trained_encoder
+from analysis.model_card import CARD, check_card, save_card, save_weights
+from analysis.programs import FORMATS, export_encoder
+from config.errors import ConfigError
+from experiment.trained import Trained, check_timestep, reduced_checkpoint
+from utils.distributed.processes import rank
+from utils.files import check_writable
+from utils.run_folder.checkpoint import read_sums
+from utils.run_folder.checkpoint_writer import save_checkpoint
 
 
-class ExportError(UserError):
-    """Error: the features of an exported encoder differ from those of the original module. No file was written."""
+def export(trained: Trained, files: list[Path], timestep: int | None) -> None:
+    """Writes the files of `--export` on rank 0, and a model card beside weights. Prints their paths.
 
-
-def export_encoder(encoder: ImageEncoder, paths: list[Path], notes: dict[str, str]) -> dict[Path, float]:
-    """Writes the encoder to each path as a program that takes any number of images.
-
-    The program takes pixels (N, 3, image_size, image_size) uint8 and returns (z, pooled).
+    Raises ConfigError if a file cannot be written or would replace another one, CheckpointError and ExportError.
 
     Args:
-        paths: files to write; their endings are keys of FORMATS.
-        notes: texts stored in each file, together with a description of its input and outputs.
-
-    Returns:
-        For each path, the largest absolute difference between the program's and the module's features, over random
-        images.
-
-    Raises:
-        ExportError: a difference is above TOLERANCE. No file is written then.
+        files: at most one file for each ending of FORMATS and for .safetensors; or a single .pt file.
+        timestep: timestep of z in programs of a time-dependent encoder; None: the encoder is another one.
     """
-    size = encoder.image_size
-    pixels = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    notes = notes | {"input": f"pixels, (N, 3, {size}, {size}) uint8", "outputs": ", ".join(NAMES)}
-    module = _Tuple(encoder)
-    program = torch.export.export(module, (pixels,), dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}})
-    expected, differences = module(pixels), {}
-    with ExitStack() as files:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = files.enter_context(replacing(path))
-            kind = FORMATS[path.suffix.lower()]
-            kind.write(program, partial, notes)
-            found = kind.load(partial)(pixels)
-            off = [(f - e).abs().max().item() for f, e in zip(found, expected, strict=True)]
-            if not max(off) <= TOLERANCE:
-                raise ExportError(
-                    f"the exported encoder's features differ from the model's by {max(off):.2g}; nothing was written: "
-                    "try another version of torch or of the ONNX packages"
-                )
-            differences[path] = max(off)
-    return differences
-
-
-class _Tuple(nn.Module):
-    """The encoder, with its features as a tuple in the order of NAMES."""
-
-    def __init__(self, encoder: ImageEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        found = self.encoder(pixels)
-        return tuple(found[name] for name in NAMES)
-
-
-def _write_pt2(program: ExportedProgram, path: Path, notes: dict[str, str]) -> None:
-    torch.export.save(program, path, extra_files={"notes.json": json.dumps(notes)})
-
-
-def _load_pt2(path: Path) -> Run:
-    module = torch.export.load(path).module()
-    return lambda pixels: list(module(pixels))
-
-
-def _write_onnx(program: ExportedProgram, path: Path, notes: dict[str, str]) -> None:
-    import onnx
-
-    for name in ("onnx_ir", "onnxscript", "torch.onnx"):  # they log every pass over the graph
-        logging.getLogger(name).setLevel(logging.WARNING)
-    torch.onnx.export(
-        program,
-        f=str(path),
-        input_names=["pixels"],
-        output_names=list(NAMES),
-        opset_version=OPSET,
-        external_data=False,
-        verbose=False,
-    )
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, notes)
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
-
-
-def _load_onnx(path: Path) -> Run:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda pixels: [torch.from_numpy(f) for f in session.run(list(NAMES), {"pixels": pixels.numpy()})]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A file format.
-
-    Attributes:
-        write: writes the program and the notes: in .pt2 as the extra file notes.json, in .onnx as metadata.
-        load: reads the file back, so that its features can be compared with the module's.
-    """
-
-    write: Callable[[ExportedProgram, Path, dict[str, str]], None]
-    load: Callable[[Path], Run]
-
-
-FORMATS = {".pt2": Format(_write_pt2, _load_pt2), ".onnx": Format(_write_onnx, _load_onnx)}
+    by_ending = {file.suffix.lower(): file for file in files}
+    programs, weights = [file for ending, file in by_ending.items() if ending in FORMATS], by_ending.get(".safetensors")
+    for file in files:
+        check_writable(file)
+        if file.name in read_sums(file.parent):
+            raise ConfigError(f"{file} is a checkpoint of a run: export to another file")
+    if weights:
+        check_card(weights.parent)
+    if ".pt" in by_ending and timestep is not None:
+        raise ConfigError(f"--timestep {timestep} is not for {files[0]}, which holds all timesteps: remove it")
+    if programs or timestep is not None:
+        check_timestep(trained.config, timestep)
+    trained.statistics()  # all files need them
+    if rank() > 0:
+        return
+    if ".pt" in by_ending:
+        save_checkpoint(files[0], reduced_checkpoint(trained))
+        print(files[0])
+    if programs:
+        encoder, notes = trained_encoder(trained, timestep=timestep), {"checkpoint": trained.digest}
+        notes |= {} if timestep is None else {"timestep": str(timestep)}
+        for file, difference in export_encoder(encoder, programs, notes).items():
+            print(f"{file}  (its features differ from the model's by at most {difference:.1g})")
+    if weights:
+        card = weights.parent / CARD
+        save_weights(weights, trained)
+        save_card(card, trained, weights, programs, timestep)
+        print(weights, card, sep="\n")

@@ -19,6 +19,7 @@ from analysis.codec import Codec
 from analysis.grid import Grid
 from analysis.pictures import Directions, Interpolate, Mix, Nearest, Picture, Reconstruct
 from config.schema import KNN
+from evaluation.features import feature_name
 from evaluation.judge import Table
 from evaluation.knn import knn_votes
 from evaluation.protocols import KNNProtocol, Protocol
@@ -111,8 +112,12 @@ def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
     return plane.fit_transform(z), test.labels[chosen].numpy()
 
 
-def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
-    """Draws loss, gradient norm, learning rates and accuracies of a run over epochs, each as an SVG element."""
+def draw_curves(reports: list[dict[str, Any]], features: str) -> list[str]:
+    """Draws loss, gradient norm, learning rates and accuracies of a run over epochs, each as an SVG element.
+
+    Args:
+        features: kind of features whose accuracies are reported.
+    """
 
     def series(kind: str, name: str) -> tuple[list[float], list[float]]:
         entries = [entry for entry in reports if entry["kind"] == kind and name in entry]
@@ -130,7 +135,7 @@ def draw_curves(reports: list[dict[str, Any]]) -> list[str]:
     names = {name for entry in reports if entry["kind"] == "evaluation" for name in entry}
     for metric, label in METRICS.items():  # of a time-dependent encoder, one line per timestep
         timesteps = sorted(int(each[1]) for name in names if (each := re.fullmatch(rf"{metric}@(\d+)_top1", name)))
-        lines = {f"z@{t}": series("evaluation", f"{metric}@{t}_top1") for t in timesteps}
+        lines = {feature_name(features, t): series("evaluation", f"{metric}@{t}_top1") for t in timesteps}
         if lines:
             drawn.append(svg.curves(f"accuracy-{metric}", f"{label}, top-1 (%)", lines))
     return drawn
@@ -192,6 +197,7 @@ def write_report(
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
     test = experiment.test
     assert test is not None, "the evaluation needs test images"
+    reports = read_reports(trained.folder, trained.contents["step"])
     html = environment.get_template("report.html").render(
         config=config,
         checkpoint=trained,
@@ -206,7 +212,7 @@ def write_report(
         table=table,
         timestep=codec.timestep,
         over_timesteps=draw_timesteps(protocols, table),
-        curves=draw_curves(read_reports(trained.folder, trained.contents["step"])),
+        curves=draw_curves(reports, trained.trained_with.evaluation.features),
         confusions=found,
         max_cells=MAX_CELLS,
         heat_map=heat_map(found.counts),

@@ -12,7 +12,6 @@ printed table has these columns:
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,16 +19,15 @@ import torch
 from benchmarks.measure import machine
 from datasets.images import DatasetError
 from experiment.trained import open_trained, read_trained
-from model.guidance import guided_denoiser
+from model.guidance import Condition, guided_denoiser
 from utils.cli import run
 
 BATCH = 128
 
-Latents = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 """z of a batch, or a function timesteps -> z."""
 
 
-def of_neighbours(z: Latents) -> Latents:
+def of_neighbours(z: Condition) -> Condition:
     """Returns the latents with those of each image moved to the next image."""
     return (lambda timesteps: z(timesteps).roll(1, dims=0)) if callable(z) else z.roll(1, dims=0)
 
@@ -65,7 +63,7 @@ def main() -> int:
     if test is None:
         raise DatasetError("the images have no labels, so there are no test images: set data.root to labelled images")
 
-    def decode(z: Latents, x_T: torch.Tensor, steps: int) -> torch.Tensor:
+    def decode(z: Condition, x_T: torch.Tensor, steps: int) -> torch.Tensor:
         return diffusion.ddim_sample(guided_denoiser(soda.decoder, z), x_T, steps, clip_denoised=False)
 
     print(machine(experiment.device))

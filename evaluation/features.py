@@ -20,7 +20,11 @@ Features = dict[Hashable, Tensor]
 
 
 def feature_name(kind: str, timestep: int | None) -> str:
-    """Returns the name of an encoder's features, "z" or "pooled", at a timestep, as in z@500; None: no timestep."""
+    """Returns the name of an encoder's features, or of something made from them, at a timestep, as in z@500.
+
+    Args:
+        timestep: timestep of a time-dependent encoder; None: the name is `kind`.
+    """
     return kind if timestep is None else f"{kind}@{timestep}"
 
 

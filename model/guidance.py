@@ -10,10 +10,13 @@ from torch import Tensor
 from model.decoder import UNetDecoder
 from model.diffusion import Denoiser
 
+Condition = Tensor | Callable[[Tensor], Tensor]
+"""Latents of a batch: z (N, latent_dim), or a function timesteps (N,) -> z (N, latent_dim)."""
+
 
 def guided_denoiser(
     decoder: UNetDecoder,
-    z: Tensor | Callable[[Tensor], Tensor],
+    z: Condition,
     guidance_scale: float | Sequence[float] = 1.0,
     sections: Collection[int] | None = None,
 ) -> Denoiser:

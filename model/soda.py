@@ -1,6 +1,5 @@
 """SODA: the encoder and the decoder as one module."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from model.decoder import UNetDecoder
 from model.encoder import Encoder
+from model.guidance import Condition
 
 
 class Denoised(NamedTuple):
@@ -87,6 +87,6 @@ class SODA(nn.Module):
         latents = self.encoder(x_source.flatten(0, 1), repeated)  # (N * K, latent_dim)
         return latents.unflatten(0, x_source.shape[:2]).mean(dim=1)
 
-    def condition(self, x_source: Tensor) -> Tensor | Callable[[Tensor], Tensor]:
+    def condition(self, x_source: Tensor) -> Condition:
         """Returns the condition of `guided_denoiser`: z, or timesteps -> z if the encoder depends on the timestep."""
         return partial(self.encode, x_source) if self.encoder.is_time_dependent else self.encode(x_source)

@@ -24,8 +24,8 @@ import embed as embed_program
 import sample as sample_program
 import test as judge_program
 import train as train_program
-from analysis.export import FORMATS
 from analysis.image_encoder import load_encoder
+from analysis.programs import FORMATS
 from config.keys import all_keys, flat
 from config.reading import override, parse_config
 from datasets.decoding import decode

@@ -151,8 +151,8 @@ def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPat
         {"kind": "train", "epoch": e, "loss": loss, "grad_norm": 2 * e, "lr/encoder": 3 * e, "lr/decoder": 4 * e}
         for e, loss in ((1, 0.5), (2, None), (3, 0.1))
     ]
-    assert draw_curves(reports) == ["loss", "norm", "rates"] and draw_curves([]) == []
-    assert draw_curves([*reports, {"kind": "evaluation", "epoch": 3, "knn_top1": 70.0}])[-1] == "accuracy"
+    assert draw_curves(reports, "z") == ["loss", "norm", "rates"] and draw_curves([], "z") == []
+    assert draw_curves([*reports, {"kind": "evaluation", "epoch": 3, "knn_top1": 70.0}], "z")[-1] == "accuracy"
     assert drawn["loss"] == {"loss": ([1, 2, 3], [0.5, None, 0.1])}
     assert drawn["rates"] == {"encoder": ([1, 2, 3], [3, 6, 9]), "decoder": ([1, 2, 3], [4, 8, 12])}
     assert drawn["accuracy"] == {"k-NN": ([3], [70.0])}

@@ -272,6 +272,8 @@ def test_the_report_and_the_exports_of_a_time_dependent_encoder(
     for name in ("reconstruct", "interpolate"):
         words = [name, *checkpoint_of(run), "--num_images", "2", "--out", str(tmp_path / "a.png")]
         assert sample_program.main(words) == 0
+    assert sample_program.main(["nearest", *checkpoint_of(run), "--timestep", "40"]) == 0
+    assert (run / "pictures" / "nearest@40.png").exists()
     assert embed_program.main([*checkpoint_of(run), "--timestep", "40", "--export", str(tmp_path / "out")]) == 0
     *_, pixels = opened(run)
     z, _ = torch.export.load(tmp_path / "out" / "encoder.pt2").module()(pixels)
