@@ -33,11 +33,21 @@ class Walker:
         self.left_out: set[Path] = set()
         self.repeated: set[Path] = set()
         self._others: dict[Path, Counter[str]] = {}  # endings of the files in each folder that are no images
+        self._listed: dict[str, Path] = {}  # path by which each real folder was listed
 
     def images_in(self, folder: Path) -> list[str]:
-        """Returns the sorted paths of all images below `folder`, relative to it."""
+        """Returns the sorted paths of all images below `folder`, relative to it.
+
+        Raises DatasetError if a link leads to a folder that an earlier call listed under another path. Its images would
+        be in two splits.
+        """
         files = []
         for here, names in self._walk(folder):
+            before = self._listed.setdefault(os.path.realpath(here), here)
+            if before != here:
+                raise DatasetError(
+                    f"{before} and {here} are the same folder: remove the link, so that no image is in two splits"
+                )
             inside = here.relative_to(folder)
             files += [str(inside / name) for name in names if is_image(name)]
             others = [name for name in names if not is_image(name) and not name.startswith(".")]

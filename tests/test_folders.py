@@ -345,6 +345,10 @@ def test_each_real_folder_is_read_once(tmp_path: Path, caplog: pytest.LogCapture
     assert f"{root}/test/b/self, {root}/train/a, {root}/train/b/train, {root}/train/b/up, {root}/train/c/b, ..." in line
     assert "(6 in total), because these links lead to folders that are read already" in line
 
+    (root / "train" / "b" / "leak").symlink_to(root / "test" / "c")
+    with pytest.raises(DatasetError, match=r"train/b/leak and .*test/c are the same folder: remove the link"):
+        list_folder(root)
+
     (tmp_path / "flat").mkdir()
     touch(tmp_path / "flat", "1.png", "sub/2.png")
     (tmp_path / "flat" / "sub" / "again").symlink_to(tmp_path)
