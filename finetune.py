@@ -8,8 +8,9 @@ import shlex
 from pathlib import Path
 
 from config.finetune_schema import FinetuneConfig
-from utils.cli import gather_user_errors, make_parser, read, run
+from utils.cli import gather_user_errors, make_parser, path_option, read, run
 from utils.distributed.processes import rank
+from utils.files import write_text
 from utils.logging import format_table
 from utils.run_folder.results import read_results
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 EXAMPLES = """\
   python finetune.py --config config/finetune_digits.yaml num_labels=50 label_split=3
   python finetune.py --config config/finetune_digits.yaml method=laplacenet
-  python finetune.py --config config/laplacenet_cifar10.yaml --use_amp encoder.weights=runs/wrn/checkpoints/last.pt
+  python finetune.py --config config/finetune_folder.yaml data.root=labelled --predict unlabelled
+  python finetune.py --config config/laplacenet_cifar10.yaml encoder.weights=runs/drl_cifar10/checkpoints/last.pt
   torchrun --nproc_per_node=4 finetune.py --config config/laplacenet_cifar10.yaml --use_amp"""
 
 
@@ -26,8 +28,19 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     # Parse the command line and the config. Heavy imports come later, so that mistakes are reported immediately.
     with gather_user_errors():
-        args = make_parser(__doc__ or "", EXAMPLES, schema=FinetuneConfig).parse_intermixed_args(argv)
+        parser = make_parser(__doc__ or "", EXAMPLES, schema=FinetuneConfig)
+        parser.add_argument(
+            "--predict",
+            type=path_option,
+            metavar="FOLDER",
+            help="classify all images below FOLDER with the newest checkpoint of the run, and exit; classes and "
+            "probabilities are written to predictions/<name of FOLDER>.csv in the run folder",
+        )
+        args = parser.parse_intermixed_args(argv)
         config = read(FinetuneConfig, args)
+        if args.predict:
+            classify(config, args.predict)
+            return 0
 
     from experiment.shares import check_batch_size
     from experiment.starting import check_origin
@@ -41,10 +54,15 @@ def main(argv: list[str] | None = None) -> int:
         # Open the run folder, the images and the state. Until all of them are valid, nothing in the run folder changes,
         # except its lock.
         with gather_user_errors():
-            check_batch_size(config.training.batch_size)
+            check_batch_size(config.training.batch_size, multiple=1)
             folder.open()
+            if folder.checkpoint:
+                check_origin({"encoder": config.encoder.weights}, folder.started_from)
             if folder.is_finished():
-                logger.info("finished: all %d epochs are done", config.training.epochs)
+                logger.info(
+                    "finished: all %d epochs are done; to train longer, choose another output_dir",
+                    config.training.epochs,
+                )
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)
@@ -53,7 +71,6 @@ def main(argv: list[str] | None = None) -> int:
             state = initial_state(task, starting)
             if folder.checkpoint:
                 folder.resume(state, task.total_steps)
-                check_origin({"encoder": config.encoder.weights}, state.started_from)
             del starting  # the host copy of the weights
             folder.prepare()
         # Train.
@@ -61,6 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         # Report.
         report(config)
     return 0
+
+
+def classify(config: FinetuneConfig, images: Path) -> None:
+    """Collective. Writes the classes of the images in a folder to a CSV file, and prints the file's path on rank 0."""
+    from analysis.predictions import predict
+
+    path, text, counts = predict(config, images)
+    if rank() == 0:
+        write_text(path, text)
+        print(*(f"{name}: {count}" for name, count in counts.most_common()), path, sep="\n")
 
 
 def report(config: FinetuneConfig) -> None:

@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         # except its lock.
         with gather_user_errors():
             folder.open()
+            if folder.checkpoint:
+                check_origin(weight_paths(config), folder.started_from)
             if folder.is_finished():
                 logger.info(
                     "finished: all %d epochs are done; to train longer, raise training.epochs (not with "
@@ -69,7 +71,6 @@ def main(argv: list[str] | None = None) -> int:
             state = initial_state(experiment, starting)
             if folder.checkpoint:
                 folder.resume(state, experiment.total_steps)
-                check_origin(weight_paths(config), state.started_from)
             del starting  # the host copies of the weights
             folder.prepare()
         # Train.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.image_encoder import ImageEncoder
-from config.schema import Config
+from config.schema import RunConfig
 from datasets.decoding import decode_batches, num_cores, rules_of
 from datasets.findings import GREY_BITS, Findings, log_findings, raise_if_unreadable
 from datasets.folder_layouts import list_images
@@ -57,7 +57,7 @@ def images_of_split(images: Images, split: str) -> NamedImages:
     return NamedImages(images, names, labels, images.classes, attributes, images.attribute_names)
 
 
-def images_of_folder(folder: Path, config: Config, grey_bits: int | None) -> NamedImages:
+def images_of_folder(folder: Path, config: RunConfig, grey_bits: int | None) -> NamedImages:
     """Collective. Returns the images below a folder, with the sub-folders as classes if almost all images are in them.
 
     Raises DatasetError if there are no images, if the sub-folders are splits, or if the ranks find different images.
@@ -73,7 +73,7 @@ def images_of_folder(folder: Path, config: Config, grey_bits: int | None) -> Nam
     return _images_of_listing(listing, config, grey_bits)
 
 
-def images_of_files(files: list[str], config: Config, grey_bits: int | None) -> NamedImages:
+def images_of_files(files: list[str], config: RunConfig, grey_bits: int | None) -> NamedImages:
     """Collective. Returns image files in the given order. Raises DatasetError if a file does not exist.
 
     Args:
@@ -94,7 +94,7 @@ class _DecodedImages:
         findings: facts about the files that were read. A file that could not be read is a black image.
     """
 
-    def __init__(self, listing: Listing, config: Config, grey_bits: int | None) -> None:
+    def __init__(self, listing: Listing, config: RunConfig, grey_bits: int | None) -> None:
         self.listing, self.skip = listing, config.data.unreadable == "skip"
         self.rules, self.findings = rules_of(config.data, grey_bits), Findings()
         self._image_size = config.data.kept_size
@@ -109,7 +109,7 @@ class _DecodedImages:
         )
 
 
-def _images_of_listing(listing: Listing, config: Config, grey_bits: int | None) -> NamedImages:
+def _images_of_listing(listing: Listing, config: RunConfig, grey_bits: int | None) -> NamedImages:
     if not all_equal((listing.files, listing.labels, listing.classes)):
         raise DatasetError("the processes see different images: give all processes the same images")
     labels = None if listing.labels is None else np.array(listing.labels)

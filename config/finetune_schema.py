@@ -32,7 +32,7 @@ class Classifier(Section):
 
 
 class WeakView(View):
-    """Augmentation of the labelled images in supervised training. By default, a flip and a small shift."""
+    """Augmentation of the labelled images in supervised training. By default, a flip."""
 
     crop_flip_probability: Probability = key(
         1.0, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
@@ -163,7 +163,8 @@ class FinetuneConfig(RunConfig):
     )
     labelled: PathText = key(
         "",
-        "text file that names the labelled images, one per line: the path of a file relative to data.root, or, if the "
+        "text file that names the labelled images, one per line: the path of a file relative to data.root (the folder "
+        "of the training split may be left out), or, if the "
         "data set has no files, the index of an image in the training split; the name of its class may follow; "
         "replaces num_labels; empty: the images are drawn",
         run=True,
@@ -173,8 +174,8 @@ class FinetuneConfig(RunConfig):
     )
     output_dir: PathText = key(
         "",
-        "run folder, for checkpoints, logs and results; empty: a folder named by the method, the number of labels and "
-        "the split, in runs/<name of the config file>",
+        "run folder, for checkpoints, logs and results; empty: a folder named by the method, the number of labels, the "
+        "split and, without encoder.weights, `from_scratch`, in runs/<name of the config file>",
         run=True,
     )
     classifier: Classifier = Classifier()
@@ -195,6 +196,11 @@ class FinetuneConfig(RunConfig):
             raise ValueError("encoder.frozen is for train.py: set method=probe to keep the encoder as it is")
         if self.unlabelled and self.method != "laplacenet":
             raise ValueError(f"method={self.method} ignores unlabelled images: remove unlabelled, or use laplacenet")
+        if self.method == "laplacenet" and self.laplacenet.supervised_epochs >= self.training.epochs:
+            raise ValueError(
+                f"laplacenet.supervised_epochs {self.laplacenet.supervised_epochs} leaves no epoch for pseudo-labels: "
+                f"set it to less than training.epochs, {self.training.epochs}, or use method=finetune"
+            )
         if self.method == "laplacenet" and self.laplacenet.labelled_batch_size >= self.training.batch_size:
             raise ValueError(
                 f"laplacenet.labelled_batch_size {self.laplacenet.labelled_batch_size} leaves no room for unlabelled "
@@ -204,8 +210,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def run_name(self) -> str:
-        """Folder of the run inside that of the config file, such as probe_100_labels_split_0."""
-        if self.labelled:
-            return f"{self.method}_given_labels"
+        """Folder of the run inside that of the config file, such as probe_100_labels_split_0_from_scratch."""
         count = "all" if self.num_labels is None else str(self.num_labels)
-        return f"{self.method}_{count}_labels_split_{self.label_split}"
+        labels = "given_labels" if self.labelled else f"{count}_labels_split_{self.label_split}"
+        return f"{self.method}_{labels}{'' if self.encoder.weights else '_from_scratch'}"

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, TypeVar, get_args
@@ -71,8 +71,8 @@ def _validate(schema: type[C], raw: dict[str, Any], where: str, changes: Mapping
         raise ConfigError(_explain(schema, error, where, changes)) from None
 
 
-def _check_program(schema: type[RunConfig], raw: dict[str, Any], where: str) -> None:
-    """Raises ConfigError if the keys `raw` of a config are those of another program than that of `schema`."""
+def _check_program(schema: type[RunConfig], raw: dict[str, Any], where: str, overrides: Collection[str] = ()) -> None:
+    """Raises ConfigError if the keys `raw` of a config file are those of another program than that of `schema`."""
     for other in (Config, FinetuneConfig):
         foreign = [name for name in other.model_fields if name in raw and name not in schema.model_fields]
         if foreign:
@@ -80,7 +80,8 @@ def _check_program(schema: type[RunConfig], raw: dict[str, Any], where: str) -> 
                 f"{where} is for {other.program}, because it has the key {foreign[0]}: run {other.program} with it, or "
                 f"give {schema.program} another one"
             )
-    if schema.marker and schema.marker not in raw:
+    given = [*raw, *(override.partition("=")[0] for override in overrides)]
+    if schema.marker and schema.marker not in given:
         raise ConfigError(
             f"{where} is not for {schema.program}, because it has no key {schema.marker}: add this key, or give "
             f"{schema.program} another one"
@@ -116,7 +117,7 @@ def load(schema: type[C], path: str | Path, overrides: list[str] | None = None, 
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a config file: it needs lines of the form `key: value`")
-    _check_program(schema, raw, str(path))
+    _check_program(schema, raw, str(path), overrides or ())
     try:
         raw = _unshared(raw)
     except RecursionError:
@@ -197,6 +198,8 @@ def parse(schema: type[C], text: str, where: str) -> C:
         where: origin of the text, for the error message.
     """
     raw = parse_yaml(text, where, schema)
-    if isinstance(raw, dict):
-        _check_program(schema, raw, where)
+    keys = set(raw) if isinstance(raw, dict) else set()
+    for other in (Config, FinetuneConfig):
+        if keys <= other.model_fields.keys() and not keys <= schema.model_fields.keys():
+            raise ConfigError(f"{where} is of {other.program}: give {schema.program} another one")
     return _validate(schema, raw, where)

@@ -27,6 +27,7 @@ from model.names import Architecture, Initialization, Modulation, Prediction, Sc
 from model.sizes import num_sections
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4)]
 
@@ -212,14 +213,14 @@ class View(Section):
     affine_degrees: float = key(
         0.0, "largest rotation of the affine transform in degrees, in either direction", ge=0, le=180
     )
-    affine_translate: Probability = key(
+    affine_translate: Fraction = key(
         0.0, "largest shift of the affine transform along each axis, as a fraction of the image size"
     )
     affine_scale: Pair = key([1.0, 1.0], "[lowest, highest] zoom factor of the affine transform")
     affine_shear: float = key(
         0.0, "largest horizontal shear of the affine transform in degrees, in either direction", ge=0, lt=90
     )
-    cutout: Probability = key(
+    cutout: Fraction = key(
         0.0,
         "largest side of a grey square that is drawn over the view, as a fraction of the image size; the side is "
         "uniform between 0 and this, and the centre is anywhere in the view; 0: no square",
@@ -340,7 +341,7 @@ class Encoder(Section):
         "",
         "file with the weights that the encoder starts from: a checkpoint of this program (its EMA encoder), a state "
         "dict of the same architecture, such as torchvision's, whose last layer may have another width, or the "
-        ".safetensors file of embed.py --export; not used on resume; empty: random weights",
+        ".safetensors file of embed.py --export; on resume, the file may be missing; empty: random weights",
         run=True,
     )
     frozen: bool = key(
@@ -445,7 +446,7 @@ class Rates(Section):
 
     warmup_epochs: float = key(
         20.0,
-        "epochs over which both learning rates rise linearly, step by step; may be a fraction; 0: no warm-up",
+        "epochs over which all learning rates rise linearly, step by step; may be a fraction; 0: no warm-up",
         ge=0,
         le=1e6,
     )
@@ -454,7 +455,7 @@ class Rates(Section):
     )
     cooldown_epochs: float = key(
         0.0,
-        "last epochs, in which both learning rates fall linearly, step by step, to zero after the last step; may be a "
+        "last epochs, in which all learning rates fall linearly, step by step, to zero after the last step; may be a "
         "fraction; 0: no cool-down; a value above 0 needs optimizer.schedule=constant",
         ge=0,
         le=1e6,

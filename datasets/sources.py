@@ -159,7 +159,7 @@ def open_unlabelled(root: Path, data: Data, processes: int = 1) -> Images:
     if not files:
         raise walker.no_images(root)
     walker.log_left_out(root)
-    listing = Listing(root, files, None, [], "unlabelled")
+    listing = Listing(root, files, None, [], "flat")  # shares its cache with a run of train.py on this folder
     images, _ = open_splits(listing, None, data.model_copy(update={"root": str(root)}), processes)
     return images
 

@@ -20,9 +20,9 @@ def check_shares(training: Training) -> None:
         )
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises ConfigError if the ranks cannot have equal shares of the batch that are multiples of CHUNK images."""
-    unit = CHUNK * world_size()
+def check_batch_size(batch_size: int, multiple: int = CHUNK) -> None:
+    """Raises ConfigError if the ranks cannot have equal shares of the batch that are multiples of `multiple` images."""
+    unit = multiple * world_size()
     if batch_size % unit:
         below = batch_size // unit * unit
         nearest = f"{below} or {below + unit}" if below else str(unit)

@@ -1,6 +1,7 @@
 """Weights that a new run starts from: the encoder or the decoder of a checkpoint, or a state dict of an encoder."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class StartingWeights:
         new: names of the weights that keep their random initial values.
         origin: description for the log.
         statistics: mean and standard deviation of the images that the weights were trained on; None: not known.
+        image_size: height and width in pixels of the images that the encoder was trained on; None: not known.
     """
 
     path: str
@@ -49,6 +51,7 @@ class StartingWeights:
     new: list[str]
     origin: str
     statistics: Statistics | None = None
+    image_size: int | None = None
 
     def load_into(self, part: nn.Module) -> None:
         """Copies the weights into the encoder or the decoder."""
@@ -106,12 +109,13 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
     """
     contents, digest = read_tensors(path)
     new: list[str] = []
-    statistics = before = None
+    statistics = before = image_size = None
     if is_checkpoint(contents):
         prefix, averaged = f"{part}.", contents["ema"].get("model", {})
         weights = {name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)}
         origin = f"the EMA {part} of step {contents['step']}"
         before = parse_config(contents["config"], str(path))
+        image_size = before.encoder_size
         changed = differences(before, config, run=False, prefixes=(prefix, *ALSO_AGREE[part]))
         if "statistics" in contents:
             mean, std = contents["statistics"]
@@ -124,6 +128,7 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
             )
     elif part == "encoder" and isinstance(contents, dict) and all(isinstance(name, str) for name in contents):
         weights, origin = dict(contents), "a state dict"
+        statistics, image_size = _exported_facts(path)
         last = {name: each for name, each in module.state_dict().items() if name.startswith(LAST_LAYER)}
         if any(getattr(weights.get(name), "shape", None) != each.shape for name, each in last.items()):
             new = list(last)
@@ -149,7 +154,26 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
             raise ConfigError(
                 f"encoder.weights: the timesteps of {path} have other noise levels: {advice}, or use another file"
             )
-    return StartingWeights(str(path), digest, weights, new, origin, statistics)
+    if part == "encoder" and image_size not in (None, config.encoder_size):
+        logger.warning(
+            "the encoder in %s was trained on images of %d px, but data.image_size is %d",
+            *(path, image_size, config.encoder_size),
+        )
+    return StartingWeights(str(path), digest, weights, new, origin, statistics, image_size)
+
+
+def _exported_facts(path: Path) -> tuple[Statistics | None, int | None]:
+    """Returns the statistics and the size of the images, if a file of `embed.py --export` notes them."""
+    if path.suffix.lower() != ".safetensors":
+        return None, None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        notes = file.metadata() or {}
+    if not {"mean", "std", "image_size"} <= notes.keys():
+        return None, None
+    mean, std, image_size = (json.loads(notes[name]) for name in ("mean", "std", "image_size"))
+    return (tuple(mean), tuple(std)), image_size
 
 
 def start_from(model: nn.Module, starting: Mapping[str, StartingWeights], normalised_by: str) -> None:
@@ -177,10 +201,15 @@ def check_origin(paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
         digests: digests of the files that the run started from, by part.
 
     Raises:
-        ConfigError: a file is another one, or the run started from random weights.
+        ConfigError: a file is another one, the config names none, or the run started from random weights.
     """
     for part, text in paths.items():
         path, expected = Path(text), digests.get(part)
+        if expected and not text:
+            raise ConfigError(
+                f"this run started from {part}.weights, a file with the SHA-256 {expected[:16]}...: add "
+                f"{part}.weights=PATH (the file may be missing now), or choose another output_dir"
+            )
         if text and expected is None:
             raise ConfigError(
                 f"this run did not start from {part}.weights, which has no effect on resume: remove it, or choose "
@@ -194,5 +223,5 @@ def check_origin(paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
             if digest != expected:
                 raise ConfigError(
                     f"{part}.weights={path} is not the file that this run started from, which has the SHA-256 "
-                    f"{expected}: put it back, remove the key, or choose another output_dir"
+                    f"{expected}: put it back, or choose another output_dir"
                 )

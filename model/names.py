@@ -9,7 +9,7 @@ WideResNet = Literal["wide_resnet28_1", "wide_resnet28_2", "wide_resnet28_8"]
 """Names of the Wide ResNets for small images: depth and widening factor."""
 
 Architecture = Literal[ResNet, WideResNet]
-"""Names of the encoders. ENCODERS in model/encoder.py maps each name to its class."""
+"""Names of the encoders. ENCODERS in model/build.py maps each name to its class."""
 
 Stem = Literal["small", "imagenet"]
 """Names of the stems, the first layers of a ResNet. STEM_STRIDES in model/sizes.py has their strides."""

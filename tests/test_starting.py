@@ -164,7 +164,8 @@ def test_a_run_resumes_without_the_file_but_not_with_another(
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")
     assert last["step"] == 44 and last["started_from"] == kept["started_from"]
     assert torch.equal(last["model"]["encoder.fc.weight"], kept["model"]["encoder.fc.weight"])
-    check_origin(weight_paths(config_of()), {"encoder": digest})
+    with pytest.raises(ConfigError, match=f"this run started from encoder.weights, a file with .* {digest[:16]}"):
+        check_origin(weight_paths(config_of()), {"encoder": digest})
     with pytest.raises(
         ConfigError, match=r"this run did not start from encoder.weights, which has no effect on resume"
     ):

@@ -247,6 +247,7 @@ def test_an_encoder_starts_from_one_with_the_same_noise_levels(run: Path, tmp_pa
     assert embed_program.main([*checkpoint, "--export", str(file)]) == 0
     _, path, *words = digits_args(run, *MODEL, "encoder.probabilistic=true")
     _, soda, _ = opened(run)
+    trained = read_trained(None, Path(checkpoint[1]), [])
     for source, advice in (
         (checkpoint[1], r"add diffusion.sigma_max=100\.0 to"),
         (str(file), "set the keys of `diffusion` to"),
@@ -254,6 +255,7 @@ def test_an_encoder_starts_from_one_with_the_same_noise_levels(run: Path, tmp_pa
         started = [*words, f"encoder.weights={source}"]
         found = read_starting_weights(load_config(path, started))["encoder"]
         assert_equal_states(found.weights, dict(soda.encoder.state_dict()))
+        assert found.image_size == 8 and found.statistics == trained.statistics()
         with pytest.raises(ConfigError, match=f"have other noise levels: {advice}"):
             read_starting_weights(load_config(path, [*started, "diffusion.sigma_max=50"]))
 

@@ -1,5 +1,7 @@
 """Tests of classifiers that are trained with few labels: finetune.py and its rooms."""
 
+import csv
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.sparse import csr_matrix
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import NearestNeighbors
@@ -21,10 +24,13 @@ from sklearn.semi_supervised import LabelSpreading
 
 import finetune as finetune_program
 import train as train_program
+from analysis.predictions import predict
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
-from config.reading import load, parse
+from config.keys import differences
+from config.reading import load, load_config, parse
 from datasets.images import JoinedImages, StoredImages
+from model.resnets import ResNetEncoder
 from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of, launch_two
 from tests.test_mistakes import write_images
 from training.saving import checkpoint_contents
@@ -44,11 +50,11 @@ DIGITS = ROOT / "config" / "finetune_digits.yaml"
 TINY = [
     *("encoder.weights=", "encoder.width=4", "encoder.latent_dim=8", "device=cpu", "num_labels=20"),
     *("training.batch_size=16", "training.epochs=2", "training.log_every=1", "evaluation.every=2"),
-    "laplacenet.labelled_batch_size=8",
+    *("laplacenet.labelled_batch_size=8", "laplacenet.supervised_epochs=1"),
 ]
 # LaplaceNet whose second epoch is the first one with pseudo-labels and mixup.
 LAPLACENET = [
-    *("method=laplacenet", "laplacenet.supervised_epochs=1", "laplacenet.num_views=2", "laplacenet.k=10"),
+    *("method=laplacenet", "laplacenet.num_views=2", "laplacenet.k=10"),
     "laplacenet.mixup_alpha=1",
 ]
 
@@ -220,17 +226,17 @@ def test_images_without_labels_from_a_second_folder() -> None:
 
 
 def test_each_image_is_used_equally_often() -> None:
-    config = load(FinetuneConfig, DIGITS, [*TINY, *LAPLACENET])
+    config = load(FinetuneConfig, DIGITS, [*TINY, *LAPLACENET, "training.epochs=4"])
     labelled, unlabelled = torch.arange(0, 20), torch.arange(20, 84)
     draws = Draws(config, METHODS["laplacenet"](config), labelled, unlabelled)
     assert draws.steps_per_epoch == 84 // 16
     first = torch.stack([draws.indices(step) for step in range(5)])  # supervised: 4 rounds of 20 images
     assert first.flatten().bincount(minlength=84).tolist() == [4] * 20 + [0] * 64
-    later = torch.stack([draws.indices(step) for step in range(8, 16)])  # one round of 64 images
+    later = torch.stack([draws.indices(step) for step in range(5, 13)])  # one round of 64 images
     assert later[:, 8:].flatten().bincount(minlength=84).tolist() == [0] * 20 + [1] * 64
-    assert later[:, :8].max() < 20
+    assert later[:, :8].flatten().bincount(minlength=20).sort().values.tolist() == [3] * 16 + [4] * 4
     again = Draws(config, METHODS["laplacenet"](config), labelled, unlabelled)
-    assert torch.equal(again.indices(13), later[5]), "a run that resumes draws the same"
+    assert torch.equal(again.indices(10), later[5]), "a run that resumes draws the same"
     few = Draws(config, METHODS["finetune"](config), labelled[:3], unlabelled[:3])
     assert few.steps_per_epoch == 1 and few.indices(0).bincount().tolist() in ([5, 5, 6], [5, 6, 5], [6, 5, 5])
 
@@ -241,14 +247,40 @@ def test_a_folder_with_labels_and_one_without(tmp_path: Path, caplog: pytest.Log
     write_images(tmp_path / "labelled", train_a=10, train_b=10, test_a=4, test_b=4)
     write_images(tmp_path / "rest", seed=1, train_b=30, train_c=14)
     args = ["--config", str(ROOT / "config" / "finetune_folder.yaml"), *TINY, *LAPLACENET]
+    root = tmp_path / "labelled"
+    paths = sorted(root.glob("train/*/*"))[1:]  # the folder `train` may be named or not
+    named = [path.relative_to(root / "train" if index % 2 else root) for index, path in enumerate(paths)]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, named)))
     args += [f"data.root={tmp_path / 'labelled'}", f"unlabelled={tmp_path / 'rest'}", "num_labels=null"]
+    args += [f"labelled={tmp_path / 'list.txt'}"]
     args += [f"data.cache_dir={tmp_path / 'cache'}", "data.image_size=8", f"output_dir={tmp_path / 'run'}"]
     assert finetune_program.main(args) == 0
-    assert "20 labelled and 44 other training images" in caplog.text
+    assert "19 labelled and 45 other training images" in caplog.text
     (facts,) = reports_of(tmp_path / "run", "pseudo_labels")
-    assert facts["without"] < 100 and "accuracy" not in facts, "the true labels are not known"
+    assert facts["without"] < 100 and "accuracy" in facts, "the true label of one image is known"
     targets = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["targets"]
-    assert targets[:20].tolist() == [0] * 10 + [1] * 10 and set(targets[20:].tolist()) <= {-1, 0, 1}
+    assert targets[1:20].tolist() == [0] * 9 + [1] * 10 and set(targets[20:].tolist()) <= {-1, 0, 1}
+
+    # The classifier labels the second folder.
+    assert finetune_program.main([*args, "--predict", str(tmp_path / "rest")]) == 0
+    config = load(FinetuneConfig, args[1], args[2:])
+    starting = read_starting_weights(config)
+    task = open_task(config, None)
+    state = initial_state(task, starting)
+    state.load_state_dict(torch.load(tmp_path / "run" / "checkpoints" / "last.pt"))
+    files = sorted((tmp_path / "rest").glob("*/*/*"))
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = state.ema.ema_model(task.views.evaluation(pixels)).softmax(dim=1)
+    with open(tmp_path / "run" / "predictions" / "rest.csv", newline="") as file:
+        found = {line["file"]: line for line in csv.DictReader(file)}
+    assert len(found) == len(files) == 44
+    for path, probabilities in zip(files, expected, strict=True):
+        line = found[str(path.relative_to(tmp_path / "rest"))]
+        assert line["class"] == "ab"[int(probabilities.argmax())]
+        assert float(line["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-3)
+    with pytest.raises(ConfigError, match="has no checkpoint: train first, by the same command without --predict"):
+        predict(config.model_copy(update={"output_dir": str(tmp_path / "none")}), tmp_path / "rest")
 
 
 # Training
@@ -264,6 +296,9 @@ def test_rates_fall_towards_the_first_layers() -> None:
     assert {names[id(each)] for each in state.optimizer.param_groups[5]["params"]} == {
         *("norm.weight", "norm.bias", "head.weight", "head.bias")
     }
+    over_time = initial_state(task_of("encoder.time_dependent=true"), {})
+    assert len(over_time.optimizer.param_groups) == 6
+    assert over_time.model.encoder.time.mlp[0].weight in over_time.optimizer.param_groups[0]["params"]
     (probe,) = initial_state(task_of("method=probe"), {}).optimizer.param_groups
     assert len(probe["params"]) == 4
     latent = initial_state(task_of("classifier.features=z", "classifier.batch_norm=false"), {})
@@ -282,7 +317,10 @@ def test_the_config_holds_the_command_of_the_code_of_diffusion_based_representat
     assert config.encoder.architecture == "wide_resnet28_2" and config.training.checkpoint_every == "1 epochs"
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.03, 0.9, 5e-4)
-    assert (optimizer.schedule, optimizer.layer_decay) == ("cosine", 1.0)
+    assert (optimizer.schedule, optimizer.layer_decay, optimizer.warmup_epochs) == ("cosine", 1.0, 0)
+    assert optimizer.max_grad_norm >= 1e6 and not config.classifier.batch_norm
+    pretraining = load_config(ROOT / "config" / "drl_cifar10.yaml")
+    assert not differences(config, pretraining, run=False, prefixes=("encoder.", "diffusion.", "data."))
     weak, strong = config.views.weak, config.views.strong
     for view, operations in ((weak, 1), (strong, 2)):
         assert (view.crop_scale, view.crop_ratio, view.flip_probability) == ([1, 1], [1, 1], 0.5)
@@ -408,7 +446,7 @@ def test_the_script_is_stopped_and_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_two_processes_compute_the_same(tmp_path: Path) -> None:
     """Losses and pseudo-labels of two processes equal those of one, up to rounding, also with mixup across shares."""
-    more = [*LAPLACENET, "optimizer.lr=1e-4", "training.batch_size=264"]
+    more = [*LAPLACENET, "optimizer.lr=1e-4", "training.batch_size=260", "encoder.time_dependent=true"]
     launch_two("finetune.py", *args_of(tmp_path / "two", *more))
     assert finetune_program.main(args_of(tmp_path / "one", *more)) == 0
     for kind, name in (("train", "loss"), ("evaluation", "top1"), ("pseudo_labels", "accuracy")):
@@ -419,7 +457,7 @@ def test_two_processes_compute_the_same(tmp_path: Path) -> None:
 def test_pseudo_labels_and_their_accuracy_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """LaplaceNet learns more from 20 labels than from none. A finished run says so, and a file is not needed again."""
+    """The first pseudo-labels are better than chance. The same command then only prints the table again."""
     caplog.set_level(logging.INFO)
     args = args_of(tmp_path / "run", *LAPLACENET, "training.epochs=3", "num_labels=100", "training.batch_size=100")
     assert finetune_program.main(args) == 0
@@ -453,13 +491,42 @@ def test_each_program_refuses_the_configs_and_runs_of_the_other(
             ["--config", str(ROOT / "config/cifar10.yaml")],
             "is not for finetune.py, because it has no key",
         ),
-        (train_program, digits_args(tmp_path / "run"), "the config in"),
-        (train_program, digits_args(tmp_path / "new", f"encoder.weights={finetuned}"), "is for finetune.py"),
+        (train_program, digits_args(tmp_path / "run"), "is of finetune.py: give train.py another one"),
+        (train_program, digits_args(tmp_path / "new", f"encoder.weights={finetuned}"), "is of finetune.py"),
     ]:
         with pytest.raises(SystemExit, match="2"):
             program.main(arguments)
         (said,) = capsys.readouterr().err.splitlines()
         assert said.startswith("error: ") and expected in said
+
+
+def test_a_run_does_not_continue_from_other_weights(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run with other weights, or with none, is refused. Its results name the weights that it had."""
+    args = args_of(tmp_path / "run", "training.epochs=1", f"encoder.weights={checkpoint}", "method=probe")
+    assert finetune_program.main(args) == 0
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert f"probe, 20 labels (split 0), from weights {digest[:8]}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["started_from"] == {"encoder": digest}
+    other = tmp_path / "other.pt"
+    torch.save(torch.load(checkpoint) | {"step": 1}, other)
+    for weights, expected in ((str(other), "is not the file"), ("", f"a file with the SHA-256 {digest[:16]}")):
+        with pytest.raises(SystemExit, match="2"):
+            finetune_program.main([*args, f"encoder.weights={weights}"])
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("error: ") and expected in said
+    scratch, trained = (
+        load(FinetuneConfig, DIGITS, [f"encoder.weights={weights}"]).output_dir for weights in ("", str(checkpoint))
+    )
+    assert scratch == f"{trained}_from_scratch"
+
+    torch.save(ResNetEncoder(architecture="resnet18", stem="small", width=4, latent_dim=9).state_dict(), other)
+    with pytest.raises(SystemExit, match="2"):
+        finetune_program.main(
+            args_of(tmp_path / "z", "method=probe", "classifier.features=z", f"encoder.weights={other}")
+        )
+    assert "method=probe needs all weights, but" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -478,6 +545,7 @@ def test_each_program_refuses_the_configs_and_runs_of_the_other(
         ("encoder.frozen=true", "encoder.frozen is for train.py: set method=probe"),
         ("unlabelled=photos", "method=finetune ignores unlabelled images"),
         ("unlabelled=none method=laplacenet", "no folder none"),
+        ("method=laplacenet laplacenet.supervised_epochs=2", "supervised_epochs 2 leaves no epoch for pseudo-labels"),
         ("encoder.weights=none.pt", "encoder.weights: there is no checkpoint none.pt"),
         ("method=guess", "method: input should be 'probe', 'finetune' or 'laplacenet'"),
         ("label_splits=1", "unknown key label_splits: did you mean label_split?"),

@@ -1,10 +1,13 @@
-"""The training loop: steps, reports, checkpoints and evaluations until the last epoch."""
+"""The training loop of all programs: steps, reports, checkpoints and evaluations until the last epoch."""
 
 import logging
 import sys
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from datasets.images import DatasetError
@@ -12,8 +15,8 @@ from experiment.opening import Experiment
 from experiment.shares import advice_for_less_memory, batch_norm_batch_size
 from training.evaluating import evaluate, evaluation_due
 from training.reports import record_evaluation, record_steps
-from training.saving import Saver
-from training.state import Summary, TrainState
+from training.saving import Opened, Saver
+from training.state import RunState, Summary, TrainState
 from training.step import learning_rates, train_step, training_pixels
 from utils import signals
 from utils.device import choose_compile, memory_for
@@ -29,40 +32,121 @@ MAX_SKIPPED = 20  # steps in a row with non-finite gradients, after which the ru
 logger = logging.getLogger(__name__)
 
 
+class Job(ABC):
+    """A program's part in the training loop: its images, steps and evaluations.
+
+    Attributes:
+        opened: the opened config.
+        state: everything that training changes.
+        folder: folder of the run.
+    """
+
+    opened: Opened
+    state: RunState
+    folder: RunFolder
+
+    @abstractmethod
+    def pixels(self) -> Generator[Tensor, None, None]:
+        """Yields the images that this rank needs for each step, from the present step to the last one."""
+
+    @abstractmethod
+    def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
+        """Collective. Does what is due before the next step."""
+
+    @abstractmethod
+    def step(self, pixels: Iterator[Tensor], timer: PhaseTimer) -> Tensor:
+        """Collective. Runs one optimiser step. Returns the gradient norm before clipping, a scalar on the device."""
+
+    @abstractmethod
+    def rates(self, step: int) -> dict[str, float]:
+        """Returns the learning rates at `step` by name, for the reports."""
+
+    @abstractmethod
+    def evaluate(self, log: RunLog | None) -> None:
+        """Collective. Evaluates the EMA model, and writes the result if there is a log."""
+
+    @abstractmethod
+    def less_memory(self) -> str:
+        """Returns advice for the user after a step that needs too much memory."""
+
+
+class SodaJob(Job):
+    """Training of SODA, as train.py does it."""
+
+    def __init__(self, experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
+        self.opened = self.experiment = experiment
+        self.state = self._state = state
+        self.folder = folder
+
+    def pixels(self) -> Generator[Tensor, None, None]:
+        """See Job.pixels."""
+        return training_pixels(self.experiment, self.state.step)
+
+    def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
+        """See Job.before_step. Nothing is due."""
+
+    def step(self, pixels: Iterator[Tensor], timer: PhaseTimer) -> Tensor:
+        """See Job.step."""
+        return train_step(self.experiment, self._state, pixels, timer)[1]
+
+    def rates(self, step: int) -> dict[str, float]:
+        """See Job.rates."""
+        return dict(zip(("encoder", "decoder"), learning_rates(self.experiment, step), strict=True))
+
+    def evaluate(self, log: RunLog | None) -> None:
+        """See Job.evaluate."""
+        found = evaluate(self.experiment, self.state.ema.ema_model, self.state.step)
+        if log:
+            record_evaluation(log, self.experiment, found, self.folder.path)
+
+    def less_memory(self) -> str:
+        """See Job.less_memory."""
+        return advice_for_less_memory(self.experiment.config.training)
+
+
 def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
-    """Collective. Trains from `state` to the last step. Writes checkpoints, samples and reports into `folder`.
+    """Collective. Trains SODA from `state` to the last step. Raises the errors of `run_job`."""
+    compiles = choose_compile(experiment.config.training.compile, experiment.device)
+    if compiles:
+        state.soda.compile()  # in place, so that names do not change; the EMA has its own eager copy
+    _log_circumstances(experiment)
+    run_job(SodaJob(experiment, state, folder), ", compiling first" if compiles else "")
+
+
+def run_job(job: Job, first: str = "") -> None:
+    """Collective. Trains from the job's state to the last step. Writes checkpoints and reports into its folder.
 
     Each rank trains on its share of each batch. Rank 0 writes.
+
+    Args:
+        first: what happens before the first step, for the log.
 
     Raises:
         DatasetError, FolderError, OutOfMemoryError: on the rank where the error occurs.
         SharedError: at a report, if gradients were not finite for MAX_SKIPPED steps in a row.
         Stopped: after a signal, once the state has been saved.
     """
-    config, total_steps = experiment.config.training, experiment.total_steps
-    compiles = choose_compile(config.compile, experiment.device)
-    if compiles:
-        state.soda.compile()  # in place, so that names do not change; the EMA has its own eager copy
-    state.wrapped = data_parallel(state.soda)
-    _log_circumstances(experiment)
+    opened, state, folder = job.opened, job.state, job.folder
+    config, total_steps = opened.config.training, opened.total_steps
+    state.wrapped = data_parallel(state.model)
     timer, reported_step = PhaseTimer(), state.step
     log = folder.run_log(state.step) if rank() == 0 else None
     with (
         signals.deferred(),
-        Saver(experiment, state, folder, timer) as saver,
+        Saver(opened, state, folder, timer) as saver,
         log or nullcontext(),
-        closing(training_pixels(experiment, state.step)) as pixels,
+        closing(job.pixels()) as pixels,
         progress_bar(config.batch_size, state.step, total_steps) as bar,
     ):
         if log:
-            log.text("config", f"```yaml\n{experiment.config.to_yaml()}```", state.step)
-        _evaluate_if_due(experiment, state, folder, log, timer)  # repeats an evaluation that was interrupted
-        first = ", compiling first" if compiles else ""
+            log.text("config", f"```yaml\n{opened.config.to_yaml()}```", state.step)
+        _evaluate_if_due(job, log, timer)  # repeats an evaluation that was interrupted
         phase_log.info("training from step %d to %d%s", state.step, total_steps, first)
         while state.step < total_steps:
             try:
-                with memory_for(lambda: advice_for_less_memory(config)):
-                    _, grad_norm = train_step(experiment, state, pixels, timer)
+                with memory_for(job.less_memory):
+                    job.before_step(saver, log, timer)
+                    grad_norm = job.step(pixels, timer)
             except DatasetError:  # not a collective save: the other ranks continue, and their losses are not saved
                 saver.save(alone=True)
                 raise
@@ -73,40 +157,37 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
                     summary, last_grad_norm = state.tally.take(), grad_norm.item()
                 if log:
                     num_steps = state.step - reported_step
-                    rates = dict(zip(("encoder", "decoder"), learning_rates(experiment, state.step - 1), strict=True))
-                    record_steps(log, experiment, state, rates, summary, last_grad_norm, timer, num_steps)
+                    rates = job.rates(state.step - 1)
+                    record_steps(log, opened, state, rates, summary, last_grad_norm, timer, num_steps)
                 bar.set_postfix(loss=f"{summary.losses['loss']:.4f}", refresh=False)
                 reported_step = state.step
                 if summary.most_in_a_row >= MAX_SKIPPED:
                     saver.finish()
-                    raise SharedError(_not_finite(experiment, state.step, summary, saver.saved_step, folder))
+                    raise SharedError(_not_finite(job, summary, saver.saved_step))
 
-            stopped_by = saver.save_if_due(before_evaluation=evaluation_due(experiment, state.step))
+            stopped_by = saver.save_if_due(before_evaluation=evaluation_due(opened, state.step))
             if stopped_by:
                 saver.finish()
                 phase_log.info("stopped at step %d, state saved", state.step)
                 raise signals.Stopped(stopped_by, f" at step {state.step}, state saved")
-            _evaluate_if_due(experiment, state, folder, log, timer)
+            _evaluate_if_due(job, log, timer)
         phase_log.info("finished")
 
 
-def _evaluate_if_due(
-    experiment: Experiment, state: TrainState, folder: RunFolder, log: RunLog | None, timer: PhaseTimer
-) -> None:
+def _evaluate_if_due(job: Job, log: RunLog | None, timer: PhaseTimer) -> None:
     """Collective. Evaluates and records the result if this is due and not yet done. A signal ends it immediately."""
-    if not evaluation_due(experiment, state.step):
+    step, total_steps = job.state.step, job.opened.total_steps
+    if not evaluation_due(job.opened, step):
         return
     with signals.obeyed():  # the state has been saved, and an evaluation does not change it
-        reported = broadcast_object(log is not None and log.has("evaluation", state.step))
+        reported = broadcast_object(log is not None and log.has("evaluation", step))
         # After the last step, the evaluation is repeated, because results.json may be missing.
-        if reported and state.step < experiment.total_steps:
+        if reported and step < total_steps:
             return
-        phase_log.info("evaluation at step %d", state.step)
+        phase_log.info("evaluation at step %d", step)
         with timer.phase("evaluation"):
-            found = evaluate(experiment, state.ema.ema_model, state.step)
-            if log:
-                record_evaluation(log, experiment, found, folder.path)
-    phase_log.info("evaluated; training from step %d to %d", state.step, experiment.total_steps)
+            job.evaluate(log)
+    phase_log.info("evaluated; training from step %d to %d", step, total_steps)
 
 
 def progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
@@ -136,13 +217,14 @@ def _log_circumstances(experiment: Experiment) -> None:
         logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(training))
 
 
-def _not_finite(experiment: Experiment, step: int, summary: Summary, saved_step: int | None, folder: RunFolder) -> str:
+def _not_finite(job: Job, summary: Summary, saved_step: int | None) -> str:
     """Returns the error message that ends the run."""
-    encoder_lr, decoder_lr = learning_rates(experiment, step - 1)
-    last = f"The last checkpoint is of step {saved_step}, in {folder.path / 'checkpoints'}"
+    step = job.state.step
+    rates = ", ".join(f"{rate:g} ({name})" for name, rate in job.rates(step - 1).items())
+    last = f"The last checkpoint is of step {saved_step}, in {job.folder.path / 'checkpoints'}"
     saved = "Nothing is saved yet" if saved_step is None else last
     return (
         f"gradients were not finite in {summary.most_in_a_row} steps in a row before step {step}, at learning rates "
-        f"{encoder_lr:g} (encoder) and {decoder_lr:g} (decoder). These steps were skipped. {saved}. Check the images, "
-        "or use lower learning rates in another output_dir"
+        f"{rates}. These steps were skipped. {saved}. Check the images, or use lower learning rates in another "
+        "output_dir"
     )

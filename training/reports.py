@@ -42,7 +42,7 @@ def record_steps(
         num_steps: steps that this process has run since the last report.
     """
     total, by_phase = timer.take()
-    training_s = total - by_phase.get("evaluation", 0) - by_phase.get("checkpoint", 0)
+    training_s = total - sum(by_phase.get(name, 0) for name in ("evaluation", "checkpoint", "pseudo-labels"))
     values = {
         "epoch": state.step / experiment.steps_per_epoch,
         **summary.losses,

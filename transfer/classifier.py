@@ -1,15 +1,19 @@
 """The classifier: an encoder and a linear layer on its features."""
 
+import logging
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
 from experiment.models import NOT_LAYERS
 from experiment.starting import StartingWeights, read_parts
 from model.build import build_encoder
 from model.encoder import Encoder
+
+logger = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
@@ -64,10 +68,12 @@ class Classifier(nn.Module):
         """Returns the trained parameters in groups, from the first layers of the encoder to the layers on top of it.
 
         The groups of the encoder are those of its blocks: `layer1`, `layer2`, ... begin new groups, and so does `fc`.
-        Other modules belong to the group before them.
+        Other modules belong to the group before them. The biases of a time-dependent encoder belong to the first group.
         """
-        groups: list[list[nn.Parameter]] = [[]]
+        groups: list[list[nn.Parameter]] = [[*self.encoder.time.parameters()] if self.encoder.time else []]
         for name, child in self.encoder.named_children():
+            if child is self.encoder.time:
+                continue
             if name.startswith("layer") or name == "fc":
                 groups.append([])
             groups[-1] += child.parameters()
@@ -94,4 +100,12 @@ def read_starting_weights(config: FinetuneConfig) -> dict[str, StartingWeights]:
     """
     with torch.device("meta"):
         classifier = build_classifier(config, num_classes=1)
-    return read_parts(config, {"encoder": config.encoder.weights}, classifier)
+    found = read_parts(config, {"encoder": config.encoder.weights}, classifier)
+    if config.method == "probe" and not found:
+        logger.info("method=probe without encoder.weights: the encoder keeps its random initial weights")
+    elif config.method == "probe" and config.classifier.features == "z" and found["encoder"].new:
+        raise ConfigError(
+            f"method=probe needs all weights, but {config.encoder.weights} has no {found['encoder'].new[0]} of the "
+            "model's shape: set encoder.latent_dim to the width in the file, or classifier.features=pooled"
+        )
+    return found

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
+from datasets.folder_layouts import split_of
 from datasets.images import Images
 from utils.files import read_names
 from utils.randomness import generator
@@ -75,10 +76,13 @@ def _read_indices(path: Path, images: Images) -> Tensor:
     for line in read_names(path):
         name, label = line, None
         if line not in index_of:
-            # The class follows the name, after a separator. Both may contain blanks.
+            # The class follows the name, after a separator. After a tab, `;` or `,`, both may contain blanks.
             parts = re.split(r"[\t;,]", line) if re.search(r"[\t;,]", line) else line.rsplit(maxsplit=1)
             name, label = parts[0].strip(), parts[-1].strip() if len(parts) > 1 else None
         index = index_of.get(name)
+        split, _, inside = name.partition("/")
+        if index is None and split_of(split) == "train":
+            index = index_of.get(inside)
         if index is None:
             kind = "path" if images.names else "index"
             raise ConfigError(f"{path}: there is no training image {name}: write the {kind} of one")

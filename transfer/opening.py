@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,13 +80,14 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None) -> T
         ConfigError: the labels cannot be chosen as the config asks, or the ranks would compute differently.
         DatasetError: the images cannot be used, have no labels, or differ between ranks.
     """
-    device, amp_dtype = open_device(config, lambda: _work(config))
+    device, amp_dtype = open_device(config, partial(training_work, config))
     train, test, info = open_images(config.data, statistics)
     if test is None or train.labels is None:
         raise DatasetError(
             f"the images in {config.data.root} have no labels: put them into a folder per class, or set data.labels"
         )
-    labelled = choose_labelled(config, train)
+    labelled, data_digest = choose_labelled(config, train), train.digest()
+    train, test = to_gpu_if_small(train, device), to_gpu_if_small(test, device)
     if not all_equal(labelled.tolist()):
         raise ConfigError("the processes read different files of labelled images: give all of them the same file")
     if config.unlabelled:
@@ -94,7 +96,8 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None) -> T
             raise DatasetError(
                 f"the machines hold different images in {config.unlabelled}: copy the same images to all machines"
             )
-        train = JoinedImages(train, more)
+        train = JoinedImages(train, to_gpu_if_small(more, device))
+        data_digest = train.digest()
     assert train.labels is not None
     method = METHODS[config.method](config)
     unlabelled = torch.ones(len(train), dtype=torch.bool).index_fill(0, labelled, False).nonzero()[:, 0]
@@ -105,9 +108,9 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None) -> T
         config=config,
         device=device,
         amp_dtype=amp_dtype,
-        train=to_gpu_if_small(train, device),
-        test=to_gpu_if_small(test, device),
-        data_digest=train.digest(),
+        train=train,
+        test=test,
+        data_digest=data_digest,
         info=info,
         views=Views(
             ViewsConfig(),  # its augmentations are not used: each view names its own
@@ -125,7 +128,7 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None) -> T
     )
 
 
-def _work(config: FinetuneConfig) -> float:
+def training_work(config: FinetuneConfig) -> float:
     """Returns the FLOPs of a forward pass of one rank in training."""
     with torch.device("meta"):
         classifier = build_classifier(config, num_classes=2)

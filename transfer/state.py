@@ -22,17 +22,20 @@ class FinetuneState(RunState):
     """Everything that training changes. The model is a Classifier.
 
     Attributes:
+        classes: names of the classes. They do not change.
         labelled: indices of the labelled images. They do not change.
         targets: (N,) int64 on the device, label of each training image in the present epoch: true labels of labelled
             images, and -1 or pseudo-labels of all others.
     """
 
+    classes: list[str]
     labelled: Tensor
     targets: Tensor
 
     def state_dict(self, alone: bool = False) -> dict[str, Any]:
         """Collective unless `alone`. Returns the state. With `alone`, the tally covers only this rank's share."""
-        return super().state_dict(alone) | {"labelled": self.labelled, "targets": self.targets}
+        more = {"classes": self.classes, "labelled": self.labelled, "targets": self.targets}
+        return super().state_dict(alone) | more
 
     def _load(self, state: dict[str, Any]) -> None:
         if not torch.equal(state["labelled"], self.labelled):
@@ -56,7 +59,8 @@ def initial_state(task: Task, starting: Mapping[str, StartingWeights]) -> Finetu
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     with memory_for(lambda: "use a smaller encoder or another device"):
         classifier = build_classifier(config, len(task.info.classes))
-        start_from(classifier, starting, "the images that it was trained on, if they are known")
+        is_known = any(found.statistics for found in starting.values())
+        start_from(classifier, starting, "the images that it was trained on" if is_known else "this run's own images")
         if not task.method.trains_encoder:
             classifier.freeze_encoder()
         classifier = to_device(classifier, task.device)
@@ -67,6 +71,7 @@ def initial_state(task: Task, starting: Mapping[str, StartingWeights]) -> Finetu
             scaler=torch.amp.GradScaler(task.device.type, enabled=task.amp_dtype == torch.float16),
             tally=Tally(task.device, ["loss"]),
             started_from={part: found.digest for part, found in starting.items()},
+            classes=task.info.classes,
             labelled=task.labelled,
             targets=task.given_labels.to(task.device),
         )

@@ -13,14 +13,14 @@ from transfer.state import FinetuneState
 from utils.device import autocast
 from utils.distributed.processes import my_range
 from utils.logging import PhaseTimer
-from utils.randomness import CHUNK, uniforms
+from utils.randomness import uniforms
 
 
 def pairs_of(task: Task, step: int) -> Pairs:
     """Returns the images of the global batch that this rank uses at `step`, and how it mixes them."""
     batch_size = task.config.training.batch_size
     alpha = task.method.stage(step // task.steps_per_epoch).mixup_alpha
-    return draw_pairs(batch_size, my_range(batch_size, CHUNK), alpha, task.config.seed, step)
+    return draw_pairs(batch_size, my_range(batch_size), alpha, task.config.seed, step)
 
 
 def step_pixels(task: Task, step: int) -> Generator[Tensor, None, None]:

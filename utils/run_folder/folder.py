@@ -93,6 +93,11 @@ class RunFolder:
         mean, std = self._saved["statistics"]
         return tuple(mean), tuple(std)
 
+    @property
+    def started_from(self) -> dict[str, str]:
+        """Digest of the file that each part of the run started from, in its checkpoint. Forgotten by `prepare`."""
+        return dict(self._saved.get("started_from", {})) if self._saved else {}
+
     def check_images(self, digest: str) -> None:
         """Raises ConfigError if the run was trained on images with a digest other than `digest`."""
         if self._saved and self._saved["data"] != digest:

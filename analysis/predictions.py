@@ -1,0 +1,77 @@
+"""Classes that a classifier of finetune.py gives to the images of a folder."""
+
+import csv
+import io
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from analysis.feature_file import encode_named, images_of_folder
+from analysis.image_encoder import ImageEncoder
+from config.errors import ConfigError
+from config.finetune_schema import FinetuneConfig
+from config.reading import parse
+from datasets.findings import UnreadableError
+from experiment.opening import open_device
+from experiment.trained import check_weights
+from model.encoder import Encoder
+from transfer.classifier import Classifier, build_classifier
+from transfer.opening import training_work
+from utils.device import compute_exactly
+from utils.files import check_writable
+from utils.run_folder.checkpoint import newest_checkpoint
+
+
+class _Logits(Encoder):
+    """A classifier with the interface of an encoder: its features are the logits."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self._classifier = classifier
+
+    def features(self, x_source: Tensor, timesteps: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns {"logits": (N, num_classes)} for normalised images (N, 3, S, S)."""
+        return {"logits": self._classifier(x_source)}
+
+
+def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[str]]:
+    """Collective. Classifies all images below `folder` with the EMA classifier of the run's newest checkpoint.
+
+    Returns the path and the text of a CSV file with a line for each image: its path, the class and its probability. The
+    third value is the number of images of each class.
+
+    Raises ConfigError if the run has no checkpoint, CheckpointError, DatasetError and OutOfMemoryError.
+    """
+    run = Path(config.output_dir)
+    found = newest_checkpoint(run / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{run} has no checkpoint: train first, by the same command without --predict")
+    checkpoint, contents = found
+    trained = parse(FinetuneConfig, contents["config"], f"the config in {checkpoint}")
+    named = images_of_folder(folder, trained, contents["grey_bits"])
+    path = run / "predictions" / f"{folder.resolve().name}.csv"
+    check_writable(path)
+
+    device, amp_dtype = open_device(config, partial(training_work, trained))
+    compute_exactly()
+    classes = contents["classes"]
+    classifier = build_classifier(trained, len(classes))
+    check_weights(contents["ema"]["model"], classifier)
+    classifier.load_state_dict(contents["ema"]["model"])
+    mean, std = (tuple(values) for values in contents["statistics"])
+    model = ImageEncoder(_Logits(classifier), mean, std, trained.encoder_size, trained.data.stored_size)
+    try:
+        features, named = encode_named(model.eval().to(device), named, config.evaluation.batch_size, amp_dtype)
+    except UnreadableError as error:
+        raise error.with_advice(path.parent, f"{path.stem}.unreadable.txt") from None
+    probabilities, labels = features["logits"].softmax(dim=1).max(dim=1)
+
+    names = [classes[label] for label in labels.tolist()]
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(("file", "class", "probability"))
+    files = [name.encode(errors="backslashreplace").decode() for name in named.names]  # names may not be valid text
+    writer.writerows(zip(files, names, (f"{each:.4f}" for each in probabilities.tolist()), strict=True))
+    return path, lines.getvalue(), Counter(names)
