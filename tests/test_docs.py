@@ -9,7 +9,7 @@ import torch
 
 from config.reading import load_config
 from config.schema import Diffusion
-from docs import draw_model, draw_schedules
+from docs import draw_model, draw_schedules, list_keys
 from experiment.models import build_on_meta
 from model.diffusion import SCHEDULES, GaussianDiffusion
 from tests.conftest import ROOT
@@ -71,3 +71,31 @@ def test_the_figures_are_those_of_the_code(tmp_path: Path, capsys: pytest.Captur
     numbers = [line.split()[-3] for line in (brightness_32, brightness_8, brightness_64)]
     assert "by {} standard deviations, at 8 px by {}, at 64 px by {}.".format(*numbers) in said
     assert f"the last timestep is {signal:.3f}" in said and f"standard deviation {noise:.3f}" in said
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    """Files exist, and sections have the heading that a link names, as GitHub forms its anchors."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    assert len(links) > 30
+    for page, link in links:
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{page.name}: {link}"
+
+
+def test_the_list_of_keys_is_that_of_the_schemas() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert page == list_keys.page(), "run python -m docs.list_keys"
+    for line in (
+        "| `training.min_snr_gamma` | number or null | > 0 | `null` | weight the denoising loss by min-SNR",
+        "| `data.num_workers` * | integer or null | >= 1, <= 1024 | `null` | number of threads",
+        "| `method` | `probe`, `finetune`, `laplacenet` |  | `finetune` | training of the classifier",
+    ):
+        assert line in page
