@@ -1,8 +1,10 @@
 # make train [CONFIG=config/digits.yaml] [NPROC=4] [ARGS="--use_amp key=value ..."] [REPORT=1]
 #     Trains and evaluates a model, with NPROC processes (one per GPU). REPORT=1 also writes a report; it is the default
 #     for config/digits.yaml.
+# make lint
+#     Checks the code style and the types.
 # make test
-#     Checks the code style and the types, and runs the tests.
+#     Does the same, and runs the tests.
 # make test-long
 #     Runs the tests that take minutes.
 # make bundle DATA=folder [NAME="name of the images"] [BUNDLE_PYTHON=3.12]
@@ -10,7 +12,7 @@
 #     `bash bundle/run.sh`. BUNDLE_PYTHON is the Python version of that machine.
 # make clean
 #     Removes .venv and the caches of the tools.
-# Each of the first four creates .venv if it is missing. PYTHON=... chooses its interpreter (3.11 or newer).
+# Each of the first five creates .venv if it is missing. PYTHON=... chooses its interpreter (3.11 or newer).
 
 CONFIG ?= config/digits.yaml
 NPROC ?= 1
@@ -24,17 +26,19 @@ DOWNLOAD = .venv/bin/python -m pip download --quiet --only-binary=:all: --python
 NAME ?= $(notdir $(DATA))
 LAUNCH = .venv/bin/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
 
-.PHONY: train test test-long bundle clean
+.PHONY: train lint test test-long bundle clean
 .DELETE_ON_ERROR:
 
 train: .venv/requirements.done $(if $(REPORT),.venv/requirements-extra.done)
 	$(LAUNCH) train.py --config $(CONFIG) $(ARGS)
 	$(if $(REPORT),$(LAUNCH) test.py --config $(CONFIG) $(ARGS) --report)
 
-test: .venv/requirements-dev.done
+lint: .venv/requirements-dev.done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+test: lint
 	.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile
 
 test-long: .venv/requirements-dev.done
