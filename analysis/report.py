@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from config.schema import KNN
 from evaluation.features import feature_name
 from evaluation.judge import Table
 from evaluation.knn import knn_votes
+from evaluation.measures import MEASURES, Measured
 from evaluation.protocols import KNNProtocol, Protocol
 from experiment.models import describe_model
 from experiment.trained import Trained
@@ -182,6 +183,7 @@ def write_report(
     codec: Codec,
     protocols: Sequence[Protocol],
     table: Table,
+    measured: Mapping[str, Measured],
     found: Confusions,
     pictures: dict[str, Grid],
 ) -> None:
@@ -210,6 +212,7 @@ def write_report(
         device=str(experiment.device),
         columns=columns,
         table=table,
+        measured={MEASURES[name]: each for name, each in measured.items()},
         timestep=codec.timestep,
         over_timesteps=draw_timesteps(protocols, table),
         curves=draw_curves(reports, trained.trained_with.evaluation.features),

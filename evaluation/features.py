@@ -13,6 +13,7 @@ from model.encoder import Encoder
 from utils.device import autocast
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range
+from utils.randomness import generator
 
 # Features by name, (N, D) each. A name may be a tuple that also names the encoder, so that several encoders share one
 # pass over the views.
@@ -45,6 +46,11 @@ class Subset:
     def batches(self, wanted: Iterable[range], pin_memory: bool = False) -> Generator[Tensor, None, None]:
         """Yields the pixels of each range of positions in `indices`, as `Images.batches` does."""
         return self.images.batches((self.indices[each.start : each.stop] for each in wanted), pin_memory)
+
+
+def random_subset(images: Images, count: int, seed: int, purpose: str) -> Subset:
+    """Returns `count` images that are drawn at random, in the order of their indices; all images if they are fewer."""
+    return Subset(images, torch.randperm(len(images), generator=generator(seed, purpose))[:count].sort().values)
 
 
 def extract_features(

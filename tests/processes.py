@@ -27,6 +27,8 @@ from config.reading import load_config
 from datasets.views import Views
 from evaluation.encoders import baselines, encode_with
 from evaluation.judge import judge
+from evaluation.measures import MEASURES, disentanglement, few_labels
+from evaluation.measures.subjects import open_others, subjects_of
 from evaluation.protocols import config_protocols
 from evaluation.spectrum import effective_rank
 from experiment import timesteps
@@ -246,6 +248,21 @@ def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor, float]:
     return table, sample_grid(experiment, state.soda), effective_rank(z)
 
 
+def measuring(folder: Path) -> dict[str, Any]:
+    """Returns the rows of the measures whose work the ranks divide, for a random encoder and the raw pixels."""
+    experiment, state = prepare(folder, "evaluation.batch_size=100")
+    subjects = subjects_of(experiment, state.soda, None, open_others(None, experiment))
+    smaller: dict[Any, dict[str, Any]] = {
+        few_labels: {"DRAWS": 3, "COUNTS": (1,)},
+        disentanglement: {"NUM_TRAIN": 60, "NUM_TEST": 20, "TREES": 2},
+    }
+    with contextlib.ExitStack() as stack:
+        for module, constants in smaller.items():
+            stack.enter_context(mock.patch.multiple(module, **constants))
+        names = ("few_labels", "anomalies", "disentanglement", "uniformity")
+        return {name: MEASURES[name]().measure(subjects).rows for name in names}
+
+
 def turns(folder: Path) -> dict[str, Any]:
     """Runs `first_on_each_node` with work that writes the rank to a file, then with work that fails on the last rank.
 
@@ -286,6 +303,7 @@ def numbers(folder: Path) -> dict[str, Any]:
             judging(folder, f"evaluation.batch_size={size}", "sampling.num_images=6", "sampling.eta=1.0")
             for size in (100, 2000)
         ],
+        "measuring": measuring(folder),
     }
 
 

@@ -157,6 +157,11 @@ def test_judging_gives_the_same_numbers(one: dict[str, Any], two: list[dict[str,
     assert one["judging"][0][1].unique().numel() > 100
 
 
+def test_measuring_gives_the_same_numbers(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert rank["measuring"] == one["measuring"]
+
+
 def test_processes_take_turns_and_learn_of_each_others_failures(two: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(two):
         printed = "" if rank else "error: the last process failed\n"

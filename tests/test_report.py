@@ -68,15 +68,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(run: Path) -> dict[str, list[str]]:
-    """Table that test.py printed when it wrote the report: {protocol: cells}."""
+    """Accuracies and measures that test.py printed when it wrote the report: {protocol or row: cells}."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(protocols, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
         checkpoint = str(run / "checkpoints" / "last.pt")
-        assert judge_program.main(["--checkpoint", checkpoint, "device=cpu", "--report"]) == 0
-    *lines, _, path = printed.getvalue().splitlines()
+        assert (
+            judge_program.main(["--checkpoint", checkpoint, "device=cpu", "--report", "--measures", "uniformity"]) == 0
+        )
+    accuracies, measures, path = printed.getvalue().rstrip().split("\n\n")
     assert path == f"report       {run / 'report.html'}"
-    cells = [re.split(r"  +", line.strip()) for line in lines[2:]]
+    lines = [*accuracies.splitlines()[2:], *measures.splitlines()[3:]]
+    cells = [re.split(r"  +", line.strip()) for line in lines]
     return {protocol: rest for protocol, *rest in cells}
 
 

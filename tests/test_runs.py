@@ -337,7 +337,7 @@ def test_images_without_labels_have_a_spectrum(tmp_path: Path) -> None:
     evaluations = reports(tmp_path / "run", "evaluation")
     assert [report["step"] for report in evaluations] == [1, 2]
     for report in evaluations:
-        assert report.keys() == {"kind", "step", "epoch", "effective_rank", "spectrum"}
+        assert report.keys() == {"kind", "step", "epoch", "effective_rank", "alignment", "uniformity", "spectrum"}
         assert 1 <= report["effective_rank"] <= 8 and len(report["spectrum"]) == 8 and min(report["spectrum"]) >= 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0})
     events.Reload()

@@ -184,6 +184,7 @@ def test_what_needs_one_z_needs_a_timestep(run: Path, tmp_path: Path, capsys: py
         (embed_program, [*checkpoint, "--split", "test"]),
         (embed_program, [*checkpoint, "--export", str(tmp_path / "encoder.pt2")]),
         (judge_program, [*checkpoint, "--report"]),
+        (judge_program, [*checkpoint, "--measures", "uniformity"]),
     ]
     for program, words in programs:
         with pytest.raises(SystemExit, match="2"):
@@ -192,7 +193,11 @@ def test_what_needs_one_z_needs_a_timestep(run: Path, tmp_path: Path, capsys: py
         assert said.count("\n") == 1 and "and a single z is needed: add --timestep T, from 0 to 99" in said
     for program, words, expected in (
         (sample_program, ["nearest", *checkpoint, "--timestep", "100"], "does not exist: choose one from 0 to 99\n"),
-        (judge_program, [*checkpoint, "--timestep", "3"], "--timestep 3 is for the report: add --report, or set "),
+        (
+            judge_program,
+            [*checkpoint, "--timestep", "3"],
+            "--timestep 3 is for the report and the measures: add --report or --measures, or set ",
+        ),
     ):
         with pytest.raises(SystemExit, match="2"):
             program.main(words)
@@ -200,6 +205,8 @@ def test_what_needs_one_z_needs_a_timestep(run: Path, tmp_path: Path, capsys: py
     with pytest.raises(ConfigError, match=r"--timestep 3 is for encoders with encoder.time_dependent=true: remove it"):
         check_timestep(load_config(ROOT / "config" / "digits.yaml"), 3)
     assert sample_program.main(["nearest", *checkpoint, "--timestep", "9", "--out", out, "--num_neighbours", "2"]) == 0
+    assert judge_program.main([*checkpoint, "--timestep", "9", "--measures", "uniformity"]) == 0
+    assert "effective rank (RankMe) of z@9, all test images" in capsys.readouterr().out
 
 
 def test_features_at_a_timestep_are_the_same_everywhere(run: Path, tmp_path: Path) -> None:

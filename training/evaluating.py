@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from evaluation.encoders import baselines, encode_with
-from evaluation.features import Subset, encode_clean, extract_latents, feature_name
+from evaluation.features import encode_clean, extract_latents, feature_name, random_subset
+from evaluation.hypersphere import alignment_and_uniformity
 from evaluation.judge import Table, judge
 from evaluation.protocols import Protocol, config_protocols
 from evaluation.spectrum import effective_rank, variance_spectrum
@@ -16,7 +16,6 @@ from model.soda import SODA
 from training.sample_grid import sample_grid
 from training.saving import Opened
 from utils.device import memory_for
-from utils.randomness import generator
 
 MAX_LATENTS = 10_000  # enough for the spectrum, and TensorBoard's projector loads all of them into the browser
 
@@ -36,6 +35,7 @@ class Evaluation:
         z: (n, latent_dim) latents of these images, without augmentation.
         z_name: "z", or "z@500" for a time-dependent encoder: `z` is that of the middle one of the judged timesteps.
         effective_rank: effective rank of `z`.
+        alignment, uniformity: those of Wang & Isola (2020), of views of at most 2,000 images of the same split.
         spectrum: (latent_dim,) float64, eigenvalues of the covariance of `z`, largest first.
     """
 
@@ -48,6 +48,8 @@ class Evaluation:
     z: Tensor
     z_name: str
     effective_rank: float
+    alignment: float
+    uniformity: float
     spectrum: Tensor
 
 
@@ -72,12 +74,14 @@ def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
             encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)
         timestep = config.judged_timesteps[len(config.judged_timesteps) // 2]
+        name = feature_name("z", timestep)
         chosen, z = latents(experiment, soda.encoder if timestep is None else soda.encoder.at(timestep))
+        on_sphere = alignment_and_uniformity(experiment, {"trained": encode_with(experiment, soda)}, name)["trained"]
     if config.sampling.num_images:
         with memory_for(lambda: f"set sampling.num_images={config.sampling.num_images // 2}"):
             grid = sample_grid(experiment, soda)
-    rank, spectrum, name = effective_rank(z), variance_spectrum(z), feature_name("z", timestep)
-    return Evaluation(step, at_end, protocols, table, grid, chosen, z, name, rank, spectrum)
+    measures = effective_rank(z), *on_sphere, variance_spectrum(z)
+    return Evaluation(step, at_end, protocols, table, grid, chosen, z, name, *measures)
 
 
 def latents(experiment: Experiment, encoder: Encoder) -> tuple[Tensor, Tensor]:
@@ -87,9 +91,9 @@ def latents(experiment: Experiment, encoder: Encoder) -> tuple[Tensor, Tensor]:
     """
     config, device = experiment.config, experiment.device
     images = experiment.train if experiment.test is None else experiment.test
-    chosen = torch.randperm(len(images), generator=generator(config.seed, "latents"))[:MAX_LATENTS].sort().values
+    chosen = random_subset(images, MAX_LATENTS, config.seed, "latents")
 
     def encode(pixels: Tensor) -> Tensor:
         return encode_clean(encoder, experiment.views, pixels, device, experiment.amp_dtype)
 
-    return chosen, extract_latents(encode, Subset(images, chosen), config.evaluation.batch_size, device)
+    return chosen.indices, extract_latents(encode, chosen, config.evaluation.batch_size, device)

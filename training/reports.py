@@ -64,8 +64,16 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
     one of this evaluation. Raises FolderError.
     """
     epoch = found.step // experiment.loader.steps_per_epoch
-    values: dict[str, float] = {"epoch": epoch, "effective_rank": found.effective_rank}
-    logger.info("epoch %d, %s: effective rank %.1f of %d", epoch, found.z_name, found.effective_rank, found.z.shape[1])
+    measures = {
+        "effective_rank": found.effective_rank,
+        "alignment": found.alignment,
+        "uniformity": found.uniformity,
+    }
+    values: dict[str, float] = {"epoch": epoch, **measures}
+    logger.info(
+        "epoch %d, %s: effective rank %.1f of %d, alignment %.3f, uniformity %.3f",
+        *(epoch, found.z_name, found.effective_rank, found.z.shape[1], found.alignment, found.uniformity),
+    )
     for protocol in found.protocols:
         accuracies = found.table[str(protocol)]["trained"]
         values |= {f"{protocol.logged_as}_{name}": accuracy for name, accuracy in accuracies.items()}

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -115,6 +115,11 @@ def format_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> st
     for protocol, cells in results.items():
         shown = [f"{cells[c]['top1']:.1f} / {cells[c]['top3']:.1f}" if c in cells else "" for c in columns]
         rows.append([protocol, *shown])
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of texts as a text table. The first row is the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

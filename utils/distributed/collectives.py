@@ -8,19 +8,20 @@ config is reported without waiting for this import.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from config.errors import UserError
-from utils.distributed.processes import local_rank, local_world_size, rank, world_size
+from utils.distributed.processes import local_rank, local_world_size, my_range, rank, world_size
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+In = TypeVar("In")
 T = TypeVar("T")
 SIGN_OF_LIFE_S = 5.0
 logger = logging.getLogger(__name__)
@@ -85,6 +86,12 @@ def all_equal(value: Any) -> bool:
     """Collective. Returns True on all ranks if the picklable `value` is equal on all ranks, else False on all ranks."""
     first, *others = all_gather_object(value)
     return all(other == first for other in others)
+
+
+def map_over_ranks(work: Callable[[In], T], items: Sequence[In]) -> list[T]:
+    """Collective. Returns the picklable work(item) of each item, in order. The ranks divide the items among them."""
+    parts = all_gather_object([work(items[i]) for i in my_range(len(items))])
+    return [result for part in parts for result in part]
 
 
 def open_tensor_group(backend: str, device: torch.device) -> None:

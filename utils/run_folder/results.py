@@ -22,8 +22,13 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def write_results(folder: Path, config: RunConfig, step: int, **contents: Any) -> None:
-    """Writes results.json with `contents`, which must include the table. Raises FolderError."""
-    results = {"config_digest": result_digest(config, without=STARTING_FILES), "step": step, **contents}
+    """Writes `contents` into results.json, which must include the table, now or before. Raises FolderError.
+
+    Other contents that belong to the same config and step are kept.
+    """
+    before = read_results(folder)
+    kept = before if belongs_to(before, config, step) else {}
+    results = {**kept, "config_digest": result_digest(config, without=STARTING_FILES), "step": step, **contents}
     with writing_to(folder):
         write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 

@@ -1,0 +1,120 @@
+"""Prediction of attributes: one probe for each 0/1 column of `data.labels`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from evaluation.measures.base import Measure, Measured, Rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from evaluation.measures.subjects import Subjects
+    from experiment.opening import Experiment
+
+MAX_IMAGES = 25_000
+HELD_OUT = 5  # one of this many images is held out
+MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Images and attributes that are used.
+
+    Attributes:
+        chosen: (n,) indices of training images in random order. The first `num_train` are to fit, the others to score.
+        values: (n, A) 0/1 attributes of these images.
+        columns: attributes that have both values in both parts.
+    """
+
+    chosen: Tensor
+    num_train: int
+    values: np.ndarray
+    columns: list[int]
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> _Plan:
+        import torch
+
+        from utils.randomness import generator
+
+        assert experiment.train.attributes is not None, "the measure needs attributes"
+        order = torch.randperm(len(experiment.train), generator=generator(experiment.config.seed, "attribute images"))
+        chosen = order[:MAX_IMAGES]
+        num_train, values = len(chosen) - len(chosen) // HELD_OUT, experiment.train.attributes[chosen].numpy()
+        parts = values[:num_train], values[num_train:]
+        columns = [j for j in range(values.shape[1]) if all({0, 1} == set(part[:, j].tolist()) for part in parts)]
+        return cls(chosen, num_train, values, columns)
+
+
+class Attributes(Measure):
+    """Average precision and balanced accuracy of logistic regression, for each attribute of the images.
+
+    Attributes belong to training images, so a random fifth of these is held out. (The encoder has been trained on all
+    of them, but without attributes.) The probe is scikit-learn's logistic regression with C = 1 and classes of equal
+    weight, on standardised features. Average precision is sum_n (R_n - R_(n-1)) P_n over the thresholds of the score,
+    with recall R and precision P. Balanced accuracy is the mean of the recalls of 0 and 1. The column "chance" has the
+    values of a random score: the fraction of ones, and 50 %.
+    """
+
+    name = "attributes"
+    meaning = "average precision and balanced accuracy of a probe for each attribute in data.labels"
+    cost = f"encodes at most {MAX_IMAGES} training images, then one fit per attribute and encoder"
+
+    def obstacle(self, experiment: Experiment) -> str | None:
+        if experiment.train.attributes is None:
+            return "the images have no attributes (0/1 columns of data.labels)"
+        columns = _Plan.of(experiment).columns
+        return None if columns else "no attribute has both values in the images to fit and in those to score"
+
+    def measure(self, subjects: Subjects) -> Measured:
+        from evaluation.features import Subset
+        from evaluation.measures.subjects import standardized
+        from utils.distributed.collectives import map_over_ranks
+
+        plan = _Plan.of(subjects.experiment)
+        values, columns, num_train = plan.values, plan.columns, plan.num_train
+        inputs = {
+            name: standardized(features, features[:num_train]).cpu().numpy()
+            for name, features in subjects.features(Subset(subjects.experiment.train, plan.chosen)).items()
+        }
+        tasks = [(column, name) for column in columns for name in inputs]
+        scores = map_over_ranks(lambda task: probe(inputs[task[1]], values[:, task[0]], num_train), tasks)
+        found = dict(zip(tasks, scores, strict=True))
+        titles = subjects.experiment.train.attribute_names
+        rows: Rows = {}
+        for place, score in enumerate(("average precision", "balanced accuracy")):
+            chances = {column: 50.0 if place else 100 * float(values[num_train:, column].mean()) for column in columns}
+            for column in columns:
+                by_encoder = {name: {"value": found[column, name][place]} for name in inputs}
+                rows[f"{score}, {titles[column]}"] = by_encoder | {"chance": {"value": chances[column]}}
+            means = {name: {"value": fmean(found[column, name][place] for column in columns)} for name in inputs}
+            rows[f"{score}, mean"] = means | {"chance": {"value": fmean(chances.values())}}
+        protocol = (
+            f"probe of each attribute (%), logistic regression C=1 balanced on standardised {subjects.feature}; "
+            f"{num_train} training images to fit, {len(values) - num_train} other training images to score"
+        )
+        return Measured(protocol, rows)
+
+
+def probe(features: np.ndarray, values: np.ndarray, num_train: int) -> tuple[float, float]:
+    """Returns average precision and balanced accuracy in per cent on the samples from `num_train` on.
+
+    Args:
+        features: (N, D) standardised features.
+        values: (N,) 0/1 values.
+        num_train: number of samples that logistic regression is fitted on.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import average_precision_score, balanced_accuracy_score
+
+    fitted = LogisticRegression(class_weight="balanced", max_iter=MAX_ITERATIONS)
+    fitted.fit(features[:num_train], values[:num_train])
+    scores = fitted.decision_function(features[num_train:])
+    return (
+        100 * float(average_precision_score(values[num_train:], scores)),
+        100 * float(balanced_accuracy_score(values[num_train:], scores > 0)),
+    )

@@ -1,0 +1,37 @@
+"""Measures of a run in its results.json, under the key "measures"."""
+
+import logging
+
+from evaluation.measures.base import Measured
+from experiment.opening import Experiment
+from experiment.trained import Trained
+from utils.run_folder.results import RESULTS, belongs_to, read_results, write_results
+
+logger = logging.getLogger(__name__)
+
+
+class Record:
+    """Adds measures of a checkpoint to the results.json of its run: {name: {"protocol": ..., "rows": ...}}.
+
+    Nothing is added, and the reason is logged, if the file is not that of this step of the run, or if the images are
+    not those of the run.
+    """
+
+    def __init__(self, trained: Trained, experiment: Experiment) -> None:
+        self._trained = trained
+        is_of_run = trained.contents["data"] == experiment.data_digest
+        self._applies = is_of_run and belongs_to(read_results(trained.folder), trained.trained_with, trained.step)
+        if not self._applies:
+            reason = (
+                f"{trained.folder / RESULTS} is not that of step {trained.step} of this run"
+                if is_of_run
+                else "they are of other images than those of the run"
+            )
+            logger.info("the measures are not added to %s, because %s", RESULTS, reason)
+
+    def add(self, name: str, measured: Measured) -> None:
+        """Adds a measure, or replaces it. Call it on rank 0. Raises FolderError."""
+        if self._applies:
+            folder, entry = self._trained.folder, {"protocol": measured.protocol, "rows": measured.rows}
+            measures = read_results(folder).get("measures", {}) | {name: entry}
+            write_results(folder, self._trained.trained_with, self._trained.step, measures=measures)

@@ -1,0 +1,430 @@
+"""Tests of the measures of test.py --measures, against other libraries, closed forms and hand-made cases."""
+
+import colorsys
+import io
+import json
+import logging
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from torch import Tensor
+
+import test as judge_program
+import train as train_program
+from datasets.images import StoredImages
+from evaluation import corruptions, logistic_regression
+from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, disk
+from evaluation.hypersphere import alignment, uniformity
+from evaluation.knn import neighbour_distances
+from evaluation.measures import MEASURES, anomalies, attributes, disentanglement, few_labels, robustness
+from evaluation.measures.anomalies import Anomalies
+from evaluation.measures.attributes import Attributes, probe
+from evaluation.measures.few_labels import FewLabels
+from evaluation.measures.robustness import corruption_error, mean_accuracy
+from evaluation.measures.subjects import Subjects, standardized
+from evaluation.shapes import FACTORS, Shapes, draw_shapes
+from tests.conftest import digits_args, experiment_of
+from tests.test_mistakes import write_images
+from tests.test_runs import flat_folder
+from utils.distributed.collectives import SharedError
+
+COLUMNS = {
+    "disentanglement": ["trained", "untrained", "principal components"],
+    "attributes": ["trained", "untrained", "raw pixels", "chance"],
+}
+PIXELS = {"raw pixels": lambda views, _: {"z": views.flatten(1)}}
+
+
+def random_images(count: int = 6, size: int = 32) -> Tensor:
+    """Returns smooth random images (count, 3, size, size) uint8, with all levels."""
+    coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(coarse, (size, size), mode="bilinear") * 1.4 - 0.2).clamp(0, 1).mul(255).byte()
+
+
+def made_by(function: Any, pixels: Tensor) -> Tensor:
+    """Returns function(image (H, W, 3) in [0, 1]) of each image, cut off to levels as in the benchmark."""
+    images = [function(image.permute(1, 2, 0).double().numpy() / 255) for image in pixels]
+    levels = [np.uint8(np.clip(image, 0, 1) * 255 + 1e-3) for image in images]
+    return torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2)
+
+
+def blurred_disk(image: np.ndarray, radius: float, sigma: float) -> np.ndarray:
+    """Returns the benchmark's defocus blur: a disk of 17 x 17 pixels, smoothed by a Gaussian of 3 x 3."""
+    line = np.arange(-8, 9)
+    inside = (line[:, None] ** 2 + line**2 <= radius**2).astype(float)
+    weights = np.exp(-(np.arange(-1, 2) ** 2) / (2 * sigma**2))
+    kernel = scipy.ndimage.correlate(inside / inside.sum(), np.outer(weights, weights) / weights.sum() ** 2)
+    return np.stack([scipy.ndimage.correlate(image[..., c], kernel, mode="mirror") for c in range(3)], axis=2)
+
+
+def zoomed(image: np.ndarray, steps: int) -> np.ndarray:
+    """Returns the benchmark's zoom blur, with scipy's zoom."""
+    size, total = len(image), image.copy()
+    for step in range(steps):
+        cut = math.ceil(size / (1 + step / 100))
+        start = (size - cut) // 2
+        middle = image[start : start + cut, start : start + cut]
+        enlarged = scipy.ndimage.zoom(middle, (1 + step / 100, 1 + step / 100, 1), order=1)
+        start = (len(enlarged) - size) // 2
+        total += enlarged[start : start + size, start : start + size]
+    return total / (steps + 1)
+
+
+def brighter(image: np.ndarray, amount: float) -> np.ndarray:
+    """Returns an image whose value V in HSV is higher, by Python's colorsys."""
+
+    def change(rgb: np.ndarray) -> tuple[float, float, float]:
+        hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
+        return colorsys.hsv_to_rgb(hue, saturation, min(value + amount, 1))
+
+    return np.apply_along_axis(change, 2, image)
+
+
+def by_pillow(image: np.ndarray, kind: str, parameter: float) -> np.ndarray:
+    """Returns an image that Pillow pixelates or compresses."""
+    picture = Image.fromarray((image * 255).round().astype(np.uint8))
+    if kind == "pixelate":
+        small = picture.resize((int(32 * parameter), int(32 * parameter)), Image.Resampling.BOX)
+        return np.asarray(small.resize((32, 32), Image.Resampling.BOX)) / 255
+    stored = io.BytesIO()
+    picture.save(stored, "JPEG", quality=int(parameter))
+    return np.asarray(Image.open(stored)) / 255
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_corruptions_without_noise_against_other_libraries(severity: int) -> None:
+    pixels = random_images()
+    pixels[0, :, 3:6, 3:6] = 0  # black has no hue
+    expected = {
+        "gaussian blur": lambda x, sigma: scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="nearest"),
+        "defocus blur": lambda x, shape: blurred_disk(x, *shape),
+        "zoom blur": zoomed,
+        "brightness": brighter,
+        "contrast": lambda x, factor: x.mean((0, 1)) + factor * (x - x.mean((0, 1))),
+        "pixelate": lambda x, factor: by_pillow(x, "pixelate", factor),
+        "jpeg compression": lambda x, quality: by_pillow(x, "jpeg", quality),
+    }
+    for kind, function in expected.items():
+        parameter = CORRUPTIONS[kind][1][severity - 1]
+        reference = made_by(lambda image, f=function, p=parameter: f(image, p), pixels)
+        found = corrupt(pixels, range(len(pixels)), kind, severity, 0)
+        assert (found.int() - reference.int()).abs().max() <= 1, kind  # float32 may cut off to the next level
+        assert not torch.equal(found, pixels), kind
+    assert disk(1.5, 0.1).sum() == pytest.approx(1) and (disk(1.0, 0.1) > 0.1).sum() == 5
+
+
+def test_noise_has_the_stated_distribution_and_belongs_to_the_image() -> None:
+    grey = torch.full((64, 3, 32, 32), 102, dtype=torch.uint8)  # 0.4
+    for severity in SEVERITIES:
+        for kind, std in (
+            ("gaussian noise", CORRUPTIONS["gaussian noise"][1][severity - 1]),
+            ("speckle noise", 0.4 * CORRUPTIONS["speckle noise"][1][severity - 1]),
+            ("shot noise", (0.4 / CORRUPTIONS["shot noise"][1][severity - 1]) ** 0.5),
+        ):
+            found = corrupt(grey, range(64), kind, severity, 0).float() / 255
+            assert found.mean().item() == pytest.approx(0.4 - 0.5 / 255, abs=1e-3), kind  # fractions are cut off
+            assert found.std().item() == pytest.approx(std, rel=0.02), kind
+        found = corrupt(grey, range(64), "impulse noise", severity, 0)
+        amount = CORRUPTIONS["impulse noise"][1][severity - 1]
+        for level in (0, 255):
+            assert (found == level).float().mean().item() == pytest.approx(amount / 2, rel=0.1)
+    for kind in CORRUPTIONS:
+        few = corrupt(grey[:4], range(10, 14), kind, 3, 0)
+        assert torch.equal(few[2:], corrupt(grey[:2], range(12, 14), kind, 3, 0))
+        assert "noise" not in kind or not torch.equal(few, corrupt(grey[:4], range(10, 14), kind, 3, 1))
+
+
+def test_the_mean_corruption_error_by_hand() -> None:
+    accuracies = {("blur", "z"): [90.0, 70.0], ("blur", "raw pixels"): [80.0, 40.0]}
+    accuracies |= {("noise", "z"): [50.0, 30.0], ("noise", "raw pixels"): [60.0, 40.0]}
+    assert corruption_error(accuracies, "z") == pytest.approx((100 * 40 / 80 + 100 * 120 / 100) / 2)
+    assert corruption_error(accuracies, "raw pixels") == 100
+    assert mean_accuracy(accuracies, "z") == 60
+    accuracies["noise", "raw pixels"] = [100.0, 100.0]
+    assert math.isnan(corruption_error(accuracies, "z"))
+
+
+def test_few_labels_against_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draw is nested in larger ones, and each number is that of scikit-learn for the same labelled images."""
+    monkeypatch.setattr(few_labels, "DRAWS", 2)
+    monkeypatch.setattr(few_labels, "COUNTS", (1, 5, 1000))
+    subjects = Subjects(experiment_of(tmp_path), PIXELS, "z")
+    measured = FewLabels().measure(subjects)
+    orders = few_labels._orders(subjects)
+    train, test = subjects.train["raw pixels"], subjects.test["raw pixels"]
+    labels, test_labels = subjects.train_labels, subjects.test_labels
+    assert list(measured.rows) == [f"{kind}, {n} per class" for kind in ("k-NN", "logistic") for n in (1, 5)]
+    for count in (1, 5):
+        expected: dict[str, list[float]] = {"k-NN": [], "logistic": []}
+        for order in orders:
+            chosen = order[:, :count].flatten()
+            assert labels[chosen].bincount().tolist() == [count] * 10
+            bank, queries = F.normalize(train[chosen]), F.normalize(test)
+            knn = KNeighborsClassifier(min(20, 10 * count), weights=lambda d: np.exp((1 - d**2 / 2) / 0.1))
+            expected["k-NN"].append(100 * knn.fit(bank, labels[chosen]).score(queries, test_labels))
+            scaled, scaled_test = standardized(train[chosen], train), standardized(test, train)
+            logistic = LogisticRegression(max_iter=1000).fit(scaled, labels[chosen])
+            expected["logistic"].append(100 * logistic.score(scaled_test, test_labels))
+        for kind, values in expected.items():
+            cell = measured.rows[f"{kind}, {count} per class"]["raw pixels"]
+            assert cell["value"] == pytest.approx(np.mean(values), abs=0.3)
+            assert cell["deviation"] == pytest.approx(np.std(values, ddof=1), abs=0.5)
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_scores_of_anomalies_against_scikit_learn() -> None:
+    """The distances are those to the rest of the bank, also if a class has fewer entries than neighbours are needed."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(300, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    labels = torch.randint(4, (300,), generator=generator)
+    labels[labels == 3] = 0
+    labels[:2] = 3
+    test_labels = torch.arange(50) % 4
+    scores = anomalies.held_out_scores(bank, labels, queries)
+    found = anomalies.held_out_aurocs(scores, test_labels)
+    for label in range(4):
+        rest = bank[labels != label]
+        expected = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(rest).kneighbors(queries)[0][:, -1]
+        np.testing.assert_allclose(scores[:, label], expected, rtol=1e-4)
+        assert found[label] == pytest.approx(100 * roc_auc_score(test_labels == label, expected), abs=0.2)
+    np.testing.assert_allclose(
+        neighbour_distances(bank + 30, queries + 30, 7),
+        NearestNeighbors(n_neighbors=7, algorithm="brute").fit(bank).kneighbors(queries)[0],
+        rtol=1e-3,
+    )
+
+
+def test_the_auroc_by_hand() -> None:
+    # Of the 6 pairs, 4 are in the right order, and 1 is a tie.
+    assert anomalies.auroc(torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0, 2.0])) == pytest.approx(100 * 4.5 / 6)
+    separated = torch.tensor([[5.0, 0.0], [1.0, 5.0], [1.0, 4.0]])
+    assert anomalies.held_out_aurocs(separated, torch.tensor([0, 1, 1])) == {0: 100.0, 1: 100.0}
+
+
+def test_a_latent_that_is_the_factors_is_disentangled_and_a_rotation_is_not() -> None:
+    factors = Shapes(4000, 8, 0).factors.numpy()
+    scaled = (factors - factors.mean(0)) / factors.std(0)
+    noise = np.random.default_rng(0).normal(size=(4000, 3))
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0]
+
+    def scores(latent: np.ndarray) -> dict[str, float]:
+        found = {"mig": disentanglement.mutual_information_gap(latent, factors)}
+        for kind, fit in disentanglement.REGRESSORS.items():
+            fits = [fit(latent, factor, 0) for factor in factors.T]
+            importances = np.stack([each for each, _ in fits], axis=1)
+            found[f"{kind} d"] = disentanglement.disentanglement(importances)
+            found[f"{kind} c"] = disentanglement.completeness(importances)
+            found[f"{kind} i"] = float(np.mean([r2 for _, r2 in fits]))
+        return found
+
+    ideal, rotated = scores(np.concatenate([scaled, noise], axis=1)), scores(scaled @ rotation)
+    assert min(ideal.values()) > 0.95
+    assert all(rotated[name] < 0.5 for name in ("mig", "lasso d", "lasso c", "forest d", "forest c"))
+    assert rotated["lasso i"] > 0.95  # a rotation keeps what the latent says
+    # One feature for two factors: entropy log 2 of log K. One factor in two features: entropy log 2 of log D.
+    by_hand = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    assert disentanglement.disentanglement(by_hand) == pytest.approx((2 * (1 - math.log(2, 3)) + 1 + 1) / 4)
+    assert disentanglement.completeness(by_hand) == pytest.approx((1 + 1 + 1 - math.log(2, 4)) / 3)
+
+
+def test_the_mutual_information_gap_in_closed_form() -> None:
+    """A feature that is the factor shares its entropy log 4 with it; one that knows only its half shares log 2."""
+    factor = np.arange(400)[:, None] % 4 * 1.0
+    half = np.floor(factor / 2)
+    unrelated = (np.arange(400)[:, None] // 4 % 10) * 1.0
+    assert disentanglement.mutual_information_gap(np.hstack([factor, unrelated]), factor) == pytest.approx(1)
+    assert disentanglement.mutual_information_gap(np.hstack([factor, half]), factor) == pytest.approx(0.5)
+    assert disentanglement.mutual_information_gap(half, factor) == pytest.approx(0.5)
+    assert disentanglement.mutual_information_gap(np.zeros((400, 2)), factor) == 0
+
+
+def test_shapes_have_the_factors_that_they_state() -> None:
+    shapes = Shapes(60, 64, 3)
+    (pixels,) = shapes.batches([range(60)])
+    assert torch.equal(pixels[7:9], next(shapes.batches([torch.tensor([7, 8])])))
+    for image, factors in zip(pixels, shapes.factors, strict=True):
+        size, horizontal, vertical, hue, _ = factors.tolist()
+        distance = (image.float() - 127.5).abs().sum(0)
+        mask = (distance > 40).double()
+        rows, columns = torch.where(mask > 0)
+        assert rows.min() > 0 and columns.min() > 0 and rows.max() < 63 and columns.max() < 63
+        centre = [(columns.double().mean() + 0.5) / 64, (rows.double().mean() + 0.5) / 64]
+        assert centre == pytest.approx([horizontal, vertical], abs=size / 2)  # a triangle's centre is lower
+        inner = image[:, rows, columns].float()[:, distance[rows, columns] > distance.max() - 3].mean(1) / 255
+        assert colorsys.rgb_to_hsv(*inner.tolist())[0] == pytest.approx(hue, abs=0.02)
+    low, high = torch.tensor(list(FACTORS.values())).T
+    assert (shapes.factors >= low).all() and (shapes.factors <= high).all()
+    # A rectangle has an area of 2 size^2, an ellipse pi/2 size^2, a triangle size^2.
+    middle = torch.tensor([[0.25, 0.5, 0.5, 0.0, angle] for angle in (0.0, 30.0, -45.0)]).repeat_interleave(3, dim=0)
+    drawn = draw_shapes(middle, torch.tensor([0, 1, 2] * 3), 64)
+    areas = (drawn[:, 0].float() - 128).div(127).mean(dim=(1, 2))  # red: the first channel is 255 inside
+    assert areas.tolist() == pytest.approx([2 / 16, math.pi / 32, 1 / 16] * 3, abs=2e-3)
+
+
+def test_alignment_and_uniformity_in_closed_form() -> None:
+    x = torch.eye(4)
+    assert alignment(x, 3 * x) == pytest.approx(0, abs=1e-6) and alignment(x, -x) == pytest.approx(4)
+    assert alignment(x, x.roll(1, 0)) == pytest.approx(2)
+    assert uniformity(5 * x) == pytest.approx(-4) and uniformity(torch.ones(7, 3)) == pytest.approx(0, abs=1e-6)
+    # Among x, -x and an orthogonal vector, the squared distances are 4, 2 and 2.
+    mixed = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    assert uniformity(mixed) == pytest.approx(math.log((math.exp(-8) + 2 * math.exp(-4)) / 3))
+
+
+def test_probes_of_attributes_against_scikit_learn(tmp_path: Path) -> None:
+    """A feature that is the attribute is perfect. Scores are computed on images that are not fitted."""
+    experiment = experiment_of(tmp_path)
+    images = experiment.train
+    assert isinstance(images, StoredImages) and images.labels is not None
+    images.attributes = torch.stack([images.labels > 6, images.labels % 2 == 0, images.labels < 0], dim=1).byte()
+    images.attribute_names = ["large", "even", "never"]
+    measured = Attributes().measure(Subjects(experiment, PIXELS, "z"))
+    plan = attributes._Plan.of(experiment)
+    assert (len(plan.values), plan.num_train, plan.columns) == (1437, 1150, [0, 1])
+    views = experiment.views.evaluation(images.pixels[plan.chosen]).flatten(1)
+    scaled = standardized(views, views[:1150]).numpy()
+    model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(scaled[:1150], plan.values[:1150, 1])
+    scores, truth = model.decision_function(scaled[1150:]), plan.values[1150:, 1]
+    expected = 100 * average_precision_score(truth, scores), 100 * balanced_accuracy_score(truth, scores > 0)
+    found = tuple(
+        measured.rows[f"{row}, even"]["raw pixels"]["value"] for row in ("average precision", "balanced accuracy")
+    )
+    assert found == pytest.approx(expected, abs=0.1)
+    assert measured.rows["average precision, large"]["chance"]["value"] == pytest.approx(
+        100 * plan.values[1150:, 0].mean()
+    )
+    values = np.arange(100) % 3 == 0
+    assert probe(values[:, None] * 2.0 - 1, values, 50) == (100, 100)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the measures fast: fewer draws, images, corruptions, strengths and trees."""
+    monkeypatch.setattr(few_labels, "DRAWS", 2)
+    monkeypatch.setattr(few_labels, "COUNTS", (1, 5))
+    monkeypatch.setattr(anomalies, "MAX_OTHERS", 50)
+    monkeypatch.setattr(robustness, "MAX_IMAGES", 50)
+    monkeypatch.setattr(logistic_regression, "STRENGTHS", (1e-2,))
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", {name: CORRUPTIONS[name] for name in ("contrast", "shot noise")})
+    monkeypatch.setattr(disentanglement, "NUM_TRAIN", 60)
+    monkeypatch.setattr(disentanglement, "NUM_TEST", 20)
+    monkeypatch.setattr(disentanglement, "TREES", 2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of one epoch on digits."""
+    folder = tmp_path_factory.mktemp("measures") / "run"
+    assert train_program.main(digits_args(folder)) == 0
+    return folder
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Returns the contents of results.json."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_all_measures_are_printed_and_kept_with_the_results(
+    run: Path, small: None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO)
+    args, table = digits_args(run), stored(run)["table"]
+    capsys.readouterr()
+    assert judge_program.main([*args, "--measures", "all"]) == 0
+    printed = capsys.readouterr().out.strip().split("\n\n")
+    assert "skipping the measure attributes, because the images have no attributes" in caplog.text
+    measures = stored(run)["measures"]
+    assert list(measures) == [name for name in MEASURES if name != "attributes"] and stored(run)["table"] == table
+    for text, (name, found) in zip(printed, measures.items(), strict=True):
+        title, heading, _, *lines = text.splitlines()
+        assert title == f"{name}: {found['protocol']}"
+        columns = COLUMNS.get(name, ["trained", "untrained", "raw pixels"])
+        assert re.split("  +", heading.strip()) == columns and len(lines) == len(found["rows"])
+        for row, cells in found["rows"].items():
+            assert list(cells) == columns and all(math.isfinite(cell["value"]) for cell in cells.values()), row
+    assert measures["robustness"]["rows"]["probe, mean corruption error"]["raw pixels"]["value"] == 100
+
+    # A single measure replaces its own entry. The evaluation that train.py repeats keeps all measures.
+    assert judge_program.main([*args, "--measures", "uniformity", "data.image_size=8"]) == 0
+    assert train_program.main(args) == 0
+    assert stored(run)["measures"] == measures
+    # A checkpoint without the results of its step leaves no results.
+    copied = Path(shutil.copy(run / "checkpoints" / "last.pt", tmp_path))
+    assert judge_program.main(["--checkpoint", str(copied), "device=cpu", "--measures", "uniformity"]) == 0
+    assert f"{tmp_path / 'results.json'} is not that of step 22 of this run" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_another_data_set_is_a_folder_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "noise", train_a=20)
+    args = [*digits_args(run), f"data.cache_dir={tmp_path / 'cache'}", "--measures", "anomalies", "--others"]
+    assert judge_program.main([*args, str(tmp_path / "noise")]) == 0
+    printed = capsys.readouterr().out
+    assert "last row: 20 images of another data set" in printed
+    assert float(printed.splitlines()[-1].split()[-1]) > 95, "raw pixels of noise are far from all digits"
+
+
+def test_mistakes_in_the_choice_of_measures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words, expected in (
+        (["--measures", "few,all"], "there is no measure 'few': choose from all, few_labels, robustness, "),
+        (
+            ["--measures", "attributes"],
+            "the measure attributes cannot be applied, because the images have no attributes",
+        ),
+        (
+            ["--measures", "uniformity", "--others", "x"],
+            "--others x is for the measure anomalies: add --measures anomal",
+        ),
+        (["--measures", "all", "--others", "x"], "no folder x: set --others to a folder with images"),
+        (["--measures", "all", "--out", "x"], "--out x is for the report: add --report"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            judge_program.main([*digits_args(run), *words])
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said
+    experiment = experiment_of(tmp_path)
+    subjects = Subjects(experiment, {"raw pixels": lambda views, _: {"z": views.flatten(1) / 0}}, "z")
+    with pytest.raises(SharedError, match="z of the encoder 'raw pixels' is not finite, so it cannot be measured"):
+        FewLabels().measure(subjects)
+    assert experiment.test is not None
+    monkeypatch.setattr(experiment.train, "labels", torch.zeros(1437, dtype=torch.int64))
+    assert Anomalies().obstacle(experiment) == ("only 0 training images are not of the largest class, and 5 are needed")
+
+
+def test_images_with_attributes_and_without_labels_are_measured(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = flat_folder(tmp_path / "images", 0)
+    lines = [f"{index}.png {index % 2} {index // 2 % 2}" for index in range(70)]
+    (folder / "list.txt").write_text("\n".join(["Even Second", *lines]))
+    images = ("data.name=folder", f"data.root={folder}", f"data.cache_dir={tmp_path}", "data.labels=list.txt")
+    args = digits_args(tmp_path / "run", *images, "sampling.num_images=0")
+    assert train_program.main(args) == 0
+    capsys.readouterr()
+    assert judge_program.main([*args, "--measures", "all"]) == 0
+    measured = [text.split(":")[0] for text in capsys.readouterr().out.strip().split("\n\n")]
+    assert measured == ["disentanglement", "attributes", "uniformity"]
+    rows = stored(tmp_path / "run")["measures"]["attributes"]["rows"]
+    assert list(rows)[:3] == [f"average precision, {name}" for name in ("Even", "Second", "mean")]
+    assert list(rows["average precision, Even"]) == COLUMNS["attributes"]
+    for words, expected in (
+        (["--measures", "few_labels"], "the measure few_labels cannot be applied, because the images have no labels"),
+        ([], "have no labels: set data.root to images with labels"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            judge_program.main([*args, *words])
+        assert expected in capsys.readouterr().err
