@@ -44,12 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     from analysis.grid import save_grid
     from datasets.walking import is_listed
     from evaluation.features import feature_name
-    from experiment.trained import check_timestep, open_trained, read_trained
+    from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
     from utils.device import compute_exactly
 
     # Open the checkpoint and the images, and find the images that the options name.
     with gather_user_errors():
         trained = read_trained(config, args.checkpoint, overrides(args))
+        check_no_cameras(trained.config, f"sample.py {name}")
         if picture.needs_one_z or args.timestep is not None:
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         path = args.out or trained.folder / "pictures" / f"{feature_name(name, args.timestep)}.png"
         check_writable(path)
         data = trained.config.data
-        if data.name in ("tiny", "folder") and is_listed(path, Path(data.root)):
+        if data.name in ("tiny", "folder", "posed") and is_listed(path, Path(data.root)):
             raise ConfigError(f"{path} is in data.root {data.root}, whose images are trained on: choose another --out")
 
     # Draw.

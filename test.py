@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.measures.subjects import open_others, subjects_of
     from evaluation.protocols import all_protocols
     from experiment.opening import check_neighbours
-    from experiment.trained import check_timestep, open_trained, read_trained
+    from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
     from utils.device import compute_exactly
 
     # Open the checkpoint and the images.
@@ -50,11 +50,12 @@ def main(argv: list[str] | None = None) -> int:
             require(*report.NEEDS)
         trained = read_trained(config, args.checkpoint, overrides(args))
         if needs_one_z:
+            check_no_cameras(trained.config, "the report" if args.report else "--measures")
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
-        if judges and experiment.test is None:
+        if judges and not experiment.has_test_labels:
             raise DatasetError(
-                f"the images in {trained.config.data.root} have no labels: set data.root to images with labels"
+                f"{trained.config.data.root} has no test images with labels: set data.root to images with labels"
             )
         if judges:
             check_neighbours(trained.config, experiment.train)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from config.errors import ConfigError
 from config.keys import flat
 from config.schema import Config
-from experiment.batch import source_draws
+from experiment.batch import Pixels, source_draws
 from experiment.opening import Experiment
 from training.state import Snapshot, TrainState
 from training.step import learning_rates, update
@@ -122,6 +122,8 @@ def check_control(name: str, config: Config, common: Config | None = None) -> No
     ignored += [key for key in values if key.startswith(OF_THE_ENCODER) and values[key] not in (defaults[key], False)]
     if ignored:
         raise ConfigError(f"the control {name} ignores {', '.join(ignored)}: do not set it")
+    if config.data.has_cameras:
+        raise ConfigError(f"the control {name} ignores cameras: choose another data set than data.name=posed")
     if config.evaluation.features.startswith("decoder."):
         raise ConfigError(f"the control {name} trains no decoder: set evaluation.features to z or pooled")
 
@@ -138,7 +140,7 @@ def attach_control(experiment: Experiment, state: TrainState, name: str) -> Cont
     return control
 
 
-def control_step(experiment: Experiment, state: TrainState, control: Control, pixels: Iterator[Tensor]) -> Tensor:
+def control_step(experiment: Experiment, state: TrainState, control: Control, pixels: Iterator[Pixels]) -> Tensor:
     """Runs one optimiser step with a control's objective. Returns the loss, a scalar on the device.
 
     If the norm of the gradient is not finite, the step is skipped: weights and BatchNorm statistics do not change.
@@ -148,7 +150,9 @@ def control_step(experiment: Experiment, state: TrainState, control: Control, pi
     """
     positions = range(experiment.config.training.batch_size)
     draws = source_draws(experiment, control.num_views, positions, "source", state.step)
-    images = next(pixels).to(experiment.device)
+    images = next(pixels)
+    assert isinstance(images, Tensor), "check_control refuses images with cameras"
+    images = images.to(experiment.device)
     x = torch.stack([experiment.views.source(images, draw) for draw in draws], dim=1)  # (N, K, 3, S, S)
     assert experiment.train.labels is not None
     labels = experiment.train.labels[experiment.loader.indices(state.step, positions)].to(experiment.device)

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     # Open the images.
     with cli.gather_user_errors():
         experiment = open_experiment(config)
-        if experiment.test is None:
+        if not experiment.has_test_labels:
             raise DatasetError(f"the images in {config.data.root} have no labels: set data.root to images with labels")
 
     # Judge.

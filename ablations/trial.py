@@ -26,6 +26,7 @@ from datasets.images import DatasetError
 from evaluation.encoders import encode_with
 from evaluation.judge import judge
 from evaluation.protocols import all_protocols, config_protocols
+from experiment.batch import Pixels
 from experiment.models import build_on_meta, pass_flops, step_flops
 from experiment.opening import Experiment, open_experiment
 from experiment.starting import check_origin, weight_paths
@@ -77,7 +78,7 @@ class Trial:
         torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
         self.config, self.checkpoint, self.judging = config, checkpoint, judging
         self.experiment: Experiment = open_experiment(config)
-        if self.experiment.test is None:
+        if not self.experiment.has_test_labels:
             raise DatasetError(
                 f"{config.data.root} has no labels, but k-NN and linear probe need them: choose labelled images"
             )
@@ -169,7 +170,7 @@ class Trial:
             self._timed_s += seconds
         self._num_steps += num_steps
 
-    def _step(self, pixels: Iterator[torch.Tensor]) -> torch.Tensor:
+    def _step(self, pixels: Iterator[Pixels]) -> torch.Tensor:
         if self.control:
             return control_step(self.experiment, self.state, self.control, pixels)
         loss, _ = train_step(self.experiment, self.state, pixels, PhaseTimer())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from datasets.decoding import central_square
 from datasets.operations import resize as resize_antialiased
-from experiment.trained import Trained, check_timestep, read_trained
+from experiment.trained import Trained, check_no_cameras, check_timestep, read_trained
 from model.encoder import Encoder
 
 
@@ -103,6 +103,7 @@ def trained_encoder(trained: Trained, resize: bool = False, timestep: int | None
     ConfigError if a time-dependent encoder has no timestep.
     """
     check_timestep(trained.config, timestep)
+    check_no_cameras(trained.config, "an encoder of single images, as of embed.py and load_encoder,")
     (mean, std), encoder = trained.statistics(), trained.soda().encoder
     size, stored_size = trained.config.encoder_size, trained.config.data.stored_size
     of_one_z = encoder if timestep is None else encoder.at(timestep)

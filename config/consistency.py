@@ -6,6 +6,23 @@ from typing import Any, get_args
 from model.names import WideResNet
 from model.sizes import last_strided_input, num_decoder_blocks, resolutions
 
+# Keys of `data` that only these data sets use.
+ONLY_FOR = {
+    "holdout": ("folder", "posed"),
+    "labels": ("folder",),
+    "pose": ("posed",),
+    "focal": ("posed",),
+    "split": ("posed",),
+}
+# Keys of a view that move pixels, with the values that leave them where their rays are.
+UNMOVED = {
+    "crop_flip_probability": 0,
+    "shift_pixels": 0,
+    "randaugment_probability": 0,
+    "affine_probability": 0,
+    "cutout": 0,
+}
+
 
 def check_consistency(config: Any) -> None:
     """Raises ValueError, with advice, if keys of a `Config` contradict each other."""
@@ -58,6 +75,8 @@ def check_consistency(config: Any) -> None:
         raise ValueError("training.mask.section_probability needs decoder.modulation=sectioned: set both, or neither")
     if config.training.terms.kl and not config.encoder.probabilistic:
         raise ValueError("training.terms.kl needs encoder.probabilistic=true: set both, or neither")
+    if config.data.has_cameras:
+        check_cameras(config)
     if config.views.same:
         check_same_view(config.views)
     timesteps = config.evaluation.timesteps
@@ -126,13 +145,19 @@ def check_images_and_encoder(config: Any) -> None:
             f"data.image_size {config.encoder_size} is too small for encoder.stem={encoder.stem}, because the "
             f"encoder's last strided convolution gets a 1x1 map: take larger images{hint}"
         )
-    if config.data.stream and config.data.name not in ("tiny", "folder"):
+    data = config.data
+    if data.stream and data.name not in ("tiny", "folder", "posed"):
         raise ValueError(
-            f"data.stream is for data sets of image files, tiny and folder, not for {config.data.name}: remove it"
+            f"data.stream is for data sets of image files, tiny, folder and posed, not for {data.name}: remove it"
         )
-    for name, value in (("holdout", config.data.holdout), ("labels", config.data.labels)):
-        if value and config.data.name != "folder":
-            raise ValueError(f"data.{name} is for data.name=folder, not for {config.data.name}: remove it")
+    for name, users in ONLY_FOR.items():
+        if data.name not in users and getattr(data, name) != type(data).model_fields[name].default:
+            raise ValueError(f"data.{name} is for data.name={' or '.join(users)}, not for {data.name}: remove it")
+    if data.has_cameras and not data.pose:
+        raise ValueError(
+            "data.name=posed needs data.pose, which says how file names give the cameras: set it, for example "
+            "data.pose={polar}-{azimuth}"
+        )
 
 
 def check_noise_schedule(diffusion: Any) -> None:
@@ -159,6 +184,29 @@ def check_rates(config: Any) -> None:
         raise ValueError(
             f"optimizer.warmup_epochs and optimizer.cooldown_epochs add up to {rising_and_falling:g} epochs, more than "
             f"the {config.training.epochs} of training.epochs: lower one of the two"
+        )
+
+
+def check_cameras(config: Any) -> None:
+    """Raises ValueError if keys of a `Config` contradict the cameras of its data set."""
+    views = {"source": config.views.source, "target": config.views.target, "probe": config.views.probe}
+    moved = [
+        f"views.{part}.{name}={value}"
+        for part, view in views.items()
+        for name, value in UNMOVED.items()
+        if getattr(view, name) != value
+    ]
+    if moved:
+        raise ValueError(
+            f"{moved[0].split('=')[0]} moves or hides pixels, but with data.name=posed each pixel belongs to a ray: "
+            f"set {' '.join(moved)}"
+        )
+    if config.views.same:
+        raise ValueError("views.same contradicts data.name=posed, whose views are different photographs: remove it")
+    if config.evaluation.features.startswith("decoder."):
+        raise ValueError(
+            f"evaluation.features={config.evaluation.features} is for images without cameras, not for data.name=posed: "
+            "choose z or pooled"
         )
 
 

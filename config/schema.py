@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from config.consistency import check_consistency
+from config.pose_pattern import is_transforms_file, name_pattern
 from model.names import Architecture, Initialization, Modulation, Prediction, Schedule, Stem, TimestepSampling
 from model.sizes import num_sections
 
@@ -94,8 +95,10 @@ class Section(BaseModel):
 class Data(Section):
     """The data set, and the decoding of its images."""
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder"] = key(
-        "cifar10", "data set; `tiny`: Tiny-ImageNet; `folder`: your own images"
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny", "folder", "posed"] = key(
+        "cifar10",
+        "data set; `tiny`: Tiny-ImageNet; `folder`: your own images; `posed`: photographs of objects from known "
+        "cameras, so that source and target views are different photographs of one object",
     )
     root: GivenPath = key(
         "data",
@@ -103,7 +106,7 @@ class Data(Section):
         "digits does not use it",
         run=True,
     )
-    cache_dir: GivenPath = key("data/cache", "folder for the decoded images of `tiny` and `folder`", run=True)
+    cache_dir: GivenPath = key("data/cache", "folder for the decoded images of `tiny`, `folder` and `posed`", run=True)
     image_size: int = key(
         32,
         "height and width in pixels of the views that the encoder receives, and of those that the decoder denoises, "
@@ -138,8 +141,9 @@ class Data(Section):
     )
     stream: bool | None = key(
         None,
-        "true: stream the files of `tiny` and `folder`, which means decode them each time they are used; false: decode "
-        "them once, to data.cache_dir; null: stream only if the decoded images would fill more than half of the memory",
+        "true: stream the files of `tiny`, `folder` and `posed`, which means decode them each time they are used; "
+        "false: decode them once, to data.cache_dir; null: stream only if the decoded images would fill more than half "
+        "of the memory",
         run=True,
     )
     num_workers: int | None = key(
@@ -152,8 +156,9 @@ class Data(Section):
     )
     holdout: float = key(
         0.0,
-        "fraction of each class of `folder` that is held out as the test split if there is none; the files are chosen "
-        "by a digest of their paths, so runs with different seeds have the same test split; 0: none",
+        "fraction of each class of `folder` that is held out as the test split if there is none, or fraction of the "
+        "objects or views of `posed` (data.split); they are chosen by a digest of their paths, so runs with different "
+        "seeds have the same test split; 0: none",
         ge=0,
         lt=1,
     )
@@ -164,6 +169,34 @@ class Data(Section):
         "give the labels",
         run=True,
     )
+
+    pose: str = key(
+        "",
+        "cameras of `posed`: a pattern of the file names without ending, with {azimuth} or {yaw} and {polar} (0: from "
+        "above, 90: from the side) or {pitch} (90 - polar), in degrees; or `eth80` or `cars3d`, whose patterns are "
+        "known; or the name of the .json file in each object's folder that lists its cameras as NeRF-synthetic does",
+    )
+    focal: Positive = key(
+        1.5,
+        "focal length of the cameras of `posed`, in widths of the square image; a .json file of cameras gives its own",
+    )
+    split: Literal["objects", "views"] = key(
+        "objects",
+        "part of `posed` that data.holdout holds out; objects: whole objects, from each class; views: views of each "
+        "object, which keeps at least two training views",
+    )
+
+    @field_validator("pose")
+    @classmethod
+    def _pose(cls, pose: str) -> str:
+        if pose and not is_transforms_file(pose):
+            name_pattern(pose)
+        return pose
+
+    @property
+    def has_cameras(self) -> bool:
+        """True if each image of the data set has a camera, which encoder and decoder see as rays."""
+        return self.name == "posed"
 
     @property
     def kept_size(self) -> int:
@@ -296,12 +329,28 @@ class Views(Section):
     """Augmentations: of the encoder's source views, of the decoder's target view, and of the evaluation."""
 
     num_sources: int = key(
-        1, "number of source views of an image, drawn independently; z is the mean of their latents", ge=1, le=64
+        1,
+        "number of source views of an image, drawn independently; z is the mean of their latents; with data.name=posed "
+        "it is the largest number of other photographs of the object, and each training step draws a number up to it",
+        ge=1,
+        le=64,
     )
     same: bool = key(
         False,
         "source and target are the same view: the decoder reconstructs what the encoder sees, apart from "
         "views.source.noise_std; views.source and views.target must augment in the same way",
+    )
+    canonical: bool = key(
+        True,
+        "turn the cameras of `posed` about the vertical axis, so that the first source camera has azimuth 0; false: "
+        "use the azimuths of the data set, which must then mean the same for all objects",
+    )
+    ray_octaves: int = key(
+        4,
+        "number of octaves of sines and cosines that encode the 6 numbers of a pixel's ray, if data.name=posed; "
+        "encoder and decoder then receive 6 + 12 views.ray_octaves further channels",
+        ge=0,
+        le=16,
     )
     source: SourceView = SourceView()
     target: View = View()
@@ -815,6 +864,11 @@ class Config(RunConfig):
     def decoder_size(self) -> int:
         """Height and width in pixels of the images that the decoder denoises."""
         return self.decoder.image_size or self.data.image_size
+
+    @property
+    def ray_octaves(self) -> int | None:
+        """Octaves of the encoding of rays, in encoder and decoder; None: images have no cameras."""
+        return self.views.ray_octaves if self.data.has_cameras else None
 
     @property
     def judged_timesteps(self) -> list[int | None]:

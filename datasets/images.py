@@ -5,6 +5,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -58,7 +59,12 @@ class Images(ABC):
         names: names of the files, in order; None if the images do not come from files.
         grey_bits: number of bits that hold the greys of files with more than 8 bits per grey; None if there are no such
             files.
+        cameras: (N, 3, 4) float32 cameras, on the host (see cameras.py); None if they are not known.
+        objects: (N,) int64 numbers of the objects in the images, the same in all splits; None if there are no cameras.
     """
+
+    cameras: Tensor | None = None
+    objects: Tensor | None = None
 
     def __init__(self, shape: tuple[int, ...], labels: Tensor | None, classes: list[str], summary: Summary) -> None:
         assert shape[1] == 3 and (labels is None or len(labels) == shape[0])
@@ -80,13 +86,34 @@ class Images(ABC):
         """
 
     def digest(self) -> str:
-        """Returns a digest of all pixels, labels and classes. Different data sets have different digests."""
+        """Returns a digest of all pixels, labels, classes and cameras. Different data sets have different digests."""
         found = hashlib.blake2b(digest_size=16)
         found.update(f"{self.shape} {self.classes}".encode(errors="surrogateescape"))
         found.update(self.summary.digest.encode())
         if self.labels is not None:
             found.update(self.labels.numpy().tobytes())
+        if self.cameras is not None and self.objects is not None:
+            # Rounded, because the last bit of a sine may differ between machines.
+            found.update((self.cameras.double() * 2**16).round().int().numpy().tobytes())
+            found.update(self.objects.numpy().tobytes())
         return found.hexdigest()
+
+    def cameras_at(self, indices: Indices) -> Tensor | None:
+        """Returns the cameras (n, 3, 4) of the images at `indices`; None if they have none."""
+        if self.cameras is None:
+            return None
+        return self.cameras[indices.start : indices.stop] if isinstance(indices, range) else self.cameras[indices]
+
+    @cached_property
+    def views_of_objects(self) -> Tensor:
+        """Indices (number of objects, largest number of views) int64 of the images of each object, padded by -1."""
+        assert self.objects is not None, "the images have no objects"
+        counts = self.objects.bincount()
+        order = self.objects.argsort(stable=True)
+        position = torch.arange(len(order)) - (counts.cumsum(0) - counts)[self.objects[order]]
+        found = torch.full((len(counts), int(counts.max())), -1)
+        found[self.objects[order], position] = order
+        return found
 
 
 class StoredImages(Images):
@@ -117,6 +144,7 @@ class StoredImages(Images):
         moved = StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
         moved.attributes, moved.attribute_names = self.attributes, self.attribute_names
         moved.names, moved.grey_bits = self.names, self.grey_bits
+        moved.cameras, moved.objects = self.cameras, self.objects
         return moved
 
 

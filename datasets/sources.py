@@ -23,6 +23,7 @@ from datasets.holdout import hold_out
 from datasets.images import DatasetError, Images, Statistics, StoredImages, from_arrays
 from datasets.labelled_images import list_labelled
 from datasets.listing import Listing
+from datasets.posed import open_posed
 from datasets.tiny_imagenet import list_tiny_imagenet
 from datasets.walking import Walker
 from utils.files import replacing
@@ -30,7 +31,7 @@ from utils.files import replacing
 logger = logging.getLogger(__name__)
 
 Splits = tuple[Images, Images | None]
-"""Training split and test split. The test split is None if the images have no labels."""
+"""Training split and test split. The test split is None if there is none, or if a folder's images have no labels."""
 
 # Mean and standard deviation over all pixels of the training split. The widely copied values for CIFAR-10,
 # (0.2023, 0.1994, 0.2010), are different: they are averages of the standard deviations of single images.
@@ -171,6 +172,7 @@ SOURCES: dict[str, Callable[[Data, int], Splits]] = {
     "cifar100": lambda data, *_: load_cifar(Path(data.root), data.kept_size, 100),
     "tiny": lambda data, processes: open_splits(*list_tiny_imagenet(Path(data.root)), data, processes),
     "folder": open_folder,
+    "posed": open_posed,
 }
 """Function of each `data.name`: (`data` section, processes that share this machine's cores) -> splits."""
 

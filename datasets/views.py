@@ -103,7 +103,13 @@ class Views:
     def _noisy(self, pixels: Tensor, noise: Tensor) -> Tensor:
         return self._normalize(pixels).add_(noise, alpha=self._noise_std)
 
-    def pair(self, pixels: Tensor, sources: Sequence[SourceDraw], target: Draw) -> tuple[Tensor, Tensor]:
+    def pair(
+        self,
+        pixels: Tensor,
+        sources: Sequence[SourceDraw],
+        target: Draw,
+        source_pixels: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Returns (x_source (N, K, 3, S, S), x_start (N, 3, D, D)).
 
         Each source view is made as in `source`. The target view is augmented and scaled to [-1, 1]. Views of the same
@@ -112,25 +118,29 @@ class Views:
         Args:
             sources: random numbers of the K source views.
             target: random numbers of the target view.
+            source_pixels: images of each source view, on the same device, if they are other images than `pixels`.
         """
         pixels = pixels.to(self._device, non_blocking=True)
+        seen = [pixels] * len(sources) if source_pixels is None else source_pixels
         of_sources = [self._source.parameters(draw) for draw, _ in sources]
         of_target = self._target.parameters(target)
         if self._stored_size is None:
-            *augmented, target_view = self._augment_together(pixels, [*of_sources, of_target], self._encoder_size)
+            *augmented, target_view = self._augment_together(
+                [*seen, pixels], [*of_sources, of_target], self._encoder_size
+            )
             x_start = self.x_start(target_view)
         else:
-            augmented = self._augment_together(pixels, of_sources, self._encoder_size)
+            augmented = self._augment_together(seen, of_sources, self._encoder_size)
             x_start = _scale(self._augment(pixels, of_target, self._decoder_size))
         source_views = [self._noisy(view, noise) for view, (_, noise) in zip(augmented, sources, strict=True)]
         first, *others = source_views
         x_source = torch.stack(source_views, dim=1) if others else first[:, None]  # one view needs no copy
         return x_source, x_start
 
-    def _augment_together(self, pixels: Tensor, parameters: Sequence[Parameters], size: int) -> list[Tensor]:
-        """Returns one augmented view (N, 3, size, size) of the pixels for each of the parameters."""
-        repeated = pixels.repeat(len(parameters), 1, 1, 1) if len(parameters) > 1 else pixels
-        return list(self._augment(repeated, reduce(Parameters.concatenate, parameters), size).split(len(pixels)))
+    def _augment_together(self, pixels: Sequence[Tensor], parameters: Sequence[Parameters], size: int) -> list[Tensor]:
+        """Returns the augmented view (N, 3, size, size) of each element of `pixels`, by its parameters."""
+        together = torch.cat(list(pixels)) if len(pixels) > 1 else pixels[0]
+        return list(self._augment(together, reduce(Parameters.concatenate, parameters), size).split(len(pixels[0])))
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
         """Returns augmented views for the evaluation: augmented by `view`, such as `views.probe`, and normalised."""

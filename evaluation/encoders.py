@@ -21,7 +21,7 @@ SETTLING_PASSES = 20
 MAX_RAW_PIXELS = 2**30  # largest number of raw-pixel values of a complete split: 4 GB in float32
 
 Encode = Callable[[Tensor, range], Mapping[str, Tensor]]
-"""Function (views (N, 3, H, W), their indices in the split) -> {name of the features: (N, D)}."""
+"""Function (views (N, 3, H, W), or (N, 9, H, W) with rays, their indices in the split) -> {name: features (N, D)}."""
 
 
 def encode_with(experiment: Experiment, soda: SODA) -> Encode:
@@ -86,7 +86,7 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
 
 
 def raw_pixels(views: Tensor, num_images: int) -> Tensor:
-    """Returns the pixels of views (N, 3, H, W) as features (N, 3 * size * size).
+    """Returns the colours of views (N, 3, H, W), or (N, 9, H, W) with rays, as features (N, 3 * size * size).
 
     Views larger than 32 px are reduced to 32 px by averaging. For very large data sets, the size is halved until the
     features of `num_images` images are at most MAX_RAW_PIXELS values in total.
@@ -94,7 +94,7 @@ def raw_pixels(views: Tensor, num_images: int) -> Tensor:
     size = min(views.shape[-1], 32)
     while 3 * size**2 * num_images > MAX_RAW_PIXELS:
         size //= 2
-    return F.adaptive_avg_pool2d(views, size).flatten(1)
+    return F.adaptive_avg_pool2d(views[:, :3], size).flatten(1)
 
 
 def baselines(experiment: Experiment) -> dict[str, Encode]:

@@ -89,9 +89,15 @@ def encode_clean(
     encoder: Encoder, views: Views, pixels: Tensor, device: torch.device, amp_dtype: torch.dtype | None
 ) -> Tensor:
     """Returns z (N, latent_dim) float32 of images (N, 3, H, W) uint8, without augmentation, in evaluation mode."""
+    return encode_views(encoder, views.evaluation(pixels), device, amp_dtype)
+
+
+@torch.no_grad()
+def encode_views(encoder: Encoder, made: Tensor, device: torch.device, amp_dtype: torch.dtype | None) -> Tensor:
+    """Returns z (N, latent_dim) float32 of views as the encoder receives them, in evaluation mode."""
     encoder.eval()
     with autocast(device, amp_dtype):
-        return encoder(views.evaluation(pixels)).float()
+        return encoder(made).float()
 
 
 def extract_latents(

@@ -15,10 +15,11 @@ from evaluation.knn import topk_accuracy
 from evaluation.protocols import Classifier, Protocol
 from experiment.batch import view_draw
 from experiment.opening import Experiment
+from experiment.posed import with_own_rays
 from utils.randomness import generator
 
-MakeView = Callable[[Tensor, range, View | None, int], Tensor]
-"""Function (pixels (N, 3, H, W) uint8, their indices in the split, augmentation or None, epoch) -> (N, 3, H, W)."""
+MakeView = Callable[[Images, Tensor, range, View | None, int], Tensor]
+"""Function (split, pixels (N, 3, P, P) uint8, their indices in it, augmentation or None, epoch) -> encoder's input."""
 
 Table = dict[str, dict[str, dict[str, float]]]
 """Accuracies in per cent: {protocol: {encoder: {"top1": ..., "top3": ...}}}."""
@@ -43,10 +44,12 @@ def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: lis
     """Collective. Returns the accuracies of `encoders` on the experiment's test images, under each protocol."""
     config, views = experiment.config, experiment.views
 
-    def make_view(pixels: Tensor, indices: range, view: View | None, epoch: int) -> Tensor:
+    def make_view(split: Images, pixels: Tensor, indices: range, view: View | None, epoch: int) -> Tensor:
         if view is None:
-            return views.evaluation(pixels)
-        return views.augmented(pixels, view_draw(config.seed, indices, "probe view", epoch), view)
+            made = views.evaluation(pixels)
+        else:
+            made = views.augmented(pixels, view_draw(config.seed, indices, "probe view", epoch), view)
+        return with_own_rays(config, made, split.cameras_at(indices))
 
     assert experiment.test is not None, "the judge needs test images with labels"
     return accuracy_table(
@@ -90,7 +93,7 @@ def accuracy_table(
 
     def extract(split: Images, view: View | None, epoch: int) -> Features:
         def encode(pixels: Tensor, indices: range) -> Features:
-            batch = make_view(pixels, indices, view, epoch)
+            batch = make_view(split, pixels, indices, view, epoch)
             features: Features = {}
             for name, encoder in encoders.items():
                 found = encoder(batch, indices)

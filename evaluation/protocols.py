@@ -205,7 +205,8 @@ def all_protocols(config: Config, num_train: int) -> list[Protocol]:
 
     The k-NN bank and the probe of the reference implementation use the augmentation that is the default of
     `views.probe`. k = 200 with temperature 0.1 is the protocol of lightly's benchmark (Wu et al. 2018). k is limited to
-    `num_train`, the number of training images.
+    `num_train`, the number of training images. Images with cameras are not judged by the protocols of the reference
+    implementation, because crops do not fit their rays.
 
     The curves of a time-dependent encoder have fewer protocols: the config's, k-NN, and the probe that converges.
     """
@@ -214,11 +215,11 @@ def all_protocols(config: Config, num_train: int) -> list[Protocol]:
         curves = [KNNProtocol(settings=few), FinishedProbeProtocol(normalize=False)]
         return _distinct([*config_protocols(config), *over_timesteps(curves, config)])
     many = KNN(k=min(200, num_train), weights="temperature", temperature=0.1)
-    protocols: list[Protocol] = [
+    references: list[Protocol] = [
         KNNProtocol(settings=few, view=ProbeView(), note="the reference's"),
         ProbeProtocol(settings=Probe(), view=ProbeView(), note="the reference's"),
-        *config_protocols(config),
     ]
+    protocols = [*([] if config.data.has_cameras else references), *config_protocols(config)]
     for features in ("z", "pooled"):
         protocols += [
             KNNProtocol(settings=few, features=features),

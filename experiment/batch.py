@@ -13,6 +13,7 @@ from config.schema import Config
 from datasets.augmentation import Draw
 from datasets.views import SourceDraw
 from experiment.opening import Experiment
+from experiment.posed import PosedPixels, draw_num_sources, draw_sources, read_posed
 from experiment.timesteps import TimestepSampler
 from utils.randomness import generator, image_noise, uniforms
 
@@ -22,13 +23,15 @@ class Batch:
     """One micro-batch: inputs of a forward pass for N samples of the global batch.
 
     Attributes:
-        x_source: (N, K, 3, S, S) source views, normalised, with Gaussian noise added; S is the encoder's size.
+        x_source: (N, K, 3, S, S) source views, normalised, with Gaussian noise added; S is the encoder's size. If the
+            images have cameras, (N, K, 9, S, S) with the rays of their pixels.
         x_start: (N, 3, D, D) target view in [-1, 1], without noise; D is the decoder's size.
         timesteps: (N,) int64.
         weights: (N,) factors of the samples' losses, which correct for the sampling of timesteps; None: all are 1.
         noise: (N, 3, D, D) standard normal; x_t is made from x_start and this noise.
         drop_mask: (N, sections) bool; True replaces a section of the sample's latent by zeros.
         latent_noise: (N, K, latent_dim) standard normal, for a probabilistic encoder; None: it is deterministic.
+        rays: (N, 6, D, D) rays of the target's pixels; None: the images have no cameras.
     """
 
     x_source: Tensor
@@ -38,23 +41,40 @@ class Batch:
     noise: Tensor
     drop_mask: Tensor
     latent_noise: Tensor | None
+    rays: Tensor | None
 
 
-def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> Generator[Tensor, None, None]:
-    """Yields the training images (N, 3, H, W) uint8 of each pair in `wanted`, in order.
+Pixels = Tensor | PosedPixels
+"""Images of a batch: (N, 3, P, P) uint8, each seen as source and as target, or targets with other source images."""
+
+
+def read_pixels(experiment: Experiment, wanted: Iterable[tuple[int, range]]) -> Generator[Pixels, None, None]:
+    """Yields the training images of each pair in `wanted`, in order.
+
+    If they have cameras, source images are drawn for each image.
 
     Args:
         wanted: pairs (step, positions in the global batch of this step). Several pairs may be read ahead.
     """
-    indices = (experiment.loader.indices(step, positions) for step, positions in wanted)
-    return experiment.train.batches(indices, pin_memory=experiment.device.type == "cuda")
+    config, images, pin_memory = experiment.config, experiment.train, experiment.device.type == "cuda"
+    indices = ((step, positions, experiment.loader.indices(step, positions)) for step, positions in wanted)
+    if images.objects is None:
+        return images.batches((chosen for _, _, chosen in indices), pin_memory)
+    objects = images.objects
+
+    def with_sources(step: int, positions: range, chosen: Tensor) -> Tensor:
+        count = draw_num_sources(config, step)
+        sources = draw_sources(images, objects[chosen], chosen, count, positions, config.seed, "", step)
+        return torch.cat([chosen[:, None], sources], dim=1)
+
+    return read_posed(images, (with_sources(*each) for each in indices), pin_memory)
 
 
-def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: range, sampler: TimestepSampler) -> Batch:
+def draw_batch(experiment: Experiment, pixels: Pixels, step: int, positions: range, sampler: TimestepSampler) -> Batch:
     """Returns the micro-batch of the samples at `positions` of the global batch of `step`.
 
     Args:
-        pixels: (N, 3, H, W) uint8 images of these samples.
+        pixels: images of these samples.
         sampler: sampler of the timesteps, with its history.
     """
     config, seed, device = experiment.config, experiment.config.seed, experiment.device
@@ -62,7 +82,7 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
     # depend on how the batch is divided.
     here = slice(positions.start, positions.stop)
     timesteps, weights = sampler.draw(generator(seed, "timesteps", step), config.training.batch_size, here)
-    x_source, x_start = draw_views(experiment, pixels, positions, "", step)
+    x_source, x_start, rays = draw_views(experiment, pixels, positions, "", step)
     return Batch(
         x_source=x_source,
         x_start=x_start,
@@ -71,33 +91,46 @@ def draw_batch(experiment: Experiment, pixels: Tensor, step: int, positions: ran
         noise=image_noise(x_start.shape[1:], positions, seed, "noise", step, device=device),
         drop_mask=_draw_drop_mask(config, step)[here].to(device, non_blocking=True),
         latent_noise=image_noise(
-            (config.views.num_sources, config.encoder.latent_dim), positions, seed, "latent noise", step, device=device
+            (x_source.shape[1], config.encoder.latent_dim), positions, seed, "latent noise", step, device=device
         )
         if config.encoder.probabilistic
         else None,
+        rays=rays,
     )
 
 
 def draw_views(
-    experiment: Experiment, pixels: Tensor, positions: range, purpose: str, *counters: int
-) -> tuple[Tensor, Tensor]:
-    """Returns source and target views (see `Views.pair`) of the samples at `positions`.
+    experiment: Experiment, pixels: Pixels, positions: range, purpose: str, *counters: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns (x_source, x_start, rays) of the samples at `positions`, as in `Batch`.
 
     Args:
         purpose, counters: as in `view_draw`. "source" or "target", and " view" or " noise", are added to the purpose.
     """
-    config = experiment.config
-    sources = source_draws(experiment, config.views.num_sources, positions, f"{purpose}source", *counters)
-    of_target = "source" if config.views.same else "target"
-    return experiment.views.pair(
-        pixels, sources, view_draw(config.seed, positions, f"{purpose}{of_target} view", *counters)
-    )
+    config, views = experiment.config, experiment.views
+    like = "source" if config.views.same else "target"
+    target_draw = view_draw(config.seed, positions, f"{purpose}{like} view", *counters)
+    if isinstance(pixels, Tensor):
+        sources = source_draws(experiment, config.views.num_sources, positions, f"{purpose}source", *counters)
+        return *views.pair(pixels, sources, target_draw), None
+    sources = source_draws(experiment, pixels.num_sources, positions, f"{purpose}source", *counters)
+    of_target, *of_sources = pixels.pixels.to(experiment.device, non_blocking=True).unbind(dim=1)
+    x_source, x_start = views.pair(of_target, sources, target_draw, of_sources)
+    source_rays, target_rays = pixels.rays(config, experiment.device)
+    return torch.cat([x_source, source_rays], dim=2), x_start, target_rays
 
 
-def draw_source(experiment: Experiment, pixels: Tensor, step: int, positions: range) -> Tensor:
-    """Returns only the first source view (N, 3, S, S), drawn as in `draw_batch`, for the same arguments."""
+def draw_source(experiment: Experiment, pixels: Pixels, step: int, positions: range) -> Tensor:
+    """Returns only the first source view (N, 3, S, S), drawn as in `draw_batch`, for the same arguments.
+
+    If the images have cameras, the view has rays: (N, 9, S, S).
+    """
     (draw,) = source_draws(experiment, 1, positions, "source", step)
-    return experiment.views.source(pixels, draw)
+    if isinstance(pixels, Tensor):
+        return experiment.views.source(pixels, draw)
+    source_rays, _ = pixels.rays(experiment.config, experiment.device)
+    view = experiment.views.source(pixels.pixels[:, 1], draw)
+    return torch.cat([view, source_rays[:, 0]], dim=1)
 
 
 def source_draws(

@@ -17,7 +17,9 @@ M = TypeVar("M", bound=nn.Module)
 
 def _build(config: Config) -> SODA:
     encoder, decoder = (part.model_dump(exclude=NOT_LAYERS) for part in (config.encoder, config.decoder))
-    return build_soda(config.decoder_size, encoder, decoder, config.initialization, config.diffusion.model_dump())
+    return build_soda(
+        config.decoder_size, encoder, decoder, config.initialization, config.diffusion.model_dump(), config.ray_octaves
+    )
 
 
 def build_on_meta(config: Config) -> SODA:
@@ -58,9 +60,10 @@ def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
 def pass_flops(config: Config, soda: SODA) -> tuple[int, int, int]:
     """Returns FLOPs per image: of the encoder for one source view, of the decoder, and of the whole forward pass.
 
-    The forward pass encodes all source views. `soda` may be on the meta device.
+    The forward pass encodes views.num_sources views. With data.name=posed, this is the largest number of a training
+    step. `soda` may be on the meta device.
     """
-    encoder, decoder = forward_flops(soda, config.encoder_size, config.decoder_size)
+    encoder, decoder = forward_flops(soda, config.encoder_size, config.decoder_size, config.ray_octaves)
     return encoder, decoder, config.views.num_sources * encoder + decoder
 
 
@@ -89,7 +92,8 @@ def describe_model(config: Config) -> str:
         lines.append(
             f"{name}: {parameters:,} parameters, {work / 1e9:#.4g} GFLOP per image of {size} px in a forward pass"
         )
-    views = f" and {config.views.num_sources} source views" if config.views.num_sources > 1 else ""
+    most = "up to " if config.data.has_cameras else ""
+    views = f" and {most}{config.views.num_sources} source views" if config.views.num_sources > 1 else ""
     lines.append(f"training: about {step_flops(config, soda) / 1e9:#.4g} GFLOP per image{views}, forward and backward")
     if config.decoder.modulation == "sectioned":
         row = "{:<10}{:>5}{:>10}{:>9}  {}".format

@@ -27,8 +27,8 @@ class Experiment:
 
     Attributes:
         amp_dtype: number format of autocast; None: float32.
-        test: test images; None if the images have no labels.
-        data_digest: digest of the training images, their labels and the names of their classes.
+        test: test images; None if there are none, or if the images of a folder have no labels.
+        data_digest: digest of the training images, their labels, the names of their classes, and their cameras.
     """
 
     config: Config
@@ -41,6 +41,11 @@ class Experiment:
     views: Views
     loader: Loader
     diffusion: GaussianDiffusion
+
+    @property
+    def has_test_labels(self) -> bool:
+        """True if there are test images with labels, by which encoders can be judged."""
+        return self.test is not None and self.test.labels is not None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -78,7 +83,7 @@ def open_experiment(config: Config, statistics: Statistics | None = None, *, to_
         raise DatasetError(
             f"{len(train)} training images are fewer than a batch: add images, or train with a lower batch_size"
         )
-    if to_train and test is not None:
+    if to_train and test is not None and test.labels is not None:
         check_neighbours(config, train)
     return Experiment(
         config=config,

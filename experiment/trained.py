@@ -215,6 +215,12 @@ def check_timestep(config: Config, timestep: int | None) -> None:
         raise ConfigError(f"--timestep {timestep} does not exist: choose one from 0 to {last}")
 
 
+def check_no_cameras(config: Config, what: str) -> None:
+    """Raises ConfigError if the encoder needs the camera of each image, which `what` does not give."""
+    if config.data.has_cameras:
+        raise ConfigError(f"{what} does not support cameras (data.name=posed): use a model of another data set")
+
+
 def check_weights(weights: dict[str, Any], model: nn.Module) -> None:
     """Raises CheckpointError if the names or shapes of a checkpoint's weights differ from those of `model`."""
     difference = first_difference(weights, model)

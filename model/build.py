@@ -11,6 +11,7 @@ from model.diffusion import log_sigmas
 from model.encoder import Encoder
 from model.initialization import initialize_as_paper, initialize_zeros_as_torch
 from model.names import Architecture, Initialization
+from model.rays import COLOR_CHANNELS, RAY_CHANNELS, input_channels
 from model.resnets import ARCHITECTURES, WIDENING, ResNetEncoder, WideResNetEncoder
 from model.soda import SODA
 
@@ -21,18 +22,19 @@ ENCODERS: dict[Architecture, type[Encoder]] = {
 """Encoder class of each value of `encoder.architecture`."""
 
 
-def build_encoder(encoder: dict[str, Any], diffusion: dict[str, Any] | None) -> Encoder:
+def build_encoder(encoder: dict[str, Any], diffusion: dict[str, Any] | None, ray_octaves: int | None = None) -> Encoder:
     """Builds an encoder. Its initial weights are drawn from torch's default generator.
 
     Args:
         encoder: keys and values of the `encoder` section of the config that describe layers.
         diffusion: keys and values of the `diffusion` section. Only a time-dependent encoder needs them.
+        ray_octaves: octaves of the encoding of rays (model/rays.py); None: images have no rays.
     """
     layers = {name: value for name, value in encoder.items() if name != "time_dependent"}
     if encoder.get("time_dependent"):
         assert diffusion is not None, "a time-dependent encoder needs the noise schedule"
         layers["log_sigmas"] = log_sigmas(**diffusion)
-    return ENCODERS[encoder["architecture"]](**layers)
+    return ENCODERS[encoder["architecture"]](**layers, ray_octaves=ray_octaves)
 
 
 def build_soda(
@@ -41,6 +43,7 @@ def build_soda(
     decoder: dict[str, Any],
     initialization: Initialization = "default",
     diffusion: dict[str, Any] | None = None,
+    ray_octaves: int | None = None,
 ) -> SODA:
     """Builds SODA. Its initial weights are drawn from torch's default generator.
 
@@ -50,12 +53,13 @@ def build_soda(
             `decoder_size` replaces `decoder.image_size`, which may be null.
         initialization: `default`, `torch` or `paper` (model/initialization.py).
         diffusion: keys and values of the `diffusion` section. Only a time-dependent encoder needs them.
+        ray_octaves: octaves of the encoding of rays in encoder and decoder; None: images have no rays.
     """
     as_paper = initialization == "paper"
-    latent_dim = encoder["latent_dim"]
+    more = {"latent_dim": encoder["latent_dim"], "rescale_residual": as_paper, "ray_octaves": ray_octaves}
     soda = SODA(
-        build_encoder(encoder, diffusion),
-        UNetDecoder(**decoder | {"image_size": decoder_size}, latent_dim=latent_dim, rescale_residual=as_paper),
+        build_encoder(encoder, diffusion, ray_octaves),
+        UNetDecoder(**decoder | {"image_size": decoder_size} | more),
     )
     if as_paper:
         initialize_as_paper(soda)
@@ -64,20 +68,25 @@ def build_soda(
     return soda
 
 
-def forward_flops(soda: SODA, encoder_size: int, decoder_size: int) -> tuple[int, int]:
+def forward_flops(soda: SODA, encoder_size: int, decoder_size: int, ray_octaves: int | None = None) -> tuple[int, int]:
     """Returns the FLOPs of a forward pass for one image: (encoder, decoder). A multiply-add counts as two FLOPs.
 
     `soda` may be on the meta device. In that case, operations are counted but not computed.
     """
     device = next(soda.parameters()).device
-    x_source, x_t = (torch.zeros(1, 3, size, size, device=device) for size in (encoder_size, decoder_size))
+
+    def images(channels: int, size: int) -> Tensor:
+        return torch.zeros(1, channels, size, size, device=device)
+
+    x_source, x_t = images(input_channels(ray_octaves), encoder_size), images(COLOR_CHANNELS, decoder_size)
+    rays = None if ray_octaves is None else images(RAY_CHANNELS, decoder_size)
     timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     z = torch.zeros(1, soda.encoder.latent_dim, device=device)
-    decoder = module_flops(soda.decoder, x_t, timesteps, z)
+    decoder = module_flops(soda.decoder, x_t, timesteps, z, rays)
     return module_flops(soda.encoder, x_source, timesteps), decoder
 
 
-def module_flops(module: nn.Module, *inputs: Tensor) -> int:
+def module_flops(module: nn.Module, *inputs: Tensor | None) -> int:
     """Returns the FLOPs of a forward pass. A multiply-add counts as two FLOPs. All may be on the meta device."""
     was_training = module.training
     module.eval()  # in training mode, BatchNorm raises an error for a single image with a 1x1 feature map

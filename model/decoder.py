@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from model.blocks import Downsample, ResBlock, SelfAttention, Upsample, ZeroConv2d, group_norm, timestep_embedding
 from model.names import Modulation
+from model.rays import COLOR_CHANNELS, make_input_layer
 from model.sizes import num_sections
-
-IMAGE_CHANNELS = 3
 
 
 class Layer(NamedTuple):
@@ -78,6 +77,7 @@ class UNetDecoder(nn.Module):
         modulation: `sectioned`: each section of z modulates its own blocks, as described above; `shared`: z is one
             section, and it modulates every block.
         rescale_residual: if True, the sum of each residual connection is divided by sqrt(2).
+        ray_octaves: octaves of the encoding of the target's rays (model/rays.py); None: images have no rays.
 
     Attributes:
         section_dims: widths of the sections of z, first to last. The widths differ by at most 1.
@@ -100,6 +100,7 @@ class UNetDecoder(nn.Module):
         scale_offset: float = 1.0,
         modulation: Modulation = "shared",
         rescale_residual: bool = False,
+        ray_octaves: int | None = None,
     ) -> None:
         super().__init__()
         self.model_channels = model_channels
@@ -128,7 +129,8 @@ class UNetDecoder(nn.Module):
         self.time_mlp = nn.Sequential(
             nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
         )
-        self.conv_in = nn.Conv2d(IMAGE_CHANNELS, model_channels, 3, padding=1)
+        self.input_layer, in_channels = make_input_layer(ray_octaves)
+        self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
 
         widths = [model_channels * multiple for multiple in channel_mult]
         channels, resolution, section = model_channels, image_size, 0
@@ -161,18 +163,21 @@ class UNetDecoder(nn.Module):
                 resolution *= 2
 
         self.norm_out = group_norm(channels)
-        self.conv_out = ZeroConv2d(channels, IMAGE_CHANNELS, 3, padding=1)
+        self.conv_out = ZeroConv2d(channels, COLOR_CHANNELS, 3, padding=1)
 
-    def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor, rays: Tensor | None = None) -> Tensor:
         """Returns the prediction, such as eps, (N, 3, H, W) for x_t, timesteps (N,) int64 and z (N, latent_dim).
 
         A row of zeros in `z` is the null latent: the sample is denoised unconditionally. If only one section of a row
         is zero, the layers of that section are modulated as by the null latent.
+
+        Args:
+            rays: (N, 6, H, W) rays of the target's pixels, for a decoder with `ray_octaves`.
         """
         time = self.time_mlp(timestep_embedding(timesteps, self.model_channels))  # (N, time_dim)
         latents = F.silu(z).split(self.section_dims, dim=1)  # (N, width) each; zeros in z stay zero
 
-        h = self.conv_in(x_t)
+        h = self.conv_in(self.input_layer(x_t if rays is None else torch.cat([x_t, rays], dim=1)))
         skips = [h]
         for layer in self.down:
             h = layer(h, time, latents) if isinstance(layer, Stage) else layer(h)

@@ -58,9 +58,11 @@ class Encoder(nn.Module):
     """Base class of the encoders. SODA, the evaluation and the exports use only these attributes and methods.
 
     The parameters of an encoder are trained with `optimizer.encoder_lr`. ENCODERS in build.py maps a name to the class.
-    The class is called with the keys of the config's `encoder` section that describe layers, and with `log_sigmas`
-    (`add_head`) in place of `time_dependent`. A subclass sets up its layers, calls `add_head`, and defines `pooled`,
-    which runs its blocks by `through`.
+    The class is called with the keys of the config's `encoder` section that describe layers, with `log_sigmas`
+    (`add_head`) in place of `time_dependent`, and with `ray_octaves`. A subclass sets up its layers, calls `add_head`,
+    and defines `pooled`, which runs its blocks by `through`.
+
+    Images have 3 channels, or 9 if their pixels have rays (model/rays.py).
 
     All methods take timesteps (N,) or (1,), those of the decoder's input. A time-dependent encoder needs them, and all
     other encoders ignore them. They may be fractions from 0 to T - 1. The images have no noise of these timesteps.
@@ -129,7 +131,7 @@ class Encoder(nn.Module):
     def forward(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns z, or the mean of its distribution, (N, latent_dim), for images (N, 3, H, W).
 
-        The images are normalised by the data set's mean and standard deviation.
+        The colours are normalised by the data set's mean and standard deviation.
         """
         return self.distribution(x_source, timesteps)[0]
 

@@ -19,6 +19,7 @@ def guided_denoiser(
     z: Condition,
     guidance_scale: float | Sequence[float] = 1.0,
     sections: Collection[int] | None = None,
+    rays: Tensor | None = None,
 ) -> Denoiser:
     """Returns a function (x_t, timesteps) -> prediction for the sampler, conditioned on z.
 
@@ -44,6 +45,7 @@ def guided_denoiser(
         z: (N, latent_dim), or a function timesteps (N,) -> z, for an encoder that depends on the timestep.
         guidance_scale: one value for all sections, or one value per section. A section with scale 0 is dropped.
         sections: indices of the sections to condition on. None means all sections.
+        rays: (N, 6, H, W) rays of the images to sample, for a decoder with rays. All passes receive them.
 
     Raises:
         ValueError: the number of scales does not match the number of sections, a scale is negative, or a section index
@@ -51,7 +53,7 @@ def guided_denoiser(
     """
     if callable(z):
         encode = z
-        return lambda x_t, timesteps: guided_denoiser(decoder, encode(timesteps), guidance_scale, sections)(
+        return lambda x_t, timesteps: guided_denoiser(decoder, encode(timesteps), guidance_scale, sections, rays)(
             x_t, timesteps
         )
     count = len(decoder.section_dims)
@@ -73,13 +75,14 @@ def guided_denoiser(
     passes = [([s < level for s in scales], level - below) for level, below in pairwise(levels)]
     passes = [each for each in [*passes, ([True] * count, 1 - levels[0])] if each[1]]
     if passes == [([False] * count, 1.0)]:
-        return partial(decoder, z=z)
+        return partial(decoder, z=z, rays=rays)
     dropped, weights = zip(*passes, strict=True)
     drop_mask = torch.tensor(dropped, device=z.device).repeat_interleave(len(z), dim=0)  # (passes * N, sections)
     z = decoder.mask(z.repeat(len(passes), 1), drop_mask)
+    repeated = None if rays is None else rays.repeat(len(passes), 1, 1, 1)
 
     def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        predictions = decoder(x_t.repeat(len(passes), 1, 1, 1), timesteps.repeat(len(passes)), z).float()
+        predictions = decoder(x_t.repeat(len(passes), 1, 1, 1), timesteps.repeat(len(passes)), z, repeated).float()
         return sum(weight * each for weight, each in zip(weights, predictions.chunk(len(passes)), strict=True))
 
     return guided

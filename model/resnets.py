@@ -6,6 +6,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model.encoder import Encoder
 from model.names import ResNet, Stem, WideResNet
+from model.rays import make_input_layer
 from model.sizes import GROUP_STRIDES, STEM_STRIDES, WIDE_GROUP_STRIDES
 
 # (type of block, number of blocks in each group, torchvision's `base_width` of a bottleneck)
@@ -35,6 +36,7 @@ class ResNetEncoder(Encoder):
         latent_dim: width of z.
         probabilistic: True: the encoder gives a normal distribution of z.
         log_sigmas: see `Encoder.add_head`.
+        ray_octaves: octaves of the encoding of rays (model/rays.py); None: images have no rays.
     """
 
     def __init__(
@@ -46,15 +48,17 @@ class ResNetEncoder(Encoder):
         latent_dim: int,
         probabilistic: bool = False,
         log_sigmas: Tensor | None = None,
+        ray_octaves: int | None = None,
     ) -> None:
         super().__init__()
+        self.input_layer, in_channels = make_input_layer(ray_octaves)
         block, depths, bottleneck = ARCHITECTURES[architecture]
         stride, pool_stride = STEM_STRIDES[stem]
         if stem == "small":
-            self.conv1 = nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
             self.maxpool: nn.Module = nn.Identity()
         else:
-            self.conv1 = nn.Conv2d(3, width, 7, stride=stride, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=stride, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=pool_stride, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
 
@@ -80,7 +84,7 @@ class ResNetEncoder(Encoder):
 
     def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
-        h = self.maxpool(F.relu(self.bn1(self.conv1(x_source))))
+        h = self.maxpool(F.relu(self.bn1(self.conv1(self.input_layer(x_source)))))
         h = self.through(h, [self.layer1, self.layer2, self.layer3, self.layer4], timesteps)  # (N, pooled_dim, h, w)
         return h.mean(dim=(2, 3))
 
@@ -119,6 +123,7 @@ class WideResNetEncoder(Encoder):
         latent_dim: width of z.
         probabilistic: True: the encoder gives a normal distribution of z.
         log_sigmas: see `Encoder.add_head`.
+        ray_octaves: octaves of the encoding of rays (model/rays.py); None: images have no rays.
     """
 
     def __init__(
@@ -130,10 +135,12 @@ class WideResNetEncoder(Encoder):
         latent_dim: int,
         probabilistic: bool = False,
         log_sigmas: Tensor | None = None,
+        ray_octaves: int | None = None,
     ) -> None:
         super().__init__()
+        self.input_layer, in_channels = make_input_layer(ray_octaves)
         channels, groups, block_inputs = 16, [], []
-        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         for group, stride in enumerate(WIDE_GROUP_STRIDES):
             planes = 16 * WIDENING[architecture] * 2**group
             blocks = [PreActivationBlock(channels, planes, stride)]
@@ -149,7 +156,7 @@ class WideResNetEncoder(Encoder):
     def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
         groups = [self.layer1, self.layer2, self.layer3]
-        h = self.through(self.conv1(x_source), groups, timesteps)  # (N, pooled_dim, H / 4, W / 4)
+        h = self.through(self.conv1(self.input_layer(x_source)), groups, timesteps)  # (N, pooled_dim, H / 4, W / 4)
         return F.relu(self.bn(h)).mean(dim=(2, 3))
 
 

@@ -55,11 +55,13 @@ class SODA(nn.Module):
         timesteps: Tensor,
         drop_mask: Tensor,
         latent_noise: Tensor | None = None,
+        rays: Tensor | None = None,
     ) -> Denoised:
-        """Denoises x_t, given source views of the same image.
+        """Denoises x_t, given source views of the same image or of the same object.
 
         Args:
-            x_source: (N, K, 3, S, S) source views, normalised.
+            x_source: (N, K, 3, S, S) source views, normalised; (N, K, 9, S, S) with the rays of their pixels, if the
+                model has rays (model/rays.py).
             x_t: (N, 3, D, D) noised target view. D need not be S.
             timesteps: (N,) int64.
             drop_mask: (N, sections) bool. True replaces a section of the sample's latent by zeros (layer masking, SODA,
@@ -67,6 +69,7 @@ class SODA(nn.Module):
                 classifier-free guidance.
             latent_noise: (N, K, latent_dim) standard normal noise, with which a probabilistic encoder draws its latents
                 (Kingma & Welling 2014); None: the means are used.
+            rays: (N, 6, D, D) rays of the target's pixels, if the model has rays.
         """
         seen = self.encoder.distribution(x_source.flatten(0, 1), timesteps.repeat_interleave(x_source.shape[1]))
         mean, log_variance = seen  # (N * K, latent_dim)
@@ -76,7 +79,8 @@ class SODA(nn.Module):
         if log_variances is not None and latent_noise is not None:
             drawn = latents + (log_variances / 2).exp() * latent_noise
         z = drawn.mean(dim=1)  # (N, latent_dim)
-        return Denoised(self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask)), latents, log_variances)
+        prediction = self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask), rays)
+        return Denoised(prediction, latents, log_variances)
 
     def encode(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns z (N, latent_dim), the mean of the latents of K source views (N, K, 3, S, S).

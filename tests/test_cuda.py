@@ -122,6 +122,7 @@ def test_images_lie_on_the_gpu_or_are_pinned(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     far, _ = processes.prepare(tmp_path, "device=cuda")
     here, there = next(training_pixels(near, 0)), next(training_pixels(far, 0))
+    assert isinstance(here, torch.Tensor) and isinstance(there, torch.Tensor)
     assert here.is_cuda and there.is_pinned() and torch.equal(here.cpu(), there)
     assert near.data_digest == far.data_digest
 

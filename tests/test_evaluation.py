@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from ablations import floors
 from config.reading import load_config
 from config.schema import KNN, Probe, ProbeView, View
-from datasets.images import StoredImages
+from datasets.images import Images, StoredImages
 from evaluation import features, knn, linear_probe, logistic_regression
 from evaluation.encoders import encode_with, principal_components, settled
 from evaluation.features import extract_features
@@ -258,7 +258,7 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
     noise = torch.randn(60, 1, generator=generator)
     seen: list[tuple[str, int]] = []
 
-    def make_view(pixels: torch.Tensor, indices: range, view: View | None, epoch: int) -> torch.Tensor:
+    def make_view(split: Images, pixels: torch.Tensor, indices: range, view: View | None, epoch: int) -> torch.Tensor:
         seen.append(("clean" if view is None else "noisy", epoch))
         # The augmented view contains nothing about the label.
         return pixels[:, 0, 0].float() if view is None else noise[indices.start : indices.stop]

@@ -295,10 +295,13 @@ def test_a_holdout_is_ignored_if_there_is_a_test_split(tmp_path: Path, caplog: p
     assert "data.holdout=0.5 is ignored, because there is a test split" in caplog.text
 
 
-@pytest.mark.parametrize("key", ["data.holdout=0.1", "data.labels=labels.csv"])
-def test_the_keys_of_a_folder_are_refused_for_other_data_sets(key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "users"),
+    [("data.holdout=0.1", "folder or posed"), ("data.labels=labels.csv", "folder"), ("data.focal=2", "posed")],
+)
+def test_the_keys_of_a_folder_are_refused_for_other_data_sets(key: str, users: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"{key.partition('=')[0]} is for data.name=folder, not for digits: remove it"
+        ConfigError, match=f"{key.partition('=')[0]} is for data.name={users}, not for digits: remove it"
     ):
         load_config(ROOT / "config/digits.yaml", [key])
 

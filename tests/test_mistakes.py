@@ -50,6 +50,7 @@ def checkpoint(name: str) -> list[str]:
     return ["--checkpoint", f"{{place}}/checkpoints/{name}.pt"]
 
 
+UNMOVED = [f"views.{part}.affine_probability=0" for part in ("source", "target", "probe")]  # views keep their rays
 ENDS = ("optimizer.schedule=cosine", "optimizer.cooldown_epochs=0.5")  # by these, rates depend on the last epoch
 
 MISTAKES = [
@@ -81,6 +82,14 @@ MISTAKES = [
     Mistake("unrecognized arguments: --epochs=3 (see", ["--epochs=3"]),
     Mistake("no folder", [*folder("missing")]),
     Mistake("no images in", [*folder("empty")]),
+    Mistake("data.name=posed needs data.pose", [*folder("few"), "data.name=posed"]),
+    Mistake("data.split is for data.name=posed, not for digits: remove it", ["data.split=views"]),
+    Mistake(
+        "views.source.affine_probability moves or hides pixels, but with data.name=posed each pixel belongs to a ray: "
+        f"set {' '.join(UNMOVED)}",
+        [*folder("few"), "data.name=posed", "data.pose=eth80"],
+    ),
+    Mistake("does not fit data.pose=eth80", [*folder("few"), "data.name=posed", "data.pose=eth80", *UNMOVED]),
     Mistake("unreadable/train/b/7.png", [*folder("unreadable")]),
     Mistake("truncated/train/a/3.png", [*folder("truncated")]),
     Mistake("has no images in the classes of", [*folder("differ")]),

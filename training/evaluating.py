@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evaluation.encoders import baselines, encode_with
-from evaluation.features import encode_clean, extract_latents, feature_name, random_subset
+from evaluation.features import Features, encode_views, extract_features, feature_name, random_subset
 from evaluation.hypersphere import alignment_and_uniformity
 from evaluation.judge import Table, judge
 from evaluation.protocols import Protocol, config_protocols
 from evaluation.spectrum import effective_rank, variance_spectrum
 from experiment.opening import Experiment
+from experiment.posed import with_own_rays
 from model.encoder import Encoder
 from model.soda import SODA
 from training.sample_grid import sample_grid
@@ -69,7 +70,7 @@ def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
     protocols, table, grid = [], Table(), None
     smaller = max(1, config.evaluation.batch_size // 2)
     with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
-        if experiment.test is not None:
+        if experiment.has_test_labels:
             protocols = config_protocols(config)
             encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)
@@ -93,7 +94,10 @@ def latents(experiment: Experiment, encoder: Encoder) -> tuple[Tensor, Tensor]:
     images = experiment.train if experiment.test is None else experiment.test
     chosen = random_subset(images, MAX_LATENTS, config.seed, "latents")
 
-    def encode(pixels: Tensor) -> Tensor:
-        return encode_clean(encoder, experiment.views, pixels, device, experiment.amp_dtype)
+    def encode(pixels: Tensor, positions: range) -> Features:
+        cameras = images.cameras_at(chosen.indices[positions.start : positions.stop])
+        made = with_own_rays(config, experiment.views.evaluation(pixels), cameras)
+        return {"z": encode_views(encoder, made, device, experiment.amp_dtype)}
 
-    return chosen.indices, extract_latents(encode, chosen, config.evaluation.batch_size, device)
+    features = extract_features(encode, chosen, config.evaluation.batch_size, device)
+    return chosen.indices, features["z"]

@@ -46,7 +46,7 @@ class Job(ABC):
     folder: RunFolder
 
     @abstractmethod
-    def pixels(self) -> Generator[Tensor, None, None]:
+    def pixels(self) -> Generator[Any, None, None]:
         """Yields the images that this rank needs for each step, from the present step to the last one."""
 
     @abstractmethod
@@ -54,7 +54,7 @@ class Job(ABC):
         """Collective. Does what is due before the next step."""
 
     @abstractmethod
-    def step(self, pixels: Iterator[Tensor], timer: PhaseTimer) -> Tensor:
+    def step(self, pixels: Iterator[Any], timer: PhaseTimer) -> Tensor:
         """Collective. Runs one optimiser step. Returns the gradient norm before clipping, a scalar on the device."""
 
     @abstractmethod
@@ -78,14 +78,14 @@ class SodaJob(Job):
         self.state = self._state = state
         self.folder = folder
 
-    def pixels(self) -> Generator[Tensor, None, None]:
+    def pixels(self) -> Generator[Any, None, None]:
         """See Job.pixels."""
         return training_pixels(self.experiment, self.state.step)
 
     def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
         """See Job.before_step. Nothing is due."""
 
-    def step(self, pixels: Iterator[Tensor], timer: PhaseTimer) -> Tensor:
+    def step(self, pixels: Iterator[Any], timer: PhaseTimer) -> Tensor:
         """See Job.step."""
         return train_step(self.experiment, self._state, pixels, timer)[1]
 
@@ -205,7 +205,7 @@ def progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
 
 def _log_circumstances(experiment: Experiment) -> None:
     training = experiment.config.training
-    if experiment.test is None:
+    if not experiment.has_test_labels:
         logger.info("the images have no labels: k-NN and linear probe are skipped")
     if world_size() > 1:
         share = training.batch_size // world_size()

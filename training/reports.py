@@ -93,7 +93,7 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
 
 def _record_end(log: RunLog, experiment: Experiment, found: Evaluation, folder: Path, metrics: list[str]) -> None:
     config, test = experiment.config, experiment.test
-    if test is not None:
+    if test is not None and test.labels is not None:
         log.embedding("latents", found.step, lambda: projector_points(test, found.chosen, found.z))
     # TensorBoard keeps the first settings that it sees of a run. training.epochs may be raised later, so the metric
     # "epoch" shows it instead.

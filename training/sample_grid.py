@@ -8,8 +8,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from experiment.batch import draw_views
+from datasets.images import Images
+from experiment.batch import Pixels, draw_views
 from experiment.opening import Experiment
+from experiment.posed import PosedPixels, draw_sources
 from model.guidance import guided_denoiser
 from model.soda import SODA
 from utils.device import autocast
@@ -22,15 +24,17 @@ from utils.randomness import CHUNK, generator, image_noise
 def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     """Collective. Returns an image (3, H, W) uint8 of three rows: first source views, samples, target views.
 
-    The samples are drawn by DDIM and guided by the latents of the source views. Images, views and noise depend only on
-    the seed, so that grids of different epochs can be compared.
+    The samples are drawn by DDIM and guided by the latents of the source views. If the images have cameras, the sources
+    are other photographs of the object, each in a row of its own, and a sample has the pose of the target. Images,
+    views and noise depend only on the seed, so that grids of different epochs can be compared.
     """
     config, seed, device = experiment.config.sampling, experiment.config.seed, experiment.device
     images = experiment.train if experiment.test is None else experiment.test
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
-    (pixels,) = images.batches([chosen], pin_memory=device.type == "cuda")
-    x_source, x_target = draw_views(experiment, pixels, range(num_images), "grid ")
+    x_source, x_target, rays = draw_views(
+        experiment, grid_pixels(experiment, images, chosen), range(num_images), "grid "
+    )
 
     mine = my_range(num_images, CHUNK)
     samples = torch.zeros_like(x_target)
@@ -41,21 +45,52 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     soda.eval()
     if mine:
         with autocast(device, experiment.amp_dtype):
-            z = soda.condition(x_source[mine.start : mine.stop])
-            samples[mine.start : mine.stop] = experiment.diffusion.ddim_sample(
-                guided_denoiser(soda.decoder, z, config.guidance_scale, config.sections),
+            here = slice(mine.start, mine.stop)
+            z, my_rays = soda.condition(x_source[here]), None if rays is None else rays[here]
+            samples[here] = experiment.diffusion.ddim_sample(
+                guided_denoiser(soda.decoder, z, config.guidance_scale, config.sections, my_rays),
                 noise("grid noise"),
                 config.num_sampling_steps,
                 config.eta,
                 draw_noise=lambda t: noise("grid eta", t),
             )
-    rows = [experiment.views.denormalize(x_source[:, 0]) * 2 - 1, all_reduce(samples), x_target]
+    sources = x_source[:, :1] if rays is None else x_source[:, :, :3]
+    seen = [experiment.views.denormalize(view) * 2 - 1 for view in sources.unbind(dim=1)]
+    rows = [*seen, all_reduce(samples), x_target]
     size = x_source.shape[-1]  # the decoder's images may be smaller
     size *= max(1, round(64 / size))  # small images are enlarged to about 64 px
     shown = [
         F.interpolate((row.clamp(-1, 1) * 127.5 + 127.5).round().byte(), (size, size), mode="nearest") for row in rows
     ]
     return make_grid(torch.cat(shown), nrow=num_images, padding=2, pad_value=255).cpu()
+
+
+def grid_pixels(experiment: Experiment, images: Images, chosen: Tensor) -> Pixels:
+    """Returns the images of a split at the indices `chosen`, with source images if they have cameras.
+
+    Sources of views that are held out are training images, because a held-out view may be the only one of its object.
+    """
+    config, pin_memory = experiment.config, experiment.device.type == "cuda"
+    (pixels,) = images.batches([chosen], pin_memory)
+    if images.cameras is None or images.objects is None:
+        return pixels
+    others = experiment.train if config.data.split == "views" else images
+    assert others.cameras is not None
+    sources = draw_sources(
+        others,
+        images.objects[chosen],
+        chosen if others is images else None,
+        config.views.num_sources,
+        range(len(chosen)),
+        config.seed,
+        "grid ",
+    )
+    (seen,) = others.batches([sources.flatten()], pin_memory)
+    seen = seen.to(pixels.device).unflatten(0, sources.shape)
+    return PosedPixels(
+        torch.cat([pixels[:, None], seen], dim=1),
+        torch.cat([images.cameras[chosen][:, None], others.cameras[sources]], dim=1),
+    )
 
 
 def save_png(path: Path, image: Tensor) -> None:

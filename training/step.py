@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from config.schema import Rates
-from experiment.batch import draw_batch, read_pixels
+from experiment.batch import Pixels, draw_batch, read_pixels
 from experiment.opening import Experiment
 from experiment.shares import micro_batch_size
 from training.losses import ForwardPass, loss_terms
@@ -19,7 +19,7 @@ from utils.logging import PhaseTimer
 from utils.randomness import CHUNK, derive_seed
 
 
-def training_pixels(experiment: Experiment, step: int) -> Generator[Tensor, None, None]:
+def training_pixels(experiment: Experiment, step: int) -> Generator[Pixels, None, None]:
     """Yields the images of this rank's share of each batch, from `step` to the end of training."""
     share = my_range(experiment.config.training.batch_size, CHUNK)
     return read_pixels(experiment, ((later, share) for later in range(step, experiment.total_steps)))
@@ -48,7 +48,7 @@ def rate_factor(rates: Rates, step: int, steps_per_epoch: int, total_steps: int)
 
 
 def train_step(
-    experiment: Experiment, state: TrainState, pixels: Iterator[Tensor], timer: PhaseTimer
+    experiment: Experiment, state: TrainState, pixels: Iterator[Pixels], timer: PhaseTimer
 ) -> tuple[Tensor, Tensor]:
     """Collective. Runs one optimiser step on one global batch. Returns (loss, gradient norm before clipping).
 
@@ -88,7 +88,9 @@ def train_step(
                 torch.manual_seed(derive_seed(config.seed, "dropout", state.step, start))
                 x_t = experiment.diffusion.q_sample(batch.x_start, batch.timesteps, batch.noise)
                 with autocast(device, experiment.amp_dtype):
-                    denoised = state.wrapped(batch.x_source, x_t, batch.timesteps, batch.drop_mask, batch.latent_noise)
+                    denoised = state.wrapped(
+                        batch.x_source, x_t, batch.timesteps, batch.drop_mask, batch.latent_noise, batch.rays
+                    )
                 found = ForwardPass(config.training, experiment.diffusion, batch, x_t, *denoised)
                 losses = loss_terms(found)
                 state.timestep_sampler.observe(batch.timesteps, found.errors)

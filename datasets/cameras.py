@@ -1,0 +1,70 @@
+"""Cameras as tensors: pinholes (3, 4) in a world whose z axis points up, with an object at its origin.
+
+The columns of a camera are three vectors x, y and f and the position o of the pinhole. The point (u, v) of the square
+image, from (-1/2, -1/2) at its upper left to (1/2, 1/2) at its lower right, is seen along the ray o + s (u x + v y + f)
+with s > 0. The unit vector f points forward, x points right and y points down. The length of x and y is 1 over the
+focal length in widths of the image. A camera therefore holds its rotation, its position and its focal length.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sphere_camera(polar: float, azimuth: float, focal: float) -> Tensor:
+    """Returns the camera (3, 4) float32 on the unit sphere that looks at the origin, without roll.
+
+    Its position is (sin p cos a, sin p sin a, cos p). A camera straight above (polar 0) has the limit of the cameras
+    below it: the top of its image points away from its azimuth.
+
+    Args:
+        polar: angle p from the vertical in degrees, from 0 (above) to 180 (below).
+        azimuth: angle a about the vertical in degrees, counter-clockwise if seen from above.
+        focal: focal length in widths of the image.
+    """
+    p, a = math.radians(polar), math.radians(azimuth)
+    right = (-math.sin(a), math.cos(a), 0.0)
+    down = (math.cos(p) * math.cos(a), math.cos(p) * math.sin(a), -math.sin(p))
+    position = (math.sin(p) * math.cos(a), math.sin(p) * math.sin(a), math.cos(p))
+    scaled = [[value / focal for value in axis] for axis in (right, down)]
+    return torch.tensor([*scaled, [-value for value in position], position], dtype=torch.float64).T.float()
+
+
+def opengl_camera(camera_to_world: Tensor, focal: float) -> Tensor:
+    """Returns the camera (3, 4) float32 of a matrix (4, 4) or (3, 4) from camera to world, in OpenGL's convention.
+
+    OpenGL's axes are right, up and backward.
+
+    Args:
+        focal: focal length in widths of the image.
+    """
+    right, up, backward, position = camera_to_world[:3].double().unbind(dim=1)
+    return torch.stack([right / focal, -up / focal, -backward, position], dim=1).float()
+
+
+def rays(cameras: Tensor, size: int) -> Tensor:
+    """Returns the rays (..., 6, size, size) through the centres of the pixels of cameras (..., 3, 4).
+
+    Channels 0 to 2 are the position of the camera, and channels 3 to 5 are the direction of the ray, a unit vector.
+    """
+    points = (torch.arange(size, device=cameras.device) + 0.5) / size - 0.5
+    x, y, forward, position = cameras[..., None, None].unbind(dim=-3)  # (..., 3, 1, 1) each
+    directions = x * points + y * points[:, None] + forward  # (..., 3, size, size)
+    directions = directions * directions.square().sum(dim=-3, keepdim=True).rsqrt()  # faster than `norm` on CPUs
+    return torch.cat([position.expand_as(directions), directions], dim=-3)
+
+
+def canonical(cameras: Tensor, reference: Tensor) -> Tensor:
+    """Returns cameras (..., 3, 4), turned about the vertical axis by the angle that turns `reference` to azimuth 0.
+
+    The azimuth of a camera is that of the horizontal part of its x axis, minus 90 degrees. For a camera without roll
+    that looks at the vertical axis, this is the azimuth of its position, and it is also defined straight above.
+
+    Args:
+        reference: cameras whose shape can be broadcast to that of `cameras`.
+    """
+    angle = torch.atan2(-reference[..., 0, 0], reference[..., 1, 0])
+    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    rows = [cosine, sine, zero, -sine, cosine, zero, zero, zero, zero + 1]
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3)) @ cameras

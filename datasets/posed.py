@@ -1,0 +1,254 @@
+"""Photographs of objects from known cameras: ROOT/<...>/<object>/<view>.
+
+The folder of a file is its object, and the folder above is the object's class. If ROOT has a folder `images`, the
+objects are in it, and a folder `masks` beside it may hold a mask for each image, under the same path.
+"""
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from config.pose_pattern import is_transforms_file, name_pattern
+from config.schema import Data
+from datasets.cache import open_splits
+from datasets.cameras import opengl_camera, sphere_camera
+from datasets.formats import image_endings
+from datasets.holdout import draw_held_out, part_of
+from datasets.images import DatasetError, Images
+from datasets.listing import Listing
+from datasets.walking import Walker
+from utils.text import join_names
+
+IMAGES, MASKS = "images", "masks"
+SIDE = 90.0  # polar angle of a camera at the height of the object
+LIMITS = {"polar": (0, 180), "pitch": (-90, 90), "azimuth": (-360, 360), "yaw": (-360, 360)}  # degrees
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """Photograph of an object from a known camera.
+
+    Attributes:
+        file: path of the image below the folder of all objects.
+        of: path of the object's folder below it.
+        camera: (3, 4) float32 (see cameras.py).
+    """
+
+    file: str
+    of: str
+    camera: Tensor
+
+
+def open_posed(data: Data, processes: int) -> tuple[Images, Images | None]:
+    """Opens photographs with cameras. The test split holds other objects or other views, as `data.split` says.
+
+    Raises DatasetError if a camera is not known, or if the objects or their views are too few.
+    """
+    folder = image_folder(Path(data.root))
+    views = list_transforms(folder, data.pose) if is_transforms_file(data.pose) else list_names(folder, data)
+    _check_views(folder, [view.of for view in views])
+    number = {name: index for index, name in enumerate(sorted({view.of for view in views}))}
+    train, test = split_views(folder, views, data)
+    opened = open_splits(train, test, data, processes)
+    by_file = {view.file: view for view in views}
+    for images in opened:
+        if images is not None:
+            chosen = [by_file[name] for name in images.names or []]
+            images.cameras = torch.stack([view.camera for view in chosen])
+            images.objects = torch.tensor([number[view.of] for view in chosen])
+            if images is opened[0] or data.split == "objects":
+                _check_views(folder, [view.of for view in chosen])  # again, because unreadable files may be skipped
+    return opened
+
+
+def image_folder(root: Path) -> Path:
+    """Returns the folder of all objects: ROOT/images if it exists, or ROOT. Raises DatasetError if there is none."""
+    if not root.is_dir():
+        raise DatasetError(f"no folder {root}: set data.root to the folder of your objects")
+    inside = root / IMAGES
+    if not inside.is_dir():
+        return root
+    logger.info("%s has a folder %s: the objects are read from it", root, IMAGES)
+    return inside
+
+
+def mask_of(folder: Path, file: str) -> Path | None:
+    """Returns the mask of an image: masks/<...>/<view>.<any ending> beside the folder `images`; None if it is missing.
+
+    Args:
+        folder: folder of all objects, as `image_folder` returns it.
+        file: path of the image below it.
+    """
+    if folder.name != IMAGES:
+        return None
+    inside = folder.parent / MASKS / file
+    candidates = (inside.with_name(inside.stem + ending) for ending in (inside.suffix, *image_endings()))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def list_names(folder: Path, data: Data) -> list[Photograph]:
+    """Lists all images below `folder`, with cameras on the unit sphere by the angles in their names.
+
+    Raises DatasetError if a name does not fit `data.pose`, or if an angle is out of range.
+    """
+    walker, pattern = Walker(), name_pattern(data.pose)
+    files = walker.images_in(folder)
+    if not files:
+        raise walker.no_images(folder)
+    walker.log_left_out(folder)
+    if not pattern.groupindex.keys() & {"polar", "pitch"}:
+        logger.info("data.pose=%s gives no height: all cameras are at the height of the object (polar 90)", data.pose)
+    views, misfits = [], []
+    for file in files:
+        found = pattern.fullmatch(Path(file).stem)
+        if found is None:
+            misfits.append(file)
+            continue
+        angles = {name: float(value) for name, value in found.groupdict().items()}
+        for name, angle in angles.items():
+            low, high = LIMITS[name]
+            if not low <= angle <= high:
+                raise DatasetError(
+                    f"{folder / file}: {name} {angle:g} is not between {low} and {high} degrees: rename the file, or "
+                    "correct data.pose"
+                )
+        polar = angles.get("polar", SIDE - angles.get("pitch", 0.0))
+        azimuth = angles.get("azimuth", angles.get("yaw", 0.0))
+        views.append(Photograph(file, str(Path(file).parent), sphere_camera(polar, azimuth, data.focal)))
+    if misfits:
+        more = f" (nor do {len(misfits) - 1} others)" if len(misfits) > 1 else ""
+        raise DatasetError(
+            f"the name {folder / misfits[0]} does not fit data.pose={data.pose}{more}: rename or remove it, or correct "
+            "data.pose"
+        )
+    return views
+
+
+def list_transforms(folder: Path, name: str) -> list[Photograph]:
+    """Lists the frames of every file `name` below `folder`, which has the format of NeRF-synthetic's transforms.json.
+
+    All positions are divided by the largest distance of a camera from the origin, so that they are as large as those on
+    the unit sphere. Raises DatasetError if a file cannot be used.
+    """
+    lists = sorted(path for path in folder.rglob(name) if not any(part.startswith(".") for part in path.parts[1:]))
+    if not lists:
+        raise DatasetError(f"no file {name} in {folder}: put one into the folder of each object, or correct data.pose")
+    views = [view for path in lists for view in _frames(folder, path)]
+    farthest = max(view.camera[:, 3].norm().item() for view in views)
+    if farthest == 0:
+        raise DatasetError(f"all cameras of {name} in {folder} are at the origin: correct these files")
+    logger.info("positions of cameras are divided by %g, the largest distance from the origin", farthest)
+    for view in views:
+        view.camera[:, 3] /= farthest
+    return views
+
+
+def _frames(folder: Path, path: Path) -> list[Photograph]:
+    """Returns the frames of one file of cameras. Raises DatasetError if it cannot be used."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        focal = 0.5 / math.tan(float(contents["camera_angle_x"]) / 2)  # in widths of the whole image
+        frames = [(str(frame["file_path"]), _matrix(frame["transform_matrix"])) for frame in contents["frames"]]
+        if not frames or not 0 < focal < math.inf:
+            raise ValueError("no frames, or camera_angle_x is not an angle")
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise DatasetError(f"{path} is not a file as NeRF-synthetic has it ({reason}): correct it") from None
+    files = [_image_of(file, path) for file, _ in frames]
+    try:
+        with Image.open(files[0]) as image:  # reads only the size
+            focal *= image.width / min(image.size)  # images are cropped to their central square
+    except OSError as error:
+        raise DatasetError(f"cannot read {files[0]} ({error}): restore the file") from None
+    of = str(path.parent.relative_to(folder))
+    return [
+        Photograph(str(file.relative_to(folder)), of, opengl_camera(matrix, focal))
+        for file, (_, matrix) in zip(files, frames, strict=True)
+    ]
+
+
+def _matrix(rows: Any) -> Tensor:
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    if matrix.shape not in ((3, 4), (4, 4)) or not matrix.isfinite().all():
+        raise ValueError("a transform_matrix is not 4 x 4 finite numbers")
+    return matrix
+
+
+def _image_of(file: str, path: Path) -> Path:
+    """Returns the image that the file of cameras at `path` names `file`, maybe without its ending.
+
+    Raises DatasetError if the image is missing, or not below the folder of `path`.
+    """
+    image = path.parent / os.path.normpath(file)
+    candidates = [image, *(image.with_name(image.name + ending) for ending in (".png", *image_endings()))]
+    found = next((each for each in candidates if each.is_file()), None)
+    if found is None or ".." in image.parts[len(path.parent.parts) :]:
+        raise DatasetError(f"{path} names {file}, which is no image beside it: restore the image, or correct the file")
+    return found
+
+
+def split_views(folder: Path, views: list[Photograph], data: Data) -> tuple[Listing, Listing | None]:
+    """Returns (training views, test views). There is no test split if `data.holdout` is 0.
+
+    The classes are the folders above those of the objects. Without such folders, each object is a class if
+    `data.split` is `views`. If it is `objects`, there are no labels, because no class is in both splits.
+
+    Raises DatasetError if no object or view can be held out.
+    """
+    objects = sorted({view.of for view in views})
+    above = {name: Path(name).parent.name for name in objects}
+    if not all(above.values()):
+        above = {name: name if data.split == "views" else "" for name in objects}
+        logger.info(
+            "%s has no folders of classes above its objects: %s",
+            folder,
+            "each object is a class" if data.split == "views" else "the images have no labels",
+        )
+    classes = sorted({*above.values()} - {""})
+    class_of = {name: classes.index(above[name]) if classes else 0 for name in objects}
+    labels = [class_of[view.of] for view in views] if classes else None
+    listing = Listing(folder, [view.file for view in views], labels, classes, "posed")
+    if not data.holdout:
+        return listing, None
+    if data.split == "objects":
+        chosen = {objects[i] for i in draw_held_out(objects, list(class_of.values()), data.holdout)}
+        held = {index for index, view in enumerate(views) if view.of in chosen}
+        what = f"{len(chosen)} of the {len(objects)} objects"
+    else:
+        number = {name: index for index, name in enumerate(objects)}
+        held = draw_held_out(listing.files, [number[view.of] for view in views], data.holdout, kept=2)
+        what = f"{len(held)} of the {len(views)} views"
+    if not held:
+        least = "a class of two objects" if data.split == "objects" else "an object with three views"
+        raise DatasetError(
+            f"data.holdout={data.holdout:g} holds out no {data.split} of {folder}, because none can be spared: add "
+            f"{least}, or remove data.holdout"
+        )
+    logger.info("%s in %s are held out as the test split, chosen by a digest of their paths", what, folder)
+    name, everything = f"{data.split}-{data.holdout:g}", range(len(views))
+    kept = part_of(listing, (i for i in everything if i not in held), f"kept-{name}")
+    return kept, part_of(listing, (i for i in everything if i in held), f"held-{name}")
+
+
+def _check_views(folder: Path, objects: list[str]) -> None:
+    """Raises DatasetError if an object has a single view, because source and target are different views.
+
+    Args:
+        objects: name of the object of each view.
+    """
+    single = [name for name, count in Counter(objects).items() if count == 1]
+    if single:
+        raise DatasetError(
+            f"objects in {folder} with a single view: {join_names(sorted(single))}: add views of them, or remove them"
+        )
