@@ -25,8 +25,10 @@ EXPECTED = {
 }
 
 
-def test_there_are_six_examples() -> None:
+def test_there_are_six_examples_that_can_be_applied() -> None:
     assert [name for name, *_ in EXAMPLES] == list(EXPECTED)
+    for _, diff, _ in EXAMPLES:
+        subprocess.run(["git", "apply", "--check", "--unidiff-zero", "-"], cwd=ROOT, input=diff, text=True, check=True)
 
 
 @pytest.mark.long
