@@ -25,6 +25,7 @@ import train as train_program
 from config.errors import ConfigError
 from config.reading import load_config
 from datasets.views import Views
+from evaluation import dci
 from evaluation.encoders import baselines, encode_with
 from evaluation.judge import judge
 from evaluation.measures import MEASURES, disentanglement, few_labels
@@ -254,7 +255,8 @@ def measuring(folder: Path) -> dict[str, Any]:
     subjects = subjects_of(experiment, state.soda, None, open_others(None, experiment))
     smaller: dict[Any, dict[str, Any]] = {
         few_labels: {"DRAWS": 3, "COUNTS": (1,)},
-        disentanglement: {"NUM_TRAIN": 60, "NUM_TEST": 20, "TREES": 2},
+        disentanglement: {"NUM_TRAIN": 60, "NUM_TEST": 20},
+        dci: {"TREES": 2},
     }
     with contextlib.ExitStack() as stack:
         for module, constants in smaller.items():

@@ -439,7 +439,7 @@ def test_unlabelled_images_train_without_evaluation(
     assert "sample grid" in capsys.readouterr().out and (tmp_path / "run/samples/epoch_0001.png").exists()
     with pytest.raises(SystemExit, match="2"):
         judge_program.main(digits_args(tmp_path / "run", *folder))
-    assert "no labels" in capsys.readouterr().err
+    assert "has no test images with labels: set data.root to" in capsys.readouterr().err
 
 
 def test_use_amp_is_an_override(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of
 from tests.test_mistakes import write_images
 from training.saving import checkpoint_contents
 from training.state import initial_state as initial_train_state
+from transfer import loop
 from transfer.classifier import build_classifier, read_starting_weights
 from transfer.graph import align, neighbour_graph, normalized, propagate
 from transfer.labelled import choose_labelled, draw_evenly
@@ -42,7 +44,7 @@ from transfer.methods import METHODS
 from transfer.mixing import draw_pairs, mixed_cross_entropy
 from transfer.opening import Task, open_task
 from transfer.sampling import Draws
-from transfer.state import initial_state
+from transfer.state import FinetuneState, initial_state
 from transfer.step import learning_rates, pairs_of, step_pixels, train_step
 from utils.logging import PhaseTimer
 
@@ -408,6 +410,34 @@ def test_a_step_is_plain_sgd_on_the_mean_over_views_and_pairs() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
+def test_a_run_that_died_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies in an epoch with pseudo-labels, and again before new ones are known."""
+    more = [*LAPLACENET, "training.batch_size=128", "training.epochs=3", "training.checkpoint_every=4 steps"]
+    assert finetune_program.main(args_of(tmp_path / "whole", *more)) == 0  # 11 steps per epoch
+    for place, step in (("train_step", 18), ("renew_targets", 22)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, place, dying_at(step, getattr(loop, place)))
+            with pytest.raises(RuntimeError, match="died"):
+                finetune_program.main(args_of(tmp_path / "died", *more))
+        assert torch.load(tmp_path / "died" / "checkpoints" / "last.pt")["step"] == (16 if step == 18 else 22)
+    assert finetune_program.main(args_of(tmp_path / "died", *more)) == 0
+    ends = [torch.load(tmp_path / name / "checkpoints" / "last.pt") for name in ("died", "whole")]
+    assert all(end.pop("config") for end in ends)
+    assert_equal_states(*ends)
+
+
+def dying_at(step: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` of (task, state, ...), which raises RuntimeError at `step`."""
+
+    def run(task: Task, state: FinetuneState, *rest: Any) -> Any:
+        if state.step == step:
+            raise RuntimeError("died")
+        return function(task, state, *rest)
+
+    return run
+
+
+@pytest.mark.long
 def test_the_script_is_stopped_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     """A user starts the script, stops it in an epoch with pseudo-labels, and starts it again.
 
@@ -444,6 +474,7 @@ def test_the_script_is_stopped_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert stopped == whole
 
 
+@pytest.mark.long
 def test_two_processes_compute_the_same(tmp_path: Path) -> None:
     """Losses and pseudo-labels of two processes equal those of one, up to rounding, also with mixup across shares."""
     more = [*LAPLACENET, "optimizer.lr=1e-4", "training.batch_size=260", "encoder.time_dependent=true"]
