@@ -29,12 +29,14 @@ def name_pattern(pose: str) -> re.Pattern[str]:
     try:
         parts = list(Formatter().parse(PATTERNS.get(pose, pose)))
     except ValueError as error:
-        raise ValueError(f"{pose} is no pattern ({error}): {advice}") from None
+        raise ValueError(f"{pose} is not a pattern ({error}): {advice}") from None
     fields = [field for _, field, _, _ in parts if field is not None]
     unknown = [field for field in fields if field not in (*HEIGHTS, *TURNS)]
     if unknown:
         raise ValueError(f"{pose} has the unknown field {{{unknown[0]}}}: {advice}")
     if sum(field in TURNS for field in fields) != 1 or sum(field in HEIGHTS for field in fields) > 1:
         raise ValueError(f"{pose} does not have one azimuth and at most one height: {advice}")
+    if any(not literal for literal, field, _, _ in parts[1:] if field is not None):
+        raise ValueError(f"{pose} has two angles without a separator: {advice}")
     text = "".join(re.escape(literal) + (f"(?P<{field}>{NUMBER})" if field else "") for literal, field, _, _ in parts)
     return re.compile(text)

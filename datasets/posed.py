@@ -141,10 +141,15 @@ def list_transforms(folder: Path, name: str) -> list[Photograph]:
     All positions are divided by the largest distance of a camera from the origin, so that they are as large as those on
     the unit sphere. Raises DatasetError if a file cannot be used.
     """
-    lists = sorted(path for path in folder.rglob(name) if not any(part.startswith(".") for part in path.parts[1:]))
+    lists = sorted(
+        path for path in folder.rglob(name) if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not lists:
         raise DatasetError(f"no file {name} in {folder}: put one into the folder of each object, or correct data.pose")
     views = [view for path in lists for view in _frames(folder, path)]
+    repeated = [file for file, count in Counter(view.file for view in views).items() if count > 1]
+    if repeated:
+        raise DatasetError(f"{folder / repeated[0]} has more than one camera in the files {name}: remove one of them")
     farthest = max(view.camera[:, 3].norm().item() for view in views)
     if farthest == 0:
         raise DatasetError(f"all cameras of {name} in {folder} are at the origin: correct these files")
@@ -164,7 +169,7 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
             raise ValueError("no frames, or camera_angle_x is not an angle")
     except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__} {error}"
-        raise DatasetError(f"{path} is not a file as NeRF-synthetic has it ({reason}): correct it") from None
+        raise DatasetError(f"{path} is not in the format of NeRF-synthetic ({reason}): correct it") from None
     files = [_image_of(file, path) for file, _ in frames]
     try:
         with Image.open(files[0]) as image:  # reads only the size
@@ -179,7 +184,10 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
 
 
 def _matrix(rows: Any) -> Tensor:
-    matrix = torch.tensor(rows, dtype=torch.float64)
+    try:
+        matrix = torch.tensor(rows, dtype=torch.float64)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     if matrix.shape not in ((3, 4), (4, 4)) or not matrix.isfinite().all():
         raise ValueError("a transform_matrix is not 4 x 4 finite numbers")
     return matrix
@@ -194,7 +202,9 @@ def _image_of(file: str, path: Path) -> Path:
     candidates = [image, *(image.with_name(image.name + ending) for ending in (".png", *image_endings()))]
     found = next((each for each in candidates if each.is_file()), None)
     if found is None or ".." in image.parts[len(path.parent.parts) :]:
-        raise DatasetError(f"{path} names {file}, which is no image beside it: restore the image, or correct the file")
+        raise DatasetError(
+            f"{path} names {file}, but there is no such image beside it: restore the image, or correct the file"
+        )
     return found
 
 

@@ -157,7 +157,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[Any, ...]]] = {
     "speckle noise": (speckle_noise, (0.06, 0.10, 0.12, 0.16, 0.20)),
     "gaussian blur": (gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
     "defocus blur": (defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))),
-    "zoom blur": (zoom_blur, (6, 11, 16, 21, 26)),
+    "zoom blur": (zoom_blur, (7, 12, 16, 21, 26)),  # lengths of numpy.arange(1, 1.06, 0.01) and so on
     "brightness": (brightness, (0.05, 0.10, 0.15, 0.20, 0.30)),
     "contrast": (contrast, (0.75, 0.50, 0.40, 0.30, 0.15)),
     "pixelate": (pixelate, (0.95, 0.90, 0.85, 0.75, 0.65)),

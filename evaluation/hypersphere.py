@@ -10,7 +10,6 @@ from evaluation.encoders import Encode
 from evaluation.features import Features, extract_features, random_subset
 from experiment.batch import view_draw
 from experiment.opening import Experiment
-from experiment.posed import with_own_rays
 
 MAX_IMAGES = 2000  # the pairs of these images are enough for three digits of both
 
@@ -49,11 +48,10 @@ def alignment_and_uniformity(
     chosen = random_subset(images, MAX_IMAGES, seed, "alignment images")
 
     def encode(pixels: Tensor, positions: range) -> Features:
-        cameras = images.cameras_at(chosen.indices[positions.start : positions.stop])
         found: Features = {}
         for number in (0, 1):
             draw = view_draw(seed, positions, "alignment view", number)
-            views = with_own_rays(experiment.config, experiment.views.augmented(pixels, draw, augmentation), cameras)
+            views = experiment.views.augmented(pixels, draw, augmentation)
             found |= {(name, number): encode(views, positions)[feature].float() for name, encode in encoders.items()}
         return found
 

@@ -116,6 +116,7 @@ def test_corruptions_without_noise_against_other_libraries(severity: int) -> Non
         "pixelate": lambda x, factor: by_pillow(x, "pixelate", factor),
         "jpeg compression": lambda x, quality: by_pillow(x, "jpeg", quality),
     }
+    assert CORRUPTIONS["zoom blur"][1] == tuple(len(np.arange(1, end, 0.01)) for end in (1.06, 1.11, 1.16, 1.21, 1.26))
     for kind, function in expected.items():
         parameter = CORRUPTIONS[kind][1][severity - 1]
         reference = made_by(lambda image, f=function, p=parameter: f(image, p), pixels)

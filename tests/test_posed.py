@@ -343,11 +343,13 @@ def test_damaged_transforms_files_are_errors_of_the_user(tmp_path: Path) -> None
     frame = {"file_path": "80-000", "transform_matrix": np.eye(4).tolist()}
     good = {"camera_angle_x": 0.7, "frames": [frame]}
     cases: list[tuple[Any, str]] = [
-        ("{", "is not a file as NeRF-synthetic has it"),
+        ("{", "is not in the format of NeRF-synthetic"),
         (json.dumps({"frames": []}), "KeyError 'camera_angle_x'"),
         (json.dumps(good | {"frames": [frame | {"transform_matrix": [[1]]}]}), "not 4 x 4 finite numbers"),
-        (json.dumps(good | {"frames": [frame | {"file_path": "81-000"}]}), "names 81-000, which is no image beside it"),
-        (json.dumps(good | {"frames": [frame | {"file_path": "../x/80-000"}]}), "no image beside it"),
+        (json.dumps(good | {"frames": [frame | {"file_path": "81-000"}]}), "names 81-000, but there is no such image"),
+        (json.dumps(good | {"frames": [frame | {"transform_matrix": {"a": 1}}]}), "not in the format of NeRF"),
+        (json.dumps(good | {"frames": [frame, frame]}), "has more than one camera in the files"),
+        (json.dumps(good | {"frames": [frame | {"file_path": "../x/80-000"}]}), "no such image beside it"),
         (json.dumps(good), "are at the origin"),
     ]
     for text, message in cases:

@@ -35,8 +35,8 @@ class Evaluation:
             split.
         z: (n, latent_dim) latents of these images, without augmentation.
         z_name: "z", or "z@500" for a time-dependent encoder: `z` is that of the middle one of the judged timesteps.
-        effective_rank: effective rank of `z`.
-        alignment, uniformity: those of Wang & Isola (2020), of views of at most 2,000 images of the same split.
+        measures: effective rank of `z`; and alignment and uniformity (Wang & Isola 2020) of views of at most 2,000
+            images of the same split, if views of one image can differ.
         spectrum: (latent_dim,) float64, eigenvalues of the covariance of `z`, largest first.
     """
 
@@ -48,9 +48,7 @@ class Evaluation:
     chosen: Tensor
     z: Tensor
     z_name: str
-    effective_rank: float
-    alignment: float
-    uniformity: float
+    measures: dict[str, float]
     spectrum: Tensor
 
 
@@ -77,12 +75,14 @@ def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
         timestep = config.judged_timesteps[len(config.judged_timesteps) // 2]
         name = feature_name("z", timestep)
         chosen, z = latents(experiment, soda.encoder if timestep is None else soda.encoder.at(timestep))
-        on_sphere = alignment_and_uniformity(experiment, {"trained": encode_with(experiment, soda)}, name)["trained"]
+        measures = {"effective_rank": effective_rank(z)}
+        if not config.data.has_cameras:  # augmentations that move pixels would not fit the rays
+            found = alignment_and_uniformity(experiment, {"trained": encode_with(experiment, soda)}, name)["trained"]
+            measures |= zip(("alignment", "uniformity"), found, strict=True)
     if config.sampling.num_images:
         with memory_for(lambda: f"set sampling.num_images={config.sampling.num_images // 2}"):
             grid = sample_grid(experiment, soda)
-    measures = effective_rank(z), *on_sphere, variance_spectrum(z)
-    return Evaluation(step, at_end, protocols, table, grid, chosen, z, name, *measures)
+    return Evaluation(step, at_end, protocols, table, grid, chosen, z, name, measures, variance_spectrum(z))
 
 
 def latents(experiment: Experiment, encoder: Encoder) -> tuple[Tensor, Tensor]:

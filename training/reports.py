@@ -64,16 +64,9 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
     one of this evaluation. Raises FolderError.
     """
     epoch = found.step // experiment.loader.steps_per_epoch
-    measures = {
-        "effective_rank": found.effective_rank,
-        "alignment": found.alignment,
-        "uniformity": found.uniformity,
-    }
-    values: dict[str, float] = {"epoch": epoch, **measures}
-    logger.info(
-        "epoch %d, %s: effective rank %.1f of %d, alignment %.3f, uniformity %.3f",
-        *(epoch, found.z_name, found.effective_rank, found.z.shape[1], found.alignment, found.uniformity),
-    )
+    values: dict[str, float] = {"epoch": epoch, **found.measures}
+    measures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in found.measures.items())
+    logger.info("epoch %d, %s with %d dimensions: %s", epoch, found.z_name, found.z.shape[1], measures)
     for protocol in found.protocols:
         accuracies = found.table[str(protocol)]["trained"]
         values |= {f"{protocol.logged_as}_{name}": accuracy for name, accuracy in accuracies.items()}

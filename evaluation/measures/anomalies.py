@@ -47,7 +47,8 @@ class Anomalies(MeasureOfClasses):
 
         experiment, classes = subjects.experiment, subjects.experiment.info.classes
         assert subjects.others is not None, "the measure needs another data set"
-        title, others = subjects.others
+        other_name, others = subjects.others
+        title = f"another data set: {other_name}"  # not the name of a class
         chosen = random_subset(others, MAX_OTHERS, experiment.config.seed, "images of another data set")
         of_others = subjects.features(chosen)
         summaries: dict[str, Callable[[Collection[float]], float]] = {"mean of the classes": fmean}
