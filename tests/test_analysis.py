@@ -103,6 +103,7 @@ def inverted(codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
     return pixels.float() / 127.5 - 1, z, codec.invert(pixels, z)
 
 
+@pytest.mark.long
 def test_inverted_noise_decodes_to_the_image(run: Path, codec: Codec, inverted: tuple[Tensor, Tensor, Tensor]) -> None:
     sources, z, x_T = inverted
     half = codec_of(run, 50)

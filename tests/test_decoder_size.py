@@ -127,6 +127,7 @@ def test_images_of_two_sizes_are_shown_at_one_width(tmp_path: Path) -> None:
         assert len(y) == 72 * 72 and np.ptp(y) == np.ptp(x) == 71
 
 
+@pytest.mark.long
 def test_every_program_accepts_the_checkpoint(
     last: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return Bench(tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.long
 def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     """A plan whose time runs out again and again, even within a run, gives the same results, whatever data.root is."""
     bench.patch.setattr(runner, "FIRST_JUDGING_S", 4.0)

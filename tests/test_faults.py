@@ -158,6 +158,7 @@ def test_a_signal_while_the_images_are_opened_ends_it_at_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_smaller_micro_batch_goes_on_with_the_run(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, watched: None
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_full_disk_ends_the_run_with_a_line(
     assert_ends_like(tmp_path, undisturbed)
 
 
+@pytest.mark.long
 def test_a_folder_that_is_lost_ends_the_run_and_is_not_made_anew(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

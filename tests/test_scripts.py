@@ -20,6 +20,7 @@ FLOORS = [  # a folder imports only from itself and from the folders after it; t
 ]
 
 
+@pytest.mark.long
 def test_a_run_by_two_processes_is_resumed_by_one(tmp_path: Path) -> None:
     """A run is started by two processes and resumed by one. Its losses equal those of a run by one process."""
     write_images(tmp_path / "photos", train_a=100, train_b=100, test_a=20, test_b=20)
