@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from config.consistency import check_images_and_encoder, check_noise_schedule, check_rates
 from config.schema import (
     Evaluating,
+    Pair,
     PathText,
     Positive,
     Probability,
@@ -37,12 +38,8 @@ class WeakView(View):
     crop_flip_probability: Probability = key(
         1.0, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
     )
-    crop_scale: Annotated[list[float], Field(min_length=2, max_length=2)] = key(
-        [1.0, 1.0], "[lowest, highest] area of the random crop, as a fraction of the image's area"
-    )
-    crop_ratio: Annotated[list[float], Field(min_length=2, max_length=2)] = key(
-        [1.0, 1.0], "[lowest, highest] aspect ratio (width / height) of the random crop"
-    )
+    crop_scale: Pair = key([1.0, 1.0], "[lowest, highest] area of the random crop, as a fraction of the image's area")
+    crop_ratio: Pair = key([1.0, 1.0], "[lowest, highest] aspect ratio (width / height) of the random crop")
     randaugment_probability: Probability = key(0.0, "probability of applying RandAugment to an image")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets.images import DatasetError
 from datasets.listing import NEEDS_TEST, Listing, Listings, list_classes, log_loose, log_unjudged
 from datasets.split_names import split_folders, split_of
-from datasets.walking import Walker
+from datasets.walking import Walker, all_images
 from utils.text import compose, join_names
 
 logger = logging.getLogger(__name__)
@@ -244,11 +244,7 @@ def list_images(folder: Path) -> Listing:
     """
     if not folder.is_dir():
         raise DatasetError(f"no folder {folder}: name a folder with images")
-    walker = Walker()
-    files = walker.images_in(folder)
-    walker.log_left_out(folder)
-    if not files:
-        raise walker.no_images(folder)
+    files = all_images(folder)
     in_classes = [file for file in files if len(Path(file).parts) > 1]
     names = [compose(Path(file).parts[0]) for file in in_classes]
     classes = sorted(set(names))

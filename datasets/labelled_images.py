@@ -7,7 +7,7 @@ from datasets.images import DatasetError
 from datasets.label_list import read_label_list
 from datasets.listing import NEEDS_TEST, Listing, Listings, log_unjudged
 from datasets.split_names import split_folders, split_of
-from datasets.walking import Walker
+from datasets.walking import all_images
 from utils.text import join_names
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,7 @@ def list_labelled(root: Path, labels: Path, held_out: bool = False) -> Listings:
     if path is None:
         searched = "" if labels.is_absolute() else f" in the current folder or in {root}"
         raise DatasetError(f"no file {labels}{searched}: set data.labels to the path of the file of labels")
-    walker = Walker()
-    files = walker.images_in(root)
-    if not files:
-        raise walker.no_images(root)
-    walker.log_left_out(root)
+    files = all_images(root)
     found = read_label_list(path, files, root)
     train_files, test_files = _divide_by_folder(found.files, path)
     if not found.labels:

@@ -25,7 +25,7 @@ from datasets.formats import image_endings
 from datasets.holdout import draw_held_out, part_of
 from datasets.images import DatasetError, Images
 from datasets.listing import Listing
-from datasets.walking import Walker
+from datasets.walking import all_images
 from utils.text import join_names
 
 IMAGES, MASKS = "images", "masks"
@@ -102,11 +102,7 @@ def list_names(folder: Path, data: Data) -> list[Photograph]:
 
     Raises DatasetError if a name does not fit `data.pose`, or if an angle is out of range.
     """
-    walker, pattern = Walker(), name_pattern(data.pose)
-    files = walker.images_in(folder)
-    if not files:
-        raise walker.no_images(folder)
-    walker.log_left_out(folder)
+    files, pattern = all_images(folder), name_pattern(data.pose)
     if not pattern.groupindex.keys() & {"polar", "pitch"}:
         logger.info("data.pose=%s gives no height: all cameras are at the height of the object (polar 90)", data.pose)
     views, misfits = [], []

@@ -25,7 +25,7 @@ from datasets.labelled_images import list_labelled
 from datasets.listing import Listing
 from datasets.posed import open_posed
 from datasets.tiny_imagenet import list_tiny_imagenet
-from datasets.walking import Walker
+from datasets.walking import all_images
 from utils.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -155,11 +155,7 @@ def open_unlabelled(root: Path, data: Data, processes: int = 1) -> Images:
     """Opens all images below `root`, without labels, decoded as `data` says. Raises DatasetError."""
     if not root.is_dir():
         raise DatasetError(f"no folder {root}: set `unlabelled` to a folder with images")
-    walker = Walker()
-    files = walker.images_in(root)
-    if not files:
-        raise walker.no_images(root)
-    walker.log_left_out(root)
+    files = all_images(root)
     listing = Listing(root, files, None, [], "flat")  # shares its cache with a run of train.py on this folder
     images, _ = open_splits(listing, None, data.model_copy(update={"root": str(root)}), processes)
     return images

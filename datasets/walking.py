@@ -138,6 +138,19 @@ class Walker:
         return kept
 
 
+def all_images(folder: Path) -> list[str]:
+    """Returns the sorted paths of all images below `folder`, relative to it. Logs what is left out.
+
+    Raises DatasetError if there are no images.
+    """
+    walker = Walker()
+    files = walker.images_in(folder)
+    if not files:
+        raise walker.no_images(folder)
+    walker.log_left_out(folder)
+    return files
+
+
 def is_image(name: str) -> bool:
     """Returns True if a file of this name is read as an image."""
     return name.lower().endswith(image_endings()) and not name.startswith(".")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -163,3 +164,24 @@ class EncoderAt(Encoder):
 
     def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         return self.encoder.pooled(x_source, self.timestep)
+
+
+class OnEncoder(nn.Module):
+    """Base class of the modules on top of an encoder, which may be frozen."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._frozen_encoder = False
+
+    def freeze_encoder(self) -> None:
+        """Keeps the encoder without gradients and in evaluation mode, so that BatchNorm uses its running statistics."""
+        self._frozen_encoder = True
+        self.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode, except for a frozen encoder, which stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen_encoder:
+            self.encoder.eval()
+        return self

@@ -1,12 +1,12 @@
 """SODA: the encoder and the decoder as one module."""
 
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.decoder import UNetDecoder
-from model.encoder import Encoder
+from model.encoder import Encoder, OnEncoder
 from model.guidance import Condition
 
 
@@ -24,29 +24,15 @@ class Denoised(NamedTuple):
     log_variances: Tensor | None
 
 
-class SODA(nn.Module):
+class SODA(OnEncoder):
     """prediction = decoder(x_t, timesteps, z), z = mean of encoder(source view) (Hudson et al., CVPR 2024, figure 2).
 
     The decoder receives the source view only through z. Therefore, the denoising loss determines what z encodes.
     """
 
     def __init__(self, encoder: Encoder, decoder: UNetDecoder) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.decoder = decoder
-        self._frozen_encoder = False
-
-    def freeze_encoder(self) -> None:
-        """Keeps the encoder without gradients and in evaluation mode, so that BatchNorm uses its running statistics."""
-        self._frozen_encoder = True
-        self.encoder.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets training or evaluation mode, except for a frozen encoder, which stays in evaluation mode."""
-        super().train(mode)
-        if self._frozen_encoder:
-            self.encoder.eval()
-        return self
 
     def forward(
         self,

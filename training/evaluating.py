@@ -74,10 +74,15 @@ def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
             table = judge(experiment, encoders, protocols)
         timestep = config.judged_timesteps[len(config.judged_timesteps) // 2]
         name = feature_name("z", timestep)
-        chosen, z = latents(experiment, soda.encoder if timestep is None else soda.encoder.at(timestep))
+        encoder = soda.encoder if timestep is None else soda.encoder.at(timestep)
+        chosen, z = latents(experiment, encoder)
         measures = {"effective_rank": effective_rank(z)}
         if not config.data.has_cameras:  # augmentations that move pixels would not fit the rays
-            found = alignment_and_uniformity(experiment, {"trained": encode_with(experiment, soda)}, name)["trained"]
+
+            def encode(views: Tensor, _: range) -> dict[str, Tensor]:
+                return {name: encode_views(encoder, views, experiment.device, experiment.amp_dtype)}
+
+            found = alignment_and_uniformity(experiment, {"trained": encode}, name)["trained"]
             measures |= zip(("alignment", "uniformity"), found, strict=True)
     if config.sampling.num_images:
         with memory_for(lambda: f"set sampling.num_images={config.sampling.num_images // 2}"):

@@ -1,7 +1,6 @@
 """The classifier: an encoder and a linear layer on its features."""
 
 import logging
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,12 @@ from config.finetune_schema import FinetuneConfig
 from experiment.models import NOT_LAYERS
 from experiment.starting import StartingWeights, read_parts
 from model.build import build_encoder
-from model.encoder import Encoder
+from model.encoder import Encoder, OnEncoder
 
 logger = logging.getLogger(__name__)
 
 
-class Classifier(nn.Module):
+class Classifier(OnEncoder):
     """logits = linear(BatchNorm(features of the encoder)). The linear layer starts at zero.
 
     Args:
@@ -29,8 +28,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, features: str, batch_norm: bool) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self._pooled = features == "pooled"
         width = encoder.pooled_dim if self._pooled else encoder.latent_dim
         # A BatchNorm2d, because data_parallel makes it normalise over all processes.
@@ -39,19 +37,6 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.timestep = nn.Parameter(torch.zeros(())) if encoder.is_time_dependent else None
-        self._frozen_encoder = False
-
-    def freeze_encoder(self) -> None:
-        """Keeps the encoder without gradients and in evaluation mode, so that BatchNorm uses its running statistics."""
-        self._frozen_encoder = True
-        self.encoder.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets training or evaluation mode, except for a frozen encoder, which stays in evaluation mode."""
-        super().train(mode)
-        if self._frozen_encoder:
-            self.encoder.eval()
-        return self
 
     def features(self, x: Tensor) -> Tensor:
         """Returns the features (N, D) of images (N, 3, H, W), normalised as the encoder expects them."""
