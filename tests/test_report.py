@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import yaml
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import test as judge_program
@@ -30,9 +32,9 @@ from datasets.sources import load_digits
 from evaluation import protocols
 from evaluation.measures.recording import recorded_measures
 from experiment.trained import open_trained, read_trained
-from tests.conftest import digits_args
-from training import projector
-from utils.run_folder.run_log import RunLog
+from tests.conftest import digits_args, undocumented_tags
+from training import evaluating, projector
+from utils.run_folder.run_log import RunLog, read_reports
 
 CHROMIUM = shutil.which("chromium")
 
@@ -64,7 +66,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for epochs in (1, 2):
         decoder = ("decoder.modulation=sectioned", "decoder.image_size=4")
         arguments = digits_args(place / "run", *settings, *decoder, f"training.epochs={epochs}")
-        assert train_program.main(arguments) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluating, "EARLY_LOOKS", (10, 30))
+            assert train_program.main(arguments) == 0
     return place / "run"
 
 
@@ -293,10 +297,44 @@ def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) 
     assert start["optimizer.encoder_lr"].number_value == config["optimizer"]["encoder_lr"]
     metrics = HParamsPluginData.FromString(data["_hparams_/experiment"]).experiment.metric_infos
     tags = {metric.name.tag for metric in metrics}
-    assert {"evaluation/knn_top1", "evaluation/probe_top1", "evaluation/epoch"} <= tags <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("evaluation/epoch")] == [1, 2]
+    assert {"evaluation/knn_top1", "evaluation/probe_top1", "train/epoch"} <= tags <= set(events.Tags()["scalars"])
+    assert events.Scalars("train/epoch")[-1].value == 2
 
-    # Only the points of the last evaluation are kept, each with its class and its image.
+    # A page of charts and a table describe what there is. The first group of charts is that of the most important.
+    layout = Layout.FromString(data_of_layout(events))
+    assert [category.title for category in layout.category] == ["Progress", "Stability", "Cost"]
+    patterns = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    scalars = events.Tags()["scalars"]
+    for title, tags_of_chart in patterns.items():
+        assert any(re.fullmatch(pattern, tag) for pattern in tags_of_chart for tag in scalars), title
+    assert undocumented_tags(run) == [] and min(scalars).startswith("at_a_glance/")
+
+
+def data_of_layout(events: EventAccumulator) -> bytes:
+    """Returns the layout of TensorBoard's page "Custom Scalars", as it is stored."""
+    return bytes(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+
+
+def test_latents_and_samples_are_shown_before_the_first_evaluation(run: Path) -> None:
+    reports = [entry for entry in read_reports(run, 44) if entry["kind"] == "evaluation"]
+    assert [(entry["step"], "knn_top1" in entry) for entry in reports] == [
+        *((10, False), (22, True)),  # the first start of the run ends at step 22
+        *((30, False), (44, True)),
+    ]
+    assert reports[0]["effective_rank"] > 1 and reports[0]["epoch"] == pytest.approx(10 / 22)
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        "epoch_0001.png",
+        "epoch_0002.png",
+        "step_000010.png",
+        "step_000030.png",
+    ]
+    opened = SimpleNamespace(config=Config(), steps_per_epoch=3, total_steps=1000)  # evaluated at step 300
+    assert [step for step in range(1000) if evaluating.look_due(opened, step)] == [100]  # type: ignore[arg-type]
+
+
+def test_the_projector_has_the_points_of_the_last_evaluation(run: Path) -> None:
+    """Each point has its class and its image."""
+    folder = run / "tensorboard"
     listed = (folder / "projector_config.pbtxt").read_text()
     assert listed.count("tensor_path") == 1 and "00044/latents" in listed
     assert [path.parent.name for path in folder.glob("*/latents")] == ["00044"]
