@@ -329,7 +329,7 @@ def test_latents_and_samples_are_shown_before_the_first_evaluation(run: Path) ->
         "step_000030.png",
     ]
     opened = SimpleNamespace(config=Config(), steps_per_epoch=3, total_steps=1000)  # evaluated at step 300
-    assert [step for step in range(1000) if evaluating.look_due(opened, step)] == [100]  # type: ignore[arg-type]
+    assert [step for step in range(1000) if evaluating.look_due(opened, step)] == [100]
 
 
 def test_the_projector_has_the_points_of_the_last_evaluation(run: Path) -> None:
