@@ -32,7 +32,7 @@ from config.keys import differences
 from config.reading import load, load_config, parse
 from datasets.images import JoinedImages, StoredImages
 from model.resnets import ResNetEncoder
-from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of, launch_two
+from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of, launch_two, undocumented_tags
 from tests.test_mistakes import write_images
 from training.saving import checkpoint_contents
 from training.state import initial_state as initial_train_state
@@ -494,6 +494,7 @@ def test_pseudo_labels_and_their_accuracy_are_reported(
     assert finetune_program.main(args) == 0
     first, second = reports_of(tmp_path / "run", "pseudo_labels")
     assert first["accuracy"] > 30 and second["changed"] > 0 and first["without"] == 0
+    assert undocumented_tags(tmp_path / "run") == []
     printed = capsys.readouterr().out
     assert "laplacenet, 100 labels (split 0), from random weights" in printed and "last weights" in printed
     assert finetune_program.main(args) == 0

@@ -68,6 +68,7 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
     values: dict[str, float] = {"epoch": found.step / experiment.loader.steps_per_epoch, **found.measures}
     measures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in found.measures.items())
     time = f"step {found.step}" if rest else f"epoch {epoch}"
+    picture = f"step_{found.step:06d}.png" if rest else f"epoch_{epoch:04d}.png"
     logger.info("%s, %s with %d dimensions: %s", time, found.z_name, found.z.shape[1], measures)
     for protocol in found.protocols:
         accuracies = found.table[str(protocol)]["trained"]
@@ -75,9 +76,7 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
         logger.info("%s, %s: top-1 %.1f, top-3 %.1f", time, protocol, *accuracies.values())
     if found.grid is not None:
         with writing_to(folder):
-            save_png(
-                folder / "samples" / (f"step_{found.step:06d}.png" if rest else f"epoch_{epoch:04d}.png"), found.grid
-            )
+            save_png(folder / "samples" / picture, found.grid)
         log.image(f"{GLANCE}/samples", found.step, found.grid)
     if not log.has("evaluation", found.step):
         protocols = {each.logged_as: str(each) for each in found.protocols}
