@@ -61,4 +61,4 @@ def test_the_tour_runs_as_printed(tmp_path: Path) -> None:
     rows = list(csv.DictReader((copy / "runs" / "tour" / "predictions" / "photos.csv").open()))
     assert len(rows) == 320
     right = sum(row["file"].startswith(row["class"]) for row in rows)
-    assert right > 200, "a classifier that learns nothing is right for half of the images"
+    assert right > 240, "a classifier that learns nothing is right for half of the images"
