@@ -348,7 +348,7 @@ class Views(Section):
     ray_octaves: int = key(
         4,
         "number of octaves of sines and cosines that encode the 6 numbers of a pixel's ray, if data.name=posed; "
-        "encoder and decoder then receive 6 + 12 views.ray_octaves further channels",
+        "the first layers of encoder and decoder then receive 6 + 12 views.ray_octaves further channels",
         ge=0,
         le=16,
     )
@@ -443,6 +443,11 @@ class Decoder(Section):
         "checkpoint of this program whose EMA decoder gives the weights that the decoder starts from; not used on "
         "resume; empty: random weights",
         run=True,
+    )
+    cross_attention: bool = key(
+        False,
+        "novel views (data.name=posed): wherever the decoder has self-attention, it also attends to the encoder's last "
+        "feature map, as in SODA's experiments on 3-D data; z is then not the only thing that it knows of the source",
     )
     modulation: Modulation = key(
         "shared",

@@ -48,7 +48,9 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
             here = slice(mine.start, mine.stop)
             z, my_rays = soda.condition(x_source[here]), None if rays is None else rays[here]
             samples[here] = experiment.diffusion.ddim_sample(
-                guided_denoiser(soda.decoder, z, config.guidance_scale, config.sections, my_rays),
+                guided_denoiser(
+                    soda.decoder, z, config.guidance_scale, config.sections, my_rays, soda.tokens(x_source[here])
+                ),
                 noise("grid noise"),
                 config.num_sampling_steps,
                 config.eta,
