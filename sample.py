@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         config = read_config_if_named(args)
         require(*picture.needs)
 
-    from analysis.codec import Codec
     from analysis.grid import save_grid
     from datasets.walking import is_listed
+    from evaluation.codec import Codec
     from evaluation.features import feature_name
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
     from utils.device import compute_exactly

@@ -7,7 +7,7 @@ import argparse
 import logging
 
 from config.errors import ConfigError
-from evaluation.measures import Measured, describe_measures, find_measures, measures_option
+from evaluation.measures import add_options, check_options, describe_measures, find_measures
 from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
@@ -31,21 +31,16 @@ def main(argv: list[str] | None = None) -> int:
         config = read_config_if_named(args)
         judges, needs_one_z = args.report or not args.measures, args.report or bool(args.measures)
 
-    from datasets.images import DatasetError
-    from evaluation.encoders import baselines, encode_with, settled
-    from evaluation.judge import judge
-    from evaluation.measures.recording import Record
+    from evaluation.codec import Codec
+    from evaluation.judge import check_can_judge, judge_trained
+    from evaluation.measures.recording import run_measures
     from evaluation.measures.subjects import open_others, subjects_of
-    from evaluation.protocols import all_protocols
-    from experiment.opening import check_neighbours
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
-    from utils.device import compute_exactly
 
     # Open the checkpoint and the images.
     with gather_user_errors():
         if args.report:
             from analysis import report
-            from analysis.codec import Codec
 
             require(*report.NEEDS)
         trained = read_trained(config, args.checkpoint, overrides(args))
@@ -53,51 +48,30 @@ def main(argv: list[str] | None = None) -> int:
             check_no_cameras(trained.config, "the report" if args.report else "--measures")
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
-        if judges and not experiment.has_test_labels:
-            raise DatasetError(
-                f"{trained.config.data.root} has no test images with labels: set data.root to images with labels"
-            )
         if judges:
-            check_neighbours(trained.config, experiment.train)
+            check_can_judge(experiment)
         measures = find_measures(args.measures, experiment)
         others = open_others(args.others, experiment) if measures else None
         path = args.out or trained.folder / "report.html"
         if args.report:
             check_writable(path)
 
-    # Judge. "settled" is the trained encoder, with BatchNorm statistics computed as for the untrained encoder.
+    # Judge and measure.
     logger.info("evaluating the EMA encoder of %s", trained.describe(experiment))
     if judges:
-        encoders = {
-            "trained": encode_with(experiment, soda),
-            "settled": encode_with(experiment, settled(experiment, soda)),
-            **baselines(experiment),
-        }
-        protocols = all_protocols(trained.config, len(experiment.train))
-        table = judge(experiment, encoders, protocols)
+        protocols, table = judge_trained(experiment, soda)
         if rank() == 0:
             print(format_table(table))
-
-    # Measure.
-    measured: dict[str, Measured] = {}
+    measured = {}
     if measures:
-        record, subjects = Record(trained, experiment), subjects_of(experiment, soda, args.timestep, others)
-        for measure in measures:
-            measured[measure.name] = measure.measure(subjects)
-            with gather_user_errors():
-                if rank() == 0:
-                    print(f"\n{measure.name}: {measured[measure.name]}", flush=True)
-                    record.add(measure.name, measured[measure.name])
+        measured = run_measures(measures, trained, subjects_of(experiment, soda, args.timestep, others))
 
     # Report.
     if args.report:
-        compute_exactly()
         codec = Codec(experiment, soda, experiment.config.seed, args.timestep)
-        found, drawn = report.confusions(codec), report.draw_pictures(codec)
-        with gather_user_errors():
-            if rank() == 0:
-                report.write_report(path, trained, codec, protocols, table, measured, found, drawn)
-                print(f"\nreport       {path}")
+        report.make_report(path, trained, codec, protocols, table, measured)
+        if rank() == 0:
+            print(f"\nreport       {path}")
     return 0
 
 
@@ -106,25 +80,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__ or "", f"{EXAMPLES}\n\nmeasures:\n{describe_measures()}", of_checkpoint=True)
     parser.add_argument("--report", action="store_true", help="also write a report as a single HTML file")
     parser.add_argument("--out", type=path_option, help="file for the report; default: report.html in the run folder")
-    parser.add_argument(
-        "--measures",
-        type=measures_option,
-        default=[],
-        metavar="NAMES",
-        help="measures to print instead of the accuracies: all, or names in the list below, separated by commas; with "
-        "--report, the accuracies are printed as well",
-    )
-    parser.add_argument(
-        "--others",
-        type=path_option,
-        metavar="FOLDER",
-        help="images that the measure anomalies compares with the test images; default: synthetic shapes",
-    )
+    add_options(parser)
     args = parser.parse_intermixed_args(argv)
     if args.out and not args.report:
         raise ConfigError(f"--out {args.out} is for the report: add --report")
-    if args.others and not {"all", "anomalies"} & set(args.measures):
-        raise ConfigError(f"--others {args.others} is for the measure anomalies: add --measures anomalies")
+    check_options(args)
     if args.timestep is not None and not (args.report or args.measures):
         raise ConfigError(
             f"--timestep {args.timestep} is for the report and the measures: add --report or --measures, or set "

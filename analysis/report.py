@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from analysis import svg
-from analysis.codec import Codec
 from analysis.grid import Grid
 from analysis.pictures import Directions, Interpolate, Mix, Nearest, Picture, Reconstruct
 from config.schema import KNN
+from evaluation.codec import Codec
 from evaluation.features import feature_name
 from evaluation.judge import Table
 from evaluation.knn import knn_votes
@@ -26,6 +26,9 @@ from evaluation.measures import MEASURES, Measured
 from evaluation.protocols import KNNProtocol, Protocol
 from experiment.models import describe_model
 from experiment.trained import Trained
+from utils.cli import gather_user_errors
+from utils.device import compute_exactly
+from utils.distributed.processes import rank
 from utils.files import write_text
 from utils.randomness import derive_seed, generator
 from utils.run_folder.run_log import read_reports
@@ -175,6 +178,25 @@ def heat_map(counts: np.ndarray) -> str:
     share = counts / counts.sum(axis=1, keepdims=True).clip(1)
     grey = torch.from_numpy((255 * (1 - np.sqrt(share))).round().astype(np.uint8))
     return data_uri(grey.expand(3, -1, -1), lossless=True)
+
+
+def make_report(
+    path: Path,
+    trained: Trained,
+    codec: Codec,
+    protocols: Sequence[Protocol],
+    table: Table,
+    measured: Mapping[str, Measured],
+) -> None:
+    """Collective. Computes the confusion matrix, draws the pictures and writes the HTML file.
+
+    Ends all ranks with status 2 if the file cannot be written.
+    """
+    compute_exactly()
+    found, drawn = confusions(codec), draw_pictures(codec)
+    with gather_user_errors():
+        if rank() == 0:
+            write_report(path, trained, codec, protocols, table, measured, found, drawn)
 
 
 def write_report(

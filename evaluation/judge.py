@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.schema import View
-from datasets.images import Images
-from evaluation.encoders import Encode
+from datasets.images import DatasetError, Images
+from evaluation.encoders import Encode, baselines, encode_with, settled
 from evaluation.features import Features, extract_features
 from evaluation.knn import topk_accuracy
-from evaluation.protocols import Classifier, Protocol
+from evaluation.protocols import Classifier, Protocol, all_protocols
 from experiment.batch import view_draw
-from experiment.opening import Experiment
+from experiment.opening import Experiment, check_neighbours
 from experiment.posed import with_own_rays
+from model.soda import SODA
 from utils.randomness import generator
 
 MakeView = Callable[[Images, Tensor, range, View | None, int], Tensor]
@@ -38,6 +39,29 @@ class _Cell:
     encoder: str
     key: tuple[str, str, bool]
     classifier: Classifier
+
+
+def check_can_judge(experiment: Experiment) -> None:
+    """Raises DatasetError if there are no test images with labels, or fewer training images than neighbours."""
+    if not experiment.has_test_labels:
+        raise DatasetError(
+            f"{experiment.config.data.root} has no test images with labels: set data.root to images with labels"
+        )
+    check_neighbours(experiment.config, experiment.train)
+
+
+def judge_trained(experiment: Experiment, soda: SODA) -> tuple[list[Protocol], Table]:
+    """Collective. Returns all protocols, and the accuracies of the encoder of `soda` and of the baselines under them.
+
+    The encoder is judged twice. As "settled", its BatchNorm statistics are computed as for the untrained encoder.
+    """
+    encoders = {
+        "trained": encode_with(experiment, soda),
+        "settled": encode_with(experiment, settled(experiment, soda)),
+        **baselines(experiment),
+    }
+    protocols = all_protocols(experiment.config, len(experiment.train))
+    return protocols, judge(experiment, encoders, protocols)
 
 
 def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: list[Protocol]) -> Table:

@@ -19,13 +19,13 @@ from torch import Tensor
 import sample as sample_program
 import train as train_program
 from analysis import latent_space
-from analysis.codec import Codec
 from analysis.grid import Cell, Grid, save_grid, to_pixels
 from analysis.latent_space import slerp
 from analysis.pictures import PICTURES, Arithmetic, Directions, Generate, Interpolate, Mix, Nearest, Reconstruct
-from analysis.quality import psnr, ssim
 from analysis.references import Chosen, choose_images
 from config.errors import ConfigError
+from evaluation.codec import Codec
+from evaluation.quality import psnr, ssim
 from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, launch_two
 

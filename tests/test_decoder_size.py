@@ -17,7 +17,6 @@ import sample as sample_program
 import test as judge_program
 import train as train_program
 from ablations import section_measures
-from analysis.codec import Codec
 from analysis.grid import Cell, Grid, save_grid
 from analysis.image_encoder import load_encoder
 from analysis.pictures import PICTURES, Arithmetic, Interpolate, Reconstruct
@@ -25,6 +24,7 @@ from analysis.references import choose_images
 from benchmarks import inversion
 from config.reading import load_config
 from docs import draw_model
+from evaluation.codec import Codec
 from evaluation.encoders import encode_with
 from experiment.models import describe_model
 from experiment.trained import open_trained, read_trained

@@ -21,12 +21,12 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
-from analysis.codec import Codec
 from config.reading import load_config
 from datasets import cache
 from datasets.decoding import AHEAD
 from datasets.folder_layouts import list_folder
 from datasets.images import DatasetError
+from evaluation.codec import Codec
 from experiment.trained import open_trained, read_trained
 from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from tests.test_mistakes import write_images

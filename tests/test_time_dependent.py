@@ -14,11 +14,11 @@ import embed as embed_program
 import sample as sample_program
 import test as judge_program
 import train as train_program
-from analysis.codec import Codec
 from analysis.image_encoder import load_encoder
 from config.errors import ConfigError
 from config.reading import load_config
 from config.schema import Diffusion
+from evaluation.codec import Codec
 from evaluation.encoders import encode_with
 from experiment.starting import read_starting_weights
 from experiment.trained import check_timestep, open_trained, read_trained

@@ -13,9 +13,9 @@ from utils.distributed.collectives import broadcast_object
 from utils.distributed.processes import rank
 
 if TYPE_CHECKING:
-    from analysis.codec import Codec
     from analysis.grid import Grid
     from analysis.references import Chosen
+    from evaluation.codec import Codec
     from experiment.opening import Experiment
 
 T = TypeVar("T")

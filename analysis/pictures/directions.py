@@ -12,9 +12,9 @@ from config.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from analysis.codec import Codec
     from analysis.grid import Grid
     from analysis.references import Chosen
+    from evaluation.codec import Codec
     from experiment.opening import Experiment
 
 

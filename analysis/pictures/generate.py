@@ -11,8 +11,8 @@ from config.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
-    from analysis.codec import Codec
     from analysis.grid import Grid
+    from evaluation.codec import Codec
     from experiment.opening import Experiment
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from analysis.pictures.base import INVERTED, PictureOfPairs, number
 
 if TYPE_CHECKING:
-    from analysis.codec import Codec
     from analysis.grid import Grid
     from analysis.references import Chosen
+    from evaluation.codec import Codec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from analysis.pictures.base import INVERTED, PictureOfPairs, option
 from config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from analysis.codec import Codec
     from analysis.grid import Grid
     from analysis.references import Chosen
+    from evaluation.codec import Codec
     from experiment.opening import Experiment
     from model.decoder import UNetDecoder
 

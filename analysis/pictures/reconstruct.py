@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from analysis.pictures.base import INVERTED, PictureOfImages, number
 
 if TYPE_CHECKING:
-    from analysis.codec import Codec
     from analysis.grid import Grid
     from analysis.references import Chosen
+    from evaluation.codec import Codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class Reconstruct(PictureOfImages):
     def draw(self, codec: Codec, found: Chosen) -> Grid:
         import torch
 
-        from analysis import quality
         from analysis.grid import Grid, rows_of, to_cells
+        from evaluation import quality
 
         z = codec.encode(found.pixels)
         x_T = codec.invert(found.pixels, z)

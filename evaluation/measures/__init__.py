@@ -7,7 +7,7 @@ the functions that use them, so that `test.py --help` and errors in options do n
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING
 
 from config.errors import ConfigError
@@ -18,8 +18,9 @@ from evaluation.measures.disentanglement import Disentanglement
 from evaluation.measures.few_labels import FewLabels
 from evaluation.measures.robustness import Robustness
 from evaluation.measures.uniformity import Uniformity
+from utils.cli import path_option
 
-__all__ = ["ALL", "MEASURES", "Measure", "Measured", "describe_measures", "find_measures", "measures_option"]
+__all__ = ["MEASURES", "Measure", "Measured", "add_options", "check_options", "describe_measures", "find_measures"]
 
 if TYPE_CHECKING:
     from experiment.opening import Experiment
@@ -34,7 +35,31 @@ ALL = "all"
 logger = logging.getLogger(__name__)
 
 
-def measures_option(text: str) -> list[str]:
+def add_options(parser: ArgumentParser) -> None:
+    """Adds the options of the measures to `parser`."""
+    parser.add_argument(
+        "--measures",
+        type=_names,
+        default=[],
+        metavar="NAMES",
+        help="measures to print instead of the accuracies: all, or names in the list below, separated by commas; with "
+        "--report, the accuracies are printed as well",
+    )
+    parser.add_argument(
+        "--others",
+        type=path_option,
+        metavar="FOLDER",
+        help="images that the measure anomalies compares with the test images; default: synthetic shapes",
+    )
+
+
+def check_options(args: Namespace) -> None:
+    """Raises ConfigError if an option of a measure is given, but not the measure."""
+    if args.others and not {ALL, "anomalies"} & set(args.measures):
+        raise ConfigError(f"--others {args.others} is for the measure anomalies: add --measures anomalies")
+
+
+def _names(text: str) -> list[str]:
     """Returns the names in the option --measures, for argparse. Raises ArgumentTypeError if a name is unknown."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:

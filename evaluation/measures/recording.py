@@ -1,10 +1,14 @@
-"""Measures of a run in its results.json, under the key "measures"."""
+"""Measuring of a checkpoint: prints each measure, and adds it to the run's results.json, under the key "measures"."""
 
 import logging
+from collections.abc import Sequence
 
-from evaluation.measures.base import Measured
+from evaluation.measures.base import Measure, Measured
+from evaluation.measures.subjects import Subjects
 from experiment.opening import Experiment
 from experiment.trained import Trained
+from utils.cli import gather_user_errors
+from utils.distributed.processes import rank
 from utils.run_folder.results import RESULTS, belongs_to, read_results, write_results
 
 logger = logging.getLogger(__name__)
@@ -35,3 +39,18 @@ class Record:
             folder, entry = self._trained.folder, {"protocol": measured.protocol, "rows": measured.rows}
             measures = read_results(folder).get("measures", {}) | {name: entry}
             write_results(folder, self._trained.trained_with, self._trained.step, measures=measures)
+
+
+def run_measures(measures: Sequence[Measure], trained: Trained, subjects: Subjects) -> dict[str, Measured]:
+    """Collective. Returns the tables of `measures` by name. Each is printed and recorded as soon as it is computed.
+
+    Ends all ranks with status 2 if results.json cannot be written.
+    """
+    record, measured = Record(trained, subjects.experiment), {}
+    for measure in measures:
+        measured[measure.name] = measure.measure(subjects)
+        with gather_user_errors():
+            if rank() == 0:
+                print(f"\n{measure.name}: {measured[measure.name]}", flush=True)
+                record.add(measure.name, measured[measure.name])
+    return measured
