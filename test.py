@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.judge import check_can_judge, judge_trained
     from evaluation.measures.recording import run_measures
     from evaluation.measures.subjects import open_others, subjects_of
+    from evaluation.novel_views import check_can_judge_views, judge_novel_views
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
 
     # Open the checkpoint and the images.
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
             check_no_cameras(trained.config, "the report" if args.report else "--measures")
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
+        views = judges and trained.config.data.has_cameras
+        if views:
+            check_can_judge_views(experiment)
+            judges = experiment.has_test_labels  # without labels, only the views are judged
         if judges:
             check_can_judge(experiment)
         measures = find_measures(args.measures, experiment)
@@ -62,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         protocols, table = judge_trained(experiment, soda)
         if rank() == 0:
             print(format_table(table))
-    measured = {}
+    measured = judge_novel_views(trained, experiment, soda) if views else {}
     if measures:
         measured = run_measures(measures, trained, subjects_of(experiment, soda, args.timestep, others))
 

@@ -77,6 +77,9 @@ def check_consistency(config: Any) -> None:
         raise ValueError("training.terms.kl needs encoder.probabilistic=true: set both, or neither")
     if config.data.has_cameras:
         check_cameras(config)
+    for name in () if config.data.has_cameras else ("canonical", "ray_octaves"):
+        if getattr(config.views, name) != type(config.views).model_fields[name].default:
+            raise ValueError(f"views.{name} is for data.name=posed, not for {config.data.name}: remove it")
     if decoder.cross_attention:
         check_cross_attention(config)
     if config.views.same:

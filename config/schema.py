@@ -740,6 +740,13 @@ class Evaluation(Evaluating):
         "and batch_size are those of evaluation.probe",
         run=True,
     )
+    num_novel_views: int = key(
+        500,
+        "number of test images, drawn by the seed, that test.py generates as novel views if data.name=posed; each "
+        "costs 50 passes of the decoder, or 100 if views.num_sources is above 1; 0: none",
+        run=True,
+        ge=0,
+    )
     knn: KNN = KNN()
     probe: Probe = Probe()
 

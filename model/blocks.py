@@ -138,9 +138,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the pixels of a feature map to tokens, with a residual connection. Heads as in `SelfAttention`."""
 
-    def __init__(
-        self, channels: int, token_dim: int, num_head_channels: int | None, *, rescale_residual: bool
-    ) -> None:
+    def __init__(self, channels: int, token_dim: int, num_head_channels: int | None, *, rescale_residual: bool) -> None:
         super().__init__()
         self.rescale_residual = rescale_residual
         self.num_heads = channels // (num_head_channels or channels)

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import CrossAttention, Downsample, ResBlock, SelfAttention, Upsample, ZeroConv2d, group_norm, timestep_embedding
+from model.blocks import (
+    CrossAttention,
+    Downsample,
+    ResBlock,
+    SelfAttention,
+    Upsample,
+    ZeroConv2d,
+    group_norm,
+    timestep_embedding,
+)
 from model.names import Modulation
 from model.rays import COLOR_CHANNELS, ImageConv2d
 from model.sizes import num_sections
@@ -33,7 +42,7 @@ class Layer(NamedTuple):
 
 
 class Stage(nn.Module):
-    """A residual block modulated by one section of the latent, followed by self-attention and cross-attention, if any."""
+    """A residual block modulated by one section of the latent, followed by self- and cross-attention, if any."""
 
     def __init__(
         self,
