@@ -37,6 +37,7 @@ class Grid:
         explanation: a few sentences that say how to read the grid.
         columns: a label for each column; a label may be empty.
         rows: a label for each row, or an empty list for no labels.
+        frames: images (3, H, W) uint8 of an animation that accompanies the grid.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Grid:
     columns: list[str]
     rows: list[str]
     cells: list[list[Cell]] = field(repr=False)
+    frames: list[Tensor] = field(repr=False, default_factory=list)
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -128,6 +130,14 @@ def save_grid(grid: Grid, path: Path, footer: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         canvas.save(partial, format="png")
+
+
+def save_gif(frames: Sequence[Tensor], path: Path, frame_ms: int = 150) -> None:
+    """Writes images (3, H, W) uint8 as an animated GIF file, which repeats forever."""
+    images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        images[0].save(partial, format="gif", save_all=True, append_images=images[1:], duration=frame_ms, loop=0)
 
 
 def _width(line: str, font: Any) -> int:

@@ -173,8 +173,9 @@ class Data(Section):
     pose: str = key(
         "",
         "cameras of `posed`: a pattern of the file names without ending, with {azimuth} or {yaw} and {polar} (0: from "
-        "above, 90: from the side) or {pitch} (90 - polar), in degrees; or `eth80` or `cars3d`, whose patterns are "
-        "known; or the name of the .json file in each object's folder that lists its cameras as NeRF-synthetic does",
+        "above, 90: from the side) or {pitch} (90 - polar), in degrees, where azimuths rise counter-clockwise, seen "
+        "from above; or `eth80` or `cars3d`, whose patterns are known; or the name of the .json file in each object's "
+        "folder that lists its cameras as NeRF-synthetic does",
     )
     focal: Positive = key(
         1.5,

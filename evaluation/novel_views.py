@@ -34,7 +34,8 @@ from model.guidance import guided_denoiser
 from model.soda import SODA
 from utils.cli import gather_user_errors, require
 from utils.device import autocast
-from utils.distributed.processes import rank
+from utils.distributed.collectives import all_reduce
+from utils.distributed.processes import my_range, rank
 from utils.randomness import generator, image_noise
 
 NUM_SAMPLING_STEPS = 50
@@ -93,6 +94,18 @@ def view_sampler(experiment: Experiment, soda: SODA, seed: int, num_sampling_ste
     return generate
 
 
+def generate_all(generate: Generate, pixels: PosedPixels, experiment: Experiment) -> Tensor:
+    """Collective. Returns the views (N, 3, D, D) of all targets, on the device. The ranks divide the batches."""
+    count, size, device = len(pixels.pixels), experiment.config.decoder_size, experiment.device
+    out = torch.zeros(count, 3, size, size, device=device)
+    parts = list(_parts(count, BATCH))
+    mine = my_range(len(parts))
+    for positions in parts[mine.start : mine.stop]:
+        here = slice(positions.start, positions.stop)
+        out[here] = generate(PosedPixels(pixels.pixels[here], pixels.cameras[here]), positions)
+    return all_reduce(out)
+
+
 class Scenes:
     """All images of an experiment, training images before test images, with their objects and angles.
 
@@ -140,18 +153,19 @@ class Scenes:
         """Returns the azimuths of images minus that of the image `index`, in degrees from -180 to 180."""
         return (self.azimuth[indices] - self.azimuth[index] + 180) % 360 - 180
 
-    def x_start(self, indices: Tensor) -> Tensor:
-        """Returns images (n, 3, D, D) in [-1, 1], on the device."""
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns pixels (n, 3, P, P) uint8 and cameras (n, 3, 4) of images, on the host."""
         size, count = self.experiment.config.data.kept_size, len(self.train)
-        pixels = torch.zeros(len(indices), 3, size, size, dtype=torch.uint8)
-        for images, chosen, first in (
-            (self.train, indices < count, 0),
-            (self.test, indices >= count, count),
-        ):
+        pixels, cameras = torch.zeros(len(indices), 3, size, size, dtype=torch.uint8), torch.zeros(len(indices), 3, 4)
+        for images, chosen, first in ((self.train, indices < count, 0), (self.test, indices >= count, count)):
             if chosen.any():
                 (found,) = images.batches([indices[chosen] - first])
-                pixels[chosen] = found.cpu()
-        return self.experiment.views.x_start(pixels.to(self.experiment.device))
+                pixels[chosen], cameras[chosen] = found.cpu(), _needed(images.cameras)[indices[chosen] - first]
+        return pixels, cameras
+
+    def x_start(self, indices: Tensor) -> Tensor:
+        """Returns images (n, 3, D, D) in [-1, 1], on the device."""
+        return self.experiment.views.x_start(self.read(indices)[0].to(self.experiment.device))
 
 
 @dataclass(frozen=True)

@@ -283,10 +283,33 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
     with Image.open(once / "samples" / "epoch_0004.png") as grid:
         assert grid.size == (3 * 66 + 2, 4 * 66 + 2)  # two sources, a sample and the target, of 64 px each
     capsys.readouterr()
-    assert test_program.main(["--checkpoint", str(once / "checkpoints/last.pt"), "device=cpu"]) == 0
-    assert "k-NN" in capsys.readouterr().out
+    checkpoint = str(once / "checkpoints/last.pt")
+    assert test_program.main(["--checkpoint", checkpoint, "device=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "k-NN k=2" in out and "novel_views: novel views of new objects: 12 test images as targets, 8 px" in out
+    measures = json.loads((once / "results.json").read_text())["measures"]
+    assert [*measures["novel_views"]["rows"]["SSIM"]] == [
+        "1 source",
+        "2 sources",
+        "source",
+        "mean object",
+        "nearest object",
+    ]
+    assert {*measures["identity"]["rows"]["probe (%)"]} == {"trained", "untrained", "raw pixels"}
+    for sources in (["--num_objects", "2"], ["sampling.num_sampling_steps=1", "--images", "0", "1"]):
+        assert (
+            sample_program.main(["views", "--checkpoint", checkpoint, "device=cpu", "--num_views", "4", *sources]) == 0
+        )
+    with Image.open(once / "pictures" / "views.gif") as gif:
+        assert gif.n_frames == 4 and gif.size == (3 * 96, 96)  # type: ignore[attr-defined]
+    capsys.readouterr()
     # These programs give the encoder no cameras.
-    for program, words in ((sample_program, ["nearest"]), (embed_program, ["--split", "test"])):
+    refused = (
+        (sample_program, ["nearest"]),
+        (embed_program, ["--split", "test"]),
+        (test_program, ["--measures", "all"]),
+    )
+    for program, words in refused:
         with pytest.raises(SystemExit, match="2"):
             program.main([*words, "--checkpoint", str(once / "checkpoints/last.pt"), "device=cpu"])
         assert "does not support cameras (data.name=posed)" in capsys.readouterr().err
