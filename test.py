@@ -41,16 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     # Open the checkpoint and the images.
     with gather_user_errors():
         if args.report:
-            from analysis import report
+            from analysis import report, views_report
 
             require(*report.NEEDS)
         trained = read_trained(config, args.checkpoint, overrides(args))
-        if needs_one_z:
-            check_no_cameras(trained.config, "the report" if args.report else "--measures")
+        has_cameras = trained.config.data.has_cameras
+        if args.measures:
+            check_no_cameras(trained.config, "--measures")
+        if args.timestep is not None or (needs_one_z and not has_cameras):
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
-        views = judges and trained.config.data.has_cameras
-        if views:
+        if has_cameras:
             check_can_judge_views(experiment)
             judges = experiment.has_test_labels  # without labels, only the views are judged
         if judges:
@@ -63,18 +64,20 @@ def main(argv: list[str] | None = None) -> int:
 
     # Judge and measure.
     logger.info("evaluating the EMA encoder of %s", trained.describe(experiment))
-    if judges:
-        protocols, table = judge_trained(experiment, soda)
-        if rank() == 0:
-            print(format_table(table))
-    measured = judge_novel_views(trained, experiment, soda) if views else {}
+    protocols, table = judge_trained(experiment, soda) if judges else ([], {})
+    if judges and rank() == 0:
+        print(format_table(table))
+    measured = judge_novel_views(trained, experiment, soda) if has_cameras else {}
     if measures:
         measured = run_measures(measures, trained, subjects_of(experiment, soda, args.timestep, others))
 
     # Report.
     if args.report:
         codec = Codec(experiment, soda, experiment.config.seed, args.timestep)
-        report.make_report(path, trained, codec, protocols, table, measured)
+        if has_cameras:
+            views_report.make_report(path, trained, codec, measured, table)
+        else:
+            report.make_report(path, trained, codec, protocols, table, measured)
         if rank() == 0:
             print(f"\nreport       {path}")
     return 0

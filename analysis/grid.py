@@ -18,6 +18,7 @@ CELL = 72  # smallest width of a shown image in pixels
 GAP, MARGIN, LINE = 8, 16, 15
 MAX_LABEL = 130  # largest width of a row's label in pixels
 GREY = "#555555"
+FRAME_MS = 150  # time that an image of an animation is shown
 
 
 @dataclass
@@ -132,12 +133,17 @@ def save_grid(grid: Grid, path: Path, footer: str) -> None:
         canvas.save(partial, format="png")
 
 
-def save_gif(frames: Sequence[Tensor], path: Path, frame_ms: int = 150) -> None:
-    """Writes images (3, H, W) uint8 as an animated GIF file, which repeats forever."""
+def write_gif(frames: Sequence[Tensor], file: Any) -> None:
+    """Writes images (3, H, W) uint8 to a path or a binary file, as an animated GIF that repeats forever."""
     images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in frames]
+    images[0].save(file, format="gif", save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0)
+
+
+def save_gif(frames: Sequence[Tensor], path: Path) -> None:
+    """Saves an animation (see `write_gif`). Missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        images[0].save(partial, format="gif", save_all=True, append_images=images[1:], duration=frame_ms, loop=0)
+        write_gif(frames, partial)
 
 
 def _width(line: str, font: Any) -> int:

@@ -150,6 +150,7 @@ def test_inputs_of_the_evaluation_and_of_the_grid(objects: Path) -> None:
 
 
 def cross_attending(**more: Any) -> Any:
+    """Returns a small SODA with rays and self-attention. `more` are further keys of its decoder."""
     torch.manual_seed(0)
     sizes = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
     decoder = {**sizes, "num_head_channels": None, "dropout": 0.0, **more}

@@ -284,7 +284,9 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
         assert grid.size == (3 * 66 + 2, 4 * 66 + 2)  # two sources, a sample and the target, of 64 px each
     capsys.readouterr()
     checkpoint = str(once / "checkpoints/last.pt")
-    assert test_program.main(["--checkpoint", checkpoint, "device=cpu"]) == 0
+    assert test_program.main(["--checkpoint", checkpoint, "device=cpu", "--report"]) == 0
+    page = (once / "report.html").read_text()
+    assert "Scores of novel views" in page and "k-NN k=2" in page and "data:image/gif" in page
     out = capsys.readouterr().out
     assert "k-NN k=2" in out and "novel_views: novel views of new objects: 12 test images as targets, 8 px" in out
     measures = json.loads((once / "results.json").read_text())["measures"]
