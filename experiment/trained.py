@@ -223,6 +223,14 @@ def check_no_cameras(config: Config, what: str) -> None:
         raise ConfigError(f"{what} does not support cameras (data.name=posed): use a model of another data set")
 
 
+def check_cameras(config: Config, what: str) -> None:
+    """Raises ConfigError if the images have no cameras, which `what` needs, or if no images are held out."""
+    if not config.data.has_cameras:
+        raise ConfigError(f"{what} needs images with cameras (data.name=posed): use a model of such images")
+    if not config.data.holdout:
+        raise ConfigError(f"{what} needs images that are held out: set data.holdout as in training")
+
+
 def check_weights(weights: dict[str, Any], model: nn.Module) -> None:
     """Raises CheckpointError if the names or shapes of a checkpoint's weights differ from those of `model`."""
     difference = first_difference(weights, model)
