@@ -179,8 +179,8 @@ def reduced_checkpoint(trained: Trained) -> dict[str, Any]:
     """Returns the contents of a checkpoint that holds only the EMA model, in bf16, and what is needed to use it.
 
     test.py, sample.py, embed.py and `load_encoder` open it. Training cannot resume from it. Its config defines the
-    experiment of the checkpoint. The name of its images, and how it is sampled and judged, are those of `trained.config`.
-    It names no paths.
+    experiment of the checkpoint, and names no paths. The name of the images, and the settings of samples and
+    evaluations, are those of `trained.config`.
     """
     halved = halved_weights(trained.soda())
     kept = {name: trained.contents[name] for name in ("step", "data", "statistics")}
