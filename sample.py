@@ -40,17 +40,20 @@ def main(argv: list[str] | None = None) -> int:
         config = read_config_if_named(args)
         require(*picture.needs)
 
-    from analysis.grid import save_grid
+    from analysis.grid import save_gif, save_grid
     from datasets.walking import is_listed
     from evaluation.codec import Codec
     from evaluation.features import feature_name
-    from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
+    from experiment.trained import check_cameras, check_no_cameras, check_timestep, open_trained, read_trained
     from utils.device import compute_exactly
 
     # Open the checkpoint and the images, and find the images that the options name.
     with gather_user_errors():
         trained = read_trained(config, args.checkpoint, overrides(args))
-        check_no_cameras(trained.config, f"sample.py {name}")
+        if picture.needs_cameras:
+            check_cameras(trained.config, f"sample.py {name}")
+        else:
+            check_no_cameras(trained.config, f"sample.py {name}")
         if picture.needs_one_z or args.timestep is not None:
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
@@ -73,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
             at = "" if args.timestep is None else f"z at timestep {args.timestep}; "
             save_grid(grid, path, f"{model}; {at}{describe_sampling(experiment.config.sampling)}; seed {seed}")
             print(path)
+            if grid.frames:
+                save_gif(grid.frames, path.with_suffix(".gif"))
+                print(path.with_suffix(".gif"))
     return 0
 
 

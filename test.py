@@ -35,19 +35,25 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.judge import check_can_judge, judge_trained
     from evaluation.measures.recording import run_measures
     from evaluation.measures.subjects import open_others, subjects_of
+    from evaluation.novel_views import check_can_judge_views, judge_novel_views
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
 
     # Open the checkpoint and the images.
     with gather_user_errors():
         if args.report:
-            from analysis import report
+            from analysis import report, views_report
 
             require(*report.NEEDS)
         trained = read_trained(config, args.checkpoint, overrides(args))
-        if needs_one_z:
-            check_no_cameras(trained.config, "the report" if args.report else "--measures")
+        has_cameras = trained.config.data.has_cameras
+        if args.measures:
+            check_no_cameras(trained.config, "--measures")
+        if args.timestep is not None or (needs_one_z and not has_cameras):
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
+        if has_cameras:
+            check_can_judge_views(experiment)
+            judges = experiment.has_test_labels  # without labels, only the views are judged
         if judges:
             check_can_judge(experiment)
         measures = find_measures(args.measures, experiment)
@@ -58,18 +64,20 @@ def main(argv: list[str] | None = None) -> int:
 
     # Judge and measure.
     logger.info("evaluating the EMA encoder of %s", trained.describe(experiment))
-    if judges:
-        protocols, table = judge_trained(experiment, soda)
-        if rank() == 0:
-            print(format_table(table))
-    measured = {}
+    protocols, table = judge_trained(experiment, soda) if judges else ([], {})
+    if judges and rank() == 0:
+        print(format_table(table))
+    measured = judge_novel_views(trained, experiment, soda) if has_cameras else {}
     if measures:
         measured = run_measures(measures, trained, subjects_of(experiment, soda, args.timestep, others))
 
     # Report.
     if args.report:
         codec = Codec(experiment, soda, experiment.config.seed, args.timestep)
-        report.make_report(path, trained, codec, protocols, table, measured)
+        if has_cameras:
+            views_report.make_report(path, trained, codec, measured, table)
+        else:
+            report.make_report(path, trained, codec, protocols, table, measured)
         if rank() == 0:
             print(f"\nreport       {path}")
     return 0

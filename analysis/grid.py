@@ -18,6 +18,7 @@ CELL = 72  # smallest width of a shown image in pixels
 GAP, MARGIN, LINE = 8, 16, 15
 MAX_LABEL = 130  # largest width of a row's label in pixels
 GREY = "#555555"
+FRAME_MS = 150  # time that an image of an animation is shown
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Grid:
         explanation: a few sentences that say how to read the grid.
         columns: a label for each column; a label may be empty.
         rows: a label for each row, or an empty list for no labels.
+        frames: images (3, H, W) uint8 of an animation that accompanies the grid.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Grid:
     columns: list[str]
     rows: list[str]
     cells: list[list[Cell]] = field(repr=False)
+    frames: list[Tensor] = field(repr=False, default_factory=list)
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -128,6 +131,19 @@ def save_grid(grid: Grid, path: Path, footer: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         canvas.save(partial, format="png")
+
+
+def write_gif(frames: Sequence[Tensor], file: Any) -> None:
+    """Writes images (3, H, W) uint8 to a path or a binary file, as an animated GIF that repeats forever."""
+    images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in frames]
+    images[0].save(file, format="gif", save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0)
+
+
+def save_gif(frames: Sequence[Tensor], path: Path) -> None:
+    """Saves an animation (see `write_gif`). Missing folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        write_gif(frames, partial)
 
 
 def _width(line: str, font: Any) -> int:

@@ -77,6 +77,11 @@ def check_consistency(config: Any) -> None:
         raise ValueError("training.terms.kl needs encoder.probabilistic=true: set both, or neither")
     if config.data.has_cameras:
         check_cameras(config)
+    for name in () if config.data.has_cameras else ("canonical", "ray_octaves"):
+        if getattr(config.views, name) != type(config.views).model_fields[name].default:
+            raise ValueError(f"views.{name} is for data.name=posed, not for {config.data.name}: remove it")
+    if decoder.cross_attention:
+        check_cross_attention(config)
     if config.views.same:
         check_same_view(config.views)
     timesteps = config.evaluation.timesteps
@@ -208,6 +213,17 @@ def check_cameras(config: Any) -> None:
             f"evaluation.features={config.evaluation.features} is for images without cameras, not for data.name=posed: "
             "choose z or pooled"
         )
+
+
+def check_cross_attention(config: Any) -> None:
+    """Raises ValueError if decoder.cross_attention contradicts other keys of a `Config`."""
+    if not config.data.has_cameras:
+        raise ValueError("decoder.cross_attention is for data.name=posed: remove it")
+    # The feature map has no sections, and it does not follow the timestep while an image is sampled.
+    if config.decoder.modulation != "shared":
+        raise ValueError("decoder.cross_attention needs decoder.modulation=shared: set both, or neither")
+    if config.encoder.time_dependent:
+        raise ValueError("decoder.cross_attention needs encoder.time_dependent=false: set both, or neither")
 
 
 def check_same_view(views: Any) -> None:

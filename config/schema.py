@@ -173,8 +173,9 @@ class Data(Section):
     pose: str = key(
         "",
         "cameras of `posed`: a pattern of the file names without ending, with {azimuth} or {yaw} and {polar} (0: from "
-        "above, 90: from the side) or {pitch} (90 - polar), in degrees; or `eth80` or `cars3d`, whose patterns are "
-        "known; or the name of the .json file in each object's folder that lists its cameras as NeRF-synthetic does",
+        "above, 90: from the side) or {pitch} (90 - polar), in degrees, where azimuths rise counter-clockwise, seen "
+        "from above; or `eth80` or `cars3d`, whose patterns are known; or the name of the .json file in each object's "
+        "folder that lists its cameras as NeRF-synthetic does",
     )
     focal: Positive = key(
         1.5,
@@ -348,7 +349,7 @@ class Views(Section):
     ray_octaves: int = key(
         4,
         "number of octaves of sines and cosines that encode the 6 numbers of a pixel's ray, if data.name=posed; "
-        "encoder and decoder then receive 6 + 12 views.ray_octaves further channels",
+        "the first layers of encoder and decoder then receive 6 + 12 views.ray_octaves further channels",
         ge=0,
         le=16,
     )
@@ -443,6 +444,11 @@ class Decoder(Section):
         "checkpoint of this program whose EMA decoder gives the weights that the decoder starts from; not used on "
         "resume; empty: random weights",
         run=True,
+    )
+    cross_attention: bool = key(
+        False,
+        "novel views (data.name=posed): wherever the decoder has self-attention, it also attends to the encoder's last "
+        "feature map, as in SODA's experiments on 3-D data; z is then not the only thing that it knows of the source",
     )
     modulation: Modulation = key(
         "shared",
@@ -734,6 +740,13 @@ class Evaluation(Evaluating):
         "also train an MLP on the features, with one hidden layer of 512 units and dropout 0.25; transform, epochs, lr "
         "and batch_size are those of evaluation.probe",
         run=True,
+    )
+    num_novel_views: int = key(
+        500,
+        "number of test images, drawn by the seed, that test.py generates as novel views if data.name=posed; each "
+        "costs 50 passes of the decoder, or 100 if views.num_sources is above 1; 0: none",
+        run=True,
+        ge=0,
     )
     knn: KNN = KNN()
     probe: Probe = Probe()

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+ABOVE = 1e-3  # sine of the angle from the vertical below which a camera counts as straight above the object
+
 
 def sphere_camera(polar: float, azimuth: float, focal: float) -> Tensor:
     """Returns the camera (3, 4) float32 on the unit sphere that looks at the origin, without roll.
@@ -58,13 +60,34 @@ def rays(cameras: Tensor, size: int) -> Tensor:
 def canonical(cameras: Tensor, reference: Tensor) -> Tensor:
     """Returns cameras (..., 3, 4), turned about the vertical axis by the angle that turns `reference` to azimuth 0.
 
-    The azimuth of a camera is that of the horizontal part of its x axis, minus 90 degrees. For a camera without roll
-    that looks at the vertical axis, this is the azimuth of its position, and it is also defined straight above.
+    Heights, rolls and the differences of azimuth stay the same.
 
     Args:
         reference: cameras whose shape can be broadcast to that of `cameras`.
     """
-    angle = torch.atan2(-reference[..., 0, 0], reference[..., 1, 0])
+    return turn(cameras, -azimuth_of(reference))
+
+
+def turn(cameras: Tensor, angle: Tensor) -> Tensor:
+    """Turns cameras (..., 3, 4) about the vertical axis by angles in radians, counter-clockwise seen from above."""
     cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    rows = [cosine, sine, zero, -sine, cosine, zero, zero, zero, zero + 1]
+    rows = [cosine, -sine, zero, sine, cosine, zero, zero, zero, zero + 1]
     return torch.stack(rows, dim=-1).unflatten(-1, (3, 3)) @ cameras
+
+
+def azimuth_of(cameras: Tensor) -> Tensor:
+    """Returns the azimuths (...) of the positions of cameras (..., 3, 4), in radians.
+
+    Straight above or below the origin, a position has no azimuth. There, it is that of the x axis, minus 90 degrees,
+    which agrees with `sphere_camera`.
+    """
+    right, position = cameras[..., 0], cameras[..., 3]
+    is_above = position[..., :2].norm(dim=-1) < ABOVE * position.norm(dim=-1)
+    of_right = torch.atan2(-right[..., 0], right[..., 1])
+    return torch.where(is_above, of_right, torch.atan2(position[..., 1], position[..., 0]))
+
+
+def polar_of(cameras: Tensor) -> Tensor:
+    """Returns the angles (...) of the positions of cameras (..., 3, 4) from the vertical, in radians."""
+    position = cameras[..., 3]
+    return torch.atan2(position[..., :2].norm(dim=-1), position[..., 2])

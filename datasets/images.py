@@ -108,12 +108,21 @@ class Images(ABC):
     def views_of_objects(self) -> Tensor:
         """Indices (number of objects, largest number of views) int64 of the images of each object, padded by -1."""
         assert self.objects is not None, "the images have no objects"
-        counts = self.objects.bincount()
-        order = self.objects.argsort(stable=True)
-        position = torch.arange(len(order)) - (counts.cumsum(0) - counts)[self.objects[order]]
-        found = torch.full((len(counts), int(counts.max())), -1)
-        found[self.objects[order], position] = order
-        return found
+        return group_by_object(self.objects)
+
+
+def group_by_object(objects: Tensor) -> Tensor:
+    """Returns the indices (number of objects, largest number of views) int64 of the images of each object.
+
+    Args:
+        objects: (N,) int64 number of the object of each image. Objects with fewer views are padded by -1.
+    """
+    counts = objects.bincount()
+    order = objects.argsort(stable=True)
+    position = torch.arange(len(order)) - (counts.cumsum(0) - counts)[objects[order]]
+    found = torch.full((len(counts), int(counts.max())), -1)
+    found[objects[order], position] = order
+    return found
 
 
 class StoredImages(Images):

@@ -69,6 +69,16 @@ def open_posed(data: Data, processes: int) -> tuple[Images, Images | None]:
             images.objects = torch.tensor([number[view.of] for view in chosen])
             if images is opened[0] or data.split == "objects":
                 _check_views(folder, [view.of for view in chosen])  # again, because unreadable files may be skipped
+    train_images, test_images = opened
+    if data.split == "views" and test_images is not None:
+        assert train_images.objects is not None and test_images.objects is not None
+        names = {index: name for name, index in number.items()}
+        lost = {*test_images.objects.tolist()} - {*train_images.objects.tolist()}
+        if lost:
+            raise DatasetError(
+                f"data.unreadable=skip leaves no training views in {folder} of the objects "
+                f"{join_names(sorted(names[index] for index in lost))}: restore some of them, or remove these objects"
+            )
     return opened
 
 
@@ -146,6 +156,9 @@ def list_transforms(folder: Path, name: str) -> list[Photograph]:
     repeated = [file for file, count in Counter(view.file for view in views).items() if count > 1]
     if repeated:
         raise DatasetError(f"{folder / repeated[0]} has more than one camera in the files {name}: remove one of them")
+    unlisted = len({*all_images(folder)} - {view.file for view in views})
+    if unlisted:
+        logger.info("left out %d images in %s that no file %s names", unlisted, folder, name)
     farthest = max(view.camera[:, 3].norm().item() for view in views)
     if farthest == 0:
         raise DatasetError(f"all cameras of {name} in {folder} are at the origin: correct these files")

@@ -43,6 +43,10 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def cameras_at(self, positions: range) -> Tensor | None:
+        """Returns the cameras of the images at `positions` in `indices`; None if they have none."""
+        return self.images.cameras_at(self.indices[positions.start : positions.stop])
+
     def batches(self, wanted: Iterable[range], pin_memory: bool = False) -> Generator[Tensor, None, None]:
         """Yields the pixels of each range of positions in `indices`, as `Images.batches` does."""
         return self.images.batches((self.indices[each.start : each.stop] for each in wanted), pin_memory)

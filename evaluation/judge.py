@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,8 @@ from evaluation.encoders import Encode, baselines, encode_with, settled
 from evaluation.features import Features, extract_features
 from evaluation.knn import topk_accuracy
 from evaluation.protocols import Classifier, Protocol, all_protocols
-from experiment.batch import view_draw
+from experiment.batch import evaluation_view
 from experiment.opening import Experiment, check_neighbours
-from experiment.posed import with_own_rays
 from model.soda import SODA
 from utils.randomness import generator
 
@@ -66,21 +66,13 @@ def judge_trained(experiment: Experiment, soda: SODA) -> tuple[list[Protocol], T
 
 def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: list[Protocol]) -> Table:
     """Collective. Returns the accuracies of `encoders` on the experiment's test images, under each protocol."""
-    config, views = experiment.config, experiment.views
-
-    def make_view(split: Images, pixels: Tensor, indices: range, view: View | None, epoch: int) -> Tensor:
-        if view is None:
-            made = views.evaluation(pixels)
-        else:
-            made = views.augmented(pixels, view_draw(config.seed, indices, "probe view", epoch), view)
-        return with_own_rays(config, made, split.cameras_at(indices))
-
+    config = experiment.config
     assert experiment.test is not None, "the judge needs test images with labels"
     return accuracy_table(
         encoders,
         experiment.train,
         experiment.test,
-        make_view,
+        partial(evaluation_view, experiment),
         protocols,
         num_classes=len(experiment.info.classes),
         batch_size=config.evaluation.batch_size,

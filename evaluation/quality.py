@@ -18,10 +18,25 @@ def ssim(images: Tensor, sources: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    sigma = min(1.5, (images.shape[-1] - 1) // 2 / 3.5)  # torchmetrics' window reaches 3.5 standard deviations
-    found = structural_similarity_index_measure(images, sources, sigma=sigma, data_range=2.0, reduction="none")
+    found = structural_similarity_index_measure(images, sources, sigma=_sigma(images), data_range=2.0, reduction="none")
     assert isinstance(found, Tensor), "no contrast map was requested"
     return found
+
+
+def ssim_maps(images: Tensor, sources: Tensor) -> Tensor:
+    """Returns the structural similarity of each pixel, (N, 3, H, W), whose mean is that of `ssim`."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    sigma = _sigma(images)
+    found = structural_similarity_index_measure(
+        images, sources, sigma=sigma, data_range=2.0, reduction="none", return_full_image=True
+    )
+    assert isinstance(found, tuple), "the map was requested"
+    return found[1]
+
+
+def _sigma(images: Tensor) -> float:
+    return min(1.5, (images.shape[-1] - 1) // 2 / 3.5)  # torchmetrics' window reaches 3.5 standard deviations
 
 
 def captions(images: Tensor, sources: Tensor) -> list[str]:

@@ -5,15 +5,25 @@ Adaptive timesteps also depend on the losses of earlier steps.
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from config.schema import Config
+from config.schema import Config, View
 from datasets.augmentation import Draw
+from datasets.images import Images, Indices
 from datasets.views import SourceDraw
 from experiment.opening import Experiment
-from experiment.posed import PosedPixels, draw_num_sources, draw_sources, read_posed
+from experiment.posed import (
+    PosedPixels,
+    draw_num_sources,
+    draw_sources,
+    read_posed,
+    read_with_sources,
+    source_images,
+    with_own_rays,
+)
 from experiment.timesteps import TimestepSampler
 from utils.randomness import generator, image_noise, uniforms
 
@@ -42,6 +52,13 @@ class Batch:
     drop_mask: Tensor
     latent_noise: Tensor | None
     rays: Tensor | None
+
+
+class HasCameras(Protocol):
+    """Interface of images that may have cameras: a split, or a part of one."""
+
+    def cameras_at(self, indices: Any, /) -> Tensor | None:
+        """Returns the cameras (n, 3, 4) of the images at `indices`; None if they have none."""
 
 
 Pixels = Tensor | PosedPixels
@@ -118,6 +135,50 @@ def draw_views(
     x_source, x_start = views.pair(of_target, sources, target_draw, of_sources)
     source_rays, target_rays = pixels.rays(config, experiment.device)
     return torch.cat([x_source, source_rays], dim=2), x_start, target_rays
+
+
+def pixels_with_sources(
+    experiment: Experiment, images: Images, chosen: Tensor, positions: range, purpose: str
+) -> Pixels:
+    """Returns the images of a split at the indices `chosen`, with source images if they have cameras.
+
+    Args:
+        positions, purpose: they determine the random draw of views.num_sources source images, as in `draw_sources`.
+    """
+    config = experiment.config
+    if images.objects is None:
+        (pixels,) = images.batches([chosen], experiment.device.type == "cuda")
+        return pixels
+    others = source_images(experiment.train, images, config)
+    but = chosen if others is images else None
+    sources = draw_sources(
+        others, images.objects[chosen], but, config.views.num_sources, positions, config.seed, purpose
+    )
+    return read_with_sources(images, others, chosen, sources)
+
+
+def evaluation_view(
+    experiment: Experiment,
+    images: HasCameras,
+    pixels: Tensor,
+    indices: Indices,
+    view: View | None = None,
+    epoch: int = 0,
+) -> Tensor:
+    """Returns the encoder's input in the evaluation: images (N, 3, S, S), or (N, 9, S, S) with the rays of each.
+
+    Args:
+        images: object that knows the cameras of the images.
+        pixels: (N, 3, P, P) uint8, images of the split at `indices`, or changed versions of them.
+        view: augmentation, drawn for `indices` and `epoch`; None: none.
+    """
+    if view is None:
+        made = experiment.views.evaluation(pixels)
+    else:
+        assert isinstance(indices, range)
+        draw = view_draw(experiment.config.seed, indices, "probe view", epoch)
+        made = experiment.views.augmented(pixels, draw, view)
+    return with_own_rays(experiment.config, made, images.cameras_at(indices))
 
 
 def draw_source(experiment: Experiment, pixels: Pixels, step: int, positions: range) -> Tensor:

@@ -87,6 +87,25 @@ def read_posed(images: Images, wanted: Iterable[Tensor], pin_memory: bool) -> Ge
         yield PosedPixels(pixels.unflatten(0, indices.shape), images.cameras[indices])
 
 
+def source_images(train: Images, images: Images, config: Config) -> Images:
+    """Returns the images from which the sources of `images` are drawn.
+
+    Sources of views that are held out are training images, because a held-out view may be the only one of its object.
+    """
+    return train if config.data.split == "views" else images
+
+
+def read_with_sources(images: Images, others: Images, indices: Tensor, sources: Tensor) -> PosedPixels:
+    """Returns `images` at `indices` (N,), with the images of `others` at `sources` (N, K) as source images."""
+    assert images.cameras is not None and others.cameras is not None
+    (targets,) = images.batches([indices])
+    (seen,) = others.batches([sources.flatten()])
+    return PosedPixels(
+        torch.cat([targets[:, None], seen.to(targets.device).unflatten(0, sources.shape)], dim=1),
+        torch.cat([images.cameras[indices][:, None], others.cameras[sources]], dim=1),
+    )
+
+
 def with_own_rays(config: Config, images: Tensor, cameras: Tensor | None) -> Tensor:
     """Returns images (N, 3, S, S) with the rays of their own cameras, (N, 9, S, S), as the encoder receives them.
 

@@ -135,6 +135,29 @@ class SelfAttention(nn.Module):
         return residual(x, self.proj(h.transpose(-1, -2).reshape(n, c, height, width)), self.rescale_residual)
 
 
+class CrossAttention(nn.Module):
+    """Attention of the pixels of a feature map to tokens, with a residual connection. Heads as in `SelfAttention`."""
+
+    def __init__(self, channels: int, token_dim: int, num_head_channels: int | None, *, rescale_residual: bool) -> None:
+        super().__init__()
+        self.rescale_residual = rescale_residual
+        self.num_heads = channels // (num_head_channels or channels)
+        self.norm = group_norm(channels)
+        self.norm_tokens = nn.LayerNorm(token_dim)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key_value = nn.Linear(token_dim, 2 * channels)
+        self.proj = ZeroConv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Returns (N, C, H, W) for x (N, C, H, W) and tokens (N, L, token_dim)."""
+        n, c, height, width = x.shape
+        heads = (self.num_heads, c // self.num_heads)
+        q = self.query(self.norm(x)).view(n, *heads, height * width).transpose(-1, -2)  # (N, heads, H * W, C / heads)
+        k, v = self.key_value(self.norm_tokens(tokens)).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return residual(x, self.proj(h.transpose(-1, -2).reshape(n, c, height, width)), self.rescale_residual)
+
+
 class Downsample(nn.Conv2d):
     """3x3 convolution with stride 2, to halve the resolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
 

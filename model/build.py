@@ -11,7 +11,7 @@ from model.diffusion import log_sigmas
 from model.encoder import Encoder
 from model.initialization import initialize_as_paper, initialize_zeros_as_torch
 from model.names import Architecture, Initialization
-from model.rays import COLOR_CHANNELS, RAY_CHANNELS, input_channels
+from model.rays import COLOR_CHANNELS, RAY_CHANNELS, ImageConv2d, input_channels
 from model.resnets import ARCHITECTURES, WIDENING, ResNetEncoder, WideResNetEncoder
 from model.soda import SODA
 
@@ -56,15 +56,22 @@ def build_soda(
         ray_octaves: octaves of the encoding of rays in encoder and decoder; None: images have no rays.
     """
     as_paper = initialization == "paper"
-    more = {"latent_dim": encoder["latent_dim"], "rescale_residual": as_paper, "ray_octaves": ray_octaves}
-    soda = SODA(
-        build_encoder(encoder, diffusion, ray_octaves),
-        UNetDecoder(**decoder | {"image_size": decoder_size} | more),
-    )
+    source = build_encoder(encoder, diffusion, ray_octaves)
+    layers = {name: value for name, value in decoder.items() if name != "cross_attention"} | {
+        "image_size": decoder_size,
+        "latent_dim": source.latent_dim,
+        "rescale_residual": as_paper,
+        "ray_octaves": ray_octaves,
+        "token_dim": source.pooled_dim if decoder.get("cross_attention") else None,
+    }
+    soda = SODA(source, UNetDecoder(**layers))
     if as_paper:
         initialize_as_paper(soda)
     elif initialization == "torch":
         initialize_zeros_as_torch(soda)
+    for part in soda.modules():
+        if isinstance(part, ImageConv2d):
+            part.balance()
     return soda
 
 
@@ -82,7 +89,10 @@ def forward_flops(soda: SODA, encoder_size: int, decoder_size: int, ray_octaves:
     rays = None if ray_octaves is None else images(RAY_CHANNELS, decoder_size)
     timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     z = torch.zeros(1, soda.encoder.latent_dim, device=device)
-    decoder = module_flops(soda.decoder, x_t, timesteps, z, rays)
+    was_training = soda.training
+    tokens = soda.eval().tokens(x_source[None])
+    soda.train(was_training)
+    decoder = module_flops(soda.decoder, x_t, timesteps, z, rays, tokens)
     return module_flops(soda.encoder, x_source, timesteps), decoder
 
 

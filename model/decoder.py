@@ -8,9 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Downsample, ResBlock, SelfAttention, Upsample, ZeroConv2d, group_norm, timestep_embedding
+from model.blocks import (
+    CrossAttention,
+    Downsample,
+    ResBlock,
+    SelfAttention,
+    Upsample,
+    ZeroConv2d,
+    group_norm,
+    timestep_embedding,
+)
 from model.names import Modulation
-from model.rays import COLOR_CHANNELS, make_input_layer
+from model.rays import COLOR_CHANNELS, ImageConv2d
 from model.sizes import num_sections
 
 
@@ -33,18 +42,30 @@ class Layer(NamedTuple):
 
 
 class Stage(nn.Module):
-    """A residual block modulated by one section of the latent, followed by `attention` if it is not None."""
+    """A residual block modulated by one section of the latent, followed by self- and cross-attention, if any."""
 
-    def __init__(self, block: ResBlock, attention: SelfAttention | None, resolution: int, section: int) -> None:
+    def __init__(
+        self,
+        block: ResBlock,
+        attention: SelfAttention | None,
+        cross_attention: CrossAttention | None,
+        resolution: int,
+        section: int,
+    ) -> None:
         super().__init__()
         self.block = block
-        self.attention = attention
+        self.attention, self.cross_attention = attention, cross_attention
         self.resolution, self.section = resolution, section
 
-    def forward(self, x: Tensor, time: Tensor, latents: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, latents: Sequence[Tensor], tokens: Tensor | None) -> Tensor:
         """Returns (N, C_out, H, W) for x (N, C_in, H, W), time (N, time_dim), latents (N, width) of all sections."""
         h = self.block(x, time, latents[self.section])
-        return h if self.attention is None else self.attention(h)
+        if self.attention is not None:
+            h = self.attention(h)
+        if self.cross_attention is not None:
+            assert tokens is not None, "a decoder with cross-attention needs tokens"
+            h = self.cross_attention(h, tokens)
+        return h
 
 
 class UNetDecoder(nn.Module):
@@ -78,6 +99,7 @@ class UNetDecoder(nn.Module):
             section, and it modulates every block.
         rescale_residual: if True, the sum of each residual connection is divided by sqrt(2).
         ray_octaves: octaves of the encoding of the target's rays (model/rays.py); None: images have no rays.
+        token_dim: width of the tokens for cross-attention, which follows each self-attention; None: there is none.
 
     Attributes:
         section_dims: widths of the sections of z, first to last. The widths differ by at most 1.
@@ -101,9 +123,10 @@ class UNetDecoder(nn.Module):
         modulation: Modulation = "shared",
         rescale_residual: bool = False,
         ray_octaves: int | None = None,
+        token_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.model_channels = model_channels
+        self.model_channels, self.token_dim = model_channels, token_dim
         time_dim = 4 * model_channels
         count = num_sections(modulation, len(channel_mult), num_res_blocks)
         if latent_dim < count:
@@ -121,16 +144,19 @@ class UNetDecoder(nn.Module):
                 scale_offset=scale_offset,
                 rescale_residual=rescale_residual,
             )
-            attention = None
+            attention = cross_attention = None
             if attend:
                 attention = SelfAttention(out_channels, num_head_channels, rescale_residual=rescale_residual)
-            return Stage(block, attention, resolution, section)
+            if attend and token_dim is not None:
+                cross_attention = CrossAttention(
+                    out_channels, token_dim, num_head_channels, rescale_residual=rescale_residual
+                )
+            return Stage(block, attention, cross_attention, resolution, section)
 
         self.time_mlp = nn.Sequential(
             nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
         )
-        self.input_layer, in_channels = make_input_layer(ray_octaves)
-        self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
+        self.conv_in = ImageConv2d(model_channels, 3, padding=1, ray_octaves=ray_octaves)
 
         widths = [model_channels * multiple for multiple in channel_mult]
         channels, resolution, section = model_channels, image_size, 0
@@ -165,7 +191,9 @@ class UNetDecoder(nn.Module):
         self.norm_out = group_norm(channels)
         self.conv_out = ZeroConv2d(channels, COLOR_CHANNELS, 3, padding=1)
 
-    def forward(self, x_t: Tensor, timesteps: Tensor, z: Tensor, rays: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, timesteps: Tensor, z: Tensor, rays: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         """Returns the prediction, such as eps, (N, 3, H, W) for x_t, timesteps (N,) int64 and z (N, latent_dim).
 
         A row of zeros in `z` is the null latent: the sample is denoised unconditionally. If only one section of a row
@@ -173,19 +201,23 @@ class UNetDecoder(nn.Module):
 
         Args:
             rays: (N, 6, H, W) rays of the target's pixels, for a decoder with `ray_octaves`.
+            tokens: (N, L, token_dim), for a decoder with `token_dim`; zeros for a sample with the null latent.
         """
         time = self.time_mlp(timestep_embedding(timesteps, self.model_channels))  # (N, time_dim)
         latents = F.silu(z).split(self.section_dims, dim=1)  # (N, width) each; zeros in z stay zero
 
-        h = self.conv_in(self.input_layer(x_t if rays is None else torch.cat([x_t, rays], dim=1)))
+        h = self.conv_in(x_t if rays is None else torch.cat([x_t, rays], dim=1))
         skips = [h]
         for layer in self.down:
-            h = layer(h, time, latents) if isinstance(layer, Stage) else layer(h)
+            h = layer(h, time, latents, tokens) if isinstance(layer, Stage) else layer(h)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, time, latents)
+            h = layer(h, time, latents, tokens)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], dim=1), time, latents) if isinstance(layer, Stage) else layer(h)
+            if isinstance(layer, Stage):
+                h = layer(torch.cat([h, skips.pop()], dim=1), time, latents, tokens)
+            else:
+                h = layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def mask(self, z: Tensor, drop_mask: Tensor) -> Tensor:
@@ -193,6 +225,10 @@ class UNetDecoder(nn.Module):
         drops = drop_mask.split(1, dim=-1)
         wide = [drop.expand(*drop.shape[:-1], width) for drop, width in zip(drops, self.section_dims, strict=True)]
         return z.masked_fill(torch.cat(wide, dim=-1), 0)
+
+    def mask_tokens(self, tokens: Tensor, drop_mask: Tensor) -> Tensor:
+        """Returns tokens (N, L, token_dim) with zeros for the samples whose whole latent is dropped by `drop_mask`."""
+        return tokens.masked_fill(drop_mask.all(dim=-1)[:, None, None], 0)
 
     def layers(self) -> Iterator[Layer]:
         """Yields the residual blocks in the order in which they run."""

@@ -61,7 +61,8 @@ class Encoder(nn.Module):
     The parameters of an encoder are trained with `optimizer.encoder_lr`. ENCODERS in build.py maps a name to the class.
     The class is called with the keys of the config's `encoder` section that describe layers, with `log_sigmas`
     (`add_head`) in place of `time_dependent`, and with `ray_octaves`. A subclass sets up its layers, calls `add_head`,
-    and defines `pooled`, which runs its blocks by `through`.
+    and defines `feature_map`, which runs its
+    blocks by `through`.
 
     Images have 3 channels, or 9 if their pixels have rays (model/rays.py).
 
@@ -121,13 +122,17 @@ class Encoder(nn.Module):
         """Returns a time-dependent encoder at one timestep, as an encoder of one z. It shares the weights."""
         return EncoderAt(self, timestep)
 
+    def feature_map(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Returns the last feature map (N, pooled_dim, h, w) for images (N, 3, H, W)."""
+        raise NotImplementedError
+
     def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
-        raise NotImplementedError
+        return self.feature_map(x_source, timesteps).mean(dim=(2, 3))
 
     def distribution(self, x_source: Tensor, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns (mean of z, log-variance of z), (N, latent_dim) each. A deterministic encoder has no log-variance."""
-        return self._from_pooled(self.pooled(x_source, timesteps))
+        return self.from_pooled(self.pooled(x_source, timesteps))
 
     def forward(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns z, or the mean of its distribution, (N, latent_dim), for images (N, 3, H, W).
@@ -139,9 +144,10 @@ class Encoder(nn.Module):
     def features(self, x_source: Tensor, timesteps: Tensor | None = None) -> dict[str, Tensor]:
         """Returns {"pooled": (N, pooled_dim), "z": (N, latent_dim)} for images (N, 3, H, W), for the evaluation."""
         pooled = self.pooled(x_source, timesteps)
-        return {"pooled": pooled, "z": self._from_pooled(pooled)[0]}
+        return {"pooled": pooled, "z": self.from_pooled(pooled)[0]}
 
-    def _from_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+    def from_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns (mean of z, log-variance of z), as `distribution` does, for pooled features (N, pooled_dim)."""
         found = self.fc(pooled)
         if not self.is_probabilistic:
             return found, None
@@ -162,8 +168,8 @@ class EncoderAt(Encoder):
         device = next(encoder.parameters()).device
         self.register_buffer("timestep", torch.tensor([timestep], device=device), persistent=False)
 
-    def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        return self.encoder.pooled(x_source, self.timestep)
+    def feature_map(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        return self.encoder.feature_map(x_source, self.timestep)
 
 
 class OnEncoder(nn.Module):

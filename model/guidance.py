@@ -20,6 +20,7 @@ def guided_denoiser(
     guidance_scale: float | Sequence[float] = 1.0,
     sections: Collection[int] | None = None,
     rays: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Denoiser:
     """Returns a function (x_t, timesteps) -> prediction for the sampler, conditioned on z.
 
@@ -46,6 +47,7 @@ def guided_denoiser(
         guidance_scale: one value for all sections, or one value per section. A section with scale 0 is dropped.
         sections: indices of the sections to condition on. None means all sections.
         rays: (N, 6, H, W) rays of the images to sample, for a decoder with rays. All passes receive them.
+        tokens: (N, L, token_dim) for a decoder with cross-attention (`SODA.tokens`). The pass without z has none.
 
     Raises:
         ValueError: the number of scales does not match the number of sections, a scale is negative, or a section index
@@ -53,9 +55,9 @@ def guided_denoiser(
     """
     if callable(z):
         encode = z
-        return lambda x_t, timesteps: guided_denoiser(decoder, encode(timesteps), guidance_scale, sections, rays)(
-            x_t, timesteps
-        )
+        return lambda x_t, timesteps: guided_denoiser(
+            decoder, encode(timesteps), guidance_scale, sections, rays, tokens
+        )(x_t, timesteps)
     count = len(decoder.section_dims)
     scales = [guidance_scale] if isinstance(guidance_scale, int | float) else list(guidance_scale)
     scales = scales * count if len(scales) == 1 else scales
@@ -75,14 +77,16 @@ def guided_denoiser(
     passes = [([s < level for s in scales], level - below) for level, below in pairwise(levels)]
     passes = [each for each in [*passes, ([True] * count, 1 - levels[0])] if each[1]]
     if passes == [([False] * count, 1.0)]:
-        return partial(decoder, z=z, rays=rays)
+        return partial(decoder, z=z, rays=rays, tokens=tokens)
     dropped, weights = zip(*passes, strict=True)
     drop_mask = torch.tensor(dropped, device=z.device).repeat_interleave(len(z), dim=0)  # (passes * N, sections)
     z = decoder.mask(z.repeat(len(passes), 1), drop_mask)
-    repeated = None if rays is None else rays.repeat(len(passes), 1, 1, 1)
+    rays = None if rays is None else rays.repeat(len(passes), 1, 1, 1)
+    tokens = None if tokens is None else decoder.mask_tokens(tokens.repeat(len(passes), 1, 1), drop_mask)
 
     def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        predictions = decoder(x_t.repeat(len(passes), 1, 1, 1), timesteps.repeat(len(passes)), z, repeated).float()
+        repeated = x_t.repeat(len(passes), 1, 1, 1), timesteps.repeat(len(passes))
+        predictions = decoder(*repeated, z, rays, tokens).float()
         return sum(weight * each for weight, each in zip(weights, predictions.chunk(len(passes)), strict=True))
 
     return guided

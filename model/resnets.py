@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model.encoder import Encoder
 from model.names import ResNet, Stem, WideResNet
-from model.rays import make_input_layer
+from model.rays import ImageConv2d
 from model.sizes import GROUP_STRIDES, STEM_STRIDES, WIDE_GROUP_STRIDES
 
 # (type of block, number of blocks in each group, torchvision's `base_width` of a bottleneck)
@@ -51,14 +51,13 @@ class ResNetEncoder(Encoder):
         ray_octaves: int | None = None,
     ) -> None:
         super().__init__()
-        self.input_layer, in_channels = make_input_layer(ray_octaves)
         block, depths, bottleneck = ARCHITECTURES[architecture]
         stride, pool_stride = STEM_STRIDES[stem]
         if stem == "small":
-            self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+            self.conv1 = ImageConv2d(width, 3, stride=stride, padding=1, bias=False, ray_octaves=ray_octaves)
             self.maxpool: nn.Module = nn.Identity()
         else:
-            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=stride, padding=3, bias=False)
+            self.conv1 = ImageConv2d(width, 7, stride=stride, padding=3, bias=False, ray_octaves=ray_octaves)
             self.maxpool = nn.MaxPool2d(3, stride=pool_stride, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
 
@@ -82,11 +81,10 @@ class ResNetEncoder(Encoder):
         self.add_head(channels, latent_dim, probabilistic, block_inputs, log_sigmas)
         initialize_convolutions(self)
 
-    def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
-        h = self.maxpool(F.relu(self.bn1(self.conv1(self.input_layer(x_source)))))
-        h = self.through(h, [self.layer1, self.layer2, self.layer3, self.layer4], timesteps)  # (N, pooled_dim, h, w)
-        return h.mean(dim=(2, 3))
+    def feature_map(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Returns the output of the last block: (N, 3, H, W) -> (N, pooled_dim, h, w)."""
+        h = self.maxpool(F.relu(self.bn1(self.conv1(x_source))))
+        return self.through(h, [self.layer1, self.layer2, self.layer3, self.layer4], timesteps)
 
 
 class PreActivationBlock(nn.Module):
@@ -138,9 +136,8 @@ class WideResNetEncoder(Encoder):
         ray_octaves: int | None = None,
     ) -> None:
         super().__init__()
-        self.input_layer, in_channels = make_input_layer(ray_octaves)
         channels, groups, block_inputs = 16, [], []
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.conv1 = ImageConv2d(channels, 3, padding=1, bias=False, ray_octaves=ray_octaves)
         for group, stride in enumerate(WIDE_GROUP_STRIDES):
             planes = 16 * WIDENING[architecture] * 2**group
             blocks = [PreActivationBlock(channels, planes, stride)]
@@ -153,11 +150,10 @@ class WideResNetEncoder(Encoder):
         self.add_head(channels, latent_dim, probabilistic, block_inputs, log_sigmas)
         initialize_convolutions(self)
 
-    def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
-        groups = [self.layer1, self.layer2, self.layer3]
-        h = self.through(self.conv1(self.input_layer(x_source)), groups, timesteps)  # (N, pooled_dim, H / 4, W / 4)
-        return F.relu(self.bn(h)).mean(dim=(2, 3))
+    def feature_map(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Returns the output of the last ReLU: (N, 3, H, W) -> (N, pooled_dim, H / 4, W / 4)."""
+        h = self.through(self.conv1(x_source), [self.layer1, self.layer2, self.layer3], timesteps)
+        return F.relu(self.bn(h))
 
 
 def initialize_convolutions(module: nn.Module) -> None:

@@ -27,7 +27,8 @@ class Denoised(NamedTuple):
 class SODA(OnEncoder):
     """prediction = decoder(x_t, timesteps, z), z = mean of encoder(source view) (Hudson et al., CVPR 2024, figure 2).
 
-    The decoder receives the source view only through z. Therefore, the denoising loss determines what z encodes.
+    The decoder receives the source view only through z. Therefore, the denoising loss determines what z encodes. A
+    decoder with cross-attention also receives the encoder's last feature map (SODA, section 3, for novel views).
     """
 
     def __init__(self, encoder: Encoder, decoder: UNetDecoder) -> None:
@@ -57,15 +58,18 @@ class SODA(OnEncoder):
                 (Kingma & Welling 2014); None: the means are used.
             rays: (N, 6, D, D) rays of the target's pixels, if the model has rays.
         """
-        seen = self.encoder.distribution(x_source.flatten(0, 1), timesteps.repeat_interleave(x_source.shape[1]))
-        mean, log_variance = seen  # (N * K, latent_dim)
+        seen = self.encoder.feature_map(x_source.flatten(0, 1), timesteps.repeat_interleave(x_source.shape[1]))
+        mean, log_variance = self.encoder.from_pooled(seen.mean(dim=(2, 3)))  # (N * K, latent_dim)
         latents = mean.unflatten(0, x_source.shape[:2])
         log_variances = None if log_variance is None else log_variance.unflatten(0, x_source.shape[:2])
         drawn = latents
         if log_variances is not None and latent_noise is not None:
             drawn = latents + (log_variances / 2).exp() * latent_noise
         z = drawn.mean(dim=1)  # (N, latent_dim)
-        prediction = self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask), rays)
+        tokens = None
+        if self.has_cross_attention:
+            tokens = self.decoder.mask_tokens(_tokens(seen, x_source.shape[1]), drop_mask)
+        prediction = self.decoder(x_t, timesteps, self.decoder.mask(z, drop_mask), rays, tokens)
         return Denoised(prediction, latents, log_variances)
 
     def encode(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
@@ -77,6 +81,22 @@ class SODA(OnEncoder):
         latents = self.encoder(x_source.flatten(0, 1), repeated)  # (N * K, latent_dim)
         return latents.unflatten(0, x_source.shape[:2]).mean(dim=1)
 
+    @property
+    def has_cross_attention(self) -> bool:
+        """True if the decoder also attends to the feature maps of the source views."""
+        return self.decoder.token_dim is not None
+
+    def tokens(self, x_source: Tensor) -> Tensor | None:
+        """Returns the tokens (N, K h w, C) of `guided_denoiser`; None: the decoder has no cross-attention."""
+        if not self.has_cross_attention:
+            return None
+        return _tokens(self.encoder.feature_map(x_source.flatten(0, 1)), x_source.shape[1])
+
     def condition(self, x_source: Tensor) -> Condition:
         """Returns the condition of `guided_denoiser`: z, or timesteps -> z if the encoder depends on the timestep."""
         return partial(self.encode, x_source) if self.encoder.is_time_dependent else self.encode(x_source)
+
+
+def _tokens(feature_maps: Tensor, num_sources: int) -> Tensor:
+    """Returns the pixels of feature maps (N * K, C, h, w) as tokens (N, K h w, C)."""
+    return feature_maps.flatten(2).transpose(1, 2).unflatten(0, (-1, num_sources)).flatten(1, 2)

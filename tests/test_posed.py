@@ -27,6 +27,7 @@ from experiment.opening import open_experiment
 from experiment.posed import PosedPixels, draw_sources
 from model.build import build_soda, forward_flops
 from model.guidance import guided_denoiser
+from model.rays import encode_rays
 from tests.conftest import ROOT, TINY_MODEL, assert_equal_states, batch_of, small_soda
 from training.state import initial_state
 
@@ -231,7 +232,8 @@ def soda_with_rays(**encoder: Any) -> Any:
 def test_rays_change_latents_and_predictions(architecture: str) -> None:
     """The encoder sees the source's rays and the decoder the target's, in guidance too. Widths are as documented."""
     soda = soda_with_rays(architecture=architecture)
-    assert soda.decoder.conv_in.in_channels == soda.encoder.conv1.in_channels == 16 + 6 + 24
+    for layer in (soda.decoder.conv_in, soda.encoder.conv1):
+        assert layer.in_channels == 3 and layer.rays.in_channels == 6 + 24
     x_source, x_t = torch.randn(2, 3, 9, 8, 8), torch.randn(2, 3, 8, 8)
     here, there = rays(torch.stack([sphere_camera(70, azimuth, 1.5) for azimuth in (0, 90)])[:, None], 8)
     timesteps, kept = torch.tensor([3, 700]), torch.zeros(2, 1, dtype=torch.bool)
@@ -250,11 +252,9 @@ def test_rays_change_latents_and_predictions(architecture: str) -> None:
 
 def test_encodings_are_sines_of_octaves() -> None:
     """The encoding of a ray's number x is x, then sin and cos of pi x and of 2 pi x."""
-    layer = soda_with_rays().encoder.input_layer
-    x = torch.rand(1, 9, 2, 2)
-    encoded = layer(x)[:, 16:].unflatten(1, (5, 6))
-    values = x[:, 3:] * math.pi
-    expected = [x[:, 3:], values.sin(), (2 * values).sin(), values.cos(), (2 * values).cos()]
+    x = torch.rand(1, 6, 2, 2)
+    encoded, values = encode_rays(x, 2).unflatten(1, (5, 6)), x * math.pi
+    expected = [x, values.sin(), (2 * values).sin(), values.cos(), (2 * values).cos()]
     torch.testing.assert_close(encoded, torch.stack(expected, dim=1), rtol=0, atol=1e-6)
 
 
@@ -265,8 +265,7 @@ def test_models_without_rays_are_unchanged() -> None:
         encoder = {"architecture": architecture, "stem": "small", "width": 64, "latent_dim": 8}
         with torch.device("meta"):
             soda = build_soda(8, encoder, {**sizes, "num_head_channels": None, "dropout": 0.0})
-        assert not [name for name in soda.state_dict() if "input_layer" in name]
-        assert soda.encoder.conv1.in_channels == soda.decoder.conv_in.in_channels == 3  # type: ignore[union-attr]
+        assert not [name for name in soda.state_dict() if "rays" in name or "cross_attention" in name]
 
 
 def test_a_run_resumes_bit_for_bit_and_is_judged(
@@ -278,16 +277,41 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
     train_program.main(posed_args(objects, twice, "training.epochs=2"))
     train_program.main(posed_args(objects, twice))
     first, second = (torch.load(path / "checkpoints/last.pt", weights_only=True) for path in (once, twice))
-    assert first["step"] == 12 and any("input_layer" in name for name in first["model"])
+    assert first["step"] == 12 and any("rays" in name for name in first["model"])
     for part in ("model", "ema", "optimizer"):
         assert_equal_states(first[part], second[part])
     with Image.open(once / "samples" / "epoch_0004.png") as grid:
         assert grid.size == (3 * 66 + 2, 4 * 66 + 2)  # two sources, a sample and the target, of 64 px each
     capsys.readouterr()
-    assert test_program.main(["--checkpoint", str(once / "checkpoints/last.pt"), "device=cpu"]) == 0
-    assert "k-NN" in capsys.readouterr().out
+    checkpoint = str(once / "checkpoints/last.pt")
+    assert test_program.main(["--checkpoint", checkpoint, "device=cpu", "--report"]) == 0
+    page = (once / "report.html").read_text()
+    assert "Scores of novel views" in page and "k-NN k=2" in page and "data:image/gif" in page
+    out = capsys.readouterr().out
+    assert "k-NN k=2" in out and "novel_views: novel views of new objects: 12 test images as targets, 8 px" in out
+    measures = json.loads((once / "results.json").read_text())["measures"]
+    assert [*measures["novel_views"]["rows"]["SSIM"]] == [
+        "1 source",
+        "2 sources",
+        "source",
+        "mean object",
+        "nearest object",
+    ]
+    assert {*measures["identity"]["rows"]["probe (%)"]} == {"trained", "untrained", "raw pixels"}
+    for sources in (["--num_objects", "2"], ["sampling.num_sampling_steps=1", "--images", "0", "1"]):
+        assert (
+            sample_program.main(["views", "--checkpoint", checkpoint, "device=cpu", "--num_views", "4", *sources]) == 0
+        )
+    with Image.open(once / "pictures" / "views.gif") as gif:
+        assert gif.n_frames == 4 and gif.size == (3 * 96, 96)  # type: ignore[attr-defined]
+    capsys.readouterr()
     # These programs give the encoder no cameras.
-    for program, words in ((sample_program, ["nearest"]), (embed_program, ["--split", "test"])):
+    refused = (
+        (sample_program, ["nearest"]),
+        (embed_program, ["--split", "test"]),
+        (test_program, ["--measures", "all"]),
+    )
+    for program, words in refused:
         with pytest.raises(SystemExit, match="2"):
             program.main([*words, "--checkpoint", str(once / "checkpoints/last.pt"), "device=cpu"])
         assert "does not support cameras (data.name=posed)" in capsys.readouterr().err
@@ -375,4 +399,4 @@ def test_keys_that_contradict_cameras_are_refused(objects: Path, override: str, 
 def test_weights_of_rays_start_as_the_config_says(objects: Path) -> None:
     """The untrained model of a config has rays of `views.ray_octaves` octaves."""
     soda = initial_state(posed_experiment(objects)).soda
-    assert soda.encoder.conv1.in_channels == 16 + 6 * 5
+    assert soda.encoder.conv1.rays.in_channels == 6 * 5

@@ -10,8 +10,8 @@ from evaluation.hypersphere import alignment_and_uniformity
 from evaluation.judge import Table, judge
 from evaluation.protocols import Protocol, config_protocols
 from evaluation.spectrum import effective_rank, variance_spectrum
+from experiment.batch import evaluation_view
 from experiment.opening import Experiment
-from experiment.posed import with_own_rays
 from model.encoder import Encoder
 from model.soda import SODA
 from training.sample_grid import sample_grid
@@ -111,8 +111,7 @@ def latents(experiment: Experiment, encoder: Encoder) -> tuple[Tensor, Tensor]:
     chosen = random_subset(images, MAX_LATENTS, config.seed, "latents")
 
     def encode(pixels: Tensor, positions: range) -> Features:
-        cameras = images.cameras_at(chosen.indices[positions.start : positions.stop])
-        made = with_own_rays(config, experiment.views.evaluation(pixels), cameras)
+        made = evaluation_view(experiment, images, pixels, chosen.indices[positions.start : positions.stop])
         return {"z": encode_views(encoder, made, device, experiment.amp_dtype)}
 
     features = extract_features(encode, chosen, config.evaluation.batch_size, device)

@@ -8,10 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from datasets.images import Images
-from experiment.batch import Pixels, draw_views
+from experiment.batch import draw_views, pixels_with_sources
 from experiment.opening import Experiment
-from experiment.posed import PosedPixels, draw_sources
 from model.guidance import guided_denoiser
 from model.soda import SODA
 from utils.device import autocast
@@ -32,9 +30,8 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     images = experiment.train if experiment.test is None else experiment.test
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
-    x_source, x_target, rays = draw_views(
-        experiment, grid_pixels(experiment, images, chosen), range(num_images), "grid "
-    )
+    pixels = pixels_with_sources(experiment, images, chosen, range(num_images), "grid ")
+    x_source, x_target, rays = draw_views(experiment, pixels, range(num_images), "grid ")
 
     mine = my_range(num_images, CHUNK)
     samples = torch.zeros_like(x_target)
@@ -48,7 +45,9 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
             here = slice(mine.start, mine.stop)
             z, my_rays = soda.condition(x_source[here]), None if rays is None else rays[here]
             samples[here] = experiment.diffusion.ddim_sample(
-                guided_denoiser(soda.decoder, z, config.guidance_scale, config.sections, my_rays),
+                guided_denoiser(
+                    soda.decoder, z, config.guidance_scale, config.sections, my_rays, soda.tokens(x_source[here])
+                ),
                 noise("grid noise"),
                 config.num_sampling_steps,
                 config.eta,
@@ -63,34 +62,6 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
         F.interpolate((row.clamp(-1, 1) * 127.5 + 127.5).round().byte(), (size, size), mode="nearest") for row in rows
     ]
     return make_grid(torch.cat(shown), nrow=num_images, padding=2, pad_value=255).cpu()
-
-
-def grid_pixels(experiment: Experiment, images: Images, chosen: Tensor) -> Pixels:
-    """Returns the images of a split at the indices `chosen`, with source images if they have cameras.
-
-    Sources of views that are held out are training images, because a held-out view may be the only one of its object.
-    """
-    config, pin_memory = experiment.config, experiment.device.type == "cuda"
-    (pixels,) = images.batches([chosen], pin_memory)
-    if images.cameras is None or images.objects is None:
-        return pixels
-    others = experiment.train if config.data.split == "views" else images
-    assert others.cameras is not None
-    sources = draw_sources(
-        others,
-        images.objects[chosen],
-        chosen if others is images else None,
-        config.views.num_sources,
-        range(len(chosen)),
-        config.seed,
-        "grid ",
-    )
-    (seen,) = others.batches([sources.flatten()], pin_memory)
-    seen = seen.to(pixels.device).unflatten(0, sources.shape)
-    return PosedPixels(
-        torch.cat([pixels[:, None], seen], dim=1),
-        torch.cat([images.cameras[chosen][:, None], others.cameras[sources]], dim=1),
-    )
 
 
 def save_png(path: Path, image: Tensor) -> None:

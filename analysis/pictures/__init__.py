@@ -14,8 +14,10 @@ from analysis.pictures.interpolate import Interpolate
 from analysis.pictures.mix import Mix
 from analysis.pictures.nearest import Nearest
 from analysis.pictures.reconstruct import Reconstruct
+from analysis.pictures.views import Views
 
 PICTURES: dict[str, type[Picture[Any]]] = {
-    picture.name: picture for picture in (Reconstruct, Interpolate, Directions, Arithmetic, Mix, Generate, Nearest)
+    picture.name: picture
+    for picture in (Reconstruct, Interpolate, Directions, Arithmetic, Mix, Generate, Nearest, Views)
 }
 """Class of each picture, by its name on the command line of sample.py."""

@@ -62,6 +62,7 @@ class Picture(ABC, Generic[Found]):
         needs: packages that the picture needs in addition to requirements.txt.
         needs_one_z: True if a time-dependent encoder needs a timestep for this picture; False if the picture can also
             be drawn from z at all timesteps.
+        needs_cameras: True if the picture is for images with cameras (data.name=posed); False if it is for others.
     """
 
     name: ClassVar[str]
@@ -69,6 +70,7 @@ class Picture(ABC, Generic[Found]):
     example: ClassVar[str] = "digits"
     needs: ClassVar[tuple[str, ...]] = ()
     needs_one_z: ClassVar[bool] = True
+    needs_cameras: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for each in fields(self):
