@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablations.result_rows import read_rows
+from ablations.result_rows import RESULTS, read_rows
 from ablations.runs import accuracies
 from config.errors import ConfigError
 from utils import cli
@@ -36,7 +36,8 @@ def read_curves(paths: list[Path]) -> dict[str, Curve]:
         for row in rows:
             if row["digest"] == newest[row["run"]]:
                 name = f"{row['stage']}, {row['variant']}"
-                name = f"{path.parent.name}: {name}" if len(paths) > 1 else name
+                folder = path.parent.name if path.name == RESULTS else path.stem
+                name = f"{folder}: {name}" if len(paths) > 1 else name
                 points.setdefault(name, {}).setdefault(row["images"], {})[row["seed"]] = accuracies(row)
                 seeds.setdefault(name, set()).add(row["seed"])
     curves = {}
@@ -79,10 +80,21 @@ def draw(curves: dict[str, Curve]) -> "Figure":
         for name, curve in curves.items():
             axes.plot(list(curve), [both[index] for both in curve.values()], marker="o", markersize=3, label=name)
         axes.set(title=f"{title}, top-1 (%)", xlabel="images seen", xscale="log")
+        first, last = min(map(min, curves.values())), max(map(max, curves.values()))
+        axes.set_xticks([first * 2**i for i in range(int(math.log2(last / first)) + 1)], minor=False)
+        axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return figure
+
+
+def save(curves: dict[str, Curve], path: Path) -> None:
+    """Draws the curves into an SVG or PNG file. Equal curves give equal files."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "SODA"}):
+        draw(curves).savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def markdown_table(curves: dict[str, Curve]) -> str:
@@ -114,10 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         if not curves:
             raise ConfigError("no run was judged twice: set judge_every in a stage of the plan, and run it")
 
-        import matplotlib
-
-        matplotlib.rcParams["svg.hashsalt"] = "SODA"  # makes the file reproducible
-        draw(curves).savefig(args.out, dpi=100, metadata={"Date": None} if args.out.suffix == ".svg" else None)
+        save(curves, args.out)
     print(markdown_table(curves))
     return 0
 

@@ -20,21 +20,20 @@ def subset_to_fit(latents: Tensor, labels: Tensor | None, seed: int) -> tuple[Te
     return latents.cpu()[chosen], None if labels is None else labels[chosen]
 
 
-def principal_components(latents: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def principal_components(latents: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Computes the `count` principal components of latents (N, D) with the largest variance, largest first.
 
     Returns:
-        Unit directions (count, D), the standard deviation along each (count,), and the fraction of the total variance
-        along each (count,).
+        Unit directions (count, D), and the fraction of the total variance along each (count,).
     """
     from sklearn.decomposition import PCA
 
     pca = PCA(count, svd_solver="covariance_eigh").fit(latents.cpu().double().numpy())
-    return pca.components_, np.sqrt(pca.explained_variance_), pca.explained_variance_ratio_
+    return pca.components_, pca.explained_variance_ratio_
 
 
-def class_direction(latents: Tensor, labels: Tensor, label: int) -> tuple[np.ndarray, float]:
-    """Returns the unit direction (D,) towards a class, and the standard deviation of the latents along it.
+def class_direction(latents: Tensor, labels: Tensor, label: int) -> np.ndarray:
+    """Returns the unit direction (D,) towards a class.
 
     The direction is given by the weights of a linear classifier, as in Diffusion Autoencoders (Preechakul et al. 2022).
     The classifier is scikit-learn's logistic regression, the class against all others. It is trained on latents scaled
@@ -46,8 +45,7 @@ def class_direction(latents: Tensor, labels: Tensor, label: int) -> tuple[np.nda
     std = z.std(axis=0).clip(1e-12)
     model = LogisticRegression(max_iter=1000).fit((z - z.mean(axis=0)) / std, labels.cpu().numpy() == label)
     direction = model.coef_[0] * std  # from the scaled space back to the space of z
-    direction /= np.linalg.norm(direction)
-    return direction, float((z @ direction).std())
+    return direction / np.linalg.norm(direction)
 
 
 def sample_mixture(

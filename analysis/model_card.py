@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import ConfigError
-from config.keys import without_run_keys
+from config.keys import portable
 from experiment.models import NOT_LAYERS
 from experiment.trained import Trained
 from utils.files import replacing, write_text
@@ -105,7 +105,7 @@ def model_card(trained: Trained, weights: Path, programs: list[Path], timestep: 
         }
         parts.append("Top-1 / top-3 accuracy on the test images of the run, in per cent:")
         parts.append(_table(accuracies))
-    parts.append(f"Config of the run:\n\n```yaml\n{without_run_keys(trained.trained_with).to_yaml()}```")
+    parts.append(f"Config of the run:\n\n```yaml\n{portable(trained.trained_with).to_yaml()}```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from analysis import svg
 from analysis.grid import Grid
 from analysis.pictures import Directions, Interpolate, Mix, Nearest, Picture, Reconstruct
-from config.schema import KNN
+from config.schema import KNN, Config
 from evaluation.codec import Codec
 from evaluation.features import feature_name
 from evaluation.judge import Table
 from evaluation.knn import knn_votes
 from evaluation.measures import MEASURES, Measured
-from evaluation.protocols import KNNProtocol, Protocol
+from evaluation.measures.recording import recorded_measures
+from evaluation.protocols import KNNProtocol, Protocol, config_protocols
 from experiment.models import describe_model
 from experiment.trained import Trained
 from utils.cli import gather_user_errors
@@ -39,7 +40,68 @@ LOSSLESS = 64  # longest side in pixels of an image that is stored without loss
 
 METRICS = {"knn": "k-NN", "probe": "linear probe", "mlp": "MLP"}  # names of the protocols' metrics in figures
 
+BASELINES = ("raw pixels", "untrained")
+
 NEEDS = ("torchmetrics", "matplotlib", "jinja2")  # packages needed in addition to requirements.txt
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Top-1 accuracies, in per cent, of the trained encoder and of the baselines under one protocol of the config.
+
+    Attributes:
+        protocol: the protocol, without a note.
+        top1: accuracy by encoder: "trained", and those of BASELINES that were judged.
+    """
+
+    protocol: Protocol
+    top1: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """Name of the kind of classifier."""
+        return METRICS[self.protocol.metric]
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """Accuracy of the trained encoder minus that of each baseline."""
+        return {name: self.top1["trained"] - value for name, value in self.top1.items() if name != "trained"}
+
+
+def comparisons(config: Config, protocols: Sequence[Protocol], table: Table, timestep: int | None) -> list[Comparison]:
+    """Returns one comparison for each protocol of the config.
+
+    Those of a time-dependent encoder are at `timestep`, or, if that is not judged, at the first judged one. Raw pixels
+    do not depend on the timestep.
+    """
+    names = {str(replace(protocol, note="")): str(protocol) for protocol in protocols}
+    by_metric: dict[str, list[Protocol]] = {}
+    for protocol in config_protocols(config):
+        by_metric.setdefault(protocol.metric, []).append(protocol)
+    found = []
+    for group in by_metric.values():
+        own = next((protocol for protocol in group if protocol.timestep == timestep), group[0])
+        raw = [cells for each in group if "raw pixels" in (cells := table[names[str(each)]])]
+        cells = {**(raw[0] if raw else {}), **table[names[str(own)]]}
+        found.append(Comparison(own, {name: cells[name]["top1"] for name in ("trained", *BASELINES) if name in cells}))
+    return found
+
+
+def draw_learning(compared: Sequence[Comparison], reports: list[dict[str, Any]], epoch: float) -> str:
+    """Draws top-1 accuracies over epochs, as an SVG element: those that the run has reported up to `epoch`.
+
+    If the run was judged by the same protocol, the untrained encoder is added at epoch 0, the checkpoint at `epoch`.
+    """
+    lines = {}
+    for each in compared:
+        name = each.protocol.logged_as
+        entries = [entry for entry in reports if entry["kind"] == "evaluation" and f"{name}_top1" in entry]
+        points = {entry["epoch"]: entry[f"{name}_top1"] for entry in entries}
+        if all(entry.get(name) == str(each.protocol) for entry in entries):
+            start = {0: each.top1["untrained"]} if "untrained" in each.top1 else {}
+            points = {**start, **points, epoch: each.top1["trained"]}
+        lines[each.label] = (list(points), list(points.values()))
+    return svg.curves("accuracy", "top-1 (%)", lines)
 
 
 @dataclass
@@ -90,7 +152,7 @@ def draw_pictures(codec: Codec) -> dict[str, Grid]:
         Reconstruct(num_images=num_images),
         *([Interpolate(num_steps=7, num_images=even)] if num_images > 1 else []),
         Directions(num_components=components, random=True),  # the image's own x_T would hide part of z's effect
-        Nearest(num_images=num_images, num_neighbours=min(7, num_train)),
+        Nearest(num_images=num_images, num_neighbours=min(6, num_train)),
         *([Mix(random=True, num_images=even)] if num_images > 1 and config.decoder.num_sections > 1 else []),
     ]
     # The decoder of a time-dependent encoder expects z at its own timesteps, so pictures that can use them all do.
@@ -117,7 +179,9 @@ def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_curves(reports: list[dict[str, Any]], features: str) -> list[str]:
-    """Draws loss, gradient norm, learning rates and accuracies of a run over epochs, each as an SVG element.
+    """Draws loss, gradient norm, learning rates and effective rank of a run over epochs, each as an SVG element.
+
+    For a time-dependent encoder, accuracies are drawn as well, with one line per timestep.
 
     Args:
         features: kind of features whose accuracies are reported.
@@ -133,11 +197,11 @@ def draw_curves(reports: list[dict[str, Any]], features: str) -> list[str]:
         drawn.append(svg.curves("norm", "gradient norm", {"norm": series("train", "grad_norm")}, log=True))
         rates = {part: series("train", f"lr/{part}") for part in ("encoder", "decoder")}
         drawn.append(svg.curves("rates", "learning rate", rates, from_0=True))
-    plain = {label: found for name, label in METRICS.items() if (found := series("evaluation", f"{name}_top1"))[0]}
-    if plain:
-        drawn.append(svg.curves("accuracy", "top-1 (%)", plain))
+    if series("evaluation", "effective_rank")[0]:
+        rank = {"rank": series("evaluation", "effective_rank")}
+        drawn.append(svg.curves("rank", "effective rank of z", rank, from_0=True))
     names = {name for entry in reports if entry["kind"] == "evaluation" for name in entry}
-    for metric, label in METRICS.items():  # of a time-dependent encoder, one line per timestep
+    for metric, label in METRICS.items():
         timesteps = sorted(int(each[1]) for name in names if (each := re.fullmatch(rf"{metric}@(\d+)_top1", name)))
         lines = {feature_name(features, t): series("evaluation", f"{metric}@{t}_top1") for t in timesteps}
         if lines:
@@ -221,7 +285,10 @@ def write_report(
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
     test = experiment.test
     assert test is not None, "the evaluation needs test images"
-    reports = read_reports(trained.folder, trained.contents["step"])
+    is_of_run = trained.contents["data"] == experiment.data_digest
+    reports = read_reports(trained.folder, trained.step)
+    measures = {**recorded_measures(trained), **measured}
+    compared = comparisons(config, protocols, table, codec.timestep)
     html = environment.get_template("report.html").render(
         config=config,
         checkpoint=trained,
@@ -234,7 +301,12 @@ def write_report(
         device=str(experiment.device),
         columns=columns,
         table=table,
-        measured={MEASURES[name]: each for name, each in measured.items()},
+        compared=compared,
+        baselines=BASELINES,
+        learning=draw_learning(compared, reports, trained.step / experiment.loader.steps_per_epoch)
+        if is_of_run
+        else "",
+        measured={MEASURES[name]: each for name, each in measures.items() if name in MEASURES},
         timestep=codec.timestep,
         over_timesteps=draw_timesteps(protocols, table),
         curves=draw_curves(reports, trained.trained_with.evaluation.features),

@@ -76,14 +76,14 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return {name: _value(config, name) for name, _, _ in all_keys(type(config))}
 
 
-def without_run_keys(config: Config) -> Config:
-    """Returns the config with the default of every run key: it defines the same experiment and names no paths.
+def portable(config: Config) -> Config:
+    """Returns the config without what belongs to one machine: it names no paths.
 
-    A run key keeps its value if its default contradicts an experiment key. `sampling.num_sampling_steps` does so if
-    there are few timesteps.
+    Every run key has its default, except those that say how the model is sampled and judged. They belong to the model.
+    Another run key keeps its value if its default contradicts an experiment key.
     """
     for name, field, run in all_keys():
-        if run:
+        if run and not name.startswith(("sampling.", "evaluation.", "views.probe.")):
             raw = config.model_dump()
             *sections, last = name.split(".")
             reduce(dict.__getitem__, sections, raw)[last] = field.default

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from config.errors import ConfigError
-from config.keys import differences, without_run_keys
+from config.keys import differences, portable
 from config.reading import override, parse_config, to_words
 from config.schema import Config
 from datasets.images import Statistics
@@ -179,12 +179,14 @@ def reduced_checkpoint(trained: Trained) -> dict[str, Any]:
     """Returns the contents of a checkpoint that holds only the EMA model, in bf16, and what is needed to use it.
 
     test.py, sample.py, embed.py and `load_encoder` open it. Training cannot resume from it. Its config defines the
-    experiment of the checkpoint. All run keys, such as paths, have their defaults.
+    experiment of the checkpoint, and names no paths. The name of the images, and the settings of samples and
+    evaluations, are those of `trained.config`.
     """
     halved = halved_weights(trained.soda())
     kept = {name: trained.contents[name] for name in ("step", "data", "statistics")}
     no_state: dict[str, Any] = {name: {} for name in ("model", "optimizer", "scaler", "tally")}
-    config = without_run_keys(trained.trained_with)
+    used = {name: getattr(trained.config, name) for name in ("data", "sampling", "evaluation")}
+    config = portable(trained.trained_with.model_copy(update=used))
     more = {"ema": {"model": halved}, "config": config.to_yaml(), "grey_bits": trained.grey_bits}
     return no_state | kept | more
 

@@ -1,6 +1,7 @@
 """Fixtures and helpers that several tests share."""
 
 import os
+import re
 
 # Set before torch, numpy and scikit-learn are imported, because they read it then. Networks this small are faster on
 # one thread, and much faster if other programs use the cores.
@@ -148,6 +149,25 @@ def tiny_soda() -> SODA:
 def sectioned_soda() -> SODA:
     """A small SODA whose latent has sections of 3, 3 and 2 dimensions."""
     return small_soda(modulation="sectioned")
+
+
+def undocumented_tags(folder: Path) -> list[str]:
+    """Returns the tags in TensorBoard's files of a run that are missing in the table of docs/training.md."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard")).Reload().Tags()
+    page = (ROOT / "docs" / "training.md").read_text()
+    rows = [
+        tag
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for tag in re.findall(r"`([^`]+)`", line.split("|")[1])
+    ]
+    patterns = [re.sub(r"<[^>]+>", ".+", re.escape(tag)) for tag in rows]
+    shown = [tag for kind in ("scalars", "images", "histograms", "tensors") for tag in found[kind]]
+    own = [tag.removesuffix("/text_summary") for tag in shown if not tag.startswith(("_hparams_", "custom_scalars"))]
+    assert "at_a_glance/loss" in own
+    return [tag for tag in own if not any(re.fullmatch(pattern, tag) for pattern in patterns)]
 
 
 def assert_equal_states(a: Any, b: Any, where: str = "") -> None:

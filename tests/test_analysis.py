@@ -206,26 +206,30 @@ def test_an_interpolations_ends_are_its_reconstructions(quick: Codec) -> None:
 
 
 def test_components_are_those_of_the_covariance_and_move_the_latent_along_them(quick: Codec) -> None:
-    units, deviations, shares = latent_space.principal_components(quick.train_z, 4)
+    units, shares = latent_space.principal_components(quick.train_z, 4)
     values, vectors = np.linalg.eigh(np.cov(quick.train_z.double().numpy().T))
-    np.testing.assert_allclose(deviations**2, values[::-1][:4], rtol=1e-6)
     np.testing.assert_allclose(shares, values[::-1][:4] / values.sum(), rtol=1e-6)
     np.testing.assert_allclose(np.abs(np.sum(units * vectors[:, ::-1][:, :4].T, axis=1)), 1, rtol=1e-6)
-    assert (np.diff(deviations) < 0).all()
+    assert (np.diff(shares) < 0).all()
 
+    # At each level, z has the quantile of the training latents along the component, and is unchanged across it.
     chosen = choose(quick, None, 2)
-    picture = Directions(num_components=2, num_steps=3, reach=1.5).draw(quick, chosen)
-    assert picture.columns == ["image", "-1.5", "0", "+1.5"] and len(picture.cells) == 4
-    assert f"{100 * shares[1]:.1f} %" in picture.rows[1] == picture.rows[3]
+    picture = Directions(num_components=2, num_steps=3).draw(quick, chosen)
+    assert picture.columns == ["image", "2 %", "50 %", "98 %"] and len(picture.cells) == 4
+    assert f"{100 * shares[1]:.1f} %" in picture.rows[1] and f"{100 * shares[1]:.1f} %" in picture.rows[3]
     z = quick.encode(chosen.pixels)
     x_T = quick.invert(chosen.pixels, z)
     for component in (0, 1):
-        vector = vectors[:, -1 - component] * np.sign(units[component] @ vectors[:, -1 - component])
-        step = torch.tensor(1.5 * np.sqrt(values[-1 - component]) * vector, dtype=torch.float32)
-        for index, moved in ((1, z - step), (2, z), (3, z + step)):
+        vector = torch.from_numpy(vectors[:, -1 - component] * np.sign(units[component] @ vectors[:, -1 - component]))
+        along, own = quick.train_z.double() @ vector, z.double() @ vector
+        for index, level in ((1, 2.275), (2, 50.0), (3, 97.725)):
+            target = np.percentile(along.numpy(), level)
+            moved = (z.double() + (target - own)[:, None] * vector).float()
             shown = column(picture, index)[component::2]
             assert (shown.int() - to_pixels(quick.decode(moved, x_T)).int()).abs().max() <= 1
         assert not torch.equal(column(picture, 1)[component::2], column(picture, 3)[component::2])
+        before = [100 * (along < each).double().mean().item() for each in own]
+        assert [row.split(" at ")[1] for row in picture.rows[component::2]] == [f"{share:.0f} %" for share in before]
 
 
 def test_towards_a_class_is_where_a_classifiers_score_rises(quick: Codec) -> None:
@@ -238,17 +242,18 @@ def test_towards_a_class_is_where_a_classifiers_score_rises(quick: Codec) -> Non
         scaler = StandardScaler().fit(z_train)
         judge = LogisticRegression(max_iter=1000).fit(scaler.transform(z_train), labels.numpy() == label)
         assert judge.score(scaler.transform(z_train), labels.numpy() == label) > 0.9
-        unit, deviation = latent_space.class_direction(quick.train_z, labels, label)
+        unit = latent_space.class_direction(quick.train_z, labels, label)
         # In the scaled space of the classifier, a step towards the class is parallel to its coefficients.
         step = scaler.transform(z_train[:1] + unit) - scaler.transform(z_train[:1])
         assert F.cosine_similarity(torch.tensor(step), torch.tensor(judge.coef_)).item() > 1 - 1e-6
-        assert np.linalg.norm(unit) == pytest.approx(1) and deviation == pytest.approx((z_train @ unit).std())
+        assert np.linalg.norm(unit) == pytest.approx(1)
 
         name = quick.experiment.info.classes[label]
-        picture = Directions(class_name=name, num_steps=3, reach=1.5).draw(quick, chosen)
-        assert name in picture.title and picture.columns[1:] == ["-1.5", "0", "+1.5"]
-        for index, amount in ((1, -1.5), (2, 0.0), (3, 1.5)):
-            moved = z + torch.tensor(amount * deviation * unit, dtype=torch.float32)
+        picture = Directions(class_name=name, num_steps=3, reach=8).draw(quick, chosen)
+        assert name in picture.title and picture.columns[1:] == ["0.0 %", "50 %", "100.0 %"]
+        for index, position in ((1, np.min), (2, np.median), (3, np.max)):
+            towards = torch.from_numpy(unit)
+            moved = (z.double() + (position(z_train @ unit) - z.double() @ towards)[:, None] * towards).float()
             assert (column(picture, index).int() - to_pixels(quick.decode(moved, x_T)).int()).abs().max() <= 1
 
 
@@ -257,8 +262,12 @@ def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> 
     chosen = choose(quick, None, 2)
     first, second = chosen.pairs()
     noise, z = quick.noise(2, "sample 0"), quick.encode(chosen.pixels)
-    moved = Directions(num_components=1, num_steps=3, reach=1.0, random=True).draw(quick, chosen)
-    assert (column(moved, 2).int() - to_pixels(quick.sample(z, noise)).int()).abs().max() <= 1
+    moved = Directions(num_components=1, num_steps=2, random=True).draw(quick, chosen)
+    assert moved.columns == ["image", "2 %", "98 %"]
+    unit = torch.from_numpy(latent_space.principal_components(quick.train_z, 1)[0][0])
+    target = np.percentile((quick.train_z.double() @ unit).numpy(), 2.275)
+    low = (z.double() + (target - z.double() @ unit)[:, None] * unit).float()
+    assert (column(moved, 1).int() - to_pixels(quick.sample(low, noise)).int()).abs().max() <= 1
     mixed = Mix(random=True).draw(quick, chosen)
     for index, latent in ((1, z[:1]), (4, z[1:])):
         assert (column(mixed, index).int() - to_pixels(quick.sample(latent, noise[:1])).int()).abs().max() <= 1

@@ -1,15 +1,19 @@
 """The figures and numbers in docs/ agree with the code."""
 
+import json
 import re
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ablations import curves
+from ablations.result_rows import read_rows
 from config.reading import load_config
 from config.schema import Diffusion
-from docs import draw_model, draw_schedules, list_keys
+from docs import draw_model, draw_schedules, fill_tables, list_keys, record
 from experiment.models import build_on_meta
 from model.diffusion import SCHEDULES, GaussianDiffusion
 from tests.conftest import ROOT
@@ -99,3 +103,74 @@ def test_the_list_of_keys_is_that_of_the_schemas() -> None:
         "| `method` | `probe`, `finetune`, `laplacenet` |  | `finetune` | training of the classifier",
     ):
         assert line in page
+
+
+def test_the_tables_are_those_of_the_recorded_results(tmp_path: Path) -> None:
+    texts = [page.read_text() for page in fill_tables.PAGES]
+    assert texts == [fill_tables.filled(text) for text in texts], "run python -m docs.fill_tables"
+    names = [name for text in texts for name in re.findall(r"<!--table:(\w+)-->", text)]
+    assert sorted(names) == sorted(fill_tables.TABLES)
+    curves.save(fill_tables.named_curves(), tmp_path / "curve.svg")
+    assert written((tmp_path / "curve.svg").read_text()) == written(fill_tables.CURVE.read_text())
+    for path in fill_tables.RESULTS.iterdir():
+        assert "/" not in re.sub("images/s|top-1 / top-3", "", path.read_text()), f"{path} names a file"
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_results_of_all_programs_are_recorded(tmp_path: Path) -> None:
+    """Training time is that between reports, the last row has the baselines, and a second record replaces the first."""
+    out = tmp_path / "results"
+    out.mkdir()
+
+    def rows(folder: Path) -> list[dict[str, Any]]:
+        assert record.main([str(folder), "--name", "found", "--out", str(out)]) == 0
+        return read_rows(out / "found.jsonl")
+
+    def write(folder: Path, config: dict[str, Any], results: dict[str, Any] | None, *reports: dict[str, Any]) -> Path:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(json.dumps(config))
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(report)}\n" for report in reports))
+        if results:
+            (folder / "results.json").write_text(json.dumps(results))
+        return folder
+
+    # A run of train.py, before and after its end.
+    settings = {"seed": 3, "training": {"batch_size": 10, "epochs": 2}}
+    reports = [
+        {"kind": kind, "step": step, "epoch": step / 10, **values}
+        for step in (10, 20)
+        for kind, values in (
+            ("train", {"images_per_s": 50.0}),
+            ("evaluation", {"knn": "k-NN k=20", "knn_top1": 70.0, "knn_top3": 90.0, "effective_rank": 3.0}),
+        )
+    ]
+    (first,) = rows(write(tmp_path / "run", settings, None, *reports[:2]))
+    assert first["table"] == {"k-NN k=20": {"trained": {"top1": 70.0, "top3": 90.0}}}
+    assert (first["run"], first["images"], first["seconds"], first["complete"]) == ("found-3", 100, 2.0, False)
+    table = {"k-NN k=20": {name: {"top1": 70.0, "top3": 90.0} for name in ("trained", "untrained")}}
+    found = rows(write(tmp_path / "run", settings, {"step": 20, "table": table}, *reports))
+    assert [row["images"] for row in found] == [100, 200] and found[1]["table"] == table and found[1]["complete"]
+
+    # A run of finetune.py, beside them.
+    settings |= {"method": "probe", "num_labels": 50, "label_split": 1, "encoder": {"weights": ""}}
+    table = {"probe, 50 labels": {"EMA": {"top1": 60.0, "top3": 80.0}}}
+    assert len(rows(write(tmp_path / "probe", settings, {"step": 7, "table": table}))) == 3
+    last = rows(tmp_path / "probe")[-1]
+    assert (last["run"], last["start"], last["table"]) == ("found-probe-scratch-50-1-3", "scratch", table)
+
+    # An ablation: paths in its config are not kept, and failed runs are left out.
+    ablation = tmp_path / "ablation"
+    ablation.mkdir()
+    row = {
+        "run": "a-b-0",
+        "digest": "d",
+        "table": table,
+        "images": 5,
+        "config": "training: {epochs: 4}\ndata: {root: /x}",
+    }
+    lines = [row, {"run": "a-c-0", "digest": "d", "failed": "no memory"}]
+    (ablation / "results.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    last = rows(ablation)[-1]
+    assert last["of_epochs"] == 4 and "config" not in last and len(rows(ablation)) == 4
+    with pytest.raises(SystemExit, match="2"):
+        rows(tmp_path)

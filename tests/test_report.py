@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,22 @@ import yaml
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import test as judge_program
 import train as train_program
 from analysis import svg
-from analysis.report import Confusions, draw_curves, heat_map
+from analysis.report import Comparison, Confusions, comparisons, draw_curves, draw_learning, heat_map
+from config.schema import KNN, Config
 from datasets.images import StoredImages
 from datasets.sources import load_digits
 from evaluation import protocols
+from evaluation.measures.recording import recorded_measures
 from experiment.trained import open_trained, read_trained
-from tests.conftest import digits_args
-from training import projector
-from utils.run_folder.run_log import RunLog
+from tests.conftest import digits_args, undocumented_tags
+from training import evaluating, projector
+from utils.run_folder.run_log import RunLog, read_reports
 
 CHROMIUM = shutil.which("chromium")
 
@@ -62,7 +66,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for epochs in (1, 2):
         decoder = ("decoder.modulation=sectioned", "decoder.image_size=4")
         arguments = digits_args(place / "run", *settings, *decoder, f"training.epochs={epochs}")
-        assert train_program.main(arguments) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluating, "EARLY_LOOKS", (10, 30))
+            assert train_program.main(arguments) == 0
     return place / "run"
 
 
@@ -127,6 +133,9 @@ def test_the_report_is_one_file_that_holds_what_was_found(run: Path, table: dict
     ):
         assert f"<h2>{title}" in text
     assert "8 px (4 px for the decoder)" in text
+    # A later report without --measures shows those that results.json has.
+    earlier = recorded_measures(read_trained(None, run / "checkpoints" / "last.pt", ["device=cpu"]))["uniformity"]
+    assert all(cell in text for line in earlier.lines for cell in line)
     # Names of classes are shown as text. They add no element, attribute or formula, and no name is missing.
     assert "onerror" not in page.attributes and "x" not in page.references and "<img src=x" not in text
     section = text[text.index('<section id="tsne">') :]
@@ -155,10 +164,38 @@ def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPat
         for e, loss in ((1, 0.5), (2, None), (3, 0.1))
     ]
     assert draw_curves(reports, "z") == ["loss", "norm", "rates"] and draw_curves([], "z") == []
-    assert draw_curves([*reports, {"kind": "evaluation", "epoch": 3, "knn_top1": 70.0}], "z")[-1] == "accuracy"
+    assert draw_curves([*reports, {"kind": "evaluation", "epoch": 3, "effective_rank": 7.0}], "z")[-1] == "rank"
     assert drawn["loss"] == {"loss": ([1, 2, 3], [0.5, None, 0.1])}
     assert drawn["rates"] == {"encoder": ([1, 2, 3], [3, 6, 9]), "decoder": ([1, 2, 3], [4, 8, 12])}
+    assert drawn["rank"] == {"rank": ([3], [7.0])}
+
+    # The learning curve begins with the untrained encoder and ends with the checkpoint, if the protocol is the same.
+    knn = protocols.KNNProtocol(settings=KNN(k=20))
+    compared = [Comparison(knn, {"trained": 80.0, "raw pixels": 60.0, "untrained": 20.0})]
+    entries = [{"kind": "evaluation", "epoch": 3, "knn_top1": 70.0, "knn": str(knn)}]
+    draw_learning(compared, entries, 5)
+    assert drawn["accuracy"] == {"k-NN": ([0, 3, 5], [20.0, 70.0, 80.0])}
+    draw_learning(compared, [{**entries[0], "knn": "k-NN k=5"}], 5)
     assert drawn["accuracy"] == {"k-NN": ([3], [70.0])}
+    assert compared[0].gains == {"raw pixels": 20.0, "untrained": 60.0}
+
+
+def test_the_trained_encoder_is_compared_with_the_baselines_under_the_protocols_of_the_config() -> None:
+    """Notes in names do not matter, and raw pixels, which no timestep changes, are found at another timestep."""
+    settings = {"evaluation": {"features": "z", "timesteps": [300, 700]}, "encoder": {"time_dependent": True}}
+    for config, timestep in ((Config(), None), (Config.model_validate(settings), 700)):
+        judged = protocols.all_protocols(config, 100)
+        table: dict[str, dict[str, dict[str, float]]] = {
+            str(each): {name: {"top1": value, "top3": 99.0} for name, value in (("trained", 9.0), ("untrained", 2.0))}
+            for each in judged
+        }
+        for each in judged:
+            if each.timestep in (None, 300):
+                table[str(each)]["raw pixels"] = {"top1": 5.0, "top3": 99.0}
+        found = comparisons(config, judged, table, timestep)
+        assert [each.label for each in found] == ["k-NN", "linear probe"]
+        assert all(each.top1 == {"trained": 9.0, "raw pixels": 5.0, "untrained": 2.0} for each in found)
+        assert all(each.protocol.timestep == timestep for each in found)
 
 
 def test_a_curve_goes_through_its_values() -> None:
@@ -214,7 +251,16 @@ def test_the_report_in_a_browser(
     assert said == [] and [url for url in asked if not url.startswith("data:")] == [f"file://{alone}"]
     assert page.evaluate("document.documentElement.scrollWidth") == width, "only tables may scroll sideways"
     broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
-    assert broken == 0 and page.locator("svg").count() == 5
+    assert broken == 0 and page.locator("svg").count() == 6
+    if width > height:
+        bottom = page.evaluate("document.querySelector('#good').getBoundingClientRect().bottom")
+        assert bottom <= height, "the first screen shows accuracies, the learning curve and neighbours"
+    shares = """[...document.querySelectorAll('.track')].map(
+        track => [track.firstElementChild.getBoundingClientRect().width / track.getBoundingClientRect().width,
+                  Number(track.nextElementSibling.textContent) / 100])"""
+    bars = np.array(page.evaluate(shares))
+    assert bars.shape == (6, 2)
+    np.testing.assert_allclose(bars[:, 0], bars[:, 1], atol=0.005)
     # Text must contrast with the page, in paragraphs and in figures: light on light, or dark on dark, is unreadable.
     brightness = """selector => {
         const style = getComputedStyle(document.querySelector(selector));
@@ -251,10 +297,44 @@ def test_tensorboard_has_latents_and_hyperparameters_in_the_same_run(run: Path) 
     assert start["optimizer.encoder_lr"].number_value == config["optimizer"]["encoder_lr"]
     metrics = HParamsPluginData.FromString(data["_hparams_/experiment"]).experiment.metric_infos
     tags = {metric.name.tag for metric in metrics}
-    assert {"evaluation/knn_top1", "evaluation/probe_top1", "evaluation/epoch"} <= tags <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("evaluation/epoch")] == [1, 2]
+    assert {"evaluation/knn_top1", "evaluation/probe_top1", "train/epoch"} <= tags <= set(events.Tags()["scalars"])
+    assert events.Scalars("train/epoch")[-1].value == 2
 
-    # Only the points of the last evaluation are kept, each with its class and its image.
+    # A page of charts and a table describe what there is. The first group of charts is that of the most important.
+    layout = Layout.FromString(data_of_layout(events))
+    assert [category.title for category in layout.category] == ["Progress", "Stability", "Cost"]
+    patterns = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    scalars = events.Tags()["scalars"]
+    for title, tags_of_chart in patterns.items():
+        assert any(re.fullmatch(pattern, tag) for pattern in tags_of_chart for tag in scalars), title
+    assert undocumented_tags(run) == [] and min(scalars).startswith("at_a_glance/")
+
+
+def data_of_layout(events: EventAccumulator) -> bytes:
+    """Returns the layout of TensorBoard's page "Custom Scalars", as it is stored."""
+    return bytes(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+
+
+def test_latents_and_samples_are_shown_before_the_first_evaluation(run: Path) -> None:
+    reports = [entry for entry in read_reports(run, 44) if entry["kind"] == "evaluation"]
+    assert [(entry["step"], "knn_top1" in entry) for entry in reports] == [
+        *((10, False), (22, True)),  # the first start of the run ends at step 22
+        *((30, False), (44, True)),
+    ]
+    assert reports[0]["effective_rank"] > 1 and reports[0]["epoch"] == pytest.approx(10 / 22)
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        "epoch_0001.png",
+        "epoch_0002.png",
+        "step_000010.png",
+        "step_000030.png",
+    ]
+    opened = SimpleNamespace(config=Config(), steps_per_epoch=3, total_steps=1000)  # evaluated at step 300
+    assert [step for step in range(1000) if evaluating.look_due(opened, step)] == [100]
+
+
+def test_the_projector_has_the_points_of_the_last_evaluation(run: Path) -> None:
+    """Each point has its class and its image."""
+    folder = run / "tensorboard"
     listed = (folder / "projector_config.pbtxt").read_text()
     assert listed.count("tensor_path") == 1 and "00044/latents" in listed
     assert [path.parent.name for path in folder.glob("*/latents")] == ["00044"]

@@ -130,12 +130,14 @@ def test_tensorboard_shows_what_metrics_jsonl_says(finished: Path) -> None:
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    expected = {"train/loss", "train/lr/encoder", "train/grad_norm", "train/ema_decay", "train/images_per_s"}
-    expected |= {"train/peak_memory_mb", "train/seconds/views", "evaluation/knn_top1", "evaluation/probe_top3"}
+    expected = {"at_a_glance/loss", "at_a_glance/lr_encoder", "at_a_glance/images_per_s", "at_a_glance/hours_left"}
+    expected |= {"train/grad_norm", "train/ema_decay", "seconds/views", "evaluation/knn_top1", "evaluation/probe_top3"}
     assert (
-        expected <= set(tags["scalars"]) and tags["images"] == ["samples"] and "config/text_summary" in tags["tensors"]
+        expected <= set(tags["scalars"])
+        and tags["images"] == ["at_a_glance/samples"]
+        and "config/text_summary" in tags["tensors"]
     )
-    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    shown = [(event.step, event.value) for event in events.Scalars("at_a_glance/loss")]
     assert shown == [(r["step"], pytest.approx(r["loss"])) for r in reports(finished, "train")]
 
 

@@ -20,6 +20,8 @@ from utils.device import memory_for
 
 MAX_LATENTS = 10_000  # enough for the spectrum, and TensorBoard's projector loads all of them into the browser
 
+EARLY_LOOKS = (100, 300)  # steps after which latents and samples are shown, before the first evaluation
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -28,7 +30,7 @@ class Evaluation:
     Attributes:
         step: optimiser steps done.
         at_end: True if training is complete. Only then does the evaluation include the baselines.
-        protocols: protocols that were applied; empty if the images have no labels.
+        protocols: protocols that were applied; empty if the images have no labels, and at an early look.
         table: accuracies by protocol and encoder.
         grid: (3, H, W) uint8 image of samples; None if `sampling.num_images` is 0.
         chosen: (n,) int64, indices of the images that `z` encodes: test images, or training images if there is no test
@@ -59,16 +61,25 @@ def evaluation_due(experiment: Opened, step: int) -> bool:
     return periodic or step == experiment.total_steps
 
 
-def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
+def look_due(experiment: Opened, step: int) -> bool:
+    """Returns True at the steps EARLY_LOOKS, as long as no evaluation has been due."""
+    first_evaluation = experiment.config.evaluation.every * experiment.steps_per_epoch
+    return step in EARLY_LOOKS and step < min(first_evaluation, experiment.total_steps)
+
+
+def evaluate(experiment: Experiment, soda: SODA, step: int, judges: bool = True) -> Evaluation:
     """Collective. Judges the encoder of `soda`, measures its latents and draws samples. Raises OutOfMemoryError.
 
     After the last step, the untrained encoder and the raw pixels are judged as well.
+
+    Args:
+        judges: False to only measure the latents and draw samples.
     """
     config, at_end = experiment.config, step == experiment.total_steps
     protocols, table, grid = [], Table(), None
     smaller = max(1, config.evaluation.batch_size // 2)
     with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
-        if experiment.has_test_labels:
+        if experiment.has_test_labels and judges:
             protocols = config_protocols(config)
             encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from datasets.images import DatasetError
 from experiment.opening import Experiment
 from experiment.shares import advice_for_less_memory, batch_norm_batch_size
-from training.evaluating import evaluate, evaluation_due
+from training.evaluating import Evaluation, evaluate, evaluation_due, look_due
 from training.reports import record_evaluation, record_steps
 from training.saving import Opened, Saver
 from training.state import RunState, Summary, TrainState
@@ -83,7 +83,18 @@ class SodaJob(Job):
         return training_pixels(self.experiment, self.state.step)
 
     def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
-        """See Job.before_step. Nothing is due."""
+        """Collective. Measures latents and draws samples at an early step.
+
+        A signal ends this immediately. So the state is saved before, and a run that resumes repeats it.
+        """
+        step = self.state.step
+        if look_due(self.experiment, step):
+            if saver.saved_step != step:
+                saver.save()
+            phase_log.info("a look at the latents at step %d", step)
+            with signals.obeyed(), timer.phase("evaluation"):
+                self._record(log, evaluate(self.experiment, self.state.ema.ema_model, step, judges=False))
+            phase_log.info("training from step %d to %d", step, self.experiment.total_steps)
 
     def step(self, pixels: Iterator[Any], timer: PhaseTimer) -> Tensor:
         """See Job.step."""
@@ -95,7 +106,9 @@ class SodaJob(Job):
 
     def evaluate(self, log: RunLog | None) -> None:
         """See Job.evaluate."""
-        found = evaluate(self.experiment, self.state.ema.ema_model, self.state.step)
+        self._record(log, evaluate(self.experiment, self.state.ema.ema_model, self.state.step))
+
+    def _record(self, log: RunLog | None, found: Evaluation) -> None:
         if log:
             record_evaluation(log, self.experiment, found, self.folder.path)
 

@@ -16,7 +16,7 @@ from utils.device import peak_memory_mb
 from utils.files import writing_to
 from utils.logging import PhaseTimer
 from utils.run_folder.results import write_results
-from utils.run_folder.run_log import RunLog
+from utils.run_folder.run_log import GLANCE, RunLog, tag_of
 
 MIN_VARIANCE = 1e-12  # TensorBoard shows smaller eigenvalues, also 0, as this value
 
@@ -51,6 +51,7 @@ def record_steps(
         **{f"lr/{name}": rate for name, rate in rates.items()},
         "ema_decay": state.ema.get_current_decay(),
         "images_per_s": num_steps * experiment.config.training.batch_size / training_s,
+        "hours_left": (experiment.total_steps - state.step) * training_s / num_steps / 3600,
         "peak_memory_mb": peak_memory_mb(experiment.device),
         **{f"seconds/{name}": seconds for name, seconds in by_phase.items()},
     }
@@ -63,25 +64,28 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
     After the last step, also writes results.json and the test latents. Writes no second report if the log already has
     one of this evaluation. Raises FolderError.
     """
-    epoch = found.step // experiment.loader.steps_per_epoch
-    values: dict[str, float] = {"epoch": epoch, **found.measures}
+    epoch, rest = divmod(found.step, experiment.loader.steps_per_epoch)
+    values: dict[str, float] = {"epoch": found.step / experiment.loader.steps_per_epoch, **found.measures}
     measures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in found.measures.items())
-    logger.info("epoch %d, %s with %d dimensions: %s", epoch, found.z_name, found.z.shape[1], measures)
+    time = f"step {found.step}" if rest else f"epoch {epoch}"
+    logger.info("%s, %s with %d dimensions: %s", time, found.z_name, found.z.shape[1], measures)
     for protocol in found.protocols:
         accuracies = found.table[str(protocol)]["trained"]
         values |= {f"{protocol.logged_as}_{name}": accuracy for name, accuracy in accuracies.items()}
-        logger.info("epoch %d, %s: top-1 %.1f, top-3 %.1f", epoch, protocol, *accuracies.values())
+        logger.info("%s, %s: top-1 %.1f, top-3 %.1f", time, protocol, *accuracies.values())
     if found.grid is not None:
         with writing_to(folder):
-            save_png(folder / "samples" / f"epoch_{epoch:04d}.png", found.grid)
-        log.image("samples", found.step, found.grid)
+            save_png(
+                folder / "samples" / (f"step_{found.step:06d}.png" if rest else f"epoch_{epoch:04d}.png"), found.grid
+            )
+        log.image(f"{GLANCE}/samples", found.step, found.grid)
     if not log.has("evaluation", found.step):
         protocols = {each.logged_as: str(each) for each in found.protocols}
         # Logarithms, because the largest eigenvalues would hide the others.
         log.histogram("evaluation/log10_spectrum", found.step, found.spectrum.clamp(min=MIN_VARIANCE).log10())
         log.report("evaluation", found.step, values, **protocols, spectrum=found.spectrum.tolist())
     if found.at_end:
-        _record_end(log, experiment, found, folder, metrics=[f"evaluation/{name}" for name in values])
+        _record_end(log, experiment, found, folder, metrics=[tag_of("evaluation", name) for name in values])
 
 
 def _record_end(log: RunLog, experiment: Experiment, found: Evaluation, folder: Path, metrics: list[str]) -> None:

@@ -16,7 +16,7 @@ from utils import signals
 from utils.logging import PhaseTimer, phase_log
 from utils.run_folder.folder import RunFolder
 from utils.run_folder.results import write_results
-from utils.run_folder.run_log import RunLog
+from utils.run_folder.run_log import RunLog, tag_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _record(log: RunLog, task: Task, step: int, table: dict[str, dict[str, float
         log.report("evaluation", step, {"epoch": epoch, **found})
     if step == task.total_steps:
         shown = {key: value for key, value in flat(task.config).items() if key != "training.epochs"}
-        log.hyperparameters(shown, [f"evaluation/{name}" for name in ("epoch", *found)])
+        log.hyperparameters(shown, [tag_of("evaluation", name) for name in ("epoch", *found)])
 
 
 def describe(task: Task, state: FinetuneState) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from analysis.pictures.base import INVERTED, PictureOfImages, number, on_rank_0, option
 from config.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from analysis.grid import Grid
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Directions(PictureOfImages):
-    """Images decoded from z moved both ways along principal components, or towards a class. x_T stays the same."""
+    """Images decoded from z moved both ways along principal components, or towards a class. x_T stays the same.
+
+    Along its direction, z takes positions that the training latents have. Beyond them, the decoder has seen no latents.
+    """
 
     name = "directions"
     meaning = "images decoded while z moves along the principal components of the latents, or towards a class"
@@ -32,7 +37,10 @@ class Directions(PictureOfImages):
         None, "move towards this class instead of along principal components", flag="--class", metavar="NAME"
     )
     reach: float = option(
-        3.0, "largest distance, in standard deviations of the latents; default: %(default)g", type=float
+        2.0,
+        "distance of the first and the last position from the median of the training latents, in standard deviations "
+        "of a normal distribution: 2 reaches from their 2nd to their 98th percentile; default: %(default)g",
+        type=float,
     )
     random: bool = option(False, "start from random noise instead of the image's own x_T", action="store_true")
 
@@ -57,18 +65,23 @@ class Directions(PictureOfImages):
         return chosen
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
+        import numpy as np
         import torch
 
         from analysis.grid import Cell, Grid, to_cells
 
-        names, steps = self._ways(codec)
+        amounts = torch.linspace(-self.reach, self.reach, self.num_steps).tolist()
+        levels = [NormalDist().cdf(amount) for amount in amounts]
+        names, units, projections = self._ways(codec)
+        positions = units.new_tensor(np.quantile(projections, levels, axis=1).T)  # (ways, steps)
         z = codec.encode(found.pixels)
+        own = z @ units.T  # (N, ways)
+        moved = z[:, None, None] + (positions - own[..., None])[..., None] * units[:, None]  # (N, ways, steps, D)
         x_T = codec.noise(len(found), "sample 0") if self.random else codec.invert(found.pixels, z)
         decode = codec.sample if self.random else codec.decode
-        amounts = torch.linspace(-self.reach, self.reach, self.num_steps).tolist()
-        moved = torch.stack([z[:, None] + amount * steps for amount in amounts], dim=2)  # (N, ways, amounts, D)
-        x_Ts = x_T.repeat_interleave(len(names) * len(amounts), dim=0)
-        decoded = decode(moved.flatten(0, 2), x_Ts).split(len(amounts))
+        x_Ts = x_T.repeat_interleave(len(names) * len(levels), dim=0)
+        decoded = decode(moved.flatten(0, 2), x_Ts).split(len(levels))
+        shares = (projections < own.cpu().numpy()[..., None]).mean(axis=2).flatten()  # of the latents before each z
         cells = []
         for row, images in enumerate(decoded):
             image, way = divmod(row, len(names))
@@ -77,21 +90,20 @@ class Directions(PictureOfImages):
         title = "Along the principal components of the latents"
         return Grid(
             title=title if self.class_name is None else f"Towards class {self.class_name} and away from it",
-            explanation="z moves along the direction of the row. The number above a column is the distance, in "
-            "standard deviations of the training latents. "
+            explanation="z moves along the direction of the row, to positions that training latents have. In column "
+            "98 %, z is further along it than 98 % of the training latents. "
             + ("x_T is random noise" if self.random else f"{INVERTED} of the image")
             + " and is the same in all columns.",
-            columns=["image", *(f"{amount:+.1f}" if amount else "0" for amount in amounts)],
-            rows=names * len(found),
+            columns=["image", *map(_percent, levels)],
+            rows=[
+                f"{name}\nthe image is at {_percent(share)}"
+                for name, share in zip(names * len(found), shares, strict=True)
+            ],
             cells=cells,
         )
 
-    def _ways(self, codec: Codec) -> tuple[list[str], Tensor]:
-        """Returns a name and a vector for each direction: a list, and (directions, D).
-
-        The length of a vector is the standard deviation of the latents along it.
-        """
-        import numpy as np
+    def _ways(self, codec: Codec) -> tuple[list[str], Tensor, np.ndarray]:
+        """Returns the directions: names, unit vectors (ways, D), and training latents projected on them (ways, n)."""
         import torch
 
         from analysis.latent_space import class_direction, principal_components, subset_to_fit
@@ -100,11 +112,17 @@ class Directions(PictureOfImages):
         train, seed = codec.experiment.train, codec.experiment.config.seed
         latents, labels = subset_to_fit(codec.train_z, train.labels, seed)
         if self.class_name is None:
-            units, deviations, shares = on_rank_0(lambda: principal_components(latents, self.num_components))
+            found, shares = on_rank_0(lambda: principal_components(latents, self.num_components))
             names = [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(shares)]
         else:
             assert labels is not None, "find() accepts classes only if there are labels"
             label = find_class(train.classes, self.class_name)
-            unit, deviation = on_rank_0(lambda: class_direction(latents, labels, label))
-            units, deviations, names = unit[None], np.array([deviation]), [f"towards class {self.class_name}"]
-        return names, torch.tensor(units * deviations[:, None], dtype=torch.float32, device=codec.train_z.device)
+            found = on_rank_0(lambda: class_direction(latents, labels, label))[None]
+            names = [f"towards class {self.class_name}"]
+        projections = on_rank_0(lambda: found @ latents.double().numpy().T)
+        return names, torch.tensor(found, dtype=torch.float32, device=codec.train_z.device), projections
+
+
+def _percent(share: float) -> str:
+    """Returns a share as text in per cent, with a decimal near 0 and 100."""
+    return f"{100 * share:.{0 if 0.01 <= share <= 0.99 else 1}f} %"

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from evaluation.measures.base import Measure, Measured
 from evaluation.measures.subjects import Subjects
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Record:
-    """Adds measures of a checkpoint to the results.json of its run: {name: {"protocol": ..., "rows": ...}}.
+    """Adds measures of a checkpoint to the results.json of its run: {name: {"protocol", "rows", "decimals"}}.
 
     Nothing is added, and the reason is logged, if the file is not that of this step of the run, or if the images are
     not those of the run.
@@ -36,8 +37,8 @@ class Record:
     def add(self, name: str, measured: Measured) -> None:
         """Adds a measure, or replaces it. Call it on rank 0. Raises FolderError."""
         if self._applies:
-            folder, entry = self._trained.folder, {"protocol": measured.protocol, "rows": measured.rows}
-            measures = read_results(folder).get("measures", {}) | {name: entry}
+            folder = self._trained.folder
+            measures = read_results(folder).get("measures", {}) | {name: asdict(measured)}
             write_results(folder, self._trained.trained_with, self._trained.step, measures=measures)
 
 
@@ -54,3 +55,10 @@ def run_measures(measures: Sequence[Measure], trained: Trained, subjects: Subjec
                 print(f"\n{measure.name}: {measured[measure.name]}", flush=True)
                 record.add(measure.name, measured[measure.name])
     return measured
+
+
+def recorded_measures(trained: Trained) -> dict[str, Measured]:
+    """Returns the measures that results.json has of this step of the run, by name."""
+    results = read_results(trained.folder)
+    recorded = results.get("measures", {}) if belongs_to(results, trained.trained_with, trained.step) else {}
+    return {name: Measured(each["protocol"], each["rows"], each.get("decimals", 1)) for name, each in recorded.items()}

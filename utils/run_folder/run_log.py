@@ -18,9 +18,45 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS = "metrics.jsonl"
+GLANCE = "at_a_glance"  # the group of charts that TensorBoard shows first, because it sorts groups by name
 SPRITE_PIXELS = 8192  # the projector's limit on width and height of the image of all thumbnails
 
+# Tags of reported values whose tag is not `kind/name`. docs/training.md describes all tags.
+TAGS = {
+    "train/loss": f"{GLANCE}/loss",
+    "train/lr/encoder": f"{GLANCE}/lr_encoder",
+    "train/lr/decoder": f"{GLANCE}/lr_decoder",
+    "train/images_per_s": f"{GLANCE}/images_per_s",
+    "train/hours_left": f"{GLANCE}/hours_left",
+    "evaluation/effective_rank": f"{GLANCE}/effective_rank",
+    "evaluation/epoch": "train/epoch",
+}
+
+# Charts of the page "Custom Scalars", by category: regular expressions of the tags in each chart.
+LAYOUT = {
+    "Progress": {
+        "loss": [f"{GLANCE}/loss"],
+        "learning rates": [f"{GLANCE}/lr_.*", "train/lr/.*"],
+        "images per second": [f"{GLANCE}/images_per_s"],
+        "hours left": [f"{GLANCE}/hours_left"],
+        "effective rank of z": [f"{GLANCE}/effective_rank"],
+        "top-1 accuracy (%)": ["evaluation/(.*_)?top1"],
+    },
+    "Stability": {
+        "gradient norm": ["train/grad_norm"],
+        "skipped steps": ["train/skipped_steps"],
+        "alignment and uniformity of z": ["evaluation/(alignment|uniformity)"],
+    },
+    "Cost": {"seconds by phase": ["seconds/.*"], "peak memory (MB)": ["train/peak_memory_mb"]},
+}
+
 logger = logging.getLogger(__name__)
+
+
+def tag_of(kind: str, name: str) -> str:
+    """Returns TensorBoard's tag of the value `name` in a report of this kind."""
+    tag = f"{kind}/{name}"
+    return TAGS.get(tag, tag.removeprefix("train/") if name.startswith("seconds/") else tag)
 
 
 def _say_nothing_of_tensorboard(args: threading.ExceptHookArgs) -> None:
@@ -69,6 +105,11 @@ class RunLog:
 
             threading.excepthook = _say_nothing_of_tensorboard
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
+            charts = {
+                category: {chart: ["Multiline", tags] for chart, tags in charts.items()}
+                for category, charts in LAYOUT.items()
+            }
+            self._writer.add_custom_scalars(charts)
 
     @contextmanager
     def _tensorboard(self) -> Iterator[None]:
@@ -90,7 +131,7 @@ class RunLog:
         with self._tensorboard():
             if self._writer:
                 for name, value in values.items():
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+                    self._writer.add_scalar(tag_of(kind, name), value, step)
                 self._writer.flush()
 
     def has(self, kind: str, step: int) -> bool:
@@ -137,7 +178,7 @@ class RunLog:
                 self._writer.add_embedding(vectors, clean, thumbnails, step, name, header)
 
     def hyperparameters(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """Shows the settings in TensorBoard, with the named metrics of the run.
+        """Shows the settings in TensorBoard, with the metrics of the run that have the tags `metrics`.
 
         SummaryWriter.add_hparams is not used because it would create a second run.
         """

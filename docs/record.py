@@ -1,0 +1,132 @@
+"""Records results of runs in docs/results, and fills the tables of the pages with them.
+
+A file in docs/results has one JSON line for each time that a run was judged. A line holds accuracies, images seen and
+training time, but no weights, paths or times of day. A run that is recorded again replaces its lines.
+
+python -m docs.record runs/digits                                       # a run of train.py or finetune.py
+python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
+python -m docs.record runs/cifar10_cpu_runs                             # an ablation
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ablations import result_rows
+from config.errors import ConfigError
+from docs import fill_tables
+from utils import cli
+from utils.files import write_text
+from utils.run_folder.results import read_results
+from utils.run_folder.run_log import read_reports
+
+# Entries of an ablation's result that are kept.
+KEPT = (
+    *("run", "stage", "variant", "seed", "overrides", "digest", "complete", "epochs", "images", "seconds"),
+    *("step_gflop", "table", "data", "machine"),
+)
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Returns the results of a run, or of the runs of an ablation, as rows of docs/results, oldest first.
+
+    Args:
+        name: name of the file in docs/results, for the names of runs.
+
+    Raises ConfigError if the folder has no results.
+    """
+    if (folder / result_rows.RESULTS).exists():
+        return ablation_rows(folder / result_rows.RESULTS)
+    config = folder / "config.yaml"
+    if not config.exists():
+        raise ConfigError(f"{folder} has neither config.yaml nor {result_rows.RESULTS}: name a run folder")
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    rows = [finetune_row(folder, settings)] if "method" in settings else train_rows(folder, settings)
+    if not rows:
+        raise ConfigError(f"{folder} was not judged yet: record it after its first evaluation")
+    return [{**row, "run": f"{name}-{row['run']}"} for row in rows]
+
+
+def ablation_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of an ablation that have accuracies, with the number of epochs of the whole run."""
+    rows = []
+    for row in result_rows.read_rows(path):
+        if "table" in row:
+            config = yaml.safe_load(row.get("config", "{}")).get("training", {})
+            rows.append({**{key: row[key] for key in KEPT if key in row}, "of_epochs": config.get("epochs")})
+    return rows
+
+
+def train_rows(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a row for each evaluation of a run of train.py. That of the last step has the baselines as well.
+
+    `seconds` is the time of training, without evaluations and checkpoints.
+    """
+    batch_size, results, rows = config["training"]["batch_size"], read_results(folder), []
+    seconds, step = 0.0, 0
+    for entry in read_reports(folder, 2**62):
+        if entry["kind"] == "train" and entry.get("images_per_s"):
+            seconds += (entry["step"] - step) * batch_size / entry["images_per_s"]
+            step = entry["step"]
+        protocols = [key for key in entry if f"{key}_top1" in entry and isinstance(entry[key], str)]
+        if entry["kind"] == "evaluation" and protocols:
+            judged = {entry[p]: {"trained": {top: entry[f"{p}_{top}"] for top in ("top1", "top3")}} for p in protocols}
+            complete = results.get("step") == entry["step"]
+            rows.append(
+                {
+                    **{"run": str(config["seed"]), "stage": "train", "variant": "run", "seed": config["seed"]},
+                    **{"digest": "", "complete": complete, "epochs": entry["epoch"], "seconds": seconds},
+                    "of_epochs": config["training"]["epochs"],
+                    "images": entry["step"] * batch_size,
+                    "table": results["table"] if complete else judged,
+                }
+            )
+    return rows
+
+
+def finetune_row(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row of a finished run of finetune.py. Raises ConfigError if it is not finished."""
+    results = read_results(folder)
+    if not results:
+        raise ConfigError(f"{folder} is not finished: run its command again")
+    start = "encoder" if config["encoder"]["weights"] else "scratch"
+    method, labels, split = config["method"], config["num_labels"], config["label_split"]
+    return {
+        **{"run": f"{method}-{start}-{labels}-{split}-{config['seed']}", "stage": "finetune", "variant": method},
+        **{"seed": config["seed"], "digest": "", "complete": True, "start": start, "labels": labels, "split": split},
+        "images": results["step"] * config["training"]["batch_size"],
+        "table": results["table"],
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Returns a value with all its numbers rounded to 9 decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return round(value, 9) if isinstance(value, float) else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=cli.path_option, metavar="FOLDER", help="run folders")
+    parser.add_argument("--name", help="name of the file in docs/results; default: name of the first folder")
+    parser.add_argument("--out", type=cli.path_option, default=fill_tables.RESULTS, help="folder of the files")
+    args = parser.parse_args(argv)
+    with cli.gather_user_errors():
+        name = args.name or args.folders[0].resolve().name
+        rows = [rounded(row) for folder in args.folders for row in rows_of(folder, name)]
+        path, new = args.out / f"{name}.jsonl", {row["run"] for row in rows}
+        rows = [row for row in result_rows.read_rows(path) if row["run"] not in new] + rows
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{len(rows)} results in {path}")
+        if args.out == fill_tables.RESULTS:
+            fill_tables.main([])
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
