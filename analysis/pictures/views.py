@@ -193,9 +193,13 @@ def _index(reference: str, scenes: Scenes) -> int:
 
 
 def _name(scenes: Scenes, index: int) -> str:
-    """Returns the caption of an image: its split and number, and the last two parts of its path."""
+    """Returns the caption of an image: the last two parts of its path without the ending, its split and its number."""
     from pathlib import Path
 
     first = len(scenes.train)
     images, split, place = (scenes.train, "train", index) if index < first else (scenes.test, "test", index - first)
-    return f"{'/'.join(Path(images.names[place]).parts[-2:])}\n{split}:{place}" if images.names else f"{split}:{place}"
+    return (
+        f"{'/'.join(Path(images.names[place]).with_suffix('').parts[-2:])}\n{split}:{place}"
+        if images.names
+        else f"{split}:{place}"
+    )
