@@ -472,11 +472,9 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
 
     def found() -> Iterator[tuple[str, Measured]]:
         if config.evaluation.num_novel_views:
-            generate, most = (
-                view_sampler(experiment, soda, config.seed, num_steps(experiment)),
-                config.views.num_sources,
-            )
-            models = {"1 source": (1, generate)} | ({f"{most} sources": (most, generate)} if most > 1 else {})
+            generate = view_sampler(experiment, soda, config.seed, num_steps(experiment))
+            counts = sorted({1, config.views.num_sources})
+            models = {f"model, {count} source{'s' * (count > 1)}": (count, generate) for count in counts}
             yield "novel_views", score_views(experiment, models, config.evaluation.num_novel_views, config.seed)
         yield "identity", score_identity(experiment, _test_features(experiment, soda))
 
