@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.cameras import azimuth_of, polar_of
-from datasets.decoding import decode
 from datasets.images import DatasetError, group_by_object
-from datasets.posed import image_folder, mask_of
 from evaluation.encoders import baselines, encode_with
 from evaluation.features import Features, Subset, extract_features, random_subset
-from evaluation.logistic_regression import LogisticProbe
+from evaluation.identity import SAME, score_identity
 from evaluation.measures.base import Measured, Rows
 from evaluation.measures.recording import Record
 from evaluation.protocols import config_protocols
-from evaluation.quality import ssim_maps
+from evaluation.view_similarity import BACKGROUND, MAX_PSNR, Masks, similarity
 from experiment.batch import evaluation_view
 from experiment.opening import Experiment
 from experiment.posed import PosedPixels, draw_sources, read_with_sources, source_images
@@ -36,18 +33,14 @@ from utils.cli import gather_user_errors, require
 from utils.device import autocast
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range, rank
-from utils.randomness import generator, image_noise
+from utils.randomness import image_noise
 
 NUM_SAMPLING_STEPS = 50
 BATCH = 32  # targets per batch; the same for any number of ranks, so that samples do not depend on that number
 NEAREST_SIZE = 32  # source images are compared at no more than this size, in pixels
-SAME = 0.5  # degrees; smaller differences are rounding
 NEAR = 15.0  # degrees from the pose that was asked for
 FEWEST_AROUND = 4  # views of an object at one height, for the azimuth tests
-BACKGROUND = 0.95  # without masks, pixels whose darkest channel is at least this are background
 WHOLE_IMAGE = 0.98  # if the object fills more of the images than this, there is no background
-MAX_PSNR = 60.0  # dB; data sets may hold an object twice, and equal images have an infinite PSNR
-APART = 45.0  # degrees between two views of an object for the identity across views
 
 Generate = Callable[[PosedPixels, range], Tensor]
 """Function (targets with their sources, positions) -> views (N, 3, D, D) in [-1, 1]. It may not use target pixels."""
@@ -297,45 +290,6 @@ ROWS = (
 """Rows of the table of `score_views`, in the order of the columns of the scores."""
 
 
-def similarity(images: Tensor, truth: Tensor, inside: Tensor, own: Tensor | None) -> Tensor:
-    """Returns (N, 5): PSNR and SSIM, of the whole image and inside the object, and the error of the mean colour.
-
-    Args:
-        images, truth: (N, 3, H, W) in [-1, 1].
-        inside: (N, H, W) bool, pixels of the object in `truth`.
-        own: pixels of the object in `images`; None: those whose darkest channel is below BACKGROUND.
-    """
-    errors = ((images - truth) / 2).square().mean(dim=1)  # (N, H, W), for values in [0, 1]
-    maps = ssim_maps(images, truth).mean(dim=1)
-    own = is_object(images) if own is None else own
-    color = (_mean_color(images, own) - _mean_color(truth, inside)).abs().mean(dim=1)
-    everywhere = torch.ones_like(inside)
-    columns = [_decibels(errors, everywhere), _decibels(errors, inside)]
-    columns += [_mean_inside(maps, everywhere), _mean_inside(maps, inside), color]
-    return torch.stack(columns, dim=1)
-
-
-def is_object(images: Tensor) -> Tensor:
-    """Returns the pixels (N, H, W) bool of images (N, 3, H, W) in [-1, 1] whose darkest channel is below BACKGROUND."""
-    return images.amin(dim=1) / 2 + 0.5 < BACKGROUND
-
-
-def _mean_inside(values: Tensor, inside: Tensor) -> Tensor:
-    """Returns the mean (N,) of values (N, H, W) over the pixels `inside`; NaN if there are none."""
-    return (values * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))
-
-
-def _decibels(errors: Tensor, inside: Tensor) -> Tensor:
-    return (-10 * _mean_inside(errors, inside).log10()).clamp(max=MAX_PSNR)
-
-
-def _mean_color(images: Tensor, inside: Tensor) -> Tensor:
-    """Returns the mean colours (N, 3) in [0, 1]. An image without an object counts as white."""
-    total = ((images / 2 + 0.5) * inside[:, None]).sum(dim=(2, 3))
-    count = inside.sum(dim=(1, 2))[:, None]
-    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
-
-
 def _azimuth_scores(scenes: Scenes, target: Target, around: Tensor | None, image: Tensor) -> list[float]:
     """Returns (100 if within 15 degrees else 0, azimuth error in degrees, 100 if the side is right else 0).
 
@@ -354,40 +308,6 @@ def _azimuth_scores(scenes: Scenes, target: Target, around: Tensor | None, image
         own = distances[turns.abs() <= SAME].min()
         right = 100.0 * bool(own < distances[opposite[0]])
     return [100.0 * (error <= NEAR + SAME), error, right]
-
-
-class Masks:
-    """Pixels of the objects in the targets: from mask files if every target has one, else those that are not light.
-
-    Attributes:
-        files: files of the masks; empty: there are none.
-    """
-
-    def __init__(self, experiment: Experiment, targets: Subset) -> None:
-        self._experiment = experiment
-        folder, names = image_folder(Path(experiment.config.data.root)), targets.images.names or []
-        files = [mask_of(folder, names[index]) for index in targets.indices.tolist()] if names else []
-        self.files = [file for file in files if file is not None]
-        if len(self.files) < len(files) or not files:
-            logger.info(
-                "%d of the %d targets have a mask: the object is taken to be the pixels whose darkest channel is below "
-                "%g",
-                len(self.files),
-                len(targets),
-                BACKGROUND,
-            )
-            self.files = []
-
-    def of(self, positions: range, truth: Tensor) -> Tensor:
-        """Returns the pixels (N, D, D) bool of the objects in the true views at `positions`."""
-        if not self.files:
-            return is_object(truth)
-        size, rules = self._experiment.config.data.kept_size, self._experiment.rules
-        masks = [
-            torch.from_numpy(decode(file, size, rules).copy()) for file in self.files[positions.start : positions.stop]
-        ]
-        found = self._experiment.views.x_start(torch.stack(masks).permute(0, 3, 1, 2).to(truth.device))
-        return found.mean(dim=1) > 0
 
 
 def _possible_baselines(targets: list[Target]) -> list[str]:
@@ -472,11 +392,9 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
 
     def found() -> Iterator[tuple[str, Measured]]:
         if config.evaluation.num_novel_views:
-            generate, most = (
-                view_sampler(experiment, soda, config.seed, num_steps(experiment)),
-                config.views.num_sources,
-            )
-            models = {"1 source": (1, generate)} | ({f"{most} sources": (most, generate)} if most > 1 else {})
+            generate = view_sampler(experiment, soda, config.seed, num_steps(experiment))
+            counts = sorted({1, config.views.num_sources})
+            models = {f"model, {count} source{'s' * (count > 1)}": (count, generate) for count in counts}
             yield "novel_views", score_views(experiment, models, config.evaluation.num_novel_views, config.seed)
         yield "identity", score_identity(experiment, _test_features(experiment, soda))
 
@@ -501,48 +419,3 @@ def _test_features(experiment: Experiment, soda: SODA) -> dict[str, Tensor]:
 
     features = extract_features(encode, test, experiment.config.evaluation.batch_size, experiment.device)
     return {name: features[name] for name in encoders}
-
-
-def score_identity(experiment: Experiment, features: Mapping[str, Tensor]) -> Measured:
-    """Returns how well features tell the objects of the test images apart, across views.
-
-    - k-NN: share of the images whose nearest image, by cosine, shows the same object. Images of this object that are
-      less than 45 degrees of azimuth away do not take part.
-    - Probe: logistic regression, trained on the views with azimuths from 0 to 180 degrees, tested on the others.
-    """
-    assert experiment.test is not None
-    cameras, objects = _needed(experiment.test.cameras).double(), _needed(experiment.test.objects)
-    azimuth, device = azimuth_of(cameras).rad2deg() % 360, experiment.device
-    numbers = objects.unique(return_inverse=True)[1]
-    rows: Rows = {"k-NN k=1 (%)": {}, "probe (%)": {}}
-    front = azimuth < 180 - SAME
-    shown = numbers[front].unique()
-    judged = ~front & torch.isin(numbers, shown)
-    for name, each in features.items():
-        unit = F.normalize(each.float()).cpu()
-        hits: list[Tensor] = []
-        for part in _parts(len(unit), 1024):
-            here = slice(part.start, part.stop)
-            cosines = unit[here] @ unit.T
-            same = numbers[here, None] == numbers
-            turns = ((azimuth[here, None] - azimuth + 180) % 360 - 180).abs()
-            far = same & (turns >= APART - SAME)
-            nearest = cosines.masked_fill(same & ~far, -2).argmax(dim=1)
-            hits.append((numbers[nearest] == numbers[here])[far.any(dim=1)])
-        rows["k-NN k=1 (%)"][name] = {"value": 100 * torch.cat(hits).float().mean().item()}
-        if judged.any() and len(shown) > 1:
-            source = generator(experiment.config.seed, "identity")
-            probe = LogisticProbe(each.shape[1], int(numbers.max()) + 1, generator=source, device=device)
-            probe.train_epoch(each[front.to(device)].float(), numbers[front].to(device))
-            guesses = probe.scores(each[judged.to(device)].float()).argmax(dim=1).cpu()
-            rows["probe (%)"][name] = {"value": 100 * (guesses == numbers[judged]).float().mean().item()}
-    rows = {row: cells for row, cells in rows.items() if cells and all(map(_is_number, cells.values()))}
-    protocol = (
-        f"object of a view among {int(numbers.max()) + 1} objects of the test images: nearest view at least {APART:g} "
-        "degrees away, unit z; logistic regression, azimuths 0-180 to the others"
-    )
-    return Measured(protocol, rows)
-
-
-def _is_number(cell: dict[str, float]) -> bool:
-    return not math.isnan(cell["value"])

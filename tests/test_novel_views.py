@@ -16,8 +16,10 @@ from config.errors import ConfigError
 from config.reading import load_config
 from datasets.cameras import canonical, rays, sphere_camera, turn
 from datasets.images import DatasetError
-from evaluation.novel_views import MAX_PSNR, score_identity, score_views, similarity
+from evaluation.identity import score_identity
+from evaluation.novel_views import score_views
 from evaluation.quality import ssim
+from evaluation.view_similarity import MAX_PSNR, similarity
 from experiment.batch import evaluation_view, pixels_with_sources
 from experiment.posed import PosedPixels
 from model.build import build_soda, forward_flops

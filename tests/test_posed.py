@@ -291,8 +291,8 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
     assert "k-NN k=2" in out and "novel_views: novel views of new objects: 12 test images as targets, 8 px" in out
     measures = json.loads((once / "results.json").read_text())["measures"]
     assert [*measures["novel_views"]["rows"]["SSIM"]] == [
-        "1 source",
-        "2 sources",
+        "model, 1 source",
+        "model, 2 sources",
         "source",
         "mean object",
         "nearest object",

@@ -1,0 +1,91 @@
+"""Similarity of generated views and true ones: of whole images, and of the objects in them."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datasets.decoding import decode
+from datasets.posed import image_folder, mask_of
+from evaluation.features import Subset
+from evaluation.quality import ssim_maps
+from experiment.opening import Experiment
+
+BACKGROUND = 0.95  # without masks, pixels whose darkest channel is at least this are background
+MAX_PSNR = 60.0  # dB; data sets may hold an object twice, and equal images have an infinite PSNR
+
+logger = logging.getLogger(__name__)
+
+
+def similarity(images: Tensor, truth: Tensor, inside: Tensor, own: Tensor | None) -> Tensor:
+    """Returns (N, 5): PSNR and SSIM, of the whole image and inside the object, and the error of the mean colour.
+
+    Args:
+        images, truth: (N, 3, H, W) in [-1, 1].
+        inside: (N, H, W) bool, pixels of the object in `truth`.
+        own: pixels of the object in `images`; None: those whose darkest channel is below BACKGROUND.
+    """
+    errors = ((images - truth) / 2).square().mean(dim=1)  # (N, H, W), for values in [0, 1]
+    maps = ssim_maps(images, truth).mean(dim=1)
+    own = is_object(images) if own is None else own
+    color = (_mean_color(images, own) - _mean_color(truth, inside)).abs().mean(dim=1)
+    everywhere = torch.ones_like(inside)
+    columns = [_decibels(errors, everywhere), _decibels(errors, inside)]
+    columns += [_mean_inside(maps, everywhere), _mean_inside(maps, inside), color]
+    return torch.stack(columns, dim=1)
+
+
+def is_object(images: Tensor) -> Tensor:
+    """Returns the pixels (N, H, W) bool of images (N, 3, H, W) in [-1, 1] whose darkest channel is below BACKGROUND."""
+    return images.amin(dim=1) / 2 + 0.5 < BACKGROUND
+
+
+def _mean_inside(values: Tensor, inside: Tensor) -> Tensor:
+    """Returns the mean (N,) of values (N, H, W) over the pixels `inside`; NaN if there are none."""
+    return (values * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))
+
+
+def _decibels(errors: Tensor, inside: Tensor) -> Tensor:
+    return (-10 * _mean_inside(errors, inside).log10()).clamp(max=MAX_PSNR)
+
+
+def _mean_color(images: Tensor, inside: Tensor) -> Tensor:
+    """Returns the mean colours (N, 3) in [0, 1]. An image without an object counts as white."""
+    total = ((images / 2 + 0.5) * inside[:, None]).sum(dim=(2, 3))
+    count = inside.sum(dim=(1, 2))[:, None]
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+
+
+class Masks:
+    """Pixels of the objects in the targets: from mask files if every target has one, else those that are not light.
+
+    Attributes:
+        files: files of the masks; empty: there are none.
+    """
+
+    def __init__(self, experiment: Experiment, targets: Subset) -> None:
+        self._experiment = experiment
+        folder, names = image_folder(Path(experiment.config.data.root)), targets.images.names or []
+        files = [mask_of(folder, names[index]) for index in targets.indices.tolist()] if names else []
+        self.files = [file for file in files if file is not None]
+        if len(self.files) < len(files) or not files:
+            logger.info(
+                "%d of the %d targets have a mask: the object is taken to be the pixels whose darkest channel is below "
+                "%g",
+                len(self.files),
+                len(targets),
+                BACKGROUND,
+            )
+            self.files = []
+
+    def of(self, positions: range, truth: Tensor) -> Tensor:
+        """Returns the pixels (N, D, D) bool of the objects in the true views at `positions`."""
+        if not self.files:
+            return is_object(truth)
+        size, rules = self._experiment.config.data.kept_size, self._experiment.rules
+        masks = [
+            torch.from_numpy(decode(file, size, rules).copy()) for file in self.files[positions.start : positions.stop]
+        ]
+        found = self._experiment.views.x_start(torch.stack(masks).permute(0, 3, 1, 2).to(truth.device))
+        return found.mean(dim=1) > 0
