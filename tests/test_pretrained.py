@@ -1,0 +1,45 @@
+"""The published encoder can be opened from a fresh checkout, and is better than raw pixels on other photographs."""
+
+import torch
+import torch.nn.functional as F
+import yaml
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from analysis.image_encoder import load_encoder
+from tests.conftest import ROOT
+
+FILE = ROOT / "pretrained" / "cifar10_cpu.pt"
+
+
+def squares_of_photographs() -> tuple[Tensor, Tensor]:
+    """Returns squares of two photographs, (N, 3, 32, 32) uint8, and the number of each square's photograph (N,)."""
+    found = []
+    for photograph in load_sample_images().images:
+        half = torch.from_numpy(photograph[::2, ::2].copy()).permute(2, 0, 1)
+        found.append(half.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).flatten(0, 1))
+    return torch.cat(found), torch.arange(2).repeat_interleave(len(found[0]))
+
+
+def share_found(features: Tensor, labels: Tensor) -> float:
+    """Returns the share of samples whose five nearest other samples are mostly of their own class."""
+    unit = F.normalize(features.flatten(1).float(), dim=1)
+    neighbours = (unit @ unit.T).fill_diagonal_(-2).topk(5).indices
+    return ((labels[neighbours] == labels[:, None]).sum(dim=1) > 2).float().mean().item()
+
+
+def test_its_neighbours_are_better_than_those_of_raw_pixels() -> None:
+    pixels, labels = squares_of_photographs()
+    features = load_encoder(FILE)(pixels)
+    assert features["z"].shape == (120, 512) and features["pooled"].shape == (120, 256)
+    assert share_found(features["z"], labels) >= share_found(pixels, labels) + 0.03
+
+
+def test_it_is_small_and_names_no_paths() -> None:
+    contents = torch.load(FILE, weights_only=True)
+    config = yaml.safe_load(contents["config"])
+    assert FILE.stat().st_size < 10_000_000 and not contents["model"] and not contents["optimizer"]
+    assert config["data"]["name"] == "cifar10" and config["data"]["root"] == "data" and config["output_dir"] == ""
+    assert config["sampling"]["eta"] == 1.0 and config["evaluation"]["probe"]["solver"] == "lbfgs"
+    weights = [each for name, each in contents["ema"]["model"].items() if name.endswith("weight")]
+    assert all(each.dtype == torch.bfloat16 for each in weights)
