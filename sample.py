@@ -1,4 +1,4 @@
-"""Draws pictures that show the content of a trained model's latents.
+"""Draws pictures that show the content of a trained model's latents, and fits a prior over z.
 
 Each picture is a PNG file that includes a title and an explanation.
 """
@@ -21,10 +21,12 @@ EXAMPLES = """\
   python sample.py {name} --config config/{config}.yaml
   python sample.py {name} --checkpoint runs/{config}/checkpoints/last.pt sampling.num_sampling_steps=50 --seed 1"""
 
+FIT_PRIOR = "fit_prior"
+FIT_MEANING = "fits the diffusion prior over z that generate --prior diffusion uses; the same command resumes"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
-    # Parse.
     words = list(sys.argv[1:] if argv is None else argv)
     with gather_user_errors():
         # Launchers may put --local-rank before the name of the picture.
@@ -34,13 +36,21 @@ def main(argv: list[str] | None = None) -> int:
             if rank() == 0:
                 print(usage())
             return 0
-        if name not in PICTURES:
-            raise ConfigError(f"name a picture first: {', '.join(PICTURES)} (see sample.py --help)")
-        args, picture = parse(PICTURES[name], words)
+        if name not in (*PICTURES, FIT_PRIOR):
+            raise ConfigError(f"name a picture first: {', '.join([*PICTURES, FIT_PRIOR])} (see sample.py --help)")
+    return fit_prior(words) if name == FIT_PRIOR else draw(PICTURES[name], words)
+
+
+def draw(kind: type[Picture[Any]], words: list[str]) -> int:
+    """Draws a picture with the options `words`, saves it and returns the exit status."""
+    # Parse.
+    with gather_user_errors():
+        args, picture = parse(kind, words)
         config = read_config_if_named(args)
         require(*picture.needs)
 
     from analysis.grid import save_gif, save_grid
+    from analysis.prior import draw_from, open_fit, prior_path
     from datasets.walking import is_listed
     from evaluation.codec import Codec
     from evaluation.features import feature_name
@@ -51,23 +61,27 @@ def main(argv: list[str] | None = None) -> int:
     with gather_user_errors():
         trained = read_trained(config, args.checkpoint, overrides(args))
         if picture.needs_cameras:
-            check_cameras(trained.config, f"sample.py {name}")
+            check_cameras(trained.config, f"sample.py {kind.name}")
         else:
-            check_no_cameras(trained.config, f"sample.py {name}")
+            check_no_cameras(trained.config, f"sample.py {kind.name}")
         if picture.needs_one_z or args.timestep is not None:
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
         compute_exactly()
         found = picture.find(experiment)
-        path = args.out or trained.folder / "pictures" / f"{feature_name(name, args.timestep)}.png"
+        seed = experiment.config.seed if args.seed is None else args.seed
+        codec = Codec(experiment, soda, seed, args.timestep)
+        if picture.needs_prior:
+            fit = open_fit(prior_path(trained, args.timestep), trained, codec, must_exist=True)
+            codec.draw_latents = draw_from(fit)
+        path = args.out or trained.folder / "pictures" / f"{feature_name(kind.name, args.timestep)}.png"
         check_writable(path)
         data = trained.config.data
         if data.name in ("tiny", "folder", "posed") and is_listed(path, Path(data.root)):
             raise ConfigError(f"{path} is in data.root {data.root}, whose images are trained on: choose another --out")
 
     # Draw.
-    seed = experiment.config.seed if args.seed is None else args.seed
-    grid = picture.draw(Codec(experiment, soda, seed, args.timestep), found)
+    grid = picture.draw(codec, found)
 
     # Save.
     with gather_user_errors():
@@ -82,6 +96,46 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def fit_prior(words: list[str]) -> int:
+    """Runs `sample.py fit_prior` with the options `words` and returns its exit status."""
+    # Parse.
+    with gather_user_errors():
+        parser = make_parser(FIT_MEANING, EXAMPLES.format(name=FIT_PRIOR, config="digits"), of_checkpoint=True)
+        parser.add_argument(
+            "--steps", type=int, default=3000, help="optimiser steps, with those of an earlier call; default: 3000"
+        )
+        args = parser.parse_intermixed_args(words)
+        if args.steps < 1:
+            raise ConfigError(f"--steps {args.steps} is too small: use at least 1")
+        config = read_config_if_named(args)
+
+    from analysis.measuring import measure_priors
+    from analysis.prior import open_fit, prior_path
+    from evaluation.codec import Codec
+    from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
+    from utils.device import compute_exactly
+
+    # Open the checkpoint, the images and the prior that an earlier call has begun.
+    with gather_user_errors():
+        trained = read_trained(config, args.checkpoint, overrides(args))
+        check_no_cameras(trained.config, f"sample.py {FIT_PRIOR}")
+        check_timestep(trained.config, args.timestep)
+        experiment, soda = open_trained(trained)
+        compute_exactly()
+        codec, path = Codec(experiment, soda, experiment.config.seed, args.timestep), prior_path(trained, args.timestep)
+        check_writable(path)
+        fit = open_fit(path, trained, codec, must_exist=False)
+
+    # Fit.
+    fit.run(codec.train_z, args.steps, path)
+
+    # Compare with the mixture and with latents of test images.
+    measure_priors(trained, codec, fit)
+    if rank() == 0:
+        print(f"\nprior        {path}, {fit.step} steps")
+    return 0
+
+
 def usage() -> str:
     """Returns the help text of the command without a picture: the list of pictures."""
     lines = [
@@ -91,6 +145,7 @@ def usage() -> str:
         "",
     ]
     lines += [f"  {name:<12} {picture.meaning}" for name, picture in PICTURES.items()]
+    lines += ["", "Another command draws nothing:", "", f"  {FIT_PRIOR:<12} {FIT_MEANING}"]
     return "\n".join([*lines, "", "examples:", EXAMPLES.format(name="reconstruct", config="digits")])
 
 

@@ -7,7 +7,7 @@ import argparse
 import logging
 
 from config.errors import ConfigError
-from evaluation.measures import add_options, check_options, describe_measures, find_measures
+from evaluation.measures import add_options, check_options, describe_measures
 from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
@@ -33,8 +33,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from evaluation.codec import Codec
     from evaluation.judge import check_can_judge, judge_trained
-    from evaluation.measures.recording import run_measures
-    from evaluation.measures.subjects import open_others, subjects_of
     from evaluation.novel_views import check_can_judge_views, judge_novel_views
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
 
@@ -56,8 +54,11 @@ def main(argv: list[str] | None = None) -> int:
             judges = experiment.has_test_labels  # without labels, only the views are judged
         if judges:
             check_can_judge(experiment)
-        measures = find_measures(args.measures, experiment)
-        others = open_others(args.others, experiment) if measures else None
+        codec, measuring = Codec(experiment, soda, experiment.config.seed, args.timestep), None
+        if args.measures:
+            from analysis.measuring import open_measures
+
+            measuring = open_measures(args, trained, codec)
         path = args.out or trained.folder / "report.html"
         if args.report:
             check_writable(path)
@@ -68,18 +69,20 @@ def main(argv: list[str] | None = None) -> int:
     if judges and rank() == 0:
         print(format_table(table))
     measured = judge_novel_views(trained, experiment, soda) if has_cameras else {}
-    if measures:
-        measured = run_measures(measures, trained, subjects_of(experiment, soda, args.timestep, others))
+    if measuring:
+        measured = measuring.run()
 
     # Report.
     if args.report:
-        codec = Codec(experiment, soda, experiment.config.seed, args.timestep)
         if has_cameras:
             views_report.make_report(path, trained, codec, measured, table)
         else:
             report.make_report(path, trained, codec, protocols, table, measured)
         if rank() == 0:
             print(f"\nreport       {path}")
+    if measuring:
+        with gather_user_errors():
+            measuring.check_none_left_out()
     return 0
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from evaluation.quality import to_pixels
 from utils.files import replacing
 
 CELL = 72  # smallest width of a shown image in pixels
@@ -47,11 +48,6 @@ class Grid:
     rows: list[str]
     cells: list[list[Cell]] = field(repr=False)
     frames: list[Tensor] = field(repr=False, default_factory=list)
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Clips images (N, 3, H, W) to [-1, 1] and converts them to uint8 on the host."""
-    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
 
 
 def to_cells(images: Tensor, captions: Sequence[str] | None = None) -> list[Cell]:

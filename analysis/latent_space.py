@@ -3,12 +3,17 @@
 scikit-learn is imported in the functions that use it, because the import takes a second.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from utils.randomness import generator
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
 
 MAX_FIT = 50_000  # largest number of latents used in a fit; float64 copies of more would take gigabytes
 RIDGE = 1e-3  # fraction of the latents' mean variance that is added to the diagonal of each Gaussian's covariance
@@ -39,13 +44,51 @@ def class_direction(latents: Tensor, labels: Tensor, label: int) -> np.ndarray:
     The classifier is scikit-learn's logistic regression, the class against all others. It is trained on latents scaled
     to standard deviation 1 in each dimension.
     """
+    return _direction(latents, labels.cpu().numpy() == label, None)
+
+
+def attribute_direction(latents: Tensor, values: Tensor) -> np.ndarray:
+    """Returns the unit direction (D,) towards the value 1 of a 0/1 attribute.
+
+    The direction is computed as in `class_direction`, by the probe of the measure `attributes`: logistic regression
+    with classes of equal weight.
+
+    Args:
+        latents: (N, D).
+        values: (N,) 0/1 values of the attribute, not all equal.
+    """
+    return _direction(latents, values.cpu().numpy(), "balanced")
+
+
+def _direction(latents: Tensor, values: np.ndarray, class_weight: str | None) -> np.ndarray:
+    """Returns the unit direction (D,) in which a classifier's score for true `values` rises."""
     from sklearn.linear_model import LogisticRegression
 
     z = latents.cpu().double().numpy()
     std = z.std(axis=0).clip(1e-12)
-    model = LogisticRegression(max_iter=1000).fit((z - z.mean(axis=0)) / std, labels.cpu().numpy() == label)
+    model = LogisticRegression(max_iter=1000, class_weight=class_weight).fit((z - z.mean(axis=0)) / std, values)
     direction = model.coef_[0] * std  # from the scaled space back to the space of z
     return direction / np.linalg.norm(direction)
+
+
+def fit_mixture(latents: Tensor, num_components: int, random_state: int) -> "GaussianMixture":
+    """Returns scikit-learn's mixture of Gaussians with full covariances, fitted to latents (N, D)."""
+    from sklearn.mixture import GaussianMixture
+
+    z = latents.double().numpy()
+    ridge = RIDGE * float(z.var(axis=0).mean())
+    return GaussianMixture(num_components, reg_covar=ridge, random_state=random_state).fit(z)
+
+
+def draw_from_mixture(mixture: "GaussianMixture", count: int, random_state: int) -> np.ndarray:
+    """Returns `count` points (count, D) of the mixture, in random order."""
+    source = np.random.default_rng(random_state)
+    counts = source.multinomial(count, mixture.weights_ / mixture.weights_.sum())
+    parts = [
+        source.multivariate_normal(mean, covariance, number, method="cholesky")
+        for mean, covariance, number in zip(mixture.means_, mixture.covariances_, counts, strict=True)
+    ]
+    return source.permutation(np.concatenate(parts))
 
 
 def sample_mixture(
@@ -57,18 +100,14 @@ def sample_mixture(
         Points (num_components, num_samples, D), weights of the components (num_components,), and the index of each
         latent's component (N,). Components are sorted by weight, largest first.
     """
-    from sklearn.mixture import GaussianMixture
-
-    z = latents.double().numpy()
-    ridge = RIDGE * float(z.var(axis=0).mean())
-    mixture = GaussianMixture(num_components, reg_covar=ridge, random_state=random_state).fit(z)
+    mixture = fit_mixture(latents, num_components, random_state)
     order = np.argsort(-mixture.weights_, kind="stable")
     source = np.random.default_rng(random_state)
     points = [
         source.multivariate_normal(mixture.means_[i], mixture.covariances_[i], num_samples, method="cholesky")
         for i in order
     ]
-    return np.stack(points), mixture.weights_[order], np.argsort(order)[mixture.predict(z)]
+    return np.stack(points), mixture.weights_[order], np.argsort(order)[mixture.predict(latents.double().numpy())]
 
 
 def slerp(a: Tensor, b: Tensor, share_of_b: float) -> Tensor:

@@ -106,6 +106,28 @@ def _read_file(reference: str, image_size: int, rules: Rules) -> tuple[Tensor, s
         raise DatasetError(f"{error}: choose another image") from None
 
 
+def find_column(images: Images, name: str) -> int:
+    """Returns the index of an attribute by its name.
+
+    Raises ConfigError if there is no such attribute, or if all images have the same value of it.
+    """
+    if images.attributes is None:
+        raise ConfigError(
+            f"no column {name}: the images have no attributes: set data.labels to a list with 0/1 columns"
+        )
+    names = images.attribute_names
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        known = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ..."
+        raise ConfigError(
+            f"no column {name}: " + (f"did you mean {near[0]}? " if near else "") + f"the columns are {known}"
+        )
+    column = names.index(name)
+    if len(images.attributes[:, column].unique()) < 2:
+        raise ConfigError(f"column {name} has the same value for all training images: choose another column")
+    return column
+
+
 def find_class(classes: list[str], name: str) -> int:
     """Returns the index of a class by its name. Raises ConfigError if there is no such class."""
     if not classes:

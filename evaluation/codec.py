@@ -26,6 +26,9 @@ INVERSION_PASSES = 2  # evaluations of the denoiser per step of the inversion
 OnDone = Callable[[int], Any]
 """Callback for the progress bar. It receives the number of images of one forward pass."""
 
+DrawLatents = Callable[[int, int], Tensor]
+"""A prior over z: (number of latents N, seed) -> z (N, latent_dim) on the device. Collective."""
+
 
 class Codec:
     """The EMA model as an encoder and a decoder of images (Preechakul et al. 2022, section 3).
@@ -38,7 +41,12 @@ class Codec:
     Args:
         seed: seed of `noise`, and of the noise that `sample` adds if eta is above 0.
         timestep: timestep of z, for a time-dependent encoder; the decoder gets this z in all its steps.
+
+    Attributes:
+        draw_latents: diffusion prior over z, if a picture needs it.
     """
+
+    draw_latents: DrawLatents | None = None
 
     def __init__(self, experiment: Experiment, soda: SODA, seed: int, timestep: int | None = None) -> None:
         self.experiment, self.soda, self.seed, self.timestep = experiment, soda, seed, timestep

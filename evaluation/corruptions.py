@@ -102,12 +102,13 @@ def _zoomed(images: Tensor, factor: float) -> Tensor:
     return zoomed[..., start : start + size, start : start + size]
 
 
-def zoom_blur(images: Tensor, num_steps: int, generators: Generators) -> Tensor:
-    """Averages the image with its enlargements by 1.00, 1.01, ..., 1 + 0.01 (num_steps - 1)."""
+def zoom_blur(images: Tensor, end: float, generators: Generators) -> Tensor:
+    """Averages the image with its enlargements by 1.00, 1.01, ..., `end` - 0.01."""
+    factors = np.arange(1, end, 0.01)  # as in the benchmark: rounding decides the size of an enlargement
     total = images.clone()
-    for step in range(num_steps):
-        total += _zoomed(images, 1 + step / 100)
-    return total / (num_steps + 1)
+    for factor in factors.tolist():
+        total += _zoomed(images, factor)
+    return total / (len(factors) + 1)
 
 
 def brightness(images: Tensor, amount: float, generators: Generators) -> Tensor:
@@ -157,7 +158,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[Any, ...]]] = {
     "speckle noise": (speckle_noise, (0.06, 0.10, 0.12, 0.16, 0.20)),
     "gaussian blur": (gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
     "defocus blur": (defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))),
-    "zoom blur": (zoom_blur, (7, 12, 16, 21, 26)),  # lengths of numpy.arange(1, 1.06, 0.01) and so on
+    "zoom blur": (zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
     "brightness": (brightness, (0.05, 0.10, 0.15, 0.20, 0.30)),
     "contrast": (contrast, (0.75, 0.50, 0.40, 0.30, 0.15)),
     "pixelate": (pixelate, (0.95, 0.90, 0.85, 0.75, 0.65)),

@@ -1,6 +1,11 @@
-"""Similarity of images to their sources: PSNR and SSIM."""
+"""Images as pixels, and their similarity to their sources: PSNR and SSIM."""
 
 from torch import Tensor
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Clips images (N, 3, H, W) to [-1, 1] and converts them to uint8 on the host."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
 
 
 def psnr(images: Tensor, sources: Tensor) -> Tensor:

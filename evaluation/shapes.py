@@ -23,6 +23,7 @@ factors."""
 KINDS = ("rectangle", "ellipse", "triangle")  # twice as high as wide, so that a rotation by 90 degrees is visible
 BACKGROUND = 0.5
 SUPERSAMPLING = 4  # points per pixel along each axis
+MAX_POINTS = 2**22  # points that are computed at the same time: about 200 MB
 
 
 class Shapes(Images):
@@ -58,6 +59,13 @@ def draw_shapes(factors: Tensor, kinds: Tensor, image_size: int) -> Tensor:
         factors: (N, 5) values of FACTORS.
         kinds: (N,) indices into KINDS.
     """
+    number = max(1, MAX_POINTS // (image_size * SUPERSAMPLING) ** 2)
+    parts = zip(factors.split(number), kinds.split(number), strict=True)
+    return torch.cat([_draw(*part, image_size) for part in parts])
+
+
+def _draw(factors: Tensor, kinds: Tensor, image_size: int) -> Tensor:
+    """Draws the shapes of `draw_shapes` in one batch."""
     size, horizontal, vertical, hue, rotation = factors.T[..., None, None]  # (N, 1, 1) each
     line = (torch.arange(image_size * SUPERSAMPLING) + 0.5) / (image_size * SUPERSAMPLING)
     right, down = line - horizontal, line[:, None] - vertical  # (N, 1, S) and (N, S, 1)

@@ -22,13 +22,16 @@ import finetune as finetune_program
 import sample as sample_program
 import test as judge_program
 import train as train_program
+from analysis.prior import priors_of
 from config.errors import ConfigError
 from config.reading import load_config
 from datasets.views import Views
 from evaluation import dci
+from evaluation.codec import Codec
 from evaluation.encoders import baselines, encode_with
 from evaluation.judge import judge
 from evaluation.measures import MEASURES, disentanglement, few_labels
+from evaluation.measures.base import Inputs
 from evaluation.measures.subjects import open_others, subjects_of
 from evaluation.protocols import config_protocols
 from evaluation.spectrum import effective_rank
@@ -252,7 +255,8 @@ def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor, float]:
 def measuring(folder: Path) -> dict[str, Any]:
     """Returns the rows of the measures whose work the ranks divide, for a random encoder and the raw pixels."""
     experiment, state = prepare(folder, "evaluation.batch_size=100")
-    subjects = subjects_of(experiment, state.soda, None, open_others(None, experiment))
+    codec = Codec(experiment, state.soda, 0)
+    subjects = subjects_of(codec, Inputs(open_others(None, experiment), num_samples=20), priors_of(codec, None))
     smaller: dict[Any, dict[str, Any]] = {
         few_labels: {"DRAWS": 3, "COUNTS": (1,)},
         disentanglement: {"NUM_TRAIN": 60, "NUM_TEST": 20},
@@ -261,7 +265,7 @@ def measuring(folder: Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for module, constants in smaller.items():
             stack.enter_context(mock.patch.multiple(module, **constants))
-        names = ("few_labels", "anomalies", "disentanglement", "uniformity")
+        names = ("few_labels", "anomalies", "disentanglement", "uniformity", "prior", "memorization")
         return {name: MEASURES[name]().measure(subjects).rows for name in names}
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,12 +26,15 @@ import test as judge_program
 import train as train_program
 from datasets.images import StoredImages
 from evaluation import corruptions, dci, logistic_regression
+from evaluation import shapes as shapes_module
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, disk
 from evaluation.hypersphere import alignment, uniformity
 from evaluation.knn import neighbour_distances
-from evaluation.measures import MEASURES, anomalies, attributes, disentanglement, few_labels, robustness
+from evaluation.measures import MEASURES, anomalies, attributes, disentanglement, few_labels, prior, robustness
+from evaluation.measures import subjects as subjects_module
 from evaluation.measures.anomalies import Anomalies
 from evaluation.measures.attributes import Attributes, probe
+from evaluation.measures.base import Inputs
 from evaluation.measures.few_labels import FewLabels
 from evaluation.measures.robustness import corruption_error, mean_accuracy
 from evaluation.measures.subjects import Subjects, standardized
@@ -40,9 +44,26 @@ from tests.test_mistakes import write_images
 from tests.test_runs import flat_folder
 from utils.distributed.collectives import SharedError
 
+# Parameters at severities 1 to 5, in make_cifar_c.py of github.com/hendrycks/robustness (ImageNet-C/create_c).
+PUBLISHED: dict[str, list[Any]] = {
+    "gaussian noise": [0.04, 0.06, 0.08, 0.09, 0.10],
+    "shot noise": [500, 250, 100, 75, 50],
+    "impulse noise": [0.01, 0.02, 0.03, 0.05, 0.07],
+    "speckle noise": [0.06, 0.1, 0.12, 0.16, 0.2],
+    "gaussian blur": [0.4, 0.6, 0.7, 0.8, 1],
+    "defocus blur": [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)],
+    "zoom blur": [np.arange(1, end, 0.01) for end in (1.06, 1.11, 1.16, 1.21, 1.26)],
+    "contrast": [0.75, 0.5, 0.4, 0.3, 0.15],
+    "brightness": [0.05, 0.1, 0.15, 0.2, 0.3],
+    "jpeg compression": [80, 65, 58, 50, 40],
+    "pixelate": [0.95, 0.9, 0.85, 0.75, 0.65],
+}
 COLUMNS = {
     "disentanglement": ["trained", "untrained", "principal components"],
     "attributes": ["trained", "untrained", "raw pixels", "chance"],
+    "prior": ["mixture", "real images"],
+    "reconstruction": ["z and its x_T", "z and random x_T", "mean image"],
+    "memorization": ["mixture", "z of test images", "test images"],
 }
 PIXELS = {"raw pixels": lambda views, _: {"z": views.flatten(1)}}
 
@@ -69,17 +90,17 @@ def blurred_disk(image: np.ndarray, radius: float, sigma: float) -> np.ndarray:
     return np.stack([scipy.ndimage.correlate(image[..., c], kernel, mode="mirror") for c in range(3)], axis=2)
 
 
-def zoomed(image: np.ndarray, steps: int) -> np.ndarray:
+def zoomed(image: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Returns the benchmark's zoom blur, with scipy's zoom."""
     size, total = len(image), image.copy()
-    for step in range(steps):
-        cut = math.ceil(size / (1 + step / 100))
+    for factor in factors:
+        cut = math.ceil(size / factor)
         start = (size - cut) // 2
         middle = image[start : start + cut, start : start + cut]
-        enlarged = scipy.ndimage.zoom(middle, (1 + step / 100, 1 + step / 100, 1), order=1)
+        enlarged = scipy.ndimage.zoom(middle, (factor, factor, 1), order=1)
         start = (len(enlarged) - size) // 2
         total += enlarged[start : start + size, start : start + size]
-    return total / (steps + 1)
+    return total / (len(factors) + 1)
 
 
 def brighter(image: np.ndarray, amount: float) -> np.ndarray:
@@ -116,9 +137,9 @@ def test_corruptions_without_noise_against_other_libraries(severity: int) -> Non
         "pixelate": lambda x, factor: by_pillow(x, "pixelate", factor),
         "jpeg compression": lambda x, quality: by_pillow(x, "jpeg", quality),
     }
-    assert CORRUPTIONS["zoom blur"][1] == tuple(len(np.arange(1, end, 0.01)) for end in (1.06, 1.11, 1.16, 1.21, 1.26))
+    assert PUBLISHED.keys() == CORRUPTIONS.keys()
     for kind, function in expected.items():
-        parameter = CORRUPTIONS[kind][1][severity - 1]
+        parameter = PUBLISHED[kind][severity - 1]
         reference = made_by(lambda image, f=function, p=parameter: f(image, p), pixels)
         found = corrupt(pixels, range(len(pixels)), kind, severity, 0)
         assert (found.int() - reference.int()).abs().max() <= 1, kind  # float32 may cut off to the next level
@@ -130,15 +151,15 @@ def test_noise_has_the_stated_distribution_and_belongs_to_the_image() -> None:
     grey = torch.full((64, 3, 32, 32), 102, dtype=torch.uint8)  # 0.4
     for severity in SEVERITIES:
         for kind, std in (
-            ("gaussian noise", CORRUPTIONS["gaussian noise"][1][severity - 1]),
-            ("speckle noise", 0.4 * CORRUPTIONS["speckle noise"][1][severity - 1]),
-            ("shot noise", (0.4 / CORRUPTIONS["shot noise"][1][severity - 1]) ** 0.5),
+            ("gaussian noise", PUBLISHED["gaussian noise"][severity - 1]),
+            ("speckle noise", 0.4 * PUBLISHED["speckle noise"][severity - 1]),
+            ("shot noise", (0.4 / PUBLISHED["shot noise"][severity - 1]) ** 0.5),
         ):
             found = corrupt(grey, range(64), kind, severity, 0).float() / 255
             assert found.mean().item() == pytest.approx(0.4 - 0.5 / 255, abs=1e-3), kind  # fractions are cut off
             assert found.std().item() == pytest.approx(std, rel=0.02), kind
         found = corrupt(grey, range(64), "impulse noise", severity, 0)
-        amount = CORRUPTIONS["impulse noise"][1][severity - 1]
+        amount = PUBLISHED["impulse noise"][severity - 1]
         for level in (0, 255):
             assert (found == level).float().mean().item() == pytest.approx(amount / 2, rel=0.1)
     for kind in CORRUPTIONS:
@@ -270,6 +291,8 @@ def test_shapes_have_the_factors_that_they_state() -> None:
     # A rectangle has an area of 2 size^2, an ellipse pi/2 size^2, a triangle size^2.
     middle = torch.tensor([[0.25, 0.5, 0.5, 0.0, angle] for angle in (0.0, 30.0, -45.0)]).repeat_interleave(3, dim=0)
     drawn = draw_shapes(middle, torch.tensor([0, 1, 2] * 3), 64)
+    with mock.patch.object(shapes_module, "MAX_POINTS", 2 * 256**2):  # two at a time
+        assert torch.equal(draw_shapes(middle, torch.tensor([0, 1, 2] * 3), 64), drawn)
     areas = (drawn[:, 0].float() - 128).div(127).mean(dim=(1, 2))  # red: the first channel is 255 inside
     assert areas.tolist() == pytest.approx([2 / 16, math.pi / 32, 1 / 16] * 3, abs=2e-3)
 
@@ -322,6 +345,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disentanglement, "NUM_TRAIN", 60)
     monkeypatch.setattr(disentanglement, "NUM_TEST", 20)
     monkeypatch.setattr(dci, "TREES", 2)
+    monkeypatch.setattr(prior, "MAX_LATENTS", 50)
+    monkeypatch.setattr(subjects_module, "NUM_RECONSTRUCTED", 16)
 
 
 @pytest.fixture(scope="module")
@@ -343,11 +368,13 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     caplog.set_level(logging.INFO)
     args, table = digits_args(run), stored(run)["table"]
     capsys.readouterr()
-    assert judge_program.main([*args, "--measures", "all"]) == 0
+    assert judge_program.main([*args, "--measures", "all", "--num_samples", "20"]) == 0
     printed = capsys.readouterr().out.strip().split("\n\n")
-    assert "skipping the measure attributes, because the images have no attributes" in caplog.text
+    assert "skipping the measure attributes: it needs attributes" in caplog.text
+    assert "skipping the measure lpips: it needs torchvision's AlexNet weights, which are not downloaded" in caplog.text
     measures = stored(run)["measures"]
-    assert list(measures) == [name for name in MEASURES if name != "attributes"] and stored(run)["table"] == table
+    not_applied = {"attributes", "lpips", "fid", "feature_distance"}
+    assert list(measures) == [name for name in MEASURES if name not in not_applied] and stored(run)["table"] == table
     for text, (name, found) in zip(printed, measures.items(), strict=True):
         title, heading, _, *lines = text.splitlines()
         assert title == f"{name}: {found['protocol']}"
@@ -384,7 +411,7 @@ def test_mistakes_in_the_choice_of_measures(
         (["--measures", "few,all"], "there is no measure 'few': choose from all, few_labels, robustness, "),
         (
             ["--measures", "attributes"],
-            "the measure attributes cannot be applied, because the images have no attributes",
+            "the measure attributes was not computed: it needs attributes (0/1 columns of data.labels)",
         ),
         (
             ["--measures", "uniformity", "--others", "x"],
@@ -403,7 +430,9 @@ def test_mistakes_in_the_choice_of_measures(
         FewLabels().measure(subjects)
     assert experiment.test is not None
     monkeypatch.setattr(experiment.train, "labels", torch.zeros(1437, dtype=torch.int64))
-    assert Anomalies().obstacle(experiment) == ("only 0 training images are not of the largest class, and 5 are needed")
+    few = "it needs 5 training images that are not of the largest class, and there are only 0"
+    assert Anomalies().obstacle(experiment, Inputs()) == few
+    assert FewLabels().obstacle(experiment, Inputs()) == "it needs a training image of each class"
 
 
 def test_images_with_attributes_and_without_labels_are_measured(
@@ -418,12 +447,15 @@ def test_images_with_attributes_and_without_labels_are_measured(
     capsys.readouterr()
     assert judge_program.main([*args, "--measures", "all"]) == 0
     measured = [text.split(":")[0] for text in capsys.readouterr().out.strip().split("\n\n")]
-    assert measured == ["disentanglement", "attributes", "uniformity"]
+    assert measured == ["disentanglement", "attributes", "uniformity", "prior", "reconstruction"]
     rows = stored(tmp_path / "run")["measures"]["attributes"]["rows"]
     assert list(rows)[:3] == [f"average precision, {name}" for name in ("Even", "Second", "mean")]
     assert list(rows["average precision, Even"]) == COLUMNS["attributes"]
     for words, expected in (
-        (["--measures", "few_labels"], "the measure few_labels cannot be applied, because the images have no labels"),
+        (
+            ["--measures", "few_labels"],
+            "the measure few_labels was not computed: it needs labels of training and test images",
+        ),
         ([], "has no test images with labels: set data.root to images with labels"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -90,6 +90,11 @@ class Picture(ABC, Generic[Found]):
         """Returns the picture with the parsed options. Raises ConfigError if a value is out of range."""
         return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
 
+    @property
+    def needs_prior(self) -> bool:
+        """True if the picture draws z from the diffusion prior beside the checkpoint, `Codec.draw_latents`."""
+        return False
+
     @abstractmethod
     def find(self, experiment: Experiment) -> Found:
         """Returns the images and classes that the options name, for `draw`.

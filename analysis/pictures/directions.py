@@ -1,4 +1,4 @@
-"""Movement of z along principal components of the latents, or towards a class."""
+"""Movement of z along principal components of the latents, towards a class, or along an attribute."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Directions(PictureOfImages):
-    """Images decoded from z moved both ways along principal components, or towards a class. x_T stays the same.
+    """Images decoded from z moved both ways along principal components, a class or an attribute. x_T stays the same.
 
     Along its direction, z takes positions that the training latents have. Beyond them, the decoder has seen no latents.
     """
 
     name = "directions"
-    meaning = "images decoded while z moves along the principal components of the latents, or towards a class"
+    meaning = "images decoded while z moves along principal components of the latents, a class or an attribute"
 
     num_images: int = number(1, "number of images, if --images is not given")
     num_steps: int = number(7, "number of images along each direction", minimum=2)
     num_components: int = number(6, "number of principal components to move along")
     class_name: str | None = option(
         None, "move towards this class instead of along principal components", flag="--class", metavar="NAME"
+    )
+    column: str | None = option(
+        None, "move along this 0/1 column of data.labels instead of along principal components", metavar="NAME"
     )
     reach: float = option(
         2.0,
@@ -48,9 +51,11 @@ class Directions(PictureOfImages):
         super().__post_init__()
         if not 0 < self.reach < math.inf:
             raise ConfigError(f"--reach {self.reach:g} is not valid: use a finite number above 0")
+        if self.class_name is not None and self.column is not None:
+            raise ConfigError("--class and --column are both given: use one of them")
 
     def find(self, experiment: Experiment) -> Chosen:
-        from analysis.references import find_class
+        from analysis.references import find_class, find_column
 
         count = len(experiment.train)
         most = min(experiment.config.encoder.latent_dim, count)
@@ -62,6 +67,8 @@ class Directions(PictureOfImages):
         chosen = super().find(experiment)
         if self.class_name is not None:
             find_class(experiment.info.classes, self.class_name)
+        if self.column is not None:
+            find_column(experiment.train, self.column)
         return chosen
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
@@ -88,8 +95,12 @@ class Directions(PictureOfImages):
             source = Cell(found.pixels[image], found.names[image]) if way == 0 else Cell()
             cells.append([source, *to_cells(images)])
         title = "Along the principal components of the latents"
+        if self.class_name is not None:
+            title = f"Towards class {self.class_name} and away from it"
+        if self.column is not None:
+            title = f"From {self.column} = 0 to {self.column} = 1"
         return Grid(
-            title=title if self.class_name is None else f"Towards class {self.class_name} and away from it",
+            title=title,
             explanation="z moves along the direction of the row, to positions that training latents have. In column "
             "98 %, z is further along it than 98 % of the training latents. "
             + ("x_T is random noise" if self.random else f"{INVERTED} of the image")
@@ -106,12 +117,20 @@ class Directions(PictureOfImages):
         """Returns the directions: names, unit vectors (ways, D), and training latents projected on them (ways, n)."""
         import torch
 
-        from analysis.latent_space import class_direction, principal_components, subset_to_fit
-        from analysis.references import find_class
+        from analysis.latent_space import attribute_direction, class_direction, principal_components, subset_to_fit
+        from analysis.references import find_class, find_column
 
         train, seed = codec.experiment.train, codec.experiment.config.seed
-        latents, labels = subset_to_fit(codec.train_z, train.labels, seed)
-        if self.class_name is None:
+        values = train.labels
+        if self.column is not None:
+            assert train.attributes is not None, "find() accepts columns only if there are attributes"
+            values = train.attributes[:, find_column(train, self.column)]
+        latents, labels = subset_to_fit(codec.train_z, values, seed)
+        if self.column is not None:
+            assert labels is not None
+            found = on_rank_0(lambda: attribute_direction(latents, labels))[None]
+            names = [f"{self.column} = 1"]
+        elif self.class_name is None:
             found, shares = on_rank_0(lambda: principal_components(latents, self.num_components))
             names = [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(shares)]
         else:

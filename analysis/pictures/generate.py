@@ -1,11 +1,11 @@
-"""New images from a Gaussian mixture over the latents."""
+"""New images from a prior over the latents: a Gaussian mixture, or a diffusion model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from analysis.pictures.base import Picture, number, on_rank_0
+from analysis.pictures.base import Picture, number, on_rank_0, option
 from config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,16 +18,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Picture[None]):
-    """New images: z is drawn from a Gaussian mixture fitted to the training latents, x_T is random."""
+    """New images: z is drawn from a prior that has been fitted to the training latents, x_T is random."""
 
     name = "generate"
-    meaning = "new images: z from a Gaussian mixture fitted to the training latents"
+    meaning = "new images: z from a Gaussian mixture, or a diffusion model (see fit_prior), of the training latents"
 
-    num_components: int = number(10, "number of Gaussians in the mixture")
-    num_samples: int = number(8, "number of samples from each Gaussian")
+    prior: str = option(
+        "mixture",
+        "distribution that z is drawn from: a Gaussian mixture, or the diffusion model of fit_prior; default: mixture",
+        choices=("mixture", "diffusion"),
+    )
+    num_components: int = number(10, "number of Gaussians in the mixture; with --prior diffusion, number of rows")
+    num_samples: int = number(8, "number of samples from each Gaussian, or per row")
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.prior == "diffusion"
 
     def find(self, experiment: Experiment) -> None:
         from analysis.latent_space import MAX_FIT
+
+        if self.prior == "diffusion":
+            return
 
         most = min(len(experiment.train), MAX_FIT)
         if self.num_components > most:
@@ -36,6 +48,22 @@ class Generate(Picture[None]):
             )
 
     def draw(self, codec: Codec, found: None) -> Grid:
+        from analysis.grid import Grid, to_cells
+
+        if self.prior == "mixture":
+            return self._draw_from_mixture(codec)
+        assert codec.draw_latents is not None, "the picture needs a diffusion prior"
+        z = codec.draw_latents(self.num_components * self.num_samples, codec.seed)
+        sampled = codec.sample(z, codec.noise(len(z), "generated")).split(self.num_samples)
+        return Grid(
+            title="New images",
+            explanation="z is drawn from a diffusion model fitted to the training latents; x_T is random noise.",
+            columns=[""] * self.num_samples,
+            rows=[],
+            cells=[to_cells(images) for images in sampled],
+        )
+
+    def _draw_from_mixture(self, codec: Codec) -> Grid:
         import numpy as np
         import torch
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from evaluation.measures.base import Measured, MeasureOfClasses, Rows
+from evaluation.measures.base import Inputs, Measured, MeasureOfClasses, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,12 +32,12 @@ class Anomalies(MeasureOfClasses):
     meaning = "AUROC of a k-NN distance: one class held out, and another data set against this one"
     cost = "encodes both splits, then one k-NN search per encoder, divided among the processes by class"
 
-    def obstacle(self, experiment: Experiment) -> str | None:
+    def obstacle(self, experiment: Experiment, inputs: Inputs) -> str | None:
         labels = experiment.train.labels
-        if experiment.test is None or labels is None:
-            return super().obstacle(experiment)
+        if not experiment.has_test_labels or labels is None:
+            return super().obstacle(experiment, inputs)
         rest = len(labels) - int(labels.bincount().max())
-        few = f"only {rest} training images are not of the largest class, and {NEIGHBOUR} are needed"
+        few = f"it needs {NEIGHBOUR} training images that are not of the largest class, and there are only {rest}"
         return few if rest < NEIGHBOUR else None
 
     def measure(self, subjects: Subjects) -> Measured:
@@ -46,8 +46,8 @@ class Anomalies(MeasureOfClasses):
         from evaluation.features import random_subset
 
         experiment, classes = subjects.experiment, subjects.experiment.info.classes
-        assert subjects.others is not None, "the measure needs another data set"
-        other_name, others = subjects.others
+        assert subjects.inputs.others is not None, "the measure needs another data set"
+        other_name, others = subjects.inputs.others
         title = f"another data set: {other_name}"  # not the name of a class
         chosen = random_subset(others, MAX_OTHERS, experiment.config.seed, "images of another data set")
         of_others = subjects.features(chosen)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from evaluation.measures.base import Measure, Measured, Rows
+from evaluation.measures.base import Inputs, Measure, Measured, Rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,11 +64,11 @@ class Attributes(Measure):
     meaning = "average precision and balanced accuracy of a probe for each attribute in data.labels"
     cost = f"encodes at most {MAX_IMAGES} training images, then one fit per attribute and encoder"
 
-    def obstacle(self, experiment: Experiment) -> str | None:
+    def obstacle(self, experiment: Experiment, inputs: Inputs) -> str | None:
         if experiment.train.attributes is None:
-            return "the images have no attributes (0/1 columns of data.labels)"
+            return "it needs attributes (0/1 columns of data.labels)"
         columns = _Plan.of(experiment).columns
-        return None if columns else "no attribute has both values in the images to fit and in those to score"
+        return None if columns else "it needs an attribute with both values in the images to fit and in those to score"
 
     def measure(self, subjects: Subjects) -> Measured:
         from evaluation.features import Subset

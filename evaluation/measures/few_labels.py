@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from evaluation.measures.base import Measured, MeasureOfClasses, Rows, mean_cell
+from evaluation.measures.base import Inputs, Measured, MeasureOfClasses, Rows, mean_cell
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.measures.subjects import Subjects
+    from experiment.opening import Experiment
 
 COUNTS = (1, 5, 10, 100)  # labels per class
 DRAWS = 10
@@ -36,6 +37,12 @@ class FewLabels(MeasureOfClasses):
     name = "few_labels"
     meaning = "accuracy of k-NN and logistic regression from 1, 5, 10 and 100 labels per class"
     cost = "encodes both splits, then 40 small fits of each kind per encoder"
+
+    def obstacle(self, experiment: Experiment, inputs: Inputs) -> str | None:
+        obstacle, labels = super().obstacle(experiment, inputs), experiment.train.labels
+        if obstacle or labels is None or int(labels.bincount(minlength=len(experiment.info.classes)).min()):
+            return obstacle
+        return "it needs a training image of each class"
 
     def measure(self, subjects: Subjects) -> Measured:
         import torch.nn.functional as F

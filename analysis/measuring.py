@@ -1,0 +1,88 @@
+"""Measuring of a checkpoint: opens the files that measures need, prints each measure, and adds it to results.json."""
+
+import logging
+from argparse import Namespace
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from analysis.image_encoder import load_encoder
+from analysis.prior import Fit, PriorError, open_fit, prior_path, priors_of
+from config.errors import ConfigError
+from evaluation.codec import Codec
+from evaluation.measures import Measure, Measured, find_measures
+from evaluation.measures.base import NUM_SAMPLES, Inputs
+from evaluation.measures.prior import Prior
+from evaluation.measures.recording import run_measures
+from evaluation.measures.subjects import Subjects, open_others, subjects_of
+from evaluation.pretrained import load_inception, load_lpips
+from experiment.trained import Trained
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Measures that the options of test.py name, with all that they need.
+
+    Attributes:
+        left_out: measures that were named, but cannot be computed, with the reason.
+    """
+
+    trained: Trained
+    codec: Codec
+    inputs: Inputs
+    prior: Fit | None
+    measures: list[Measure]
+    left_out: dict[str, str]
+
+    def run(self) -> dict[str, Measured]:
+        """Collective. Returns the tables of the measures by name, each printed and recorded when it is computed."""
+        subjects = subjects_of(self.codec, self.inputs, priors_of(self.codec, self.prior))
+        return run_measures(self.measures, self.trained, subjects)
+
+    def check_none_left_out(self) -> None:
+        """Raises ConfigError if a measure was left out. Call it after the others are printed."""
+        if self.left_out:
+            raise ConfigError(f"{_failure(self.left_out)}; the other measures were printed")
+
+
+def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
+    """Collective. Opens the files that the options of the measures name, and the diffusion prior beside the checkpoint.
+
+    A prior that cannot be used is left out, and logged. Raises UserError if another file cannot be used, or if none of
+    the named measures can be computed.
+    """
+    experiment = codec.experiment
+    other = None
+    if args.features_of:
+        encoder = load_encoder(args.features_of, resize=True).to(experiment.device)
+        other = (
+            f"standardised z of {args.features_of}",
+            lambda pixels: encoder(pixels.to(experiment.device))["z"].float(),
+        )
+    inputs = Inputs(
+        open_others(args.others, experiment),
+        other,
+        load_inception(args.inception, experiment.device) if args.inception and find_spec("torch_fidelity") else None,
+        load_lpips(args.lpips, experiment.device) if args.lpips and find_spec("torchmetrics") else None,
+        args.num_samples or NUM_SAMPLES,
+    )
+    measures, left_out = find_measures(args.measures, experiment, inputs)
+    if left_out and not measures:
+        raise ConfigError(_failure(left_out))
+    path, prior = prior_path(trained, codec.timestep), None
+    try:
+        prior = open_fit(path, trained, codec, must_exist=True) if path.exists() else None
+    except PriorError as error:
+        logger.warning("the diffusion prior is left out: %s", error)
+    return Measuring(trained, codec, inputs, prior, measures, left_out)
+
+
+def measure_priors(trained: Trained, codec: Codec, fit: Fit) -> Measured:
+    """Collective. Prints, records and returns the measure `prior` of the mixture and of a fitted diffusion prior."""
+    subjects = Subjects(codec.experiment, {}, "z", codec=codec, priors=priors_of(codec, fit))
+    return run_measures([Prior()], trained, subjects)[Prior.name]
+
+
+def _failure(left_out: dict[str, str]) -> str:
+    return "; ".join(f"the measure {name} was not computed: {obstacle}" for name, obstacle in left_out.items())

@@ -1,0 +1,241 @@
+"""Priors over z: distributions that latents of new images are drawn from.
+
+There are two: a mixture of Gaussians, and a diffusion model of z, the "latent DDPM" of Diffusion Autoencoders
+(Preechakul et al., CVPR 2022, section 5). Theirs has 10 layers of 2048 units and predicts the noise. This one is
+smaller, so that it is fitted in minutes on one core, and predicts v. The same command resumes an interrupted fit.
+"""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ema_pytorch import EMA
+from torch import Tensor, nn
+
+from analysis.latent_space import draw_from_mixture, fit_mixture, subset_to_fit
+from analysis.pictures.base import on_rank_0
+from config.errors import UserError
+from evaluation.codec import Codec, DrawLatents
+from evaluation.features import feature_name
+from experiment.trained import Trained
+from model.blocks import timestep_embedding
+from model.diffusion import GaussianDiffusion, squared_errors
+from model.names import Prediction
+from utils.distributed.processes import rank
+from utils.files import replacing, writing_to
+from utils.logging import progress
+from utils.randomness import derive_seed, generator
+
+WIDTH, NUM_LAYERS, TIME_DIM = 256, 3, 64
+BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 256, 1e-3, 0.998
+PREDICTION: Prediction = "v"  # the first steps of DDIM would divide an error of predicted noise by almost 0
+BETA, NUM_TIMESTEPS = 0.008, 1000  # the constant noise schedule of Diffusion Autoencoders
+NUM_SAMPLING_STEPS = 100
+SAVE_EVERY = 200  # steps
+MAX_COMPONENTS = 10  # Gaussians in the mixture
+
+logger = logging.getLogger(__name__)
+
+
+class PriorError(UserError):
+    """A file of a prior that cannot be used. The message says what to do."""
+
+
+class LatentDenoiser(nn.Module):
+    """MLP that denoises normalised latents. The latents are also an input of each layer after the first.
+
+    Layer i computes h_i = SiLU(LayerNorm(W_i [h_(i-1), x_t]) * (1 + V_i s)), s an embedding of the timestep.
+    """
+
+    def __init__(self, latent_dim: int, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        sizes = [latent_dim, *[width + latent_dim] * (num_layers - 1)]
+        self.layers = nn.ModuleList(nn.Linear(size, width) for size in sizes)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in sizes)
+        self.scales = nn.ModuleList(nn.Linear(width, width) for _ in sizes)
+        self.out = nn.Linear(width + latent_dim, latent_dim)
+
+    def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Maps noisy latents (N, D, 1, 1) and timesteps (N,) to the prediction (N, D, 1, 1)."""
+        x = x_t.flatten(1)
+        embedded = self.time(timestep_embedding(timesteps, TIME_DIM))
+        h = x
+        for i, (layer, norm, scale) in enumerate(zip(self.layers, self.norms, self.scales, strict=True)):
+            h = norm(layer(h if i == 0 else torch.cat([h, x], dim=1))) * (1 + scale(embedded))
+            h = nn.functional.silu(h)
+        return self.out(torch.cat([h, x], dim=1))[..., None, None]
+
+
+def latent_diffusion(device: torch.device) -> GaussianDiffusion:
+    """Returns the diffusion of latents, which are handled as images (N, D, 1, 1)."""
+    return GaussianDiffusion(
+        schedule="linear",
+        num_timesteps=NUM_TIMESTEPS,
+        prediction=PREDICTION,
+        beta_start=BETA,
+        beta_end=BETA,
+        device=device,
+    )
+
+
+class Fit:
+    """A diffusion prior that is being fitted, or has been fitted.
+
+    Attributes:
+        owner: what the prior belongs to: {"digest": SHA-256 of the checkpoint, "data": digest of the training images}.
+        step: number of optimiser steps that have been taken.
+        mean, std: (D,) statistics of the training latents, which normalise them.
+    """
+
+    def __init__(self, latent_dim: int, owner: dict[str, str], seed: int, device: torch.device) -> None:
+        self.owner, self.step, self._seed, self._device = owner, 0, seed, device
+        self.mean, self.std = torch.zeros(latent_dim, device=device), torch.ones(latent_dim, device=device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "prior weights"))
+            self._net = LatentDenoiser(latent_dim, WIDTH, NUM_LAYERS).to(device)
+        self._ema = EMA(
+            self._net, beta=EMA_DECAY, update_after_step=0, update_every=1, include_online_model=False, use_foreach=True
+        )
+        self._ema.ema_model.eval()
+        self._optimizer = torch.optim.AdamW(self._net.parameters(), lr=LEARNING_RATE)
+        self._diffusion = latent_diffusion(device)
+
+    def run(self, latents: Tensor, num_steps: int, path: Path | None = None) -> float:
+        """Trains on latents (N, D) until step `num_steps`. Returns the mean loss of the last steps (NaN without steps).
+
+        Each rank computes the same. Rank 0 writes the file `path` every SAVE_EVERY steps and at the end.
+        """
+        latents = latents.to(self._device)
+        if self.step == 0:
+            std, self.mean = torch.std_mean(latents, dim=0, correction=0)
+            self.std = std.clamp(min=1e-6 * float(std.max()) + 1e-12)
+        elif self.step < num_steps:
+            logger.info("resuming the fit of the prior at step %d of %d", self.step, num_steps)
+        x_start = ((latents - self.mean) / self.std)[..., None, None]
+        losses: list[Tensor] = []
+        bar = progress(max(0, num_steps - self.step), "fitting the prior", "step")
+        with bar:
+            while self.step < num_steps:
+                losses = [*losses[-99:], self._train_step(x_start)]
+                self.step += 1
+                bar.update(1)
+                if path and rank() == 0 and (self.step % SAVE_EVERY == 0 or self.step == num_steps):
+                    self.save(path)
+        return torch.stack(losses).mean().item() if losses else float("nan")
+
+    def _train_step(self, x_start: Tensor) -> Tensor:
+        """Takes one step of the optimiser with the loss of DDPM. Returns the loss."""
+        source = generator(self._seed, "prior", self.step)
+        chosen = torch.randint(len(x_start), (BATCH_SIZE,), generator=source).to(self._device)
+        timesteps = torch.randint(NUM_TIMESTEPS, (BATCH_SIZE,), generator=source).to(self._device)
+        noise = torch.randn(BATCH_SIZE, *x_start.shape[1:], generator=source).to(self._device)
+        x_t = self._diffusion.q_sample(x_start[chosen], timesteps, noise)
+        target = self._diffusion.target(x_start[chosen], timesteps, noise)
+        loss = squared_errors(self._net(x_t, timesteps), target).mean()
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._ema.update()
+        return loss.detach()
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Returns `count` latents (count, D) on the device, drawn by DDIM from the averaged model."""
+        source = generator(seed, "latents")
+        x_T = torch.randn(count, len(self.mean), 1, 1, generator=source).to(self._device)
+        net = self._ema.ema_model
+        drawn = self._diffusion.ddim_sample(net, x_T, NUM_SAMPLING_STEPS, clip_denoised=False)
+        return drawn.flatten(1) * self.std + self.mean
+
+    def save(self, path: Path) -> None:
+        """Writes the file, completely or not at all. Raises FolderError."""
+        state = {
+            **self.owner,
+            **{"step": self.step, "mean": self.mean.cpu(), "std": self.std.cpu()},
+            **{"model": self._net.state_dict(), "ema": self._ema.state_dict()},
+            "optimizer": self._optimizer.state_dict(),
+        }
+        with writing_to(path.parent), replacing(path) as partial:
+            torch.save(state, partial)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Sets the fit to the state of a file."""
+        self.step = state["step"]
+        self.mean, self.std = state["mean"].to(self._device), state["std"].to(self._device)
+        self._net.load_state_dict(state["model"])
+        self._ema.load_state_dict(state["ema"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+def prior_path(trained: Trained, timestep: int | None) -> Path:
+    """Returns the path of the prior's file: beside the checkpoint, such as last.prior, or last@500.prior."""
+    return trained.path.with_name(f"{feature_name(trained.path.stem, timestep)}.prior")
+
+
+def open_fit(path: Path, trained: Trained, codec: Codec, *, must_exist: bool) -> Fit:
+    """Returns the fit in the file `path`, or a new one if the file does not exist.
+
+    Raises PriorError if the file is damaged, belongs to another checkpoint or other training images, or is missing
+    although it `must_exist`.
+    """
+    experiment = codec.experiment
+    owner = {"digest": trained.digest, "data": experiment.data_digest}
+    fit = Fit(experiment.config.encoder.latent_dim, owner, experiment.config.seed, experiment.device)
+    if not path.exists():
+        if must_exist:
+            raise PriorError(f"there is no diffusion prior {path}: fit one by sample.py fit_prior")
+        return fit
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: state[name] for name in owner}
+        if found == owner:
+            fit.load(state)
+    except OSError:
+        raise
+    except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
+        raise PriorError(
+            f"{path} is no prior of this program, or damaged ({type(error).__name__}): remove it"
+        ) from None
+    if found["digest"] != trained.digest:
+        raise PriorError(
+            f"{path} was fitted to another checkpoint than {trained.path} (step {trained.step}): remove it and run "
+            "sample.py fit_prior, or use its own checkpoint"
+        )
+    if found != owner:
+        raise PriorError(f"{path} was fitted to other training images: remove it, or use the same images")
+    return fit
+
+
+def draw_from(fit: Fit) -> DrawLatents:
+    """Returns a collective function that draws latents from a fitted diffusion prior, the same on all ranks."""
+    return lambda count, seed: on_rank_0(lambda: fit.draw(count, seed).cpu()).to(fit.mean.device)
+
+
+def priors_of(codec: Codec, diffusion: Fit | None) -> dict[str, DrawLatents]:
+    """Returns a function for each prior that draws latents from it. Each function is collective.
+
+    The mixture is fitted to the training latents when it is first used.
+
+    Args:
+        diffusion: the fitted diffusion prior, if there is one.
+    """
+    experiment = codec.experiment
+
+    @cache
+    def mixture() -> Any:
+        latents, _ = subset_to_fit(codec.train_z, None, experiment.config.seed)
+        num_components = min(MAX_COMPONENTS, len(latents))
+        return on_rank_0(lambda: fit_mixture(latents, num_components, derive_seed(codec.seed, "mixture") % 2**32))
+
+    def from_mixture(count: int, seed: int) -> Tensor:
+        fitted = mixture()
+        drawn: np.ndarray = on_rank_0(lambda: draw_from_mixture(fitted, count, derive_seed(seed, "latents") % 2**32))
+        return torch.tensor(drawn, dtype=torch.float32, device=experiment.device)
+
+    found: dict[str, DrawLatents] = {"mixture": from_mixture}
+    if diffusion is not None:
+        found["diffusion"] = draw_from(diffusion)
+    return found
