@@ -74,6 +74,15 @@ def both(rows: list[Row], which: str = "top1", encoder: str = "trained", middle:
     return " / ".join(f"{middle(found):.1f}" if middle else mean_and_deviation(found) for found in values)
 
 
+def beside_baselines(rows: list[Row], middle: Any = None) -> str:
+    """Returns k-NN / linear probe of rows, with those of the baselines if the rows have them."""
+    (cells,) = {frozenset(next(iter(row["table"].values()))) for row in rows}
+    baselines = [name for name in ("untrained", "raw pixels") if name in cells]
+    others = [f"{name} {both(rows, encoder=name, middle=middle)}" for name in baselines]
+    found = both(rows, middle=middle)
+    return f"{found} ({'; '.join(others)})" if others else found
+
+
 def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
     """Returns a table in Markdown."""
     rows = [f"| {' | '.join(line)} |".replace("  ", " ") for line in (head, *lines)]
@@ -83,17 +92,9 @@ def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
 def readme() -> str:
     """Returns the table of results of README.md."""
     digits = last_of(recorded("digits"))
-    middle = statistics.median
-    minutes = middle(row["seconds"] for row in digits) / 60
-    untrained = both(digits, encoder="untrained", middle=middle)
-    lines = [
-        [
-            "digits",
-            f"{both(digits, middle=middle)} (untrained {untrained})",
-            f"median of {len(digits)} seeds, {minutes:.0f} minutes on a CPU core: `make train`",
-            "",
-        ]
-    ]
+    minutes = statistics.median(row["seconds"] for row in digits) / 60
+    how = f"median of {len(digits)} seeds, {minutes:.0f} minutes on a CPU core: `make train`"
+    lines = [["digits", beside_baselines(digits, statistics.median), how, ""]]
     runs = [row for row in recorded("cifar10_cpu_runs") if row["variant"] == "soda"] + recorded("cifar10_cpu_two_hours")
     newest = max(runs, key=lambda row: row["images"])
     same = [row for row in runs if (row["images"], row["of_epochs"]) == (newest["images"], newest["of_epochs"])]
@@ -101,9 +102,9 @@ def readme() -> str:
     lines.append(
         [
             f"CIFAR-10 (JPEG copy), a narrow model, {done}{newest['of_epochs']} epochs",
-            both(same),
-            f"{'one seed' if len(same) == 1 else f'{len(same)} seeds'}, {newest['seconds'] / 60:.0f} minutes on a busy "
-            "CPU core: [results](docs/results.md#cifar-10-on-cpu-cores)",
+            beside_baselines(same),
+            f"{'one seed' if len(same) == 1 else f'{len(same)} seeds'}, {newest['seconds'] / 60:.0f} minutes on one to "
+            "two busy CPU cores: [results](docs/results.md#cifar-10-on-cpu-cores)",
             "",
         ]
     )

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ from config.reading import override, parse_config
 from datasets.decoding import decode
 from evaluation.knn import nearest_neighbours
 from experiment.trained import open_trained, read_trained
-from tests.conftest import ROOT, digits_args, experiment_of
+from tests.conftest import digits_args, experiment_of
 from tests.test_mistakes import write_images
 
 
@@ -402,21 +401,6 @@ def test_an_export_that_differs_from_the_module_is_not_written(
     assert error.startswith("error: the exported encoder's features differ from the model's by 1; nothing was written")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_readmes_lines_run_as_printed(run: Path, checkpoint: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (lines,) = blocks
-    done = subprocess.run(
-        [sys.executable, "-c", lines + "\nprint(nearest.shape, features['z'].shape, features['pooled'].shape)"],
-        cwd=run.parent.parent,  # where runs/digits is
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "torch.Size([100]) torch.Size([100, 8]) torch.Size([100, 32])\n"
 
 
 WRONG = {

@@ -1,5 +1,9 @@
 """The published encoder can be opened from a fresh checkout, and is better than raw pixels on other photographs."""
 
+import re
+import subprocess
+import sys
+
 import torch
 import torch.nn.functional as F
 import yaml
@@ -33,6 +37,16 @@ def test_its_neighbours_are_better_than_those_of_raw_pixels() -> None:
     features = load_encoder(FILE)(pixels)
     assert features["z"].shape == (120, 512) and features["pooled"].shape == (120, 256)
     assert share_found(features["z"], labels) >= share_found(pixels, labels) + 0.03
+
+
+def test_the_readmes_lines_run_as_printed() -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shapes = "print(nearest.shape, features['z'].shape, features['pooled'].shape)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{lines}\n{shapes}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([100]) torch.Size([100, 512]) torch.Size([100, 256])\n"
 
 
 def test_it_is_small_and_names_no_paths() -> None:
