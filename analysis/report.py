@@ -287,7 +287,7 @@ def write_report(
     assert test is not None, "the evaluation needs test images"
     is_of_run = trained.contents["data"] == experiment.data_digest
     reports = read_reports(trained.folder, trained.step)
-    measures = {**recorded_measures(trained), **measured}
+    measures = {**(recorded_measures(trained) if is_of_run else {}), **measured}
     compared = comparisons(config, protocols, table, codec.timestep)
     html = environment.get_template("report.html").render(
         config=config,

@@ -208,6 +208,8 @@ def check_cameras(config: Any) -> None:
         )
     if config.views.same:
         raise ValueError("views.same contradicts data.name=posed, whose views are different photographs: remove it")
+    if config.encoder.time_dependent:
+        raise ValueError("encoder.time_dependent is for images without cameras, not for data.name=posed: remove it")
     if config.evaluation.features.startswith("decoder."):
         raise ValueError(
             f"evaluation.features={config.evaluation.features} is for images without cameras, not for data.name=posed: "
@@ -219,11 +221,10 @@ def check_cross_attention(config: Any) -> None:
     """Raises ValueError if decoder.cross_attention contradicts other keys of a `Config`."""
     if not config.data.has_cameras:
         raise ValueError("decoder.cross_attention is for data.name=posed: remove it")
-    # The feature map has no sections, and it does not follow the timestep while an image is sampled.
-    if config.decoder.modulation != "shared":
-        raise ValueError("decoder.cross_attention needs decoder.modulation=shared: set both, or neither")
-    if config.encoder.time_dependent:
-        raise ValueError("decoder.cross_attention needs encoder.time_dependent=false: set both, or neither")
+    if config.decoder.modulation != "shared":  # the feature map has no sections
+        raise ValueError(
+            "decoder.cross_attention needs decoder.modulation=shared: remove decoder.cross_attention, or the modulation"
+        )
 
 
 def check_same_view(views: Any) -> None:

@@ -179,10 +179,12 @@ def few_labels() -> str:
     for labels in sorted({labels for labels, *_ in top1}, reverse=True):
         for method in ("probe", "finetune", "laplacenet"):
             ours, scratch = (top1.get((labels, method, start), {}) for start in ("encoder", "scratch"))
+            common = ours.keys() & scratch.keys()
+            ours, scratch = ({split: each[split] for split in sorted(common)} for each in (ours, scratch))
             probe = top1.get((labels, "probe", "encoder"), {})
             lines.append(
                 [
-                    *(str(labels), method, str(min(len(ours), len(scratch)))),
+                    *(str(labels), method, str(len(common))),
                     *(mean_and_deviation(list(each.values())) or NOT_MEASURED for each in (ours, scratch)),
                     difference(ours, scratch),
                     "" if method == "probe" else difference(ours, probe),

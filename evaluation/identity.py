@@ -45,7 +45,8 @@ def score_identity(experiment: Experiment, features: Mapping[str, Tensor]) -> Me
             far = same & (turns >= APART - SAME)
             nearest = cosines.masked_fill(same & ~far, -2).argmax(dim=1)
             hits.append((numbers[nearest] == numbers[here])[far.any(dim=1)])
-        rows["k-NN k=1 (%)"][name] = {"value": 100 * torch.cat(hits).float().mean().item()}
+        if numbers.max() > 0:  # with one object, every neighbour would be right
+            rows["k-NN k=1 (%)"][name] = {"value": 100 * torch.cat(hits).float().mean().item()}
         if judged.any() and len(shown) > 1:
             source = generator(experiment.config.seed, "identity")
             probe = LogisticProbe(each.shape[1], int(numbers.max()) + 1, generator=source, device=device)

@@ -180,13 +180,14 @@ def reduced_checkpoint(trained: Trained) -> dict[str, Any]:
 
     test.py, sample.py, embed.py and `load_encoder` open it. Training cannot resume from it. Its config defines the
     experiment of the checkpoint, and names no paths. The name of the images, and the settings of samples and
-    evaluations, are those of `trained.config`.
+    evaluations, are those of `trained.config`. Raises ConfigError if another name contradicts other keys.
     """
     halved = halved_weights(trained.soda())
     kept = {name: trained.contents[name] for name in ("step", "data", "statistics")}
     no_state: dict[str, Any] = {name: {} for name in ("model", "optimizer", "scaler", "tally")}
-    used = {name: getattr(trained.config, name) for name in ("data", "sampling", "evaluation")}
+    used = {name: getattr(trained.config, name) for name in ("sampling", "evaluation")}
     config = portable(trained.trained_with.model_copy(update=used))
+    config = override(config, [f"data.name={trained.config.data.name}"], str(trained.path))
     more = {"ema": {"model": halved}, "config": config.to_yaml(), "grey_bits": trained.grey_bits}
     return no_state | kept | more
 

@@ -61,8 +61,7 @@ class Encoder(nn.Module):
     The parameters of an encoder are trained with `optimizer.encoder_lr`. ENCODERS in build.py maps a name to the class.
     The class is called with the keys of the config's `encoder` section that describe layers, with `log_sigmas`
     (`add_head`) in place of `time_dependent`, and with `ray_octaves`. A subclass sets up its layers, calls `add_head`,
-    and defines `feature_map`, which runs its
-    blocks by `through`.
+    and defines `feature_map`, which runs its blocks by `through`.
 
     Images have 3 channels, or 9 if their pixels have rays (model/rays.py).
 
@@ -126,9 +125,13 @@ class Encoder(nn.Module):
         """Returns the last feature map (N, pooled_dim, h, w) for images (N, 3, H, W)."""
         raise NotImplementedError
 
+    def pool(self, feature_map: Tensor) -> Tensor:
+        """Returns the globally averaged features before the last layer: (N, pooled_dim, h, w) -> (N, pooled_dim)."""
+        return feature_map.mean(dim=(2, 3))
+
     def pooled(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """Returns the globally averaged features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
-        return self.feature_map(x_source, timesteps).mean(dim=(2, 3))
+        """Returns the features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
+        return self.pool(self.feature_map(x_source, timesteps))
 
     def distribution(self, x_source: Tensor, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns (mean of z, log-variance of z), (N, latent_dim) each. A deterministic encoder has no log-variance."""
@@ -170,6 +173,9 @@ class EncoderAt(Encoder):
 
     def feature_map(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         return self.encoder.feature_map(x_source, self.timestep)
+
+    def pool(self, feature_map: Tensor) -> Tensor:
+        return self.encoder.pool(feature_map)
 
 
 class OnEncoder(nn.Module):

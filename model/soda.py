@@ -59,7 +59,7 @@ class SODA(OnEncoder):
             rays: (N, 6, D, D) rays of the target's pixels, if the model has rays.
         """
         seen = self.encoder.feature_map(x_source.flatten(0, 1), timesteps.repeat_interleave(x_source.shape[1]))
-        mean, log_variance = self.encoder.from_pooled(seen.mean(dim=(2, 3)))  # (N * K, latent_dim)
+        mean, log_variance = self.encoder.from_pooled(self.encoder.pool(seen))  # (N * K, latent_dim)
         latents = mean.unflatten(0, x_source.shape[:2])
         log_variances = None if log_variance is None else log_variance.unflatten(0, x_source.shape[:2])
         drawn = latents

@@ -205,7 +205,7 @@ def test_rays_leave_the_size_of_the_colours_as_it_is(bias: bool) -> None:
         ("digits", "views.canonical=false", "views.canonical is for data.name=posed"),
         ("digits", "decoder.cross_attention=true", "decoder.cross_attention is for data.name=posed: remove it"),
         ("cars3d", "decoder.modulation=sectioned", "decoder.cross_attention needs decoder.modulation=shared"),
-        ("cars3d", "encoder.time_dependent=true", "decoder.cross_attention needs encoder.time_dependent=false"),
+        ("cars3d", "encoder.time_dependent=true", "encoder.time_dependent is for images without cameras"),
     ],
 )
 def test_keys_of_cameras_are_refused_elsewhere(config: str, override: str, message: str) -> None:

@@ -20,7 +20,7 @@ from utils.device import memory_for
 
 MAX_LATENTS = 10_000  # enough for the spectrum, and TensorBoard's projector loads all of them into the browser
 
-EARLY_LOOKS = (100, 300)  # steps after which latents and samples are shown, before the first evaluation
+EARLY_LOOKS = (100, 300)  # steps after which latents are measured and samples drawn, before the first evaluation
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,17 @@ def look_due(experiment: Opened, step: int) -> bool:
     return step in EARLY_LOOKS and step < min(first_evaluation, experiment.total_steps)
 
 
-def evaluate(experiment: Experiment, soda: SODA, step: int, judges: bool = True) -> Evaluation:
+def evaluate(experiment: Experiment, soda: SODA, step: int) -> Evaluation:
     """Collective. Judges the encoder of `soda`, measures its latents and draws samples. Raises OutOfMemoryError.
 
-    After the last step, the untrained encoder and the raw pixels are judged as well.
-
-    Args:
-        judges: False to only measure the latents and draw samples.
+    After the last step, the untrained encoder and the raw pixels are judged as well. At an early look, nothing is
+    judged.
     """
     config, at_end = experiment.config, step == experiment.total_steps
     protocols, table, grid = [], Table(), None
     smaller = max(1, config.evaluation.batch_size // 2)
     with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
-        if experiment.has_test_labels and judges:
+        if experiment.has_test_labels and evaluation_due(experiment, step):
             protocols = config_protocols(config)
             encoders = {"trained": encode_with(experiment, soda)} | (baselines(experiment) if at_end else {})
             table = judge(experiment, encoders, protocols)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from datasets.images import DatasetError
 from experiment.opening import Experiment
 from experiment.shares import advice_for_less_memory, batch_norm_batch_size
-from training.evaluating import Evaluation, evaluate, evaluation_due, look_due
+from training.evaluating import evaluate, evaluation_due, look_due
 from training.reports import record_evaluation, record_steps
 from training.saving import Opened, Saver
 from training.state import RunState, Summary, TrainState
@@ -61,6 +61,10 @@ class Job(ABC):
     def rates(self, step: int) -> dict[str, float]:
         """Returns the learning rates at `step` by name, for the reports."""
 
+    def evaluation_due(self) -> bool:
+        """Returns True if the EMA model is to be evaluated after the step that was done last."""
+        return evaluation_due(self.opened, self.state.step)
+
     @abstractmethod
     def evaluate(self, log: RunLog | None) -> None:
         """Collective. Evaluates the EMA model, and writes the result if there is a log."""
@@ -83,18 +87,7 @@ class SodaJob(Job):
         return training_pixels(self.experiment, self.state.step)
 
     def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
-        """Collective. Measures latents and draws samples at an early step.
-
-        A signal ends this immediately. So the state is saved before, and a run that resumes repeats it.
-        """
-        step = self.state.step
-        if look_due(self.experiment, step):
-            if saver.saved_step != step:
-                saver.save()
-            phase_log.info("a look at the latents at step %d", step)
-            with signals.obeyed(), timer.phase("evaluation"):
-                self._record(log, evaluate(self.experiment, self.state.ema.ema_model, step, judges=False))
-            phase_log.info("training from step %d to %d", step, self.experiment.total_steps)
+        """See Job.before_step. Nothing is due."""
 
     def step(self, pixels: Iterator[Any], timer: PhaseTimer) -> Tensor:
         """See Job.step."""
@@ -104,11 +97,13 @@ class SodaJob(Job):
         """See Job.rates."""
         return dict(zip(("encoder", "decoder"), learning_rates(self.experiment, step), strict=True))
 
+    def evaluation_due(self) -> bool:
+        """See Job.evaluation_due. At early steps, latents and samples are due."""
+        return super().evaluation_due() or look_due(self.experiment, self.state.step)
+
     def evaluate(self, log: RunLog | None) -> None:
         """See Job.evaluate."""
-        self._record(log, evaluate(self.experiment, self.state.ema.ema_model, self.state.step))
-
-    def _record(self, log: RunLog | None, found: Evaluation) -> None:
+        found = evaluate(self.experiment, self.state.ema.ema_model, self.state.step)
         if log:
             record_evaluation(log, self.experiment, found, self.folder.path)
 
@@ -178,7 +173,7 @@ def run_job(job: Job, first: str = "") -> None:
                     saver.finish()
                     raise SharedError(_not_finite(job, summary, saver.saved_step))
 
-            stopped_by = saver.save_if_due(before_evaluation=evaluation_due(opened, state.step))
+            stopped_by = saver.save_if_due(before_evaluation=job.evaluation_due())
             if stopped_by:
                 saver.finish()
                 phase_log.info("stopped at step %d, state saved", state.step)
@@ -190,7 +185,7 @@ def run_job(job: Job, first: str = "") -> None:
 def _evaluate_if_due(job: Job, log: RunLog | None, timer: PhaseTimer) -> None:
     """Collective. Evaluates and records the result if this is due and not yet done. A signal ends it immediately."""
     step, total_steps = job.state.step, job.opened.total_steps
-    if not evaluation_due(job.opened, step):
+    if not job.evaluation_due():
         return
     with signals.obeyed():  # the state has been saved, and an evaluation does not change it
         reported = broadcast_object(log is not None and log.has("evaluation", step))
