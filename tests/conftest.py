@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from config.reading import load_config
-from evaluation import protocols
+from evaluation import judge, protocols
 from experiment.batch import Batch, draw_batch, read_pixels
 from experiment.opening import open_experiment
 from experiment.timesteps import make_sampler
@@ -136,7 +136,7 @@ def small_soda(width: int = 4, **decoder: Any) -> SODA:
 @pytest.fixture
 def short_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes test.py judge by the protocols of the config only. The whole table takes several seconds."""
-    monkeypatch.setattr(protocols, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
+    monkeypatch.setattr(judge, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
     ("modulation", "backend"),
     [
         ("shared", "aot_eager"),
-        ("sectioned", "aot_eager"),
+        pytest.param("sectioned", "aot_eager", marks=pytest.mark.long),
         pytest.param("shared", "inductor", marks=pytest.mark.long),
         pytest.param("sectioned", "inductor", marks=pytest.mark.long),
     ],

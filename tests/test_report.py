@@ -29,7 +29,7 @@ from analysis.report import Comparison, Confusions, comparisons, draw_curves, dr
 from config.schema import KNN, Config
 from datasets.images import StoredImages
 from datasets.sources import load_digits
-from evaluation import protocols
+from evaluation import judge, protocols
 from evaluation.measures.recording import recorded_measures
 from experiment.trained import open_trained, read_trained
 from tests.conftest import digits_args, undocumented_tags
@@ -77,7 +77,7 @@ def table(run: Path) -> dict[str, list[str]]:
     """Accuracies and measures that test.py printed when it wrote the report: {protocol or row: cells}."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(protocols, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
+        patch.setattr(judge, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
         checkpoint = str(run / "checkpoints" / "last.pt")
         assert (
             judge_program.main(["--checkpoint", checkpoint, "device=cpu", "--report", "--measures", "uniformity"]) == 0
@@ -233,8 +233,15 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"),
+    [
+        (1280, 900, "light"),
+        (390, 844, "dark"),
+        pytest.param(1280, 900, "dark", marks=pytest.mark.long),
+        pytest.param(390, 844, "light", marks=pytest.mark.long),
+    ],
+)
 def test_the_report_in_a_browser(
     browser: Browser, run: Path, table: dict[str, list[str]], tmp_path: Path, width: int, height: int, scheme: Any
 ) -> None:

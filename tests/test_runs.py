@@ -96,7 +96,7 @@ def test_each_evaluation_reports_the_spectrum_of_the_latents(finished: Path) -> 
     """Rank and spectrum are those of numpy, for the test latents of the kept checkpoint of each evaluation."""
     events = EventAccumulator(str(finished / "tensorboard"), {"histograms": 0})
     events.Reload()
-    shown = events.Scalars("evaluation/effective_rank")
+    shown = events.Scalars("at_a_glance/effective_rank")
     histograms = events.Histograms("evaluation/log10_spectrum")
     evaluations = reports(finished, "evaluation")
     assert (
@@ -343,7 +343,7 @@ def test_images_without_labels_have_a_spectrum(tmp_path: Path) -> None:
         assert 1 <= report["effective_rank"] <= 8 and len(report["spectrum"]) == 8 and min(report["spectrum"]) >= 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("evaluation/effective_rank")] == [1, 2]
+    assert [event.step for event in events.Scalars("at_a_glance/effective_rank")] == [1, 2]
     assert [event.step for event in events.Histograms("evaluation/log10_spectrum")] == [1, 2]
 
 
