@@ -250,8 +250,6 @@ def score_views(experiment: Experiment, models: Mapping[str, tuple[int, Generate
     if whole_image:
         logger.info("the images have no masks and no light background: the scores of the object alone are left out")
     copies = int((found["nearest object"][:, 0] >= MAX_PSNR).sum()) if "nearest object" in found else 0
-    if copies:
-        logger.info("novel views: %d of the %d targets equal a training image", copies, len(targets))
     names = [*models, *baselines]
     rows: Rows = {}
     num_around = sum(bool(each.around) for each in targets)
@@ -272,6 +270,7 @@ def score_views(experiment: Experiment, models: Mapping[str, tuple[int, Generate
         f"{num_steps(experiment)} DDIM steps, guidance {scales}, eta {sampling.eta:g}; azimuth of the nearest true "
         f"view at the same height: {num_around} targets; object: "
         + ("masks" if masks.files else f"pixels whose darkest channel is below {BACKGROUND:g}")
+        + (f"; {copies} targets equal a training image" if copies else "")
     )
     return Measured(protocol, rows, decimals=3)
 
@@ -294,7 +293,7 @@ def _azimuth_scores(scenes: Scenes, target: Target, around: Tensor | None, image
     """Returns (100 if within 15 degrees else 0, azimuth error in degrees, 100 if the side is right else 0).
 
     The azimuth of the image is that of the true view at the same height that is nearest to it, by squared error. Sides
-    are views at azimuths of 45 to 135 and of 225 to 315 degrees; others have NaN. So have views that cannot be tested.
+    are views at azimuths of 45 to 135 and of 225 to 315 degrees. Other views, and objects without `around`, have NaN.
     """
     if around is None:
         return [math.nan] * 3

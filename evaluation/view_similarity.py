@@ -58,7 +58,7 @@ def _mean_color(images: Tensor, inside: Tensor) -> Tensor:
 
 
 class Masks:
-    """Pixels of the objects in the targets: from mask files if every target has one, else those that are not light.
+    """Pixels of the objects in the targets: from mask files if every target has one, else pixels that are not white.
 
     Attributes:
         files: files of the masks; empty: there are none.
