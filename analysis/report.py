@@ -1,7 +1,5 @@
 """The report: one HTML file with the results of a run. It loads no other files."""
 
-import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
 from analysis import svg
 from analysis.grid import Grid
 from analysis.pictures import Directions, Interpolate, Mix, Nearest, Picture, Reconstruct
+from analysis.templates import data_uri, render
 from config.schema import KNN, Config
 from evaluation.codec import Codec
 from evaluation.features import feature_name
@@ -36,7 +33,6 @@ from utils.run_folder.run_log import read_reports
 
 MAX_TSNE = 2000  # largest number of points; more points cannot be distinguished
 MAX_CELLS = 20  # largest number of classes for which a confusion matrix is shown as a table of numbers
-LOSSLESS = 64  # longest side in pixels of an image that is stored without loss
 
 METRICS = {"knn": "k-NN", "probe": "linear probe", "mlp": "MLP"}  # names of the protocols' metrics in figures
 
@@ -225,18 +221,6 @@ def draw_timesteps(protocols: Sequence[Protocol], table: Table) -> str | None:
     return svg.curves("timesteps", "top-1 (%)", lines, xlabel="timestep of z") if lines else None
 
 
-def data_uri(image: Tensor, lossless: bool = False) -> str:
-    """Encodes an image (3, H, W) uint8 as a data URI.
-
-    The format is PNG if `lossless` is set or no side is longer than LOSSLESS pixels, otherwise JPEG.
-    """
-    out = io.BytesIO()
-    lossless = lossless or max(image.shape[1:]) <= LOSSLESS
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, format="PNG" if lossless else "JPEG", quality=90)
-    kind = "png" if lossless else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
 def heat_map(counts: np.ndarray) -> str:
     """Draws a confusion matrix as an image, returned as a data URI. Darker pixels are larger fractions of their row."""
     share = counts / counts.sum(axis=1, keepdims=True).clip(1)
@@ -274,14 +258,7 @@ def write_report(
     pictures: dict[str, Grid],
 ) -> None:
     """Writes the HTML file. Not collective: the ranks have already encoded both splits in `codec`."""
-    import jinja2
-
     experiment, config = codec.experiment, trained.config
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters["data_uri"] = data_uri
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
     test = experiment.test
     assert test is not None, "the evaluation needs test images"
@@ -289,7 +266,8 @@ def write_report(
     reports = read_reports(trained.folder, trained.step)
     measures = {**(recorded_measures(trained) if is_of_run else {}), **measured}
     compared = comparisons(config, protocols, table, codec.timestep)
-    html = environment.get_template("report.html").render(
+    html = render(
+        "report.html",
         config=config,
         checkpoint=trained,
         progress=trained.progress(experiment),

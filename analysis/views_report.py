@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from analysis.grid import write_gif
+from analysis.grid import Grid, write_gif
 from analysis.pictures import Views
-from analysis.report import data_uri, draw_curves
+from analysis.report import draw_curves
+from analysis.templates import render
 from evaluation.codec import Codec
 from evaluation.judge import Table
 from evaluation.measures.base import Measured
@@ -34,42 +35,38 @@ def make_report(path: Path, trained: Trained, codec: Codec, measured: Mapping[st
     compute_exactly()
     picture = Views()
     grid = picture.draw(codec, picture.find(codec.experiment))
-    if rank() == 0:
-        import jinja2
-
-        animation = io.BytesIO()
-        write_gif(grid.frames, animation)
-        experiment, config = codec.experiment, trained.config
-        loader = jinja2.FileSystemLoader(Path(__file__).parent)
-        environment = jinja2.Environment(
-            loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-        )
-        environment.filters["data_uri"] = data_uri
-        train, test = experiment.train, experiment.test
-        assert train.objects is not None and test is not None and test.objects is not None
-        titles = {"novel_views": "Scores of novel views", "identity": "Objects told apart by z"}
-        tables = {titles.get(name, name): each for name, each in measured.items()}
-        html = environment.get_template("views_report.html").render(
-            config=config,
-            checkpoint=trained,
-            progress=trained.progress(experiment),
-            num_train=len(train),
-            num_test=len(test),
-            num_train_objects=len(train.objects.unique()),
-            num_test_objects=len(test.objects.unique()),
-            picture=grid,
-            gif=f"data:image/gif;base64,{base64.b64encode(animation.getvalue()).decode()}",
-            side=max(48, config.decoder_size),
-            tables=tables | ({"Classes of the objects": accuracies(table)} if table else {}),
-            curves=draw_curves(read_reports(trained.folder, trained.step), trained.trained_with.evaluation.features),
-            device=str(experiment.device),
-            torch_version=torch.__version__,
-            model=describe_model(config),
-        )
     with gather_user_errors():
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, html)
+            write_text(path, _html(trained, codec, measured, table, grid))
+
+
+def _html(trained: Trained, codec: Codec, measured: Mapping[str, Measured], table: Table, grid: Grid) -> str:
+    animation = io.BytesIO()
+    write_gif(grid.frames, animation)
+    experiment, config = codec.experiment, trained.config
+    train, test = experiment.train, experiment.test
+    assert train.objects is not None and test is not None and test.objects is not None
+    titles = {"novel_views": "Scores of novel views", "identity": "Objects told apart across views"}
+    tables = {titles.get(name, name): each for name, each in measured.items()}
+    return render(
+        "views_report.html",
+        config=config,
+        checkpoint=trained,
+        progress=trained.progress(experiment),
+        num_train=len(train),
+        num_test=len(test),
+        num_train_objects=len(train.objects.unique()),
+        num_test_objects=len(test.objects.unique()),
+        picture=grid,
+        gif=f"data:image/gif;base64,{base64.b64encode(animation.getvalue()).decode()}",
+        side=max(48, config.decoder_size),
+        tables=tables | ({"Classes of the objects": accuracies(table)} if table else {}),
+        curves=draw_curves(read_reports(trained.folder, trained.step), trained.trained_with.evaluation.features),
+        device=str(experiment.device),
+        torch_version=torch.__version__,
+        model=describe_model(config),
+    )
 
 
 def accuracies(table: Table) -> Measured:

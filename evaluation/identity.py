@@ -18,12 +18,15 @@ SAME = 0.5  # degrees; smaller differences are rounding
 PART = 1024  # images per block of the matrix of cosines
 
 
-def score_identity(experiment: Experiment, features: Mapping[str, Tensor]) -> Measured:
+def score_identity(experiment: Experiment, features: Mapping[str, Tensor], feature: str) -> Measured:
     """Returns how well features tell the objects of the test images apart, across views.
 
     - k-NN: share of the images whose nearest image, by cosine, shows the same object. Images of this object that are
       less than 45 degrees of azimuth away do not take part.
     - Probe: logistic regression, trained on the views with azimuths from 0 to 180 degrees, tested on the others.
+
+    Args:
+        feature: name of the features, for the protocol.
     """
     test = experiment.test
     assert test is not None and test.cameras is not None and test.objects is not None
@@ -56,7 +59,7 @@ def score_identity(experiment: Experiment, features: Mapping[str, Tensor]) -> Me
     rows = {row: cells for row, cells in rows.items() if cells and all(map(_is_number, cells.values()))}
     protocol = (
         f"object of a view among {int(numbers.max()) + 1} objects of the test images: nearest view at least {APART:g} "
-        "degrees away, unit z; logistic regression, azimuths 0-180 to the others"
+        f"degrees away, unit {feature}; logistic regression, azimuths 0-180 to the others"
     )
     return Measured(protocol, rows)
 

@@ -395,7 +395,8 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
             counts = sorted({1, config.views.num_sources})
             models = {f"model, {count} source{'s' * (count > 1)}": (count, generate) for count in counts}
             yield "novel_views", score_views(experiment, models, config.evaluation.num_novel_views, config.seed)
-        yield "identity", score_identity(experiment, _test_features(experiment, soda))
+        feature = config_protocols(config)[0].feature_name
+        yield "identity", score_identity(experiment, _test_features(experiment, soda, feature), feature)
 
     for name, each in found():
         measured[name] = each
@@ -406,15 +407,14 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
     return measured
 
 
-def _test_features(experiment: Experiment, soda: SODA) -> dict[str, Tensor]:
+def _test_features(experiment: Experiment, soda: SODA, feature: str) -> dict[str, Tensor]:
     """Collective. Returns the features (N, D) of the test images, by encoder: trained, untrained and raw pixels."""
     encoders = {"trained": encode_with(experiment, soda), **baselines(experiment)}
-    kind = config_protocols(experiment.config)[0].feature_name
     test = _needed(experiment.test)
 
     def encode(pixels: Tensor, indices: range) -> Features:
         views = evaluation_view(experiment, test, pixels, indices)
-        return {name: encoder(views, indices)[kind].float() for name, encoder in encoders.items()}
+        return {name: encoder(views, indices)[feature].float() for name, encoder in encoders.items()}
 
     features = extract_features(encode, test, experiment.config.evaluation.batch_size, experiment.device)
     return {name: features[name] for name in encoders}

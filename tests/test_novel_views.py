@@ -109,7 +109,7 @@ def test_identity_across_views(objects: Path) -> None:
     numbers = experiment.test.objects.unique(return_inverse=True)[1]
     of_object = torch.nn.functional.one_hot(numbers).float()
     of_pose = torch.eye(6).repeat(2, 1)
-    rows = score_identity(experiment, {"object": of_object, "pose": of_pose}).rows
+    rows = score_identity(experiment, {"object": of_object, "pose": of_pose}, "z").rows
     assert rows["k-NN k=1 (%)"]["object"]["value"] == rows["probe (%)"]["object"]["value"] == 100
     assert rows["k-NN k=1 (%)"]["pose"]["value"] == 0  # the nearest other view is the same view of the other object
 
@@ -195,7 +195,7 @@ def test_rays_leave_the_size_of_the_colours_as_it_is(bias: bool) -> None:
     cameras = torch.stack([sphere_camera(70, azimuth, 1.5) for azimuth in AZIMUTHS])
     images = torch.cat([torch.randn(6, 3, 16, 16), rays(cameras, 16)], dim=1)
     both, colors = layer(images), plain(images[:, :3])
-    assert 0.5 < (both - colors).std() / colors.std() < 1.5
+    assert 0.9 < (both - colors).std() / colors.std() < 1.1
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,8 @@ def test_cross_attention_trains(objects: Path) -> None:
 
     experiment = posed_experiment(objects, "decoder.cross_attention=true")
     state, batch = initial_state(experiment), batch_of(experiment, 0, range(4))
-    found = state.soda(batch.x_source, batch.x_start, batch.timesteps, batch.drop_mask, None, batch.rays)
     torch.nn.init.ones_(state.soda.decoder.conv_out.weight)
     found = state.soda(batch.x_source, batch.x_start, batch.timesteps, batch.drop_mask, None, batch.rays)
     found.prediction.sum().backward()
     grads = [p.grad for name, p in state.soda.named_parameters() if "cross_attention.proj" in name]
-    assert grads and any(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)

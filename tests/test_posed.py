@@ -259,7 +259,7 @@ def test_encodings_are_sines_of_octaves() -> None:
 
 
 def test_models_without_rays_are_unchanged() -> None:
-    """Without rays, encoder and decoder have no layers for them, and their first convolutions see three channels."""
+    """Without rays, encoder and decoder have no layers for them, and no cross-attention."""
     for architecture in ("resnet18", "wide_resnet28_1"):
         sizes = {"model_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attn_resolutions": []}
         encoder = {"architecture": architecture, "stem": "small", "width": 64, "latent_dim": 8}
