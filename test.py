@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from evaluation.codec import Codec
     from evaluation.judge import check_can_judge, judge_trained
-    from evaluation.novel_views import check_can_judge_views, judge_novel_views
+    from evaluation.novel_views.judging import check_can_judge_views, judge_novel_views
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
 
     # Open the checkpoint and the images.

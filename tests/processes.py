@@ -33,11 +33,14 @@ from evaluation.judge import judge
 from evaluation.measures import MEASURES, disentanglement, few_labels
 from evaluation.measures.base import Inputs
 from evaluation.measures.subjects import open_others, subjects_of
+from evaluation.novel_views import baselines as view_baselines
+from evaluation.novel_views import judging as view_judging
 from evaluation.protocols import config_protocols
 from evaluation.spectrum import effective_rank
 from experiment import timesteps
 from experiment.opening import Experiment, open_experiment
 from tests.conftest import digits_args
+from tests.test_posed import posed_experiment, soda_without_zeros, write_objects
 from training.evaluating import latents
 from training.sample_grid import sample_grid
 from training.state import TrainState, initial_state
@@ -295,6 +298,17 @@ def turns(folder: Path) -> dict[str, Any]:
     return {"mine": mine, "log": log.read_text(), "status": status, "printed": printed.getvalue()}
 
 
+def novel_views(folder: Path) -> dict[str, Any]:
+    """Returns the scores of novel views of an untrained model and of the baselines, for twelve targets."""
+    root = folder / f"objects_{rank()}"
+    root.parent.mkdir(exist_ok=True)
+    experiment = posed_experiment(write_objects(root))
+    soda = soda_without_zeros(experiment)
+    with mock.patch.object(view_judging, "BATCH", 5), mock.patch.object(view_baselines, "PART", 5):
+        models = {"model": (2, view_judging.view_sampler(experiment, soda, 0, 2))}
+        return view_judging.score_views(experiment, models, 100, 0).rows
+
+
 def numbers(folder: Path) -> dict[str, Any]:
     """Returns all results that must not depend on the number of processes."""
     return {
@@ -310,6 +324,7 @@ def numbers(folder: Path) -> dict[str, Any]:
             for size in (100, 2000)
         ],
         "measuring": measuring(folder),
+        "novel views": novel_views(folder),
     }
 
 

@@ -162,6 +162,16 @@ def test_measuring_gives_the_same_numbers(one: dict[str, Any], two: list[dict[st
         assert rank["measuring"] == one["measuring"]
 
 
+def test_novel_views_get_the_same_scores(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """Model and baselines have the same scores, except for the rounding of the sum of the training images."""
+    expected = one["novel views"]
+    assert [*expected["SSIM"]] == ["model", "source", "mean object", "nearest object"]
+    for rank in two:
+        for row, cells in expected.items():
+            for name, cell in cells.items():
+                assert rank["novel views"][row][name]["value"] == pytest.approx(cell["value"], rel=1e-5), (row, name)
+
+
 def test_processes_take_turns_and_learn_of_each_others_failures(two: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(two):
         printed = "" if rank else "error: the last process failed\n"

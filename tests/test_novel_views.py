@@ -16,17 +16,18 @@ from config.errors import ConfigError
 from config.reading import load_config
 from datasets.cameras import canonical, rays, sphere_camera, turn
 from datasets.images import DatasetError
-from evaluation.identity import score_identity
-from evaluation.novel_views import score_views
+from evaluation.novel_views.identity import score_identity
+from evaluation.novel_views.judging import score_views, view_sampler
+from evaluation.novel_views.similarity import MAX_PSNR, similarity
 from evaluation.quality import ssim
-from evaluation.view_similarity import MAX_PSNR, similarity
 from experiment.batch import evaluation_view, pixels_with_sources
 from experiment.posed import PosedPixels
 from model.build import build_soda, forward_flops
 from model.guidance import guided_denoiser
 from model.rays import ImageConv2d
-from tests.conftest import ROOT
-from tests.test_posed import AZIMUTHS, objects, opened, posed_experiment, write_objects
+from tests.conftest import ROOT, batch_of
+from tests.test_posed import AZIMUTHS, objects, opened, posed_experiment, soda_without_zeros, write_objects
+from training.state import initial_state
 
 __all__ = ["objects"]  # a fixture
 
@@ -101,6 +102,54 @@ def test_objects_are_masked_and_views_of_known_objects_have_known_neighbours(tmp
     inside = experiment.views.x_start(experiment.test.pixels)[:, :, 2:6, 2:6] / 2 + 0.5
     expected = (1 - inside.mean(dim=(2, 3))).mean()
     assert found.rows["colour error of the object"]["white"]["value"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_masks_of_any_brightness_and_empty_masks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A mask of values 0 and 1 marks an object. Targets with an empty mask have no scores of the object."""
+    caplog.set_level(logging.INFO)
+    write_objects(tmp_path / "images")
+    for file in (tmp_path / "images").rglob("*.png"):
+        mask = np.zeros((8, 8), np.uint8)
+        mask[2:6, 2:6] = 0 if file.stem == "80-060" else 1 if file.stem == "80-120" else 255
+        path = tmp_path / "masks" / file.relative_to(tmp_path / "images")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+    experiment = posed_experiment(tmp_path)
+
+    def wrong_inside(pixels: PosedPixels, _: range) -> Tensor:
+        """Half as bright inside the masks, and wholly wrong where the mask is empty."""
+        made = experiment.views.x_start(pixels.pixels[:, 0])
+        empty = (pixels.cameras[:, 0] - sphere_camera(80, 60, 1.5)).abs().amax(dim=(1, 2)) < 1e-6
+        made[:, :, 2:6, 2:6] = made[:, :, 2:6, 2:6] / 2 - 0.5
+        return torch.where(empty[:, None, None, None], -made, made)
+
+    rows = score_views(experiment, {"model": (1, wrong_inside)}, 100, 0).rows
+    shown = torch.tensor(["80-060" not in name for name in experiment.test.names])
+    assert shown.sum() == 10
+    inside = (experiment.test.pixels[shown][:, :, 2:6, 2:6] / 255).float()
+    expected = -10 * (inside / 2).square().mean(dim=(1, 2, 3)).log10()
+    assert rows["PSNR of the object (dB)"]["model"]["value"] == pytest.approx(expected.mean().item(), abs=1e-4)
+    assert rows["colour error of the object"]["model"]["value"] == pytest.approx((inside / 2).mean().item(), abs=1e-4)
+    assert "2 of the 12 targets show no pixels of an object" in caplog.text
+
+
+def test_generated_views_depend_on_the_sources_and_on_the_pose_alone(objects: Path) -> None:
+    """The pixels of the target do not reach the model."""
+    experiment = posed_experiment(objects)
+    soda = soda_without_zeros(experiment)
+    generate = view_sampler(experiment, soda, 0, 2)
+    test = experiment.test
+    pixels = torch.stack([test.pixels[:3], test.pixels[3:6]], dim=1)
+    cameras = torch.stack([test.cameras[:3], test.cameras[3:6]], dim=1)
+    made = generate(PosedPixels(pixels, cameras), range(3))
+    for column, is_seen in ((0, False), (1, True)):
+        changed = pixels.clone()
+        changed[:, column] = 255 - changed[:, column]
+        found = generate(PosedPixels(changed, cameras), range(3))
+        assert torch.equal(found, made) != is_seen, column
+    moved = cameras.clone()
+    moved[:, 0] = test.cameras[1:4]
+    assert not torch.equal(generate(PosedPixels(pixels, moved), range(3)), made)
 
 
 def test_identity_across_views(objects: Path) -> None:
@@ -233,9 +282,6 @@ def test_lost_training_views_and_unlisted_images(tmp_path: Path, caplog: pytest.
 
 def test_cross_attention_trains(objects: Path) -> None:
     """A run with cross-attention has gradients in it."""
-    from tests.conftest import batch_of
-    from training.state import initial_state
-
     experiment = posed_experiment(objects, "decoder.cross_attention=true")
     state, batch = initial_state(experiment), batch_of(experiment, 0, range(4))
     torch.nn.init.ones_(state.soda.decoder.conv_out.weight)

@@ -69,6 +69,15 @@ def posed_experiment(root: Path, *overrides: str) -> Any:
     return open_experiment(load_config(path, rest))
 
 
+def soda_without_zeros(experiment: Any) -> Any:
+    """Returns the untrained model of an experiment, in which no weight starts at zero, so that z has an effect."""
+    soda = initial_state(experiment).soda
+    for weight in soda.decoder.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
+    return soda
+
+
 def opened(objects: Path, **data: Any) -> tuple[Images, Images | None]:
     """Returns the splits of a folder of objects, at 8 px, as the keys of `data` say."""
     place = {"root": str(objects), "cache_dir": str(objects.parent / "cache")}

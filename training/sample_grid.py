@@ -10,12 +10,11 @@ from torchvision.utils import make_grid
 
 from experiment.batch import draw_views, pixels_with_sources
 from experiment.opening import Experiment
-from model.guidance import guided_denoiser
+from experiment.sampling import sample_from_views
 from model.soda import SODA
-from utils.device import autocast
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range
-from utils.randomness import CHUNK, generator, image_noise
+from utils.randomness import CHUNK, generator
 
 
 @torch.no_grad()
@@ -26,7 +25,7 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
     are other photographs of the object, each in a row of its own, and a sample has the pose of the target. Images,
     views and noise depend only on the seed, so that grids of different epochs can be compared.
     """
-    config, seed, device = experiment.config.sampling, experiment.config.seed, experiment.device
+    config, seed = experiment.config.sampling, experiment.config.seed
     images = experiment.train if experiment.test is None else experiment.test
     num_images = min(config.num_images, len(images))
     chosen = torch.randperm(len(images), generator=generator(seed, "grid images"))[:num_images]
@@ -35,24 +34,10 @@ def sample_grid(experiment: Experiment, soda: SODA) -> Tensor:
 
     mine = my_range(num_images, CHUNK)
     samples = torch.zeros_like(x_target)
-
-    def noise(purpose: str, *counters: int) -> Tensor:
-        return image_noise(x_target.shape[1:], mine, seed, purpose, *counters, device=device)
-
-    soda.eval()
     if mine:
-        with autocast(device, experiment.amp_dtype):
-            here = slice(mine.start, mine.stop)
-            z, my_rays = soda.condition(x_source[here]), None if rays is None else rays[here]
-            samples[here] = experiment.diffusion.ddim_sample(
-                guided_denoiser(
-                    soda.decoder, z, config.guidance_scale, config.sections, my_rays, soda.tokens(x_source[here])
-                ),
-                noise("grid noise"),
-                config.num_sampling_steps,
-                config.eta,
-                draw_noise=lambda t: noise("grid eta", t),
-            )
+        here = slice(mine.start, mine.stop)
+        my_rays, steps = None if rays is None else rays[here], config.num_sampling_steps
+        samples[here] = sample_from_views(experiment, soda, x_source[here], my_rays, mine, seed, "grid", steps)
     sources = x_source[:, :1] if rays is None else x_source[:, :, :3]
     seen = [experiment.views.denormalize(view) * 2 - 1 for view in sources.unbind(dim=1)]
     rows = [*seen, all_reduce(samples), x_target]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from analysis.grid import Grid
     from evaluation.codec import Codec
-    from evaluation.novel_views import Scenes
+    from evaluation.novel_views.scenes import Scenes
     from experiment.opening import Experiment
     from experiment.posed import PosedPixels
 
@@ -61,7 +61,7 @@ class Views(Picture[list[Turntable]]):
     num_views: int = number(12, "number of views around the object", minimum=2)
 
     def find(self, experiment: Experiment) -> list[Turntable]:
-        from evaluation.novel_views import Scenes
+        from evaluation.novel_views.scenes import Scenes
 
         scenes = Scenes(experiment)
         if self.images is None:
@@ -92,7 +92,7 @@ class Views(Picture[list[Turntable]]):
         return [each[: self.num_sources] for each in chosen]
 
     def _turntable(self, scenes: Scenes, sources: list[int]) -> Turntable:
-        from evaluation.novel_views import FEWEST_AROUND
+        from evaluation.novel_views.scenes import FEWEST_AROUND
 
         around = scenes.around(sources[0])
         found = sorted(
@@ -110,7 +110,8 @@ class Views(Picture[list[Turntable]]):
         import torch
 
         from analysis.grid import Cell, Grid, to_cells, to_pixels
-        from evaluation.novel_views import Scenes, generate_all, view_sampler
+        from evaluation.novel_views.judging import generate_all, view_sampler
+        from evaluation.novel_views.scenes import Scenes
 
         experiment = codec.experiment
         scenes, steps = Scenes(experiment), experiment.config.sampling.num_sampling_steps

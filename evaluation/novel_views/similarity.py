@@ -1,6 +1,7 @@
 """Similarity of generated views and true ones: of whole images, and of the objects in them."""
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 def similarity(images: Tensor, truth: Tensor, inside: Tensor, own: Tensor | None) -> Tensor:
     """Returns (N, 5): PSNR and SSIM, of the whole image and inside the object, and the error of the mean colour.
 
+    The scores of the object are NaN for images without one in `truth`.
+
     Args:
         images, truth: (N, 3, H, W) in [-1, 1].
         inside: (N, H, W) bool, pixels of the object in `truth`.
@@ -30,6 +33,7 @@ def similarity(images: Tensor, truth: Tensor, inside: Tensor, own: Tensor | None
     maps = ssim_maps(images, truth).mean(dim=1)
     own = is_object(images) if own is None else own
     color = (_mean_color(images, own) - _mean_color(truth, inside)).abs().mean(dim=1)
+    color = torch.where(inside.any(dim=(1, 2)), color, math.nan)
     everywhere = torch.ones_like(inside)
     columns = [_decibels(errors, everywhere), _decibels(errors, inside)]
     columns += [_mean_inside(maps, everywhere), _mean_inside(maps, inside), color]
@@ -60,8 +64,12 @@ def _mean_color(images: Tensor, inside: Tensor) -> Tensor:
 class Masks:
     """Pixels of the objects in the targets: from mask files if every target has one, else pixels that are not white.
 
+    A pixel of a mask belongs to the object if it is brighter than half of the mask's brightest pixel. So masks of
+    values 0 and 1 count, too.
+
     Attributes:
         files: files of the masks; empty: there are none.
+        rule: the choice between masks and light pixels, in words.
     """
 
     def __init__(self, experiment: Experiment, targets: Subset) -> None:
@@ -69,13 +77,14 @@ class Masks:
         folder, names = image_folder(Path(experiment.config.data.root)), targets.images.names or []
         files = [mask_of(folder, names[index]) for index in targets.indices.tolist()] if names else []
         self.files = [file for file in files if file is not None]
+        self.rule = "masks"
         if len(self.files) < len(files) or not files:
+            self.rule = f"pixels whose darkest channel is below {BACKGROUND:g}"
             logger.info(
-                "%d of the %d targets have a mask: the object is taken to be the pixels whose darkest channel is below "
-                "%g",
+                "%d of the %d targets have a mask: the object is taken to be the %s",
                 len(self.files),
                 len(targets),
-                BACKGROUND,
+                self.rule,
             )
             self.files = []
 
@@ -88,4 +97,5 @@ class Masks:
             torch.from_numpy(decode(file, size, rules).copy()) for file in self.files[positions.start : positions.stop]
         ]
         found = self._experiment.views.x_start(torch.stack(masks).permute(0, 3, 1, 2).to(truth.device))
-        return found.mean(dim=1) > 0
+        found = found.mean(dim=1) / 2 + 0.5  # (N, D, D), from 0 to 1
+        return found > found.amax(dim=(1, 2), keepdim=True) / 2

@@ -10,11 +10,11 @@ from torch import Tensor
 from datasets.cameras import azimuth_of
 from evaluation.logistic_regression import LogisticProbe
 from evaluation.measures.base import Measured, Rows
+from evaluation.novel_views.scenes import SAME
 from experiment.opening import Experiment
 from utils.randomness import generator
 
 APART = 45.0  # degrees between two views of an object for the identity across views
-SAME = 0.5  # degrees; smaller differences are rounding
 PART = 1024  # images per block of the matrix of cosines
 
 

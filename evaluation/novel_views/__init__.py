@@ -1,0 +1,1 @@
+"""Judging of novel views: generated views of objects beside the true ones and beside baselines."""

@@ -1,0 +1,228 @@
+"""Generated views of test objects, their scores beside those of the baselines, and the tables of `test.py`.
+
+A target is a test image, and its sources are other images of the same object. All ranks share the work.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets.images import DatasetError
+from evaluation.encoders import baselines, encode_with
+from evaluation.features import Features, extract_features
+from evaluation.measures.base import Measured, Rows
+from evaluation.measures.recording import Record
+from evaluation.novel_views.baselines import NEAREST, Baselines
+from evaluation.novel_views.identity import score_identity
+from evaluation.novel_views.scenes import NEAR, SAME, Scenes, Target, choose_targets
+from evaluation.novel_views.similarity import MAX_PSNR, Masks, similarity
+from evaluation.protocols import config_protocols
+from experiment.batch import evaluation_view
+from experiment.opening import Experiment
+from experiment.posed import PosedPixels, read_with_sources, source_images
+from experiment.sampling import sample_from_views
+from experiment.trained import Trained
+from model.soda import SODA
+from utils.cli import gather_user_errors, require
+from utils.distributed.collectives import all_reduce
+from utils.distributed.processes import my_range, rank
+
+NUM_SAMPLING_STEPS = 50
+BATCH = 32  # targets per batch; the same for any number of ranks, so that samples do not depend on that number
+WHOLE_IMAGE = 0.98  # if the object fills more of the images than this, there is no background
+
+ROWS = (
+    "PSNR (dB)",
+    "PSNR of the object (dB)",
+    "SSIM",
+    "SSIM of the object",
+    "colour error of the object",
+    "within 15 degrees (%)",
+    "azimuth error (degrees)",
+    "side told from its opposite (%)",
+)
+"""Rows of the table of `score_views`, in the order of the columns of the scores."""
+
+Generate = Callable[[PosedPixels, range], Tensor]
+"""Function (targets with their sources, positions) -> views (N, 3, D, D) in [-1, 1]. It may not use target pixels."""
+
+logger = logging.getLogger(__name__)
+
+
+def view_sampler(experiment: Experiment, soda: SODA, seed: int, num_sampling_steps: int) -> Generate:
+    """Returns the function that samples the target views, from clean source views."""
+
+    def generate(pixels: PosedPixels, positions: range) -> Tensor:
+        source_rays, target_rays = pixels.rays(experiment.config, experiment.device)
+        seen = pixels.pixels[:, 1:]
+        views = experiment.views.evaluation(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+        x_source = torch.cat([views, source_rays], dim=2)
+        return sample_from_views(
+            experiment, soda, x_source, target_rays, positions, seed, "novel view", num_sampling_steps
+        )
+
+    return generate
+
+
+def generate_all(generate: Generate, pixels: PosedPixels, experiment: Experiment) -> Tensor:
+    """Collective. Returns the views (N, 3, D, D) of all targets, on the device. The ranks divide the batches."""
+    count, size, device = len(pixels.pixels), experiment.config.decoder_size, experiment.device
+    out = torch.zeros(count, 3, size, size, device=device)
+    for part in my_range(-(-count // BATCH)):
+        positions = range(part * BATCH, min((part + 1) * BATCH, count))
+        here = slice(positions.start, positions.stop)
+        out[here] = generate(PosedPixels(pixels.pixels[here], pixels.cameras[here]), positions)
+    return all_reduce(out)
+
+
+def score_views(experiment: Experiment, models: Mapping[str, tuple[int, Generate]], count: int, seed: int) -> Measured:
+    """Collective. Scores generated views of `count` test images, and the baselines.
+
+    Args:
+        models: {name: (number of sources, function that generates the views)}.
+    """
+    scenes = Scenes(experiment)
+    subset, targets = choose_targets(scenes, count, seed)
+    masks, beside = Masks(experiment, subset), Baselines(scenes, targets)
+    config, device, x_start = experiment.config, experiment.device, experiment.views.x_start
+    others = source_images(scenes.train, scenes.test, config)
+
+    def score(_: Tensor, positions: range) -> Features:
+        here = targets[positions.start : positions.stop]
+        sources = torch.tensor([each.sources for each in here])
+        pixels = read_with_sources(scenes.test, others, subset.indices[positions.start : positions.stop], sources)
+        truth = x_start(pixels.pixels[:, 0].to(device))
+        answers = {
+            name: generate(PosedPixels(pixels.pixels[:, : 1 + used], pixels.cameras[:, : 1 + used]), positions)
+            for name, (used, generate) in models.items()
+        }
+        answers |= beside.views(here, x_start(pixels.pixels[:, 1].to(device)))
+        inside = masks.of(positions, truth)
+        rings = [(scenes.x_start(torch.tensor(each.around)) if each.around else None) for each in here]
+        found: Features = {"inside": inside.float().mean(dim=(1, 2))[:, None]}
+        for name, images in answers.items():
+            images = images.float().clamp(-1, 1)
+            scores = similarity(images, truth, inside, inside if masks.files else None)
+            azimuths = [_azimuth_scores(scenes, *each) for each in zip(here, rings, images, strict=True)]
+            found[name] = torch.cat([scores, torch.tensor(azimuths, device=device)], dim=1)
+        return found
+
+    scores = extract_features(score, subset, BATCH, device)
+    inside = scores.pop("inside")
+    copies = int((scores[NEAREST][:, 0] >= MAX_PSNR).sum()) if NEAREST in scores else 0
+    sampling = config.sampling
+    what = "new objects" if config.data.split == "objects" else "known objects"
+    protocol = (
+        f"novel views of {what}: {len(targets)} test images as targets, {config.decoder_size} px, "
+        f"{num_steps(experiment)} DDIM steps, guidance {' '.join(f'{scale:g}' for scale in sampling.guidance_scale)}, "
+        f"eta {sampling.eta:g}; azimuth of the nearest true view at the same height: "
+        f"{sum(bool(each.around) for each in targets)} targets; object: {masks.rule}"
+        + (f"; {copies} targets equal a training image" if copies else "")
+    )
+    return Measured(protocol, _mean_rows(scores, [*models, *beside.names], inside), decimals=3)
+
+
+def _mean_rows(scores: Features, names: list[str], inside: Tensor) -> Rows:
+    """Returns the rows of the table, means over the targets that have a score. Logs which rows have no score.
+
+    Args:
+        scores: (N, rows) for each name; NaN: the target has no such score.
+        inside: (N, 1) share of each target's pixels that belong to the object.
+    """
+    no_background, num_empty = inside.mean().item() > WHOLE_IMAGE, int((inside == 0).sum())
+    if no_background:
+        logger.info("the objects fill the images, or the background is dark: the scores of the object are left out")
+    elif num_empty:
+        logger.info(
+            "%d of the %d targets show no pixels of an object: the scores of the object alone leave them out",
+            num_empty,
+            len(inside),
+        )
+    rows: Rows = {}
+    for column, row in enumerate(ROWS):
+        if "object" in row and (no_background or num_empty == len(inside)):
+            continue
+        values = {name: scores[name][:, column] for name in names}
+        kept = torch.stack([*values.values()]).isfinite().all(dim=0)  # the same targets for all names
+        if kept.any():
+            rows[row] = {name: {"value": value[kept].mean().item()} for name, value in values.items()}
+        else:
+            logger.info("novel views: %s is left out, because the views of an object do not go around it", row)
+    return rows
+
+
+def _azimuth_scores(scenes: Scenes, target: Target, around: Tensor | None, image: Tensor) -> list[float]:
+    """Returns (100 if within 15 degrees else 0, azimuth error in degrees, 100 if the side is right else 0).
+
+    The azimuth of the image is that of the true view at the same height that is nearest to it, by squared error. Sides
+    are views at azimuths of 45 to 135 and of 225 to 315 degrees. Other views, and objects without `around`, have NaN.
+    """
+    if around is None:
+        return [math.nan] * 3
+    distances = (around - image).square().mean(dim=(1, 2, 3)).cpu()
+    turns = scenes.turns(torch.tensor(target.around), target.index)
+    error = float(turns[distances.argmin()].abs())
+    is_side = abs(float(scenes.azimuth[target.index]) % 180 - 90) <= 45 + SAME
+    opposite = ((turns.abs() - 180).abs() <= SAME).nonzero().flatten()
+    right = math.nan
+    if is_side and len(opposite):
+        own = distances[turns.abs() <= SAME].min()
+        right = 100.0 * bool(own < distances[opposite[0]])
+    return [100.0 * (error <= NEAR + SAME), error, right]
+
+
+def num_steps(experiment: Experiment) -> int:
+    """Returns the number of DDIM steps of judged views."""
+    return min(NUM_SAMPLING_STEPS, experiment.diffusion.num_timesteps)
+
+
+def check_can_judge_views(experiment: Experiment) -> None:
+    """Raises DatasetError if there are no test images, and ConfigError if a package is missing."""
+    if experiment.test is None:
+        raise DatasetError(
+            f"{experiment.config.data.root} has no test images to judge novel views on: set data.holdout as in training"
+        )
+    if experiment.config.evaluation.num_novel_views:
+        require("torchmetrics")
+
+
+def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> dict[str, Measured]:
+    """Collective. Scores novel views and the identity across views. Returns their tables by name.
+
+    Each table is printed, and added to the results.json of the run. Ends all ranks with status 2 if that fails.
+    """
+    config, record, measured = experiment.config, Record(trained, experiment), {}
+
+    def found() -> Iterator[tuple[str, Measured]]:
+        if config.evaluation.num_novel_views:
+            generate = view_sampler(experiment, soda, config.seed, num_steps(experiment))
+            counts = sorted({1, config.views.num_sources})
+            models = {f"model, {count} source{'s' * (count > 1)}": (count, generate) for count in counts}
+            yield "novel_views", score_views(experiment, models, config.evaluation.num_novel_views, config.seed)
+        feature = config_protocols(config)[0].feature_name
+        yield "identity", score_identity(experiment, _test_features(experiment, soda, feature), feature)
+
+    for name, each in found():
+        measured[name] = each
+        with gather_user_errors():
+            if rank() == 0:
+                print(f"\n{name}: {each}", flush=True)
+                record.add(name, each)
+    return measured
+
+
+def _test_features(experiment: Experiment, soda: SODA, feature: str) -> dict[str, Tensor]:
+    """Collective. Returns the features (N, D) of the test images, by encoder: trained, untrained and raw pixels."""
+    encoders = {"trained": encode_with(experiment, soda), **baselines(experiment)}
+    test: Any = experiment.test
+
+    def encode(pixels: Tensor, indices: range) -> Features:
+        views = evaluation_view(experiment, test, pixels, indices)
+        return {name: encoder(views, indices)[feature].float() for name, encoder in encoders.items()}
+
+    features = extract_features(encode, test, experiment.config.evaluation.batch_size, experiment.device)
+    return {name: features[name] for name in encoders}
