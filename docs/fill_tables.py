@@ -1,6 +1,7 @@
 """Fills the tables of README.md and docs/ that are made from docs/results, and draws the learning curve.
 
-A table is between the lines `<!--table:NAME-->` and `<!--/table-->`. NAME is a key of TABLES.
+A table is between the lines `<!--table:NAME-->` and `<!--/table-->`. NAME is a key of TABLES, or FILE/MEASURE: a
+measure of the last run in a file of docs/results.
 
 python -m docs.fill_tables
 """
@@ -15,11 +16,12 @@ from typing import Any
 from ablations import curves
 from ablations.result_rows import read_rows
 from ablations.tables import mean_and_deviation
+from evaluation.measures.base import Measured
 from utils.files import write_text
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "few_labels.md")
+PAGES = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("results", "few_labels", "novel_views")))
 CURVE = DOCS / "learning_curve.svg"
 CURVES = [RESULTS / f"{name}.jsonl" for name in ("cifar10_cpu_runs", "cifar10_cpu_two_hours")]
 
@@ -194,6 +196,17 @@ def few_labels() -> str:
     return markdown([*head, "minus probe, from the encoder"], lines)
 
 
+def measure(path: str) -> str:
+    """Returns the table of FILE/MEASURE, with the protocol below it, or "not measured" if it was not recorded."""
+    name, _, kind = path.partition("/")
+    rows = [row for row in recorded(name) if kind in row.get("measures", {})]
+    if not rows:
+        return f"{NOT_MEASURED}."
+    found = Measured(**rows[-1]["measures"][kind])
+    head, *lines = found.lines
+    return f"{markdown(head, lines)}\n\nProtocol: {found.protocol}."
+
+
 def named_curves() -> dict[str, curves.Curve]:
     """Returns the curves of the runs on CPU cores, with the names that they have in the table."""
     names = {
@@ -226,8 +239,8 @@ TABLES: dict[str, Callable[[], str]] = {
 def filled(page: str) -> str:
     """Returns the text of a page with its tables filled."""
     return re.sub(
-        r"(<!--table:(\w+)-->\n).*?(<!--/table-->)",
-        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        r"(<!--table:([\w/]+)-->\n).*?(<!--/table-->)",
+        lambda found: f"{found[1]}{measure(found[2]) if '/' in found[2] else TABLES[found[2]]()}\n{found[3]}",
         page,
         flags=re.DOTALL,
     )

@@ -1,7 +1,7 @@
 """Records results of runs in docs/results, and fills the tables of the pages with them.
 
-A file in docs/results has one JSON line for each time that a run was judged. A line holds accuracies, images seen and
-training time, but no weights, paths or times of day. A run that is recorded again replaces its lines.
+A file in docs/results has one JSON line for each time that a run was judged. A line holds accuracies, measures, images
+seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines.
 
 python -m docs.record runs/digits                                       # a run of train.py or finetune.py
 python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
@@ -61,29 +61,37 @@ def ablation_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def train_rows(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns a row for each evaluation of a run of train.py. That of the last step has the baselines as well.
+    """Returns a row for each evaluation of a run of train.py.
 
-    `seconds` is the time of training, without evaluations and checkpoints.
+    That of the last step has the baselines and the measures of test.py as well. A finished run without accuracies, on
+    images without labels, has one row if it has measures. `seconds` is the time of training, without evaluations and
+    checkpoints.
     """
     batch_size, results, rows = config["training"]["batch_size"], read_results(folder), []
-    seconds, step = 0.0, 0
+    seconds, step, measures = 0.0, 0, results.get("measures", {})
+
+    def add(entry: dict[str, Any], judged: dict[str, Any]) -> None:
+        complete = results.get("step") == entry["step"]
+        rows.append(
+            {
+                **{"run": str(config["seed"]), "stage": "train", "variant": "run", "seed": config["seed"]},
+                **{"digest": results.get("config_digest", ""), "complete": complete, "epochs": entry["epoch"]},
+                **{"seconds": seconds, "of_epochs": config["training"]["epochs"]},
+                "images": entry["step"] * batch_size,
+                "table": results["table"] if complete else judged,
+                **({"measures": measures} if complete and measures else {}),
+            }
+        )
+
     for entry in read_reports(folder, 2**62):
         if entry["kind"] == "train" and entry.get("images_per_s"):
             seconds += (entry["step"] - step) * batch_size / entry["images_per_s"]
             step = entry["step"]
         protocols = [key for key in entry if f"{key}_top1" in entry and isinstance(entry[key], str)]
         if entry["kind"] == "evaluation" and protocols:
-            judged = {entry[p]: {"trained": {top: entry[f"{p}_{top}"] for top in ("top1", "top3")}} for p in protocols}
-            complete = results.get("step") == entry["step"]
-            rows.append(
-                {
-                    **{"run": str(config["seed"]), "stage": "train", "variant": "run", "seed": config["seed"]},
-                    **{"digest": "", "complete": complete, "epochs": entry["epoch"], "seconds": seconds},
-                    "of_epochs": config["training"]["epochs"],
-                    "images": entry["step"] * batch_size,
-                    "table": results["table"] if complete else judged,
-                }
-            )
+            add(entry, {entry[p]: {"trained": {t: entry[f"{p}_{t}"] for t in ("top1", "top3")}} for p in protocols})
+    if measures and not rows:
+        add({"step": results["step"], "epoch": config["training"]["epochs"]}, {})
     return rows
 
 

@@ -108,8 +108,8 @@ def test_the_list_of_keys_is_that_of_the_schemas() -> None:
 def test_the_tables_are_those_of_the_recorded_results(tmp_path: Path) -> None:
     texts = [page.read_text() for page in fill_tables.PAGES]
     assert texts == [fill_tables.filled(text) for text in texts], "run python -m docs.fill_tables"
-    names = [name for text in texts for name in re.findall(r"<!--table:(\w+)-->", text)]
-    assert sorted(names) == sorted(fill_tables.TABLES)
+    names = [name for text in texts for name in re.findall(r"<!--table:([\w/]+)-->", text)]
+    assert sorted(name for name in names if "/" not in name) == sorted(fill_tables.TABLES)
     curves.save(fill_tables.named_curves(), tmp_path / "curve.svg")
     assert written((tmp_path / "curve.svg").read_text()) == written(fill_tables.CURVE.read_text())
     for path in fill_tables.RESULTS.iterdir():
@@ -117,7 +117,7 @@ def test_the_tables_are_those_of_the_recorded_results(tmp_path: Path) -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
-def test_results_of_all_programs_are_recorded(tmp_path: Path) -> None:
+def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training time is that between reports, the last row has the baselines, and a second record replaces the first."""
     out = tmp_path / "results"
     out.mkdir()
@@ -151,12 +151,25 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path) -> None:
     found = rows(write(tmp_path / "run", settings, {"step": 20, "table": table}, *reports))
     assert [row["images"] for row in found] == [100, 200] and found[1]["table"] == table and found[1]["complete"]
 
+    # A run that was measured, on images without labels.
+    measures = {"novel_views": {"protocol": "p", "rows": {"SSIM": {"model": {"value": 0.5}}}, "decimals": 3}}
+    settings["seed"] = 4
+    contents = {"step": 20, "table": {}, "measures": measures, "config_digest": "c"}
+    last = rows(write(tmp_path / "measured", settings, contents, reports[0], reports[2]))[-1]
+    assert (last["images"], last["measures"], last["table"], last["digest"]) == (200, measures, {}, "c")
+    page = "<!--table:found/novel_views-->\n<!--/table-->\n<!--table:found/identity-->\n<!--/table-->"
+    table_lines = ["", "| | model |", "|---|---|", "| SSIM | 0.500 |", "", "Protocol: p.", "<!--/table-->"]
+    with monkeypatch.context() as patched:
+        patched.setattr(fill_tables, "RESULTS", out)
+        page = fill_tables.filled(page)
+    assert "\n".join(table_lines) in page and "-->\nnot measured.\n<" in page
+
     # A run of finetune.py, beside them.
     settings |= {"method": "probe", "num_labels": 50, "label_split": 1, "encoder": {"weights": ""}}
     table = {"probe, 50 labels": {"EMA": {"top1": 60.0, "top3": 80.0}}}
-    assert len(rows(write(tmp_path / "probe", settings, {"step": 7, "table": table}))) == 3
+    assert len(rows(write(tmp_path / "probe", settings, {"step": 7, "table": table}))) == 4
     last = rows(tmp_path / "probe")[-1]
-    assert (last["run"], last["start"], last["table"]) == ("found-probe-scratch-50-1-3", "scratch", table)
+    assert (last["run"], last["start"], last["table"]) == ("found-probe-scratch-50-1-4", "scratch", table)
 
     # An ablation: paths in its config are not kept, and failed runs are left out.
     ablation = tmp_path / "ablation"
@@ -171,6 +184,6 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path) -> None:
     lines = [row, {"run": "a-c-0", "digest": "d", "failed": "no memory"}]
     (ablation / "results.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
     last = rows(ablation)[-1]
-    assert last["of_epochs"] == 4 and "config" not in last and len(rows(ablation)) == 4
+    assert last["of_epochs"] == 4 and "config" not in last and len(rows(ablation)) == 5
     with pytest.raises(SystemExit, match="2"):
         rows(tmp_path)
