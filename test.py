@@ -1,6 +1,7 @@
 """Evaluates a checkpoint of train.py by k-NN and linear probe, under several protocols, or by other measures.
 
-The results are compared with those of an untrained encoder and of raw pixels.
+The results are compared with those of an untrained encoder and of raw pixels. For photographs with cameras
+(data.name=posed), novel views are generated and scored as well.
 """
 
 import argparse
@@ -19,6 +20,7 @@ EXAMPLES = """\
   python test.py --config config/cifar10.yaml --use_amp
   python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt
   python test.py --config config/digits.yaml --report
+  python test.py --config config/cars3d.yaml --report
   python test.py --config config/digits.yaml --measures all
   python test.py --config config/cifar10.yaml --measures few_labels,uniformity --report"""
 

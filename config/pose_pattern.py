@@ -15,6 +15,12 @@ def is_transforms_file(pose: str) -> bool:
     return pose.endswith(".json")
 
 
+def check_transforms_file(pose: str) -> None:
+    """Raises ValueError, with advice, if the value is not the name of a file alone."""
+    if re.search(r"[/\\*?[]", pose):
+        raise ValueError(f"{pose} is not the name of a file: write a name without folders, such as transforms.json")
+
+
 def name_pattern(pose: str) -> re.Pattern[str]:
     """Returns the regular expression of file names without ending, with one named group for each angle.
 
@@ -22,7 +28,7 @@ def name_pattern(pose: str) -> re.Pattern[str]:
 
     Args:
         pose: a key of PATTERNS, or a pattern with {azimuth} or {yaw} and, if the cameras have different heights,
-            {polar} or {pitch}.
+            {polar} or {pitch}. `*` stands for any text.
     """
     advice = f"write a pattern such as {PATTERNS['eth80']} or {PATTERNS['cars3d']}, one of {', '.join(PATTERNS)}, or "
     advice += "the name of a .json file"
@@ -38,5 +44,5 @@ def name_pattern(pose: str) -> re.Pattern[str]:
         raise ValueError(f"{pose} does not have one azimuth and at most one height: {advice}")
     if any(not literal for literal, field, _, _ in parts[1:] if field is not None):
         raise ValueError(f"{pose} has two angles without a separator: {advice}")
-    text = "".join(re.escape(literal) + (f"(?P<{field}>{NUMBER})" if field else "") for literal, field, _, _ in parts)
-    return re.compile(text)
+    found = ((re.escape(literal).replace(r"\*", ".*?"), field) for literal, field, _, _ in parts)
+    return re.compile("".join(text + (f"(?P<{field}>{NUMBER})" if field else "") for text, field in found))

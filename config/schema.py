@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from config.consistency import check_consistency
-from config.pose_pattern import is_transforms_file, name_pattern
+from config.pose_pattern import check_transforms_file, is_transforms_file, name_pattern
 from model.names import Architecture, Initialization, Modulation, Prediction, Schedule, Stem, TimestepSampling
 from model.sizes import num_sections
 
@@ -174,8 +174,8 @@ class Data(Section):
         "",
         "cameras of `posed`: a pattern of the file names without ending, with {azimuth} or {yaw} and {polar} (0: from "
         "above, 90: from the side) or {pitch} (90 - polar), in degrees, where azimuths rise counter-clockwise, seen "
-        "from above; or `eth80` or `cars3d`, whose patterns are known; or the name of the .json file in each object's "
-        "folder that lists its cameras as NeRF-synthetic does",
+        "from above, and * stands for any text; or `eth80` or `cars3d`, whose patterns are known; or the name of the "
+        ".json file in each object's folder that lists its cameras as NeRF-synthetic does",
     )
     focal: Positive = key(
         1.5,
@@ -190,7 +190,9 @@ class Data(Section):
     @field_validator("pose")
     @classmethod
     def _pose(cls, pose: str) -> str:
-        if pose and not is_transforms_file(pose):
+        if is_transforms_file(pose):
+            check_transforms_file(pose)
+        elif pose:
             name_pattern(pose)
         return pose
 
@@ -744,7 +746,8 @@ class Evaluation(Evaluating):
     num_novel_views: int = key(
         500,
         "number of test images, drawn by the seed, that test.py generates as novel views if data.name=posed; each "
-        "costs 50 passes of the decoder, or 100 if views.num_sources is above 1; 0: none",
+        "costs 50 passes of the decoder, twice as many if views.num_sources is above 1, and twice as many with "
+        "guidance; 0: none",
         run=True,
         ge=0,
     )

@@ -82,14 +82,15 @@ def open_posed(data: Data, processes: int) -> tuple[Images, Images | None]:
     return opened
 
 
-def image_folder(root: Path) -> Path:
+def image_folder(root: Path, log: bool = True) -> Path:
     """Returns the folder of all objects: ROOT/images if it exists, or ROOT. Raises DatasetError if there is none."""
     if not root.is_dir():
         raise DatasetError(f"no folder {root}: set data.root to the folder of your objects")
     inside = root / IMAGES
     if not inside.is_dir():
         return root
-    logger.info("%s has a folder %s: the objects are read from it", root, IMAGES)
+    if log:
+        logger.info("%s has a folder %s: the objects are read from it", root, IMAGES)
     return inside
 
 
@@ -199,6 +200,10 @@ def _matrix(rows: Any) -> Tensor:
         raise ValueError(str(error)) from None
     if matrix.shape not in ((3, 4), (4, 4)) or not matrix.isfinite().all():
         raise ValueError("a transform_matrix is not 4 x 4 finite numbers")
+    products = matrix[:3, :3].T @ matrix[:3, :3]
+    scale = products.diagonal().mean()
+    if scale == 0 or not torch.allclose(products / scale, torch.eye(3, dtype=torch.float64), atol=1e-2):
+        raise ValueError("a transform_matrix has columns that are not orthogonal, or not of one length")
     return matrix
 
 
@@ -210,7 +215,8 @@ def _image_of(file: str, path: Path) -> Path:
     image = path.parent / os.path.normpath(file)
     candidates = [image, *(image.with_name(image.name + ending) for ending in (".png", *image_endings()))]
     found = next((each for each in candidates if each.is_file()), None)
-    if found is None or ".." in image.parts[len(path.parent.parts) :]:
+    inside = image.is_relative_to(path.parent) and ".." not in image.parts[len(path.parent.parts) :]
+    if found is None or not inside:
         raise DatasetError(
             f"{path} names {file}, but there is no such image beside it: restore the image, or correct the file"
         )
@@ -227,7 +233,13 @@ def split_views(folder: Path, views: list[Photograph], data: Data) -> tuple[List
     """
     objects = sorted({view.of for view in views})
     above = {name: Path(name).parent.name for name in objects}
-    if not all(above.values()):
+    without = [name for name in objects if not above[name]]
+    if 0 < len(without) < len(objects):
+        raise DatasetError(
+            f"objects in {folder} without the folder of a class: {join_names(without)}: move them into one, as the "
+            "others are"
+        )
+    if without:
         above = {name: name if data.split == "views" else "" for name in objects}
         logger.info(
             "%s has no folders of classes above its objects: %s",

@@ -58,7 +58,7 @@ def random_subset(images: Images, count: int, seed: int, purpose: str) -> Subset
 
 
 def extract_features(
-    encode: Callable[[Tensor, range], Features], images: Any, batch_size: int, device: torch.device
+    encode: Callable[[Any, range], Features], images: Any, batch_size: int, device: torch.device
 ) -> Features:
     """Collective. Returns the features of all `images`, float32 on `device`, on all ranks.
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from config.errors import ConfigError
 from config.reading import load_config
-from datasets.cameras import canonical, rays, sphere_camera, turn
+from datasets.cameras import azimuth_of, canonical, polar_of, rays, sphere_camera, turn
 from datasets.images import DatasetError
 from evaluation.novel_views.identity import score_identity
 from evaluation.novel_views.judging import score_views, view_sampler
+from evaluation.novel_views.scenes import Scenes
 from evaluation.novel_views.similarity import MAX_PSNR, similarity
 from evaluation.quality import ssim
 from experiment.batch import evaluation_view, pixels_with_sources
@@ -152,15 +153,109 @@ def test_generated_views_depend_on_the_sources_and_on_the_pose_alone(objects: Pa
     assert not torch.equal(generate(PosedPixels(pixels, moved), range(3)), made)
 
 
-def test_identity_across_views(objects: Path) -> None:
-    """Features of the object alone identify it from all sides, and features of the pose alone do not."""
-    experiment = posed_experiment(objects)
-    numbers = experiment.test.objects.unique(return_inverse=True)[1]
-    of_object = torch.nn.functional.one_hot(numbers).float()
-    of_pose = torch.eye(6).repeat(2, 1)
-    rows = score_identity(experiment, {"object": of_object, "pose": of_pose}, "z").rows
-    assert rows["k-NN k=1 (%)"]["object"]["value"] == rows["probe (%)"]["object"]["value"] == 100
-    assert rows["k-NN k=1 (%)"]["pose"]["value"] == 0  # the nearest other view is the same view of the other object
+def test_baselines_of_flat_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For images of one grey each, the PSNR of each baseline is known."""
+    caplog.set_level(logging.INFO)
+    greys = {"a": 10, "b": 40, "c": 200, "d": 43}  # the grey of an object rises by 2 with each view
+    for name, grey in greys.items():
+        (tmp_path / "objects" / name).mkdir(parents=True)
+        for view in range(24):
+            image = Image.new("RGB", (8, 8), (grey + 2 * view,) * 3)
+            image.save(tmp_path / "objects" / name / f"70-{15 * view:03d}.png")
+    experiment = posed_experiment(tmp_path / "objects", "data.holdout=0.25", "views.num_sources=1")
+    (held,) = experiment.test.names[0][:1]
+    known = {name: grey for name, grey in greys.items() if name != held}
+    nearest = min(known.values(), key=lambda grey: abs(grey - greys[held]))
+    mean = sum(known.values()) / 3
+
+    def psnr(difference: float) -> float:
+        return -20 * math.log10(difference / 255) if difference else MAX_PSNR
+
+    found = score_views(experiment, {"black": (1, lambda pixels, _: -torch.ones(len(pixels.pixels), 3, 8, 8))}, 100, 0)
+    row = {name: cell["value"] for name, cell in found.rows["PSNR (dB)"].items()}
+    assert [*row] == ["black", "source", "mean object", "nearest object", "15 degrees off"]
+    assert row["mean object"] == pytest.approx(psnr(abs(mean - greys[held])), abs=1e-3)
+    assert row["nearest object"] == pytest.approx(psnr(abs(nearest - greys[held])), abs=1e-3)
+    black = [psnr(greys[held] + 2 * view) for view in range(24)]
+    assert row["black"] == pytest.approx(sum(black) / 24, abs=1e-3)
+    # The neighbours of a view differ by 2, but the first and the last view by 46.
+    beside = found.rows["PSNR (dB)"]["15 degrees off"]["value"]
+    assert (23 * psnr(2) + psnr(46)) / 24 <= beside + 1e-3 and beside <= psnr(2) + 1e-3
+    # All true views are darker than white and brighter than black, so that the nearest one to black is the first.
+    expected = sum(min(15 * view, 360 - 15 * view) for view in range(24)) / 24
+    assert found.rows["azimuth error (degrees)"]["black"]["value"] == pytest.approx(expected, abs=0.01)
+    assert "targets equal a training image" not in found.protocol
+
+    # The object nearest to the held-out one becomes equal to it.
+    double = next(name for name, grey in greys.items() if grey == nearest)
+    for view in range(24):
+        Image.new("RGB", (8, 8), (greys[held] + 2 * view,) * 3).save(
+            tmp_path / "objects" / double / f"70-{15 * view:03d}.png"
+        )
+    experiment = posed_experiment(tmp_path / "objects", "data.holdout=0.25", "views.num_sources=1")
+    failing = {"failing": (1, lambda pixels, _: torch.full((len(pixels.pixels), 3, 8, 8), math.nan))}
+    found = score_views(experiment, failing, 100, 0)
+    assert found.rows["PSNR (dB)"]["nearest object"]["value"] == MAX_PSNR
+    assert found.protocol.endswith("; 24 targets equal a training image")
+    # Views that are not numbers are not left out.
+    assert all(math.isnan(cells["failing"]["value"]) for cells in found.rows.values())
+    assert "novel views: SSIM is not a number, because views of failing are not" in caplog.text
+
+
+def test_views_that_do_not_go_around_have_no_azimuth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Four views within a small arc are no ring. The mean object needs the target's pose alone."""
+    caplog.set_level(logging.INFO)
+    for number, name in enumerate("abcd"):
+        (tmp_path / "objects" / name).mkdir(parents=True)
+        for azimuth in (0, 4, 8, 12 + number):
+            Image.new("RGB", (8, 8), (20 * number + azimuth,) * 3).save(
+                tmp_path / "objects" / name / f"70-{azimuth:03d}.png"
+            )
+    experiment = posed_experiment(tmp_path / "objects", "views.num_sources=1")
+    found = score_views(experiment, {"white": (1, lambda pixels, _: torch.ones(len(pixels.pixels), 3, 8, 8))}, 100, 0)
+    assert [*found.rows] == ["PSNR (dB)", "SSIM"]
+    assert "within 15 degrees (%) is left out, because no object has views all around it" in caplog.text
+    assert "the baseline 'mean object' is left out, because only 6 of 8 targets have it" in caplog.text
+    assert "the objects fill the images" in caplog.text
+
+
+ABOVE: list[tuple[float, float]] = [(0, 0), (0, 90), (70, 0), (70, 359.99), (70, 1)]
+
+
+def test_cameras_above_an_object_have_poses_of_their_own() -> None:
+    """A camera straight above keeps its rotation, and 360 degrees are 0 degrees."""
+    scenes = object.__new__(Scenes)
+    cameras = torch.stack([sphere_camera(polar, azimuth, 1.5) for polar, azimuth in ABOVE])
+    scenes.polar, scenes.azimuth = polar_of(cameras.double()).rad2deg(), azimuth_of(cameras.double()).rad2deg()
+    poses = scenes.poses.tolist()
+    assert poses[2] == poses[3] and len({*poses}) == 4
+
+
+def test_identity_across_views(tmp_path: Path) -> None:
+    """Views less than 45 degrees away do not help k-NN, and the probe is tested on views that it was not trained on."""
+    root = tmp_path / "objects"
+    for name in "abcd":
+        (root / name).mkdir(parents=True)
+        for azimuth in range(0, 360, 15):
+            Image.new("RGB", (8, 8)).save(root / name / f"70-{azimuth:03d}.png")
+    experiment = posed_experiment(root)
+    one_hot = torch.nn.functional.one_hot
+    numbers, view = torch.arange(2).repeat_interleave(24), torch.arange(24).repeat(2)
+    pose = one_hot(view).float()
+    near = pose + pose.roll(1, dims=1) + pose.roll(-1, dims=1)  # shared by views that are 30 degrees apart, or nearer
+    front = torch.where(view < 12, numbers, 1 - numbers)
+    features = {
+        "object": one_hot(numbers).float(),
+        "pose": pose,
+        # An object is identified by near views alone. Further away, the same view of the other object is nearer.
+        "near": torch.cat([(one_hot(numbers)[:, :, None] * near[:, None]).flatten(1), pose / 2], dim=1),
+        "swapped behind": one_hot(front).float(),
+    }
+    rows = score_identity(experiment, features, "z").rows
+    nearest, probe = ({name: cell["value"] for name, cell in rows[row].items()} for row in rows)
+    del nearest["swapped behind"]  # half of its neighbours are equally near
+    assert nearest == {"object": 100, "pose": 0, "near": 0}
+    assert probe["object"] == 100 and probe["swapped behind"] == 0
 
 
 def test_cameras_with_roll_are_kept() -> None:

@@ -16,11 +16,14 @@ import sample as sample_program
 import test as test_program
 import train as train_program
 from config.errors import ConfigError
+from config.pose_pattern import name_pattern
 from config.reading import load_config
 from config.schema import Data
 from datasets.cameras import canonical, opengl_camera, rays, sphere_camera
 from datasets.images import DatasetError, Images
 from datasets.posed import image_folder, mask_of, open_posed
+from evaluation.novel_views.scenes import Scenes, choose_targets
+from evaluation.novel_views.similarity import Masks
 from evaluation.protocols import all_protocols
 from experiment.batch import read_pixels
 from experiment.opening import open_experiment
@@ -156,6 +159,40 @@ def test_classes_of_objects_without_class_folders(tmp_path: Path) -> None:
     assert train.labels is None and test is not None and len(test) == 6
 
 
+def test_a_pattern_may_hold_any_text() -> None:
+    """`*` skips a part of the name, also one with digits and hyphens."""
+    pattern = name_pattern("*-{polar}-{azimuth}")
+    for name, angles in {"apple1-066-045": ("066", "045"), "img-0012-90--30": ("90", "-30")}.items():
+        found = pattern.fullmatch(name)
+        assert found and (found["polar"], found["azimuth"]) == angles
+    assert not pattern.fullmatch("066-045")
+
+
+def test_masks_that_cannot_be_used(tmp_path: Path) -> None:
+    """A mask of another shape, a transparent one and a damaged one are errors that name the file."""
+    write_objects(tmp_path / "images")
+    for file in (tmp_path / "images").rglob("*.png"):
+        mask = tmp_path / "masks" / file.relative_to(tmp_path / "images")
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 255).save(mask)
+    experiment = posed_experiment(tmp_path)
+    targets = choose_targets(Scenes(experiment), 100, 0)
+    assert len(Masks(targets).files) == 12
+    bad = mask_of(tmp_path / "images", experiment.test.names[3])
+    assert bad is not None
+    for image, message in (
+        (Image.new("L", (8, 16)), "has 8 x 16 pixels, and its image 8 x 8: give them the same shape"),
+        (Image.new("RGBA", (8, 8)), "is transparent: save it as white on black"),
+        (None, "cannot read the mask"),
+    ):
+        if image:
+            image.save(bad)
+        else:
+            bad.write_bytes(b"damaged")
+        with pytest.raises(DatasetError, match=f"{bad.name}.*{message}|{message}.*{bad.name}"):
+            Masks(targets)
+
+
 def test_images_beside_masks(tmp_path: Path) -> None:
     """Images are read from the folder `images`, and the mask of an image has the same path with any ending."""
     folder = image_folder(write_objects(tmp_path / "images").parent)
@@ -256,7 +293,8 @@ def test_rays_change_latents_and_predictions(architecture: str) -> None:
         guided = guided_denoiser(soda.decoder, z, 2.0, rays=both)(x_t, timesteps)
         null = soda.decoder(x_t, timesteps, torch.zeros_like(z), both)
     torch.testing.assert_close(guided, 2 * a.prediction - null)
-    assert forward_flops(soda, 8, 8, 2) > forward_flops(small_soda(), 8, 8)
+    with_rays, without = forward_flops(soda, 8, 8, 2), forward_flops(small_soda(), 8, 8)
+    assert all(more > less for more, less in zip(with_rays, without, strict=True))
 
 
 def test_encodings_are_sines_of_octaves() -> None:
@@ -354,6 +392,7 @@ def test_held_out_views_and_unlabelled_objects_train(tmp_path: Path, caplog: pyt
         ({"root": "pair", "holdout": 0.5}, r"holds out no objects of \S+pair, because none can be spared"),
         ({"root": "missing"}, r"no folder \S+missing: set data\.root"),
         ({"pose": "transforms.json"}, r"no file transforms\.json in"),
+        ({"root": "mixed"}, r"objects in \S+mixed without the folder of a class: c: move them into one"),
     ],
 )
 def test_bad_photographs_are_errors_of_the_user(
@@ -362,6 +401,7 @@ def test_bad_photographs_are_errors_of_the_user(
     """Each error names the file or the folder and says what to do."""
     if "root" in data:
         names = {"far": ["a/95-000", "a/00-000"], "alone": ["a/1-0", "a/1-1", "b/1-0"], "pair": ["a/1-0", "a/1-1"]}
+        names["mixed"] = ["a/b/1-0", "a/b/1-1", "c/1-0", "c/1-1"]
         for name in names.get(data["root"], []):
             path = tmp_path / data["root"] / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,6 +421,9 @@ def test_damaged_transforms_files_are_errors_of_the_user(tmp_path: Path) -> None
         (json.dumps(good | {"frames": [frame | {"transform_matrix": [[1]]}]}), "not 4 x 4 finite numbers"),
         (json.dumps(good | {"frames": [frame | {"file_path": "81-000"}]}), "names 81-000, but there is no such image"),
         (json.dumps(good | {"frames": [frame | {"transform_matrix": {"a": 1}}]}), "not in the format of NeRF"),
+        (json.dumps(good | {"frames": [frame | {"transform_matrix": np.ones((4, 4)).tolist()}]}), "not orthogonal"),
+        (json.dumps(good | {"frames": [frame | {"transform_matrix": np.zeros((4, 4)).tolist()}]}), "not orthogonal"),
+        (json.dumps(good | {"frames": [frame | {"file_path": f"{ROOT}/docs/reconstruct.png"}]}), "no such image"),
         (json.dumps(good | {"frames": [frame, frame]}), "has more than one camera in the files"),
         (json.dumps(good | {"frames": [frame | {"file_path": "../x/80-000"}]}), "no such image beside it"),
         (json.dumps(good), "are at the origin"),
@@ -397,6 +440,8 @@ def test_damaged_transforms_files_are_errors_of_the_user(tmp_path: Path) -> None
         ("views.same=true", "views.same contradicts data.name=posed, whose views are different photographs: remove it"),
         ("views.probe.cutout=0.5", "views.probe.cutout moves or hides pixels"),
         ("evaluation.features=decoder.up.0@20", "is for images without cameras, not for data.name=posed"),
+        ("data.pose=a/transforms.json", "a/transforms.json is not the name of a file: write a name without folders"),
+        ("data.pose=**.json", "is not the name of a file"),
     ],
 )
 def test_keys_that_contradict_cameras_are_refused(objects: Path, override: str, message: str) -> None:

@@ -40,8 +40,8 @@ class Turntable:
 class Views(Picture[list[Turntable]]):
     """A turntable: an object from all sides, generated from one or more images of it, above the true views.
 
-    If the data set has at least four views of the object at the height of the first source, the turntable has their
-    azimuths. Otherwise, its azimuths are evenly spaced.
+    If the data set has views all around the object at the height of the first source, the turntable has their azimuths.
+    Otherwise, its azimuths are evenly spaced.
     """
 
     name = "views"
@@ -72,34 +72,40 @@ class Views(Picture[list[Turntable]]):
         return [self._turntable(scenes, sources)]
 
     def _draw_sources(self, scenes: Scenes) -> list[list[int]]:
-        """Returns the indices of the source images of several objects, drawn by the run's seed."""
+        """Returns the indices of the source images of several test objects, drawn by the run's seed.
+
+        The first source of an object has views all around the object at its height, if there is one.
+        """
         import torch
 
+        from experiment.posed import source_images
         from utils.randomness import generator
 
-        first, seed = len(scenes.train), scenes.experiment.config.seed
+        config, first = scenes.experiment.config, len(scenes.train)
+        images, tested = source_images(scenes.train, scenes.test, config), {*scenes.objects[first:].tolist()}
+        order = torch.randperm(len(images), generator=generator(config.seed, "grid images"))
         drawn: dict[int, list[int]] = {}
-        order = torch.randperm(len(scenes.test), generator=generator(seed, "grid images"))
-        for index in (order + first).tolist():
-            drawn.setdefault(int(scenes.objects[index]), []).append(index)
+        for index in (order + first * (images is scenes.test)).tolist():
+            if int(scenes.objects[index]) in tested:
+                drawn.setdefault(int(scenes.objects[index]), []).append(index)
         chosen = list(drawn.values())[: self.num_objects]
         fewest = min(map(len, chosen))
         if self.num_sources > fewest:
             raise ConfigError(
-                f"--num_sources {self.num_sources} is too large: an object has only {fewest} test images, so use at "
-                f"most {fewest}"
+                f"--num_sources {self.num_sources} is too large: an object has only {fewest} images to choose from, so "
+                f"use at most {fewest}"
             )
+        for each in chosen:
+            each.sort(key=lambda index: not scenes.is_ring(scenes.around(index)))  # keeps the random order
         return [each[: self.num_sources] for each in chosen]
 
     def _turntable(self, scenes: Scenes, sources: list[int]) -> Turntable:
-        from evaluation.novel_views.scenes import FEWEST_AROUND
-
         around = scenes.around(sources[0])
         found = sorted(
             (turn % 360, index) for index, turn in zip(around, scenes.turns(around, sources[0]), strict=True)
         )
         names = [_name(scenes, index) for index in sources]
-        if len(found) < FEWEST_AROUND:
+        if not scenes.is_ring(around):
             turns = [360 * i / self.num_views for i in range(self.num_views)]
             return Turntable(sources, names, turns, [sources[0], *[None] * (self.num_views - 1)])
         count = min(self.num_views, len(found))
@@ -134,7 +140,7 @@ class Views(Picture[list[Turntable]]):
             title="Novel views: an object from all sides",
             explanation="The encoder sees only the source images on the left. The upper row shows the object "
             "as generated at the stated azimuth relative to the first source, at the height of its camera. The lower "
-            "row shows the true images, if the data set has them. Each view starts from other noise.",
+            "row shows the true images, if the data set has them. Each view of an object starts from other noise.",
             columns=["source"] * most_sources + [""] * most,
             rows=[name for _ in found for name in ("generated", "true")],
             cells=cells,

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.novel_views.scenes import Scenes, Target
+from evaluation.novel_views.scenes import Target, Targets
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range
 
@@ -23,18 +24,21 @@ class Baselines:
 
     - source: the first source image.
     - mean object: the mean of the training images that are seen from the target's pose.
-    - nearest object: a training image from the target's pose. Its object is the training object that is most similar to
-      the source, by squared error, in the source's pose.
+    - nearest object: a training object that is seen from the target's pose: of those that are also seen from the first
+      source's pose, the one that is most similar to the source there, by squared error.
     - 15 degrees off: another true view of the object, at the same height.
 
     Attributes:
         names: baselines that exist for all targets, in the order of the table. The log says which are left out.
     """
 
-    def __init__(self, scenes: Scenes, targets: Sequence[Target]) -> None:
-        self._scenes = scenes
-        num_known = sum(bool(each.candidates) for each in targets)
-        exists = {MEAN: num_known, NEAREST: num_known, BESIDE: sum(each.beside is not None for each in targets)}
+    def __init__(self, targets: Targets) -> None:
+        self._scenes, self._pairs = targets.scenes, cache(self._pairs_at)
+        exists = {
+            MEAN: sum(self._pose(each.index) in self._scenes.known for each in targets),
+            NEAREST: sum(bool(len(self._candidates(each)[0])) for each in targets),
+            BESIDE: sum(each.beside is not None for each in targets),
+        }
         for name, count in exists.items():
             if count < len(targets):
                 logger.info(
@@ -44,10 +48,10 @@ class Baselines:
                     len(targets),
                 )
         self.names = [SOURCE, *(name for name, count in exists.items() if count == len(targets))]
-        if num_known == len(targets):
+        if {MEAN, NEAREST} & {*self.names}:
             self._read_training_images(targets)
 
-    def _read_training_images(self, targets: Sequence[Target]) -> None:
+    def _read_training_images(self, targets: Targets) -> None:
         """Computes the mean training image of each target's pose, and all training images at NEAREST_SIZE."""
         scenes = self._scenes
         config, device, count = scenes.experiment.config, scenes.experiment.device, len(scenes.train)
@@ -85,10 +89,26 @@ class Baselines:
             found[BESIDE] = self._scenes.x_start(torch.tensor([each.beside for each in targets]))
         return found
 
+    def _pose(self, index: int) -> int:
+        return int(self._scenes.poses[index])
+
+    def _pairs_at(self, source: int, target: int) -> tuple[Tensor, Tensor]:
+        """Returns the training images at two poses, (M,) each, of the M objects that have both."""
+        here, there = (self._scenes.known.get(pose, {}) for pose in (source, target))
+        objects = sorted(here.keys() & there.keys())
+        return torch.tensor([here[each] for each in objects]).long(), torch.tensor([there[each] for each in objects])
+
+    def _candidates(self, target: Target) -> tuple[Tensor, Tensor]:
+        """Returns the training images of other objects at the poses of a target's first source and of the target."""
+        here, there = self._pairs(self._pose(target.sources[0]), self._pose(target.index))
+        is_other = self._scenes.objects[here] != self._scenes.objects[target.index]
+        return here[is_other], there[is_other]
+
     def _nearest(self, target: Target, source: Tensor) -> int:
         """Returns the index of the training image of `nearest object`, for a source of NEAREST_SIZE."""
-        seen = self._small[[here for here, _ in target.candidates]].float() / 127.5 - 1
-        return target.candidates[int((seen - source).square().mean(dim=(1, 2, 3)).argmin())][1]
+        here, there = self._candidates(target)
+        seen = self._small[here.to(source.device)].float() / 127.5 - 1
+        return int(there[(seen - source).square().mean(dim=(1, 2, 3)).argmin().cpu()])
 
 
 def _to_small(images: Tensor) -> Tensor:

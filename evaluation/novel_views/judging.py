@@ -5,7 +5,7 @@ A target is a test image, and its sources are other images of the same object. A
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from evaluation.encoders import baselines, encode_with
 from evaluation.features import Features, extract_features
 from evaluation.measures.base import Measured, Rows
 from evaluation.measures.recording import Record
-from evaluation.novel_views.baselines import NEAREST, Baselines
+from evaluation.novel_views.baselines import NEAREST, SOURCE, Baselines
 from evaluation.novel_views.identity import score_identity
 from evaluation.novel_views.scenes import NEAR, SAME, Scenes, Target, choose_targets
 from evaluation.novel_views.similarity import MAX_PSNR, Masks, similarity
 from evaluation.protocols import config_protocols
 from experiment.batch import evaluation_view
 from experiment.opening import Experiment
-from experiment.posed import PosedPixels, read_with_sources, source_images
+from experiment.posed import PosedPixels
 from experiment.sampling import sample_from_views
 from experiment.trained import Trained
 from model.soda import SODA
@@ -35,17 +35,20 @@ NUM_SAMPLING_STEPS = 50
 BATCH = 32  # targets per batch; the same for any number of ranks, so that samples do not depend on that number
 WHOLE_IMAGE = 0.98  # if the object fills more of the images than this, there is no background
 
-ROWS = (
-    "PSNR (dB)",
-    "PSNR of the object (dB)",
-    "SSIM",
-    "SSIM of the object",
-    "colour error of the object",
-    "within 15 degrees (%)",
-    "azimuth error (degrees)",
-    "side told from its opposite (%)",
-)
-"""Rows of the table of `score_views`, in the order of the columns of the scores."""
+NO_RING = "no object has views all around it at the height of a target"
+ROWS = {
+    "PSNR (dB)": "there are no targets",
+    "PSNR of the object (dB)": "no target shows an object",
+    "SSIM": "there are no targets",
+    "SSIM of the object": "no target shows an object",
+    "colour error of the object": "no target shows an object",
+    "within 15 degrees (%)": NO_RING,
+    "azimuth error (degrees)": NO_RING,
+    "true side nearer than the opposite one (%)": "no target at the side has a view from the opposite side",
+}
+"""Rows of the table of `score_views`, in the order of the columns of the scores: {name: reason if no target has it}."""
+
+OF_OBJECT = [row for row in ROWS if "object" in row]
 
 Generate = Callable[[PosedPixels, range], Tensor]
 """Function (targets with their sources, positions) -> views (N, 3, D, D) in [-1, 1]. It may not use target pixels."""
@@ -85,33 +88,28 @@ def score_views(experiment: Experiment, models: Mapping[str, tuple[int, Generate
     Args:
         models: {name: (number of sources, function that generates the views)}.
     """
-    scenes = Scenes(experiment)
-    subset, targets = choose_targets(scenes, count, seed)
-    masks, beside = Masks(experiment, subset), Baselines(scenes, targets)
+    targets = choose_targets(Scenes(experiment), count, seed)
+    masks, compared = Masks(targets), Baselines(targets)
     config, device, x_start = experiment.config, experiment.device, experiment.views.x_start
-    others = source_images(scenes.train, scenes.test, config)
 
-    def score(_: Tensor, positions: range) -> Features:
-        here = targets[positions.start : positions.stop]
-        sources = torch.tensor([each.sources for each in here])
-        pixels = read_with_sources(scenes.test, others, subset.indices[positions.start : positions.stop], sources)
+    def score(pixels: PosedPixels, positions: range) -> Features:
+        here = targets[positions]
         truth = x_start(pixels.pixels[:, 0].to(device))
         answers = {
             name: generate(PosedPixels(pixels.pixels[:, : 1 + used], pixels.cameras[:, : 1 + used]), positions)
             for name, (used, generate) in models.items()
         }
-        answers |= beside.views(here, x_start(pixels.pixels[:, 1].to(device)))
+        answers |= compared.views(here, x_start(pixels.pixels[:, 1].to(device)))
+        answers = {name: images.float().clamp(-1, 1) for name, images in answers.items()}
         inside = masks.of(positions, truth)
-        rings = [(scenes.x_start(torch.tensor(each.around)) if each.around else None) for each in here]
+        azimuths = _azimuth_scores(targets.scenes, here, answers)
         found: Features = {"inside": inside.float().mean(dim=(1, 2))[:, None]}
         for name, images in answers.items():
-            images = images.float().clamp(-1, 1)
             scores = similarity(images, truth, inside, inside if masks.files else None)
-            azimuths = [_azimuth_scores(scenes, *each) for each in zip(here, rings, images, strict=True)]
-            found[name] = torch.cat([scores, torch.tensor(azimuths, device=device)], dim=1)
+            found[name] = torch.cat([scores, torch.tensor(azimuths[name], device=device)], dim=1)
         return found
 
-    scores = extract_features(score, subset, BATCH, device)
+    scores = extract_features(score, targets, BATCH, device)
     inside = scores.pop("inside")
     copies = int((scores[NEAREST][:, 0] >= MAX_PSNR).sum()) if NEAREST in scores else 0
     sampling = config.sampling
@@ -123,56 +121,76 @@ def score_views(experiment: Experiment, models: Mapping[str, tuple[int, Generate
         f"{sum(bool(each.around) for each in targets)} targets; object: {masks.rule}"
         + (f"; {copies} targets equal a training image" if copies else "")
     )
-    return Measured(protocol, _mean_rows(scores, [*models, *beside.names], inside), decimals=3)
+    return Measured(protocol, _mean_rows(scores, [*models, *compared.names], inside), decimals=3)
 
 
 def _mean_rows(scores: Features, names: list[str], inside: Tensor) -> Rows:
     """Returns the rows of the table, means over the targets that have a score. Logs which rows have no score.
 
     Args:
-        scores: (N, rows) for each name; NaN: the target has no such score.
+        scores: (N, rows) for each name. The source, a true image, has NaN if a target has no such score.
         inside: (N, 1) share of each target's pixels that belong to the object.
     """
     no_background, num_empty = inside.mean().item() > WHOLE_IMAGE, int((inside == 0).sum())
     if no_background:
-        logger.info("the objects fill the images, or the background is dark: the scores of the object are left out")
+        logger.info(
+            "novel views: the objects fill the images, so the scores of the object are left out; if they do not, the "
+            "background is not white, or the masks are: correct them"
+        )
     elif num_empty:
         logger.info(
-            "%d of the %d targets show no pixels of an object: the scores of the object alone leave them out",
+            "novel views: %d of the %d targets show no pixels of an object: the scores of the object leave them out",
             num_empty,
             len(inside),
         )
     rows: Rows = {}
-    for column, row in enumerate(ROWS):
-        if "object" in row and (no_background or num_empty == len(inside)):
+    for column, (row, reason) in enumerate(ROWS.items()):
+        if no_background and row in OF_OBJECT:
             continue
-        values = {name: scores[name][:, column] for name in names}
-        kept = torch.stack([*values.values()]).isfinite().all(dim=0)  # the same targets for all names
+        kept = scores[SOURCE][:, column].isfinite()
         if kept.any():
-            rows[row] = {name: {"value": value[kept].mean().item()} for name, value in values.items()}
+            values = {name: scores[name][kept, column] for name in names}
+            rows[row] = {name: {"value": value.mean().item()} for name, value in values.items()}
+            failed = [name for name, value in values.items() if not value.isfinite().all()]
+            if failed:
+                logger.warning("novel views: %s is not a number, because views of %s are not", row, ", ".join(failed))
         else:
-            logger.info("novel views: %s is left out, because the views of an object do not go around it", row)
+            logger.info("novel views: %s is left out, because %s", row, reason)
     return rows
 
 
-def _azimuth_scores(scenes: Scenes, target: Target, around: Tensor | None, image: Tensor) -> list[float]:
-    """Returns (100 if within 15 degrees else 0, azimuth error in degrees, 100 if the side is right else 0).
+def _azimuth_scores(
+    scenes: Scenes, targets: Sequence[Target], answers: Mapping[str, Tensor]
+) -> dict[str, list[list[float]]]:
+    """Returns, by name, (100 if within 15 degrees else 0, azimuth error, 100 if the side is right else 0) per target.
 
-    The azimuth of the image is that of the true view at the same height that is nearest to it, by squared error. Sides
-    are views at azimuths of 45 to 135 and of 225 to 315 degrees. Other views, and objects without `around`, have NaN.
+    The azimuth of an image is that of the true view at the same height that is nearest to it, by squared error. Sides
+    are views at azimuths of 45 to 135 and of 225 to 315 degrees. Other views have NaN, as have targets without views
+    all around.
+
+    Args:
+        answers: {name: views (N, 3, D, D) of the targets}.
     """
-    if around is None:
-        return [math.nan] * 3
-    distances = (around - image).square().mean(dim=(1, 2, 3)).cpu()
-    turns = scenes.turns(torch.tensor(target.around), target.index)
-    error = float(turns[distances.argmin()].abs())
-    is_side = abs(float(scenes.azimuth[target.index]) % 180 - 90) <= 45 + SAME
-    opposite = ((turns.abs() - 180).abs() <= SAME).nonzero().flatten()
-    right = math.nan
-    if is_side and len(opposite):
-        own = distances[turns.abs() <= SAME].min()
-        right = 100.0 * bool(own < distances[opposite[0]])
-    return [100.0 * (error <= NEAR + SAME), error, right]
+    found: dict[str, list[list[float]]] = {name: [] for name in answers}
+    for position, target in enumerate(targets):
+        if not target.around:
+            for scores in found.values():
+                scores.append([math.nan] * 3)
+            continue
+        around = torch.tensor(target.around)
+        true_views, turns = scenes.x_start(around), scenes.turns(around, target.index)
+        is_side = abs(float(scenes.azimuth[target.index]) % 180 - 90) <= 45 + SAME
+        opposite = ((turns.abs() - 180).abs() <= SAME).nonzero().flatten()
+        for name, images in answers.items():
+            distances = (true_views - images[position]).square().mean(dim=(1, 2, 3)).cpu()
+            if not distances.isfinite().all():
+                found[name].append([math.nan] * 3)
+                continue
+            error, right = float(turns[distances.argmin()].abs()), math.nan
+            if is_side and len(opposite):
+                right = 100.0 * bool(distances[turns.abs() <= SAME].min() < distances[opposite[0]])
+            found[name].append([100.0 * (error <= NEAR + SAME), error, right])
+    return found
 
 
 def num_steps(experiment: Experiment) -> int:
@@ -204,7 +222,9 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
             models = {f"model, {count} source{'s' * (count > 1)}": (count, generate) for count in counts}
             yield "novel_views", score_views(experiment, models, config.evaluation.num_novel_views, config.seed)
         feature = config_protocols(config)[0].feature_name
-        yield "identity", score_identity(experiment, _test_features(experiment, soda, feature), feature)
+        identity = score_identity(experiment, _test_features(experiment, soda, feature), feature)
+        if identity.rows:
+            yield "identity", identity
 
     for name, each in found():
         measured[name] = each

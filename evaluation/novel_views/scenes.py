@@ -1,5 +1,6 @@
 """Objects with the angles from which they are seen, and the target views that a model is judged on."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,13 +10,13 @@ from torch import Tensor
 
 from datasets.cameras import azimuth_of, polar_of
 from datasets.images import group_by_object
-from evaluation.features import Subset, random_subset
+from evaluation.features import random_subset
 from experiment.opening import Experiment
-from experiment.posed import draw_sources, source_images
+from experiment.posed import PosedPixels, draw_sources, source_images
 
 SAME = 0.5  # degrees; smaller differences are rounding
 NEAR = 15.0  # degrees from the pose that was asked for
-FEWEST_AROUND = 4  # views of an object at one height, for the azimuth tests
+MAX_GAP = 90.0  # degrees between neighbouring views of an object, for the azimuth tests
 
 
 class Scenes:
@@ -40,11 +41,10 @@ class Scenes:
 
     @cached_property
     def poses(self) -> Tensor:
-        """Number (N,) of the pose of each image. Images with the same angles have the same number."""
-        azimuth = self.azimuth % 360
-        azimuth = torch.where((azimuth > 360 - SAME) | (self.polar < SAME) | (self.polar > 180 - SAME), 0, azimuth)
-        # Rounded to tenths, because the last bits of angles differ.
-        return torch.stack([self.polar, azimuth]).mul(10).round().unique(dim=1, return_inverse=True)[1]
+        """Number (N,) of the pose of each image. Images whose angles agree to a tenth of a degree share one."""
+        tenths = torch.stack([self.polar * 10, self.azimuth * 10]).round()
+        tenths[1] %= 3600
+        return tenths.unique(dim=1, return_inverse=True)[1]
 
     @cached_property
     def known(self) -> dict[int, dict[int, int]]:
@@ -55,11 +55,24 @@ class Scenes:
             found.setdefault(poses[index], {})[objects[index]] = index
         return found
 
+    def name(self, index: int) -> str | None:
+        """Returns the path of an image below the folder of all objects; None if the images are not files."""
+        images, place = (self.train, index) if index < len(self.train) else (self.test, index - len(self.train))
+        return images.names[place] if images.names else None
+
     def around(self, index: int) -> Tensor:
         """Returns the indices of all views of the same object at the same height, with the image itself."""
         members = self.members[self.objects[index]]
         members = members[members >= 0]
         return members[(self.polar[members] - self.polar[index]).abs() <= SAME]
+
+    def is_ring(self, indices: Tensor) -> bool:
+        """Returns True if views at one height go around their object, without a gap of more than MAX_GAP degrees."""
+        if not len(indices) or not SAME < self.polar[indices[0]] < 180 - SAME:
+            return False
+        azimuth = self.azimuth[indices].sort().values
+        gaps = (azimuth.roll(-1) - azimuth) % 360
+        return len(indices) > 1 and bool(gaps.max() <= MAX_GAP + SAME)
 
     def turns(self, indices: Tensor, index: int) -> Tensor:
         """Returns the azimuths of images minus that of the image `index`, in degrees from -180 to 180."""
@@ -82,44 +95,59 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Target:
-    """A target view, its sources and what it is compared with. Images are indices into `Scenes`.
+    """A target view, its sources and what it is compared with. All images are indices into `Scenes`.
 
     Attributes:
-        sources: indices into the split that sources come from (`source_images`).
-        around: views of the same object at the same height; empty: they are too few for the azimuth tests.
+        around: views all around the same object at the same height; empty: there are none.
         beside: another view of the object, 15 degrees off; None: there is none.
-        candidates: pairs of training images of one object, from the first source's pose and from the target's.
     """
 
     index: int
     sources: list[int]
     around: list[int]
     beside: int | None
-    candidates: list[tuple[int, int]]
 
 
-def choose_targets(scenes: Scenes, count: int, seed: int) -> tuple[Subset, list[Target]]:
+class Targets:
+    """Target views, in the form that `extract_features` takes."""
+
+    def __init__(self, scenes: Scenes, targets: list[Target]) -> None:
+        self.scenes, self._targets = scenes, targets
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, positions: range) -> list[Target]:
+        return self._targets[positions.start : positions.stop]
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._targets)
+
+    def batches(self, wanted: Iterable[range], pin_memory: bool = False) -> Iterator[PosedPixels]:
+        """Yields the images of the targets at each range of positions, with their source images."""
+        for positions in wanted:
+            indices = torch.tensor([[each.index, *each.sources] for each in self[positions]])  # (n, 1 + K)
+            pixels, cameras = self.scenes.read(indices.flatten())
+            yield PosedPixels(pixels.unflatten(0, indices.shape), cameras.unflatten(0, indices.shape))
+
+
+def choose_targets(scenes: Scenes, count: int, seed: int) -> Targets:
     """Returns `count` test images, drawn by the seed, or all if they are fewer, and what each is compared with."""
-    experiment = scenes.experiment
-    config, test, first = experiment.config, scenes.test, len(scenes.train)
-    subset = random_subset(test, count, seed, "novel views")
+    config, test, first = scenes.experiment.config, scenes.test, len(scenes.train)
+    chosen = random_subset(test, count, seed, "novel views").indices
     others = source_images(scenes.train, test, config)
-    but = subset.indices if others is test else None
-    objects = _needed(test.objects)[subset.indices]
-    sources = draw_sources(others, objects, but, config.views.num_sources, range(len(subset)), seed, "novel view ")
+    of_test = others is test
+    objects, num_sources = _needed(test.objects)[chosen], config.views.num_sources
+    positions = range(len(chosen))
+    sources = draw_sources(others, objects, chosen if of_test else None, num_sources, positions, seed, "novel view ")
     targets = []
-    for index, of_target in zip((subset.indices + first).tolist(), sources.tolist(), strict=True):
+    for index, of_target in zip((chosen + first).tolist(), (sources + first * of_test).tolist(), strict=True):
         around = scenes.around(index)
         turns = scenes.turns(around, index)
         beside = around[(turns.abs() - NEAR).abs() <= SAME].tolist()
-        is_ring = len(around) >= FEWEST_AROUND and SAME < scenes.polar[index] < 180 - SAME
-        of_source = of_target[0] + (first if others is test else 0)
-        here = scenes.known.get(int(scenes.poses[of_source]), {})
-        there = scenes.known.get(int(scenes.poses[index]), {})
-        own = int(scenes.objects[index])
-        pairs = [(here[each], there[each]) for each in sorted(here.keys() & there.keys()) if each != own]
-        targets.append(Target(index, of_target, around.tolist() if is_ring else [], next(iter(beside), None), pairs))
-    return subset, targets
+        ring = around.tolist() if scenes.is_ring(around) else []
+        targets.append(Target(index, of_target, ring, next(iter(beside), None)))
+    return Targets(scenes, targets)
 
 
 def _needed(value: Any) -> Any:

@@ -4,14 +4,16 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from datasets.decoding import decode
+from datasets.images import DatasetError
 from datasets.posed import image_folder, mask_of
-from evaluation.features import Subset
+from evaluation.novel_views.scenes import Targets
 from evaluation.quality import ssim_maps
-from experiment.opening import Experiment
 
 BACKGROUND = 0.95  # without masks, pixels whose darkest channel is at least this are background
 MAX_PSNR = 60.0  # dB; data sets may hold an object twice, and equal images have an infinite PSNR
@@ -64,29 +66,33 @@ def _mean_color(images: Tensor, inside: Tensor) -> Tensor:
 class Masks:
     """Pixels of the objects in the targets: from mask files if every target has one, else pixels that are not white.
 
-    A pixel of a mask belongs to the object if it is brighter than half of the mask's brightest pixel. So masks of
-    values 0 and 1 count, too.
+    A pixel of a mask belongs to the object if it is brighter than half of the mask's brightest pixel. Masks with the
+    values 0 and 1 therefore work as well. Raises DatasetError if a mask cannot be used.
 
     Attributes:
         files: files of the masks; empty: there are none.
         rule: the choice between masks and light pixels, in words.
     """
 
-    def __init__(self, experiment: Experiment, targets: Subset) -> None:
-        self._experiment = experiment
-        folder, names = image_folder(Path(experiment.config.data.root)), targets.images.names or []
-        files = [mask_of(folder, names[index]) for index in targets.indices.tolist()] if names else []
+    def __init__(self, targets: Targets) -> None:
+        self._experiment = targets.scenes.experiment
+        folder = image_folder(Path(self._experiment.config.data.root), log=False)
+        images = [targets.scenes.name(each.index) for each in targets]
+        files = [mask_of(folder, image) if image else None for image in images]
         self.files = [file for file in files if file is not None]
         self.rule = "masks"
-        if len(self.files) < len(files) or not files:
+        if len(self.files) < len(targets):
             self.rule = f"pixels whose darkest channel is below {BACKGROUND:g}"
             logger.info(
-                "%d of the %d targets have a mask: the object is taken to be the %s",
+                "%d of the %d targets have a mask%s: the object is taken to be the %s",
                 len(self.files),
                 len(targets),
+                ", so none is used" if self.files else "",
                 self.rule,
             )
             self.files = []
+        for file, image in zip(self.files, images, strict=False):
+            _check_mask(file, folder / (image or ""))
 
     def of(self, positions: range, truth: Tensor) -> Tensor:
         """Returns the pixels (N, D, D) bool of the objects in the true views at `positions`."""
@@ -99,3 +105,18 @@ class Masks:
         found = self._experiment.views.x_start(torch.stack(masks).permute(0, 3, 1, 2).to(truth.device))
         found = found.mean(dim=1) / 2 + 0.5  # (N, D, D), from 0 to 1
         return found > found.amax(dim=(1, 2), keepdim=True) / 2
+
+
+def _check_mask(file: Path, image_file: Path) -> None:
+    """Raises DatasetError if the mask does not have the shape of its image, or is transparent."""
+    try:
+        with Image.open(file) as mask, Image.open(image_file) as image:
+            if abs(mask.width * image.height - mask.height * image.width) > max(mask.size) + max(image.size):
+                raise DatasetError(
+                    f"the mask {file} has {mask.width} x {mask.height} pixels, and its image {image.width} x "
+                    f"{image.height}: give them the same shape"
+                )
+            if mask.has_transparency_data and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
+                raise DatasetError(f"the mask {file} is transparent: save it as white on black")
+    except OSError as error:
+        raise DatasetError(f"cannot read the mask {file} or its image ({error}): restore it") from None
