@@ -90,7 +90,8 @@ def report(config: Config) -> None:
         print("", format_table(table), sep="\n")
     if config.data.name == "digits" and table:
         print("Raw pixels alone nearly solve digits: this table shows only that training works.")
-    grids = sorted((folder / "samples").glob("*.png"))
+    samples = folder / "samples"
+    grids = sorted(samples.glob("epoch_*.png")) or sorted(samples.glob("*.png"))  # those of steps are earlier
     print(f"\ncheckpoint   {folder / 'checkpoints' / 'last.pt'}")
     if grids:
         print(f"sample grid  {grids[-1]}")

@@ -438,7 +438,12 @@ def test_unlabelled_images_train_without_evaluation(
     caplog.set_level("INFO")
     assert train_program.main(digits_args(tmp_path / "run", *folder)) == 0
     assert "k-NN and linear probe are skipped" in caplog.text
-    assert "sample grid" in capsys.readouterr().out and (tmp_path / "run/samples/epoch_0001.png").exists()
+    grid = tmp_path / "run/samples/epoch_0001.png"
+    assert f"sample grid  {grid}\n" in capsys.readouterr().out and grid.exists()
+    # The last grid is that of an epoch, also beside those of early steps.
+    (tmp_path / "run/samples/step_000100.png").touch()
+    assert train_program.main(digits_args(tmp_path / "run", *folder)) == 0
+    assert f"sample grid  {grid}\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         judge_program.main(digits_args(tmp_path / "run", *folder))
     assert "has no test images with labels: set data.root to" in capsys.readouterr().err
