@@ -1,5 +1,6 @@
 """Tests of encoders that depend on the timestep: the model, training, sampling, and what needs a single z."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -141,6 +142,26 @@ def test_source_and_target_are_one_view(tmp_path: Path) -> None:
         ordinary = batch_of(experiment_of(tmp_path, *same[1:]), 3, range(8, 40))
         assert torch.equal(ordinary.x_source, batch.x_source) and not torch.equal(ordinary.x_start, batch.x_start)
         assert (seen - batch.x_start).std() > noise_std / 10
+
+
+def test_compilation_and_mixed_precision_change_only_rounding() -> None:
+    """A compiled model is one graph with the same outputs. In bf16, the biases of neighbouring timesteps stay apart."""
+    soda = time_dependent_soda()
+    x_source, x_t = torch.randn(6, 1, 3, 8, 8), torch.randn(6, 3, 8, 8)
+    timesteps, kept = torch.tensor([0, 1, 40, 41, 98, 99]), torch.zeros(6, 1, dtype=torch.bool)
+    with torch.no_grad():
+        expected = soda(x_source, x_t, timesteps, kept)
+        compiled = copy.deepcopy(soda)
+        compiled.compile(backend="aot_eager", fullgraph=True)
+        found = compiled(x_source, x_t, timesteps, kept)
+        torch.testing.assert_close(found.prediction, expected.prediction)
+        torch.testing.assert_close(found.latents, expected.latents)
+        same_image = x_source[:1].expand(6, -1, -1, -1, -1)
+        exact = soda(same_image, x_t, timesteps, kept).latents[:, 0]
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = soda(same_image, x_t, timesteps, kept).latents[:, 0].float()
+    moved = (exact[1::2] - exact[::2]).square().mean()  # between neighbouring timesteps
+    assert (rounded - exact).square().mean() < moved / 4
 
 
 @pytest.fixture(scope="module")
