@@ -106,7 +106,8 @@ def readme() -> str:
             f"CIFAR-10 (JPEG copy), a narrow model, {done}{newest['of_epochs']} epochs",
             beside_baselines(same),
             f"{'one seed' if len(same) == 1 else f'{len(same)} seeds'}, {newest['seconds'] / 60:.0f} minutes on busy "
-            "CPU cores: [results](docs/results.md#cifar-10-on-cpu-cores)",
+            f"CPU cores: `cifar10_cpu.yaml training.epochs={newest['of_epochs']}`, "
+            "[results](docs/results.md#cifar-10-on-cpu-cores)",
             "",
         ]
     )
