@@ -20,7 +20,7 @@ from torch import Tensor
 from config.pose_pattern import is_transforms_file, name_pattern
 from config.schema import Data
 from datasets.cache import open_splits
-from datasets.cameras import opengl_camera, sphere_camera
+from datasets.cameras import opengl_camera, polar_of, sphere_camera
 from datasets.formats import image_endings
 from datasets.holdout import draw_held_out, part_of
 from datasets.images import DatasetError, Images
@@ -59,6 +59,11 @@ def open_posed(data: Data, processes: int) -> tuple[Images, Images | None]:
     views = list_transforms(folder, data.pose) if is_transforms_file(data.pose) else list_names(folder, data)
     _check_views(folder, [view.of for view in views])
     number = {name: index for index, name in enumerate(sorted({view.of for view in views}))}
+    heights = polar_of(torch.stack([view.camera for view in views])).rad2deg()
+    logger.info(
+        "%d photographs of %d objects in %s, seen from %.0f to %.0f degrees (0: from above, 90: from the side)",
+        *(len(views), len(number), folder, heights.min().item(), heights.max().item()),
+    )
     train, test = split_views(folder, views, data)
     opened = open_splits(train, test, data, processes)
     by_file = {view.file: view for view in views}
@@ -133,6 +138,11 @@ def list_names(folder: Path, data: Data) -> list[Photograph]:
         polar = angles.get("polar", SIDE - angles.get("pitch", 0.0))
         azimuth = angles.get("azimuth", angles.get("yaw", 0.0))
         views.append(Photograph(file, str(Path(file).parent), sphere_camera(polar, azimuth, data.focal)))
+    loose = [view.file for view in views if view.of == "."]
+    if loose:
+        raise DatasetError(
+            f"{folder / loose[0]} is not in the folder of an object: move it to {folder}/OBJECT/, with all its views"
+        )
     if misfits:
         more = f" (nor do {len(misfits) - 1} others)" if len(misfits) > 1 else ""
         raise DatasetError(
@@ -157,9 +167,11 @@ def list_transforms(folder: Path, name: str) -> list[Photograph]:
     repeated = [file for file, count in Counter(view.file for view in views).items() if count > 1]
     if repeated:
         raise DatasetError(f"{folder / repeated[0]} has more than one camera in the files {name}: remove one of them")
-    unlisted = len({*all_images(folder)} - {view.file for view in views})
+    unlisted = sorted({*all_images(folder)} - {view.file for view in views})
     if unlisted:
-        logger.info("left out %d images in %s that no file %s names", unlisted, folder, name)
+        logger.info(
+            "left out %d images in %s that no file %s names, such as %s", len(unlisted), folder, name, unlisted[0]
+        )
     farthest = max(view.camera[:, 3].norm().item() for view in views)
     if farthest == 0:
         raise DatasetError(f"all cameras of {name} in {folder} are at the origin: correct these files")
@@ -173,24 +185,39 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
     """Returns the frames of one file of cameras. Raises DatasetError if it cannot be used."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        focal = 0.5 / math.tan(float(contents["camera_angle_x"]) / 2)  # in widths of the whole image
+        angle = float(contents["camera_angle_x"])
+        focal = 0.5 / math.tan(angle / 2)  # in widths of the whole image
         frames = [(str(frame["file_path"]), _matrix(frame["transform_matrix"])) for frame in contents["frames"]]
-        if not frames or not 0 < focal < math.inf:
-            raise ValueError("no frames, or camera_angle_x is not an angle")
+        if not frames or not 0 < angle < math.pi:
+            raise ValueError("no frames, or camera_angle_x is not between 0 and pi, in radians")
     except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__} {error}"
         raise DatasetError(f"{path} is not in the format of NeRF-synthetic ({reason}): correct it") from None
     files = [_image_of(file, path) for file, _ in frames]
-    try:
-        with Image.open(files[0]) as image:  # reads only the size
-            focal *= image.width / min(image.size)  # images are cropped to their central square
-    except OSError as error:
-        raise DatasetError(f"cannot read {files[0]} ({error}): restore the file") from None
+    shapes = {file: _shape(file) for file in files}
+    known = {shape: file for file, shape in reversed(shapes.items()) if shape}
+    if not known:
+        raise DatasetError(f"cannot read {files[0]}, nor any other image of {path}: restore the files")
+    if len(known) > 1:
+        raise DatasetError(
+            f"{path} has one camera_angle_x, but images of different shapes, such as "
+            f"{join_names([file.name for file in known.values()])}: write a file for each shape"
+        )
+    focal *= max(1.0, next(iter(known)))  # images are cropped to their central square
     of = str(path.parent.relative_to(folder))
     return [
         Photograph(str(file.relative_to(folder)), of, opengl_camera(matrix, focal))
         for file, (_, matrix) in zip(files, frames, strict=True)
     ]
+
+
+def _shape(file: Path) -> float | None:
+    """Returns width / height of an image, to a hundredth; None if the file cannot be read."""
+    try:
+        with Image.open(file) as image:  # reads only the size
+            return round(image.width / image.height, 2)
+    except OSError:
+        return None
 
 
 def _matrix(rows: Any) -> Tensor:
@@ -261,10 +288,14 @@ def split_views(folder: Path, views: list[Photograph], data: Data) -> tuple[List
         held = draw_held_out(listing.files, [number[view.of] for view in views], data.holdout, kept=2)
         what = f"{len(held)} of the {len(views)} views"
     if not held:
-        least = "a class of two objects" if data.split == "objects" else "an object with three views"
+        more = (
+            "each class keeps an object: add objects, or hold out views with data.split=views"
+            if data.split == "objects"
+            else "each object keeps two views: add views"
+        )
         raise DatasetError(
-            f"data.holdout={data.holdout:g} holds out no {data.split} of {folder}, because none can be spared: add "
-            f"{least}, or remove data.holdout"
+            f"data.holdout={data.holdout:g} holds out no {data.split} of {folder}, because {more}, or set "
+            "data.holdout=0"
         )
     logger.info("%s in %s are held out as the test split, chosen by a digest of their paths", what, folder)
     name, everything = f"{data.split}-{data.holdout:g}", range(len(views))

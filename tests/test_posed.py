@@ -389,9 +389,13 @@ def test_held_out_views_and_unlabelled_objects_train(tmp_path: Path, caplog: pyt
             r"far/a/95-000\.png: pitch 95 is not between -90 and 90 degrees",
         ),
         ({"root": "alone"}, r"alone with a single view: b: add views of them, or remove them"),
-        ({"root": "pair", "holdout": 0.5}, r"holds out no objects of \S+pair, because none can be spared"),
+        (
+            {"root": "pair", "holdout": 0.5},
+            r"holds out no objects of \S+pair, because each class keeps an object: add",
+        ),
         ({"root": "missing"}, r"no folder \S+missing: set data\.root"),
         ({"pose": "transforms.json"}, r"no file transforms\.json in"),
+        ({"root": "loose"}, r"loose/1-0\.png is not in the folder of an object: move it to"),
         ({"root": "mixed"}, r"objects in \S+mixed without the folder of a class: c: move them into one"),
     ],
 )
@@ -401,6 +405,7 @@ def test_bad_photographs_are_errors_of_the_user(
     """Each error names the file or the folder and says what to do."""
     if "root" in data:
         names = {"far": ["a/95-000", "a/00-000"], "alone": ["a/1-0", "a/1-1", "b/1-0"], "pair": ["a/1-0", "a/1-1"]}
+        names["loose"] = ["1-0", "1-1"]
         names["mixed"] = ["a/b/1-0", "a/b/1-1", "c/1-0", "c/1-1"]
         for name in names.get(data["root"], []):
             path = tmp_path / data["root"] / f"{name}.png"
@@ -418,6 +423,8 @@ def test_damaged_transforms_files_are_errors_of_the_user(tmp_path: Path) -> None
     cases: list[tuple[Any, str]] = [
         ("{", "is not in the format of NeRF-synthetic"),
         (json.dumps({"frames": []}), "KeyError 'camera_angle_x'"),
+        (json.dumps(good | {"camera_angle_x": 40}), "camera_angle_x is not between 0 and pi, in radians"),
+        (json.dumps(good | {"frames": [frame, frame | {"file_path": "wide"}]}), "images of different shapes, such as"),
         (json.dumps(good | {"frames": [frame | {"transform_matrix": [[1]]}]}), "not 4 x 4 finite numbers"),
         (json.dumps(good | {"frames": [frame | {"file_path": "81-000"}]}), "names 81-000, but there is no such image"),
         (json.dumps(good | {"frames": [frame | {"transform_matrix": {"a": 1}}]}), "not in the format of NeRF"),
@@ -428,6 +435,7 @@ def test_damaged_transforms_files_are_errors_of_the_user(tmp_path: Path) -> None
         (json.dumps(good | {"frames": [frame | {"file_path": "../x/80-000"}]}), "no such image beside it"),
         (json.dumps(good), "are at the origin"),
     ]
+    Image.new("RGB", (16, 8)).save(root / "x" / "wide.png")
     for text, message in cases:
         (root / "x" / "transforms.json").write_text(text)
         with pytest.raises(DatasetError, match=message):

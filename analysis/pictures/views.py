@@ -69,12 +69,14 @@ class Views(Picture[list[Turntable]]):
         sources = [_index(reference, scenes) for reference in self.images]
         if len({int(scenes.objects[index]) for index in sources}) > 1:
             raise ConfigError("--images names images of different objects: name images of one object")
+        if len({*sources}) < len(sources):
+            raise ConfigError("--images names an image twice: name different images of one object")
         return [self._turntable(scenes, sources)]
 
     def _draw_sources(self, scenes: Scenes) -> list[list[int]]:
         """Returns the indices of the source images of several test objects, drawn by the run's seed.
 
-        The first source of an object has views all around the object at its height, if there is one.
+        The first source of an object has views all around the object at its height, as many as possible.
         """
         import torch
 
@@ -96,7 +98,7 @@ class Views(Picture[list[Turntable]]):
                 f"use at most {fewest}"
             )
         for each in chosen:
-            each.sort(key=lambda index: not scenes.is_ring(scenes.around(index)))  # keeps the random order
+            each.sort(key=lambda index: -len(ring) if scenes.is_ring(ring := scenes.around(index)) else 0)
         return [each[: self.num_sources] for each in chosen]
 
     def _turntable(self, scenes: Scenes, sources: list[int]) -> Turntable:
@@ -192,7 +194,11 @@ def _index(reference: str, scenes: Scenes) -> int:
 
     place = re.fullmatch(r"(?:(train|test):)?(\d+)", reference)
     if place is None:
-        raise ConfigError(f"no image {reference}: write 12 (a test image) or train:12, because views need cameras")
+        if "=" in reference:
+            raise ConfigError(f"{reference} follows --images, which takes all words behind it: put it before --images")
+        raise ConfigError(
+            f"no image {reference}: write the number under its picture, such as 12 (a test image) or train:12"
+        )
     images, first = (scenes.train, 0) if place[1] == "train" else (scenes.test, len(scenes.train))
     if int(place[2]) >= len(images):
         raise ConfigError(f"no image {reference}: its split has the images 0 to {len(images) - 1}")

@@ -134,8 +134,8 @@ def _mean_rows(scores: Features, names: list[str], inside: Tensor) -> Rows:
     no_background, num_empty = inside.mean().item() > WHOLE_IMAGE, int((inside == 0).sum())
     if no_background:
         logger.info(
-            "novel views: the objects fill the images, so the scores of the object are left out; if they do not, the "
-            "background is not white, or the masks are: correct them"
+            "novel views: the scores of the object are left out, because objects fill the images: without masks, the "
+            "background has to be white"
         )
     elif num_empty:
         logger.info(

@@ -83,13 +83,13 @@ class Masks:
         self.rule = "masks"
         if len(self.files) < len(targets):
             self.rule = f"pixels whose darkest channel is below {BACKGROUND:g}"
-            logger.info(
-                "%d of the %d targets have a mask%s: the object is taken to be the %s",
-                len(self.files),
-                len(targets),
-                ", so none is used" if self.files else "",
-                self.rule,
+            without = [image for image, file in zip(images, files, strict=True) if file is None]
+            found = (
+                f"{len(self.files)} of the {len(targets)} targets have a mask, so none is used ({without[0]} has none)"
+                if self.files
+                else "no masks"
             )
+            logger.info("novel views: %s: the object is taken to be the %s", found, self.rule)
             self.files = []
         for file, image in zip(self.files, images, strict=False):
             _check_mask(file, folder / (image or ""))
