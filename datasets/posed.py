@@ -195,7 +195,7 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
         raise DatasetError(f"{path} is not in the format of NeRF-synthetic ({reason}): correct it") from None
     files = [_image_of(file, path) for file, _ in frames]
     shapes = {file: _shape(file) for file in files}
-    known = {shape: file for file, shape in reversed(shapes.items()) if shape}
+    known = {round(shape, 2): file for file, shape in reversed(shapes.items()) if shape}  # with the first file of each
     if not known:
         raise DatasetError(f"cannot read {files[0]}, nor any other image of {path}: restore the files")
     if len(known) > 1:
@@ -203,7 +203,8 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
             f"{path} has one camera_angle_x, but images of different shapes, such as "
             f"{join_names([file.name for file in known.values()])}: write a file for each shape"
         )
-    focal *= max(1.0, next(iter(known)))  # images are cropped to their central square
+    (first,) = known.values()
+    focal *= max(1.0, shapes[first] or 1.0)  # images are cropped to their central square
     of = str(path.parent.relative_to(folder))
     return [
         Photograph(str(file.relative_to(folder)), of, opengl_camera(matrix, focal))
@@ -212,10 +213,10 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
 
 
 def _shape(file: Path) -> float | None:
-    """Returns width / height of an image, to a hundredth; None if the file cannot be read."""
+    """Returns width / height of an image; None if the file cannot be read."""
     try:
         with Image.open(file) as image:  # reads only the size
-            return round(image.width / image.height, 2)
+            return image.width / image.height
     except OSError:
         return None
 

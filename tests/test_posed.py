@@ -221,6 +221,19 @@ def test_cameras_of_a_transforms_file(tmp_path: Path) -> None:
     torch.testing.assert_close(images.cameras, expected.repeat(2, 1, 1), rtol=0, atol=1e-6)
 
 
+def test_the_focal_length_of_wide_images_is_exact(tmp_path: Path) -> None:
+    """Images of 4:3 are cropped to their height, so the focal length is 4/3 times that of the whole width."""
+    rows = torch.cat([torch.eye(3), torch.tensor([[0.0], [0.0], [1.0]])], dim=1).tolist()
+    frames = [{"file_path": f"{i}.png", "transform_matrix": rows} for i in range(2)]
+    (tmp_path / "x").mkdir()
+    for i in range(2):
+        Image.new("RGB", (640, 480)).save(tmp_path / "x" / f"{i}.png")
+    contents = {"camera_angle_x": 2 * math.atan(0.5 / 1.2), "frames": frames}
+    (tmp_path / "x" / "transforms.json").write_text(json.dumps(contents))
+    cameras = opened(tmp_path, pose="transforms.json")[0].cameras
+    assert cameras is not None and (1 / cameras[0, :, 0].norm()).item() == pytest.approx(1.2 * 4 / 3, rel=1e-5)
+
+
 def test_sources_are_other_images_of_the_object(objects: Path) -> None:
     """Sources are drawn without replacement from the other views, and are repeated only if there are too few."""
     experiment = posed_experiment(objects)
