@@ -209,10 +209,6 @@ def _name(scenes: Scenes, index: int) -> str:
     """Returns the caption of an image: the last two parts of its path without the ending, its split and its number."""
     from pathlib import Path
 
-    first = len(scenes.train)
-    images, split, place = (scenes.train, "train", index) if index < first else (scenes.test, "test", index - first)
-    return (
-        f"{'/'.join(Path(images.names[place]).with_suffix('').parts[-2:])}\n{split}:{place}"
-        if images.names
-        else f"{split}:{place}"
-    )
+    first, name = len(scenes.train), scenes.name(index)
+    number = f"train:{index}" if index < first else f"test:{index - first}"
+    return f"{'/'.join(Path(name).with_suffix('').parts[-2:])}\n{number}" if name else number
