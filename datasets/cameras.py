@@ -7,11 +7,27 @@ focal length in widths of the image. A camera therefore holds its rotation, its 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ABOVE = 1e-3  # sine of the angle from the vertical below which a camera counts as straight above the object
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """Photograph of an object from a known camera.
+
+    Attributes:
+        file: path of the image below the folder of all objects.
+        of: path of the object's folder below it.
+        camera: (3, 4) float32.
+    """
+
+    file: str
+    of: str
+    camera: Tensor
 
 
 def sphere_camera(polar: float, azimuth: float, focal: float) -> Tensor:
