@@ -8,7 +8,7 @@
 # make test-long
 #     Runs the tests that take minutes.
 # make bundle DATA=folder [NAME="name of the images"] [BUNDLE_PYTHON=3.12]
-#     Collects code, images and packages for an ablation on a machine that has torch but no network. There, run
+#     Collects code, images and packages for an ablation on a machine that has torch and scipy but no network. There, run
 #     `bash bundle/run.sh`. BUNDLE_PYTHON is the Python version of that machine.
 # make clean
 #     Removes .venv and the caches of the tools.
@@ -44,7 +44,7 @@ test: lint
 test-long: .venv/requirements-dev.done
 	.venv/bin/python -m pytest -m long
 
-# The bundle has the code of the last commit. The other machine must have torch, torchvision, numpy and pyyaml, and
+# The bundle has the code of the last commit. The other machine must have torch, torchvision, numpy, pyyaml and scipy, and
 # scikit-learn for the benchmarks of the plan. ema-pytorch and tqdm are downloaded without dependencies, because
 # ema-pytorch needs only torch and numpy.
 bundle: .venv/requirements.done
@@ -54,7 +54,7 @@ bundle: .venv/requirements.done
 	git archive --format=tar.gz -o bundle/code.tar.gz HEAD
 	tar -C "$(DATA)" -chzf bundle/data.tar.gz .
 	echo "$(NAME)" > bundle/name.txt
-	$(DOWNLOAD) pydantic
+	$(DOWNLOAD) pydantic filelock
 	$(DOWNLOAD) --no-deps ema-pytorch tqdm
 	cp ablations/run_bundle.sh bundle/run.sh
 	@du -sm bundle | awk '{print "bundle/: " $$1 " MB"; if ($$1 >= $(BUNDLE_MB)) {print "error: the bundle must be smaller than $(BUNDLE_MB) MB: choose fewer images" > "/dev/stderr"; exit 2}}'

@@ -75,10 +75,10 @@ def draw(kind: type[Picture[Any]], words: list[str]) -> int:
             fit = open_fit(prior_path(trained, args.timestep), trained, codec, must_exist=True)
             codec.draw_latents = draw_from(fit)
         path = args.out or trained.folder / "pictures" / f"{feature_name(kind.name, args.timestep)}.png"
+        if path.suffix.lower() != ".png":
+            raise ConfigError(f"--out {path} is not a .png file: name one")
         check_writable(path)
         if picture.needs_cameras:
-            if path.suffix == ".gif":
-                raise ConfigError(f"--out {path} is for the picture, and the animation is beside it: name a .png file")
             check_writable(path.with_suffix(".gif"))
         data = trained.config.data
         if data.name in ("tiny", "folder", "posed") and is_listed(path, Path(data.root)):

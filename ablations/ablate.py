@@ -19,6 +19,7 @@ started later does.
 import argparse
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -143,6 +144,7 @@ class Driver:
 
         If the run fails, this is logged and recorded.
         """
+        from datasets.images import DatasetError
         from utils.device import OutOfMemoryError
         from utils.run_folder.checkpoint import CheckpointError
 
@@ -161,7 +163,7 @@ class Driver:
                 "%s is incomplete: %s", run.name, "stopped by a signal" if signals.received() else "no time left"
             )
             return False
-        except (RuntimeError, ConfigError, CheckpointError, OutOfMemoryError) as error:
+        except (RuntimeError, ConfigError, DatasetError, CheckpointError, OutOfMemoryError) as error:
             self._log_failure(run.name, error)  # other variants may work, for example with less memory
             reason = str(error).partition("\n")[0] or type(error).__name__
             self.ablation.record(run, {"complete": False, "failed": reason})
@@ -172,12 +174,13 @@ class Driver:
         logger.info("%s failed: %s", name, str(error).partition("\n")[0])
 
     def _run_command(self, stage: Stage) -> bool:
-        """Runs the command of a stage once. Returns False if the deadline or a signal stopped the driver before it.
+        """Runs the command of a stage once. Returns False if the deadline or a signal came before its end.
 
-        The command is not repeated, even if it failed or was stopped at its time limit. Its output is appended to
-        commands.txt while it runs.
+        The command is not repeated, even if it failed or was stopped at the time limit of its stage. Its output is
+        appended to commands.txt while it runs.
         """
         kept, head = self.out / "commands.txt", f"== {stage.name}: {stage.command}\n"
+        end = re.compile(rf"^== {re.escape(stage.name)}: (status -?\d+|stopped after \d+ s)$", re.MULTILINE)
         folder = self.out / "runs" / stage.name
         folder.mkdir(parents=True, exist_ok=True)
         waiting_for = ""
@@ -193,16 +196,19 @@ class Driver:
                     return False
                 continue
             with lock:
-                if not (kept.exists() and head in kept.read_text(encoding="utf-8", errors="replace")):
-                    limit = min(60 * (stage.minutes or float("inf")), self._runner.deadline - time.monotonic())
-                    if self._runner.must_stop() or limit <= 0:
-                        return False
-                    self._run_locked(stage, kept, head, limit)
-                return True
+                said = kept.read_text(encoding="utf-8", errors="replace") if kept.exists() else ""
+                if head in said and end.search(said.rpartition(head)[2]):
+                    return True
+                return not self._runner.must_stop() and self._run_locked(stage, kept, head)
 
-    def _run_locked(self, stage: Stage, kept: Path, head: str, limit: float) -> None:
-        """Runs the command of a stage for at most `limit` seconds. Appends `head` and its output to the file `kept`."""
+    def _run_locked(self, stage: Stage, kept: Path, head: str) -> bool:
+        """Runs the command of a stage, and appends `head` and its output to the file `kept`.
+
+        Returns False if the deadline or a signal stopped it.
+        """
         assert stage.command is not None
+        own_limit, left = 60 * (stage.minutes or float("inf")), self._runner.deadline - time.monotonic()
+        limit = min(own_limit, left)
         logger.info("%s: %s", stage.name, stage.command)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # otherwise buffered output is lost at a time-out
         with open(kept, "a", encoding="utf-8") as file:
@@ -216,11 +222,16 @@ class Driver:
                     check=False,
                     env=environment,
                 )
+                stopped = process.returncode != 0 and signals.received()
                 end = f"status {process.returncode}"
             except subprocess.TimeoutExpired:
+                stopped = left < own_limit
                 end = f"stopped after {limit:.0f} s"
+            if stopped:
+                end = "interrupted"
             print(f"== {stage.name}: {end}", file=file, flush=True)
         logger.info("%s: %s", stage.name, end)
+        return not stopped
 
 
 def main(argv: list[str] | None = None) -> int:

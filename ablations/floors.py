@@ -17,9 +17,8 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.make_parser(__doc__ or "", "  python -m ablations.floors --config config/digits.yaml")
         config = cli.read_config(parser.parse_intermixed_args(argv))
 
-    from datasets.images import DatasetError
     from evaluation.encoders import baselines, principal_components
-    from evaluation.judge import judge
+    from evaluation.judge import check_can_judge, judge
     from evaluation.protocols import config_protocols
     from experiment.opening import open_experiment
     from utils.logging import format_table
@@ -27,8 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     # Open the images.
     with cli.gather_user_errors():
         experiment = open_experiment(config)
-        if not experiment.has_test_labels:
-            raise DatasetError(f"the images in {config.data.root} have no labels: set data.root to images with labels")
+        check_can_judge(experiment)
 
     # Judge.
     num_components = config.encoder.latent_dim

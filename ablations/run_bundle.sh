@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Unpacks the bundle that `make bundle` made, on a machine that has torch but no network, and runs an ablation plan.
+# Unpacks the bundle that `make bundle` made, on a machine that has torch and scipy but no network, and runs an ablation plan.
 #   bash bundle/run.sh MINUTES OUT [PLAN.yaml] [key=value ...]
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -23,11 +23,11 @@ if [ ! -e "$here/unpacked" ]; then
 fi
 cd "$here/code"
 export PYTHONPATH="$here/packages${PYTHONPATH:+:$PYTHONPATH}"
-python3 -c 'import torch, torchvision, numpy, yaml' || {
-  echo "error: torch, torchvision, numpy or PyYAML is missing on this machine: install it" >&2
+python3 -c 'import torch, torchvision, numpy, yaml, scipy' || {
+  echo "error: torch, torchvision, numpy, PyYAML or scipy is missing on this machine: install it" >&2
   exit 2
 }
-python3 -c 'import pydantic, ema_pytorch, tqdm' || {
+python3 -c 'import pydantic, ema_pytorch, tqdm, filelock' || {
   echo "error: the packages of this bundle do not work with $(python3 --version): make the bundle again with BUNDLE_PYTHON set to this version" >&2
   exit 2
 }

@@ -117,13 +117,12 @@ class Runner:
         if stage.epochs:
             return stage.epochs
         if stage.images_of:
-            name, variant = stage.images_of.split("/")
-            rows = self.ablation.complete_rows(self.ablation.stage(name)).get(variant)
-            if not rows:
+            epochs = self.ablation.epochs_of_other(stage)
+            if epochs is None:
                 raise ConfigError(
                     f"its length is that of {stage.images_of}, which is not complete: fix the failure of that run"
                 )
-            return max(1, round(rows[0]["epochs"]))
+            return epochs
         assert stage.minutes
         kept = folder / "length.json"
         length = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None

@@ -170,8 +170,22 @@ class Ablation:
         return needed
 
     def row_of(self, run: Run) -> dict[str, Any] | None:
-        """Returns the last result of a run, complete or not; None if there is no result."""
-        return next((row for row in reversed(self._rows.get(run.name, [])) if run.is_result(row)), None)
+        """Returns the last result of a run, complete or not; None if there is no result.
+
+        A complete result of a run that is as long as another run (`images_of`) counts while the other run has this
+        length.
+        """
+        row = next((row for row in reversed(self._rows.get(run.name, [])) if run.is_result(row)), None)
+        if row and row["complete"] and run.stage.images_of:
+            return row if self.epochs_of_other(run.stage) == round(row["epochs"]) else None
+        return row
+
+    def epochs_of_other(self, stage: Stage) -> int | None:
+        """Returns the number of epochs of the run that `images_of` of a stage names; None if that is not complete."""
+        assert stage.images_of is not None
+        name, _, variant = stage.images_of.partition("/")
+        rows = self.complete_rows(self.stage(name)).get(variant)
+        return max(1, round(rows[0]["epochs"])) if rows else None
 
     def results_on_other_images(self, run: Run, data_digest: str) -> list[str]:
         """Returns the names of runs in the plan whose training images differ from those of `run`.

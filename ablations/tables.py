@@ -25,11 +25,10 @@ def markdown_tables(ablation: Ablation) -> str:
     """Returns one table per stage that has a complete run, and one line per run that failed or was stopped early.
 
     k-NN and linear probe are top-1 accuracies in per cent (see `accuracies` for their protocols), as mean ± standard
-    deviation over seeds. GFLOP/image is the work of a training step per image. A difference of at most two standard
-    deviations is called a tie. This standard deviation is that of single runs, pooled over the variants of the stage
-    that have several seeds. If no variant of the stage has several seeds, it is pooled over the variants of all stages.
-    The lines that compare settings convert it to that of a difference of two means. Differences are those of the seeds
-    that both sides have.
+    deviation over seeds. GFLOP/image is the work of a training step per image. Differences are those of the seeds that
+    both sides have. A difference of at most two of its standard deviations is called a tie. Its standard deviation
+    follows from that of single runs, pooled over the variants of the stage that have several seeds. If no variant of
+    the stage has several seeds, it is pooled over the variants of all stages.
     """
     rows = {stage.name: ablation.complete_rows(stage) for stage in ablation.plan.stages}
     scores = {name: [[score(row) for row in found] for found in of.values()] for name, of in rows.items()}
@@ -62,7 +61,11 @@ def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation:
                 mean_and_deviation([accuracies(row)[0] for row in found]),
                 mean_and_deviation([accuracies(row)[1] for row in found]),
                 mean_and_deviation([score(row) for row in found]),
-                "" if variant == first or not differences else verdict(statistics.mean(differences), deviation),
+                (
+                    ""
+                    if variant == first or not differences
+                    else verdict(statistics.mean(differences), of_difference(deviation, [len(differences)] * 2))
+                ),
             ]
         )
     conditions = sorted({f"{row['data']}; {row['machine']}, {row['amp']}" for found in rows.values() for row in found})
@@ -97,8 +100,17 @@ def pooled_deviation(groups: list[list[float]]) -> float | None:
     return math.sqrt(sum((x - statistics.mean(group)) ** 2 for group in groups for x in group) / freedom)
 
 
+def of_difference(deviation: float | None, runs: list[int]) -> float | None:
+    """Returns the standard deviation of a difference of two means, from that of single runs; None if it is unknown.
+
+    Args:
+        runs: number of runs of each mean.
+    """
+    return None if deviation is None else deviation * math.sqrt(sum(1 / n for n in runs))
+
+
 def verdict(difference: float, deviation: float | None) -> str:
-    """Returns the difference of two means as text, marked as a tie if it is at most two standard deviations.
+    """Returns the difference of two means as text, marked as a tie if it is at most two of its standard deviations.
 
     `deviation` is None if the standard deviation is unknown.
     """
@@ -124,8 +136,7 @@ def _effects(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: flo
         if len(variants) > 1 and len(without) > 1:
             means = [statistics.mean(statistics.mean(scores[v]) for v in group) for group in (variants, without)]
             runs = [sum(len(scores[v]) for v in group) for group in (variants, without)]
-            of_means = None if deviation is None else deviation * math.sqrt(sum(1 / n for n in runs))
-            comparison = verdict(means[0] - means[1], of_means)
+            comparison = verdict(means[0] - means[1], of_difference(deviation, runs))
             lines.append(
                 f"- `{' '.join(overrides)}`: {comparison}, {len(variants)} variants against {len(without)} without"
             )

@@ -22,9 +22,8 @@ from config.errors import ConfigError
 from config.keys import differences
 from config.reading import parse_config
 from config.schema import Config
-from datasets.images import DatasetError
 from evaluation.encoders import encode_with
-from evaluation.judge import judge
+from evaluation.judge import check_can_judge, judge
 from evaluation.protocols import all_protocols, config_protocols
 from experiment.batch import Pixels
 from experiment.models import build_on_meta, pass_flops, step_flops
@@ -78,10 +77,7 @@ class Trial:
         torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
         self.config, self.checkpoint, self.judging = config, checkpoint, judging
         self.experiment: Experiment = open_experiment(config)
-        if not self.experiment.has_test_labels:
-            raise DatasetError(
-                f"{config.data.root} has no labels, but k-NN and linear probe need them: choose labelled images"
-            )
+        check_can_judge(self.experiment)
         if self.experiment.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.experiment.device)
         saved = self._load(checkpoint) if checkpoint and checkpoint.exists() else None
@@ -98,11 +94,17 @@ class Trial:
             self.state.soda.compile()
 
     def _load(self, checkpoint: Path) -> dict[str, Any] | None:
-        """Returns the contents of the checkpoint. If it is damaged, logs that the run starts from scratch."""
+        """Returns the contents of the checkpoint. If it is damaged, renames it, logs this, and returns None.
+
+        Raises CheckpointError if the file could not be read now, because it may be intact.
+        """
         try:
             return load_checkpoint(checkpoint)
         except CheckpointError as error:
-            logger.info("cannot resume (%s): starting from scratch", error)
+            if isinstance(error.__cause__, OSError):
+                raise
+            damaged = checkpoint.replace(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+            logger.info("cannot resume (%s; it is now %s): starting from scratch", error, damaged.name)
             return None
 
     def _resume(self, saved: dict[str, Any], checkpoint: Path) -> None:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from analysis.image_encoder import trained_encoder
-from analysis.model_card import CARD, check_card, save_card, save_weights
+from analysis.model_card import CARD, check_card, model_card, save_weights
 from analysis.programs import FORMATS, export_encoder
 from config.errors import ConfigError
 from experiment.trained import Trained, check_timestep, reduced_checkpoint
 from utils.distributed.processes import rank
-from utils.files import check_writable
+from utils.files import check_writable, write_text
 from utils.run_folder.checkpoint import read_sums
 from utils.run_folder.checkpoint_writer import save_checkpoint
 
@@ -48,5 +48,5 @@ def export(trained: Trained, files: list[Path], timestep: int | None) -> None:
     if weights:
         card = weights.parent / CARD
         save_weights(weights, trained)
-        save_card(card, trained, weights, programs, timestep)
+        write_text(card, model_card(trained, weights, programs, timestep))
         print(weights, card, sep="\n")

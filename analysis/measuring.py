@@ -4,8 +4,9 @@ import logging
 from argparse import Namespace
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
-from analysis.image_encoder import load_encoder
+from analysis.image_encoder import trained_encoder
 from analysis.prior import Fit, PriorError, open_fit, prior_path, priors_of
 from config.errors import ConfigError
 from evaluation.codec import Codec
@@ -15,7 +16,7 @@ from evaluation.measures.prior import Prior
 from evaluation.measures.recording import run_measures
 from evaluation.measures.subjects import Subjects, open_others, subjects_of
 from evaluation.pretrained import load_inception, load_lpips
-from experiment.trained import Trained
+from experiment.trained import Trained, read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,12 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
     experiment = codec.experiment
     other = None
     if args.features_of:
-        encoder = load_encoder(args.features_of, resize=True).to(experiment.device)
+        reference = read_trained(None, Path(args.features_of), [])
+        if reference.config.encoder.time_dependent:
+            raise ConfigError(
+                f"--features_of {args.features_of}: z of its encoder depends on the timestep: name another checkpoint"
+            )
+        encoder = trained_encoder(reference, resize=True).to(experiment.device)
         other = (
             f"standardised z of {args.features_of}",
             lambda pixels: encoder(pixels.to(experiment.device))["z"].float(),

@@ -8,7 +8,7 @@ from config.errors import ConfigError
 from config.keys import portable
 from experiment.models import NOT_LAYERS
 from experiment.trained import Trained
-from utils.files import replacing, write_text
+from utils.files import replacing
 from utils.run_folder.results import belongs_to, read_results
 
 CARD = "README.md"
@@ -40,19 +40,14 @@ def encoder_arguments(trained: Trained) -> dict[str, Any]:
     return trained.config.encoder.model_dump(exclude=NOT_LAYERS)
 
 
-def save_card(path: Path, trained: Trained, weights: Path, programs: list[Path], timestep: int | None) -> None:
-    """Writes the model card.
+def model_card(trained: Trained, weights: Path, programs: list[Path], timestep: int | None) -> str:
+    """Returns the text of the model card, in Markdown with the header that the Hugging Face hub reads.
 
     Args:
         weights: file that `save_weights` wrote, in the folder of the card.
         programs: exported programs (.pt2, .onnx) in the same folder.
         timestep: timestep of their z, for a time-dependent encoder.
     """
-    write_text(path, model_card(trained, weights, programs, timestep))
-
-
-def model_card(trained: Trained, weights: Path, programs: list[Path], timestep: int | None) -> str:
-    """Returns the text of the model card, in Markdown with the header that the Hugging Face hub reads."""
     config, size = trained.config, trained.config.encoder_size
     mean, std = ([round(value, 6) for value in values] for values in trained.statistics())
     arguments = encoder_arguments(trained)

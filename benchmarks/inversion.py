@@ -24,8 +24,6 @@ from utils.cli import run
 
 BATCH = 128
 
-"""z of a batch, or a function timesteps -> z."""
-
 
 def of_neighbours(z: Condition) -> Condition:
     """Returns the latents with those of each image moved to the next image."""
@@ -61,7 +59,7 @@ def main() -> int:
     experiment, soda = open_trained(read_trained(None, args.checkpoint, args.overrides))
     test, views, diffusion = experiment.test, experiment.views, experiment.diffusion
     if test is None:
-        raise DatasetError("the images have no labels, so there are no test images: set data.root to labelled images")
+        raise DatasetError(f"{experiment.config.data.root} has no test images: set data.root to images with them")
 
     def decode(z: Condition, x_T: torch.Tensor, steps: int) -> torch.Tensor:
         return diffusion.ddim_sample(guided_denoiser(soda.decoder, z), x_T, steps, clip_denoised=False)

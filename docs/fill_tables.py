@@ -78,8 +78,8 @@ def both(rows: list[Row], which: str = "top1", encoder: str = "trained", middle:
 
 
 def beside_baselines(rows: list[Row], middle: Any = None) -> str:
-    """Returns k-NN / linear probe of rows, with those of the baselines if the rows have them."""
-    (cells,) = {frozenset(next(iter(row["table"].values()))) for row in rows}
+    """Returns k-NN / linear probe of rows, with those of the baselines that all rows have."""
+    cells = set.intersection(*(set(next(iter(row["table"].values()))) for row in rows))
     baselines = [name for name in ("untrained", "raw pixels") if name in cells]
     others = [f"{name} {both(rows, encoder=name, middle=middle)}" for name in baselines]
     found = both(rows, middle=middle)
@@ -94,10 +94,12 @@ def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
 
 def readme() -> str:
     """Returns the table of results of README.md."""
-    digits = last_of(recorded("digits"))
-    minutes = statistics.median(row["seconds"] for row in digits) / 60
-    how = f"median of {len(digits)} seeds, {minutes:.0f} minutes on a CPU core: `make train`"
-    lines = [["digits", beside_baselines(digits, statistics.median), how, ""]]
+    digits = [row for row in recorded("digits") if row["complete"]]
+    lines = [["digits", NOT_MEASURED, "`make train`", ""]]
+    if digits:
+        minutes = statistics.median(row["seconds"] for row in digits) / 60
+        how = f"median of {len(digits)} seeds, {minutes:.0f} minutes on a CPU core: `make train`"
+        lines = [["digits", beside_baselines(digits, statistics.median), how, ""]]
     runs = [row for row in recorded("cifar10_cpu_runs") if row["variant"] == "soda"] + recorded("cifar10_cpu_two_hours")
     newest = max(runs, key=lambda row: row["images"])
     same = [row for row in runs if (row["images"], row["of_epochs"]) == (newest["images"], newest["of_epochs"])]
@@ -170,20 +172,25 @@ def screen() -> str:
     return markdown(head, lines)
 
 
+def run_name(kind: tuple[str, str], of_epochs: int | None) -> str:
+    """Returns the name of a run on CPU cores, by its stage and variant."""
+    return RUN_NAMES.get(kind, ", ".join(kind)).format(of=of_epochs)
+
+
 def runs() -> str:
     """Returns the table of the runs on CPU cores: each evaluation, as the mean over seeds."""
     groups: dict[tuple[str, str], dict[tuple[int, float], list[Row]]] = {kind: {} for kind in RUN_NAMES}
     for row in recorded("cifar10_cpu_two_hours") + recorded("cifar10_cpu_runs"):
-        of_kind = groups[row["stage"], row["variant"]]
+        of_kind = groups.setdefault((row["stage"], row["variant"]), {})
         of_kind.setdefault((row["of_epochs"], row["epochs"]), []).append(row)
     lines = []
     for kind, points in groups.items():
         for (of_epochs, epochs), rows in sorted(points.items()):
-            name = RUN_NAMES[kind].format(of=of_epochs)
+            name = run_name(kind, of_epochs)
             seeds = f"{len(rows)} seed{'s' if len(rows) > 1 else ''}"
             lines.append([f"{name}, after {epochs:g}", seeds, f"{rows[0]['images']:,}", both(rows), both(rows, "top3")])
         if not points:
-            lines.append([RUN_NAMES[kind].format(of=""), "", "", NOT_MEASURED, ""])
+            lines.append([run_name(kind, None), "", "", NOT_MEASURED, ""])
     return markdown(["run", "seeds", "images", "top-1", "top-3"], lines)
 
 
@@ -234,9 +241,7 @@ def measure(path: str) -> str:
 def named_curves() -> dict[str, curves.Curve]:
     """Returns the curves of the runs on CPU cores, with the names that they have in the table."""
     names = {
-        f"{path.stem}: {row['stage']}, {row['variant']}": RUN_NAMES[row["stage"], row["variant"]].format(
-            of=row["of_epochs"]
-        )
+        f"{path.stem}: {row['stage']}, {row['variant']}": run_name((row["stage"], row["variant"]), row["of_epochs"])
         for path in CURVES
         for row in recorded(path.stem)
     }

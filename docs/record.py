@@ -63,23 +63,24 @@ def ablation_rows(path: Path) -> list[dict[str, Any]]:
 def train_rows(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a row for each evaluation of a run of train.py.
 
-    That of the last step has the baselines and the measures of test.py as well. A finished run without accuracies, on
-    images without labels, has one row if it has measures. `seconds` is the time of training, without evaluations and
-    checkpoints.
+    That of the last judged step has the baselines and the measures of test.py as well. A finished run without
+    accuracies, on images without labels, has one row if it has measures. `seconds` is the time of training, without
+    evaluations and checkpoints.
     """
     batch_size, results, rows = config["training"]["batch_size"], read_results(folder), []
     seconds, step, measures = 0.0, 0, results.get("measures", {})
 
     def add(entry: dict[str, Any], judged: dict[str, Any]) -> None:
-        complete = results.get("step") == entry["step"]
+        is_last = results.get("step") == entry["step"]  # maybe of fewer epochs than the config has now
+        complete = is_last and entry["epoch"] == config["training"]["epochs"]
         rows.append(
             {
                 **{"run": str(config["seed"]), "stage": "train", "variant": "run", "seed": config["seed"]},
                 **{"digest": results.get("config_digest", ""), "complete": complete, "epochs": entry["epoch"]},
                 **{"seconds": seconds, "of_epochs": config["training"]["epochs"]},
                 "images": entry["step"] * batch_size,
-                "table": results["table"] if complete else judged,
-                **({"measures": measures} if complete and measures else {}),
+                "table": results["table"] if is_last else judged,
+                **({"measures": measures} if is_last and measures else {}),
             }
         )
 

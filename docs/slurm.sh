@@ -22,6 +22,7 @@ stop() {
 }
 trap stop USR1
 
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # since Slurm 22.05, srun does not take it from sbatch
 head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${PROCESSES_PER_NODE:-gpu}" --max-restarts=3 \
   --rdzv-backend=c10d --rdzv-endpoint="$head_node:29400" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \

@@ -1,7 +1,11 @@
 """Tests of ablations: plans, results that survive a crash, and tables."""
 
+import os
+import shutil
 import statistics
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +139,9 @@ def test_a_stage_builds_on_the_best_of_another(ablation: Ablation) -> None:
     assert ablation.runs_of(last) == []
     ablation.record(run, row_of(1, 1))
     assert ablation.runs_of(last)[0].overrides == [X1, Z3]
+    for longer in (same_variant for same_variant in ablation.runs_of(screen) if same_variant.variant == "a"):
+        ablation.record(longer, row_of(60, 60, epochs=4.0))
+    assert not ablation.is_complete(run), "its length was that of screen/a"
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"variants": {"a": [Z3]}}, {"seeds": [7]}])
@@ -267,13 +274,15 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     assert "- then-d-0 has seen 1,000 images so far: 30.0 / 20.0" in lines
     ablation.record(then, {"complete": False, "failed": "out of memory"})
     assert "- then-d-0 failed: out of memory" in markdown_tables(ablation)
-    # The stage `then` has only one seed, so its table uses the standard deviation of the screen.
+    # The stage `then` has only one seed, so its table uses the standard deviation of the screen: 2 for a single run, so
+    # that the difference of two single runs has 2.8.
     ablation.record(then, row_of(30, 20))
     two = ablation.stage("then").model_copy(update={"variants": {"d": [Z3], "f": []}})
     plan = ablation.plan.model_copy(update={"stages": [ablation.stage("screen"), two]})
     ablation = Ablation(plan, ablation.path)
-    ablation.record(ablation.runs_of(two)[1], row_of(31, 21))
-    assert "| +1.0 (tie) |" in markdown_tables(ablation)
+    for gain, expected in ((5, "| +5.0 (tie) |"), (6, "| +6.0 |")):
+        ablation.record(ablation.runs_of(two)[1], row_of(30 + gain, 20 + gain))
+        assert expected in markdown_tables(ablation)
 
 
 def test_effects_compare_a_setting_with_the_default(tmp_path: Path) -> None:
@@ -314,6 +323,39 @@ def test_parts_of_an_encoder_go_together_again(tmp_path: Path) -> None:
     parameters = dict(module.named_parameters())
     for name, value in module.state_dict().items():
         assert torch.equal(weights[name], value.bfloat16() if name in parameters else value), name
+
+
+def test_the_bundle_checks_the_other_machine_before_the_ablation(tmp_path: Path) -> None:
+    """run.sh names what is missing, with status 2, before it starts an ablation. Stand-ins replace the packages."""
+    bundle, modules, tools = (tmp_path / name for name in ("bundle", "modules", "tools"))
+    for folder in (bundle / "wheels", modules, tools, tmp_path / "code" / "ablations", tmp_path / "data"):
+        folder.mkdir(parents=True)
+    (tools / "python3").symlink_to(sys.executable)
+    (tmp_path / "code" / "ablations" / "ablate.py").write_text("import sys; print(sys.argv[1:])")
+    (bundle / "name.txt").write_text("photographs\n")
+    shutil.copy(ROOT / "ablations" / "run_bundle.sh", bundle / "run.sh")
+    for name in ("code", "data"):
+        subprocess.run(["tar", "-czf", bundle / f"{name}.tar.gz", "-C", tmp_path / name, "."], check=True)
+    with zipfile.ZipFile(bundle / "wheels" / "packages.whl", "w") as wheel:
+        for name in ("pydantic", "ema_pytorch", "tqdm", "filelock"):
+            wheel.writestr(f"{name}.py", "")
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(modules)}
+
+    def run(**files: str) -> subprocess.CompletedProcess[str]:
+        for name in ("torch", "torchvision", "numpy", "yaml", "scipy"):
+            (modules / f"{name}.py").write_text(files.get(name, ""))
+        command = ["bash", str(bundle / "run.sh"), "30", str(tmp_path / "out"), "seed=3"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    for name in ("torch", "scipy"):
+        missing = run(**{name: "raise ImportError"})
+        assert missing.returncode == 2 and "or scipy is missing on this machine" in missing.stderr
+    words = run().stdout
+    assert "'--minutes', '30'" in words and "'--data', 'photographs'" in words and words.endswith("'seed=3']\n")
+    (bundle / "packages" / "filelock.py").write_text("raise ImportError")
+    assert "the packages of this bundle do not work with Python" in run().stderr
+    made = subprocess.run(["make", "-n", "bundle", "DATA=x"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "pydantic filelock" in made.stdout and "--no-deps ema-pytorch tqdm" in made.stdout
 
 
 def test_variants_are_ranked_by_the_protocols_that_judged_them() -> None:

@@ -151,6 +151,25 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
     found = rows(write(tmp_path / "run", settings, {"step": 20, "table": table}, *reports))
     assert [row["images"] for row in found] == [100, 200] and found[1]["table"] == table and found[1]["complete"]
 
+    # A run that has ended is continued to more epochs.
+    longer = settings | {"training": {"batch_size": 10, "epochs": 4}}
+    found = rows(write(tmp_path / "run", longer, {"step": 20, "table": table}, *reports))
+    assert found[1]["table"] == table and not found[1]["complete"]
+
+    # README has the runs that are complete, and a new variant is called by its own name.
+    with monkeypatch.context() as patched:
+        patched.setattr(fill_tables, "RESULTS", out)
+        both = {kind: {"trained": {"top1": top1, "top3": 90.0}} for kind, top1 in (("k-NN", 70.0), ("linear", 71.0))}
+        complete = {"run": "a", "digest": "d", "complete": True, "seconds": 60.0, "table": both, "images": 200}
+        complete |= {"epochs": 4, "of_epochs": 4, "stage": "new", "variant": "soda"}
+        half = complete | {"run": "b", "complete": False, "table": {"k-NN": {"trained": {"top1": 1.0}}}}
+        for name, of_name in (("digits", [complete, half]), ("cifar10_cpu_runs", [complete])):
+            (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in of_name))
+        assert "| digits | 70.0 / 71.0 | median of 1 seeds, 1 minutes" in fill_tables.readme()
+        assert "| new, soda, after 4 | 1 seed | 200 | 70.0 / 71.0 |" in fill_tables.runs()
+        (out / "digits.jsonl").write_text(json.dumps(half))
+        assert "| digits | not measured |" in fill_tables.readme()
+
     # A run that was measured, on images without labels.
     measures = {"novel_views": {"protocol": "p", "rows": {"SSIM": {"model": {"value": 0.5}}}, "decimals": 3}}
     settings["seed"] = 4

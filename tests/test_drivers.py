@@ -1,5 +1,6 @@
 """Tests of the driver of ablations: runs that stop and resume, fail, and are divided among several drivers."""
 
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from utils.device import OutOfMemoryError
 from utils.files import lock_file
 from utils.run_folder.checkpoint_writer import save_checkpoint
 
+NO_IMAGES = ["data.name=folder", "data.root=nowhere"]
 TIMES = {"seconds", "images_per_s", "evaluation_s"}
 
 
@@ -168,7 +170,7 @@ def test_a_run_that_the_clock_stops_keeps_its_checkpoint(bench: Bench, tmp_path:
 def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_path: Path) -> None:
     bench.plan["stages"] = [
         {"name": "bad", "command": "-c 'print(1); exit(3)'", "minutes": 0.5},
-        {"name": "screen", "epochs": 1, "variants": {"large": [], "huge": [], "empty": []}},
+        {"name": "screen", "epochs": 1, "variants": {"large": [], "huge": [], "empty": [], "none": NO_IMAGES}},
         {"name": "after", "epochs": 1, "base": "screen", "variants": {"x": []}},
         {"name": "control", "images_of": "screen/large", "variants": {"y": []}},
         {"name": "last", "epochs": 1, "variants": {"z": []}},
@@ -185,19 +187,40 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
     bench.patch.setattr(Trial, "train", failing)
     printed = bench.make("out", status=1)
     assert (
-        "failed: screen-large-0, screen-huge-0, screen-empty-0, after, control-y-0" in printed
+        "failed: screen-large-0, screen-huge-0, screen-empty-0, screen-none-0, after, control-y-0" in printed
         and "\nall stages are done" in printed
     )
     rows = bench.rows("out")
     assert rows["screen-huge-0"]["failed"].startswith("out of memory: 3 GiB")
     assert rows["screen-large-0"]["failed"] == "out of memory" and rows["screen-empty-0"]["failed"] == "RuntimeError"
+    assert rows["screen-none-0"]["failed"].startswith("no folder nowhere")
     assert rows["last-z-0"]["complete"] and "- screen-large-0 failed: out of memory" in printed
     assert (tmp_path / "out" / "commands.txt").read_text().endswith("1\n== bad: status 3\n")
 
     bench.patch.setattr(Trial, "train", train)
+    del bench.plan["stages"][1]["variants"]["none"]
     assert "failed:" not in bench.make("out"), "a new start must repeat what has failed"
     rows = bench.rows("out")
+    del rows["screen-none-0"]  # no longer in the plan
     assert all(row["complete"] for row in rows.values()) and {"after-x-0", "control-y-0"} < set(rows)
+
+
+def test_a_command_is_repeated_if_the_driver_had_to_end_it(bench: Bench, tmp_path: Path) -> None:
+    """A command is done at its own end or at the time limit of its stage, but not at that of the driver."""
+    bench.patch.setattr(runner, "FIRST_JUDGING_S", 0.0)
+    first = "import pathlib, time; p = pathlib.Path('{}'); p.exists() or (p.touch(), time.sleep(60)); print(6 * 7)"
+    slow = {"name": "slow", "command": f'-c "{first.format(tmp_path / "slow")}"', "minutes": 2}
+    bench.plan["stages"] = [slow]
+    assert "not all stages are done" in bench.make("out", 6 / 60)
+    said = tmp_path / "out" / "commands.txt"
+    assert said.read_text().endswith("\n== slow: interrupted\n")
+    limited = {"name": "limited", "command": "-c 'import time; time.sleep(60)'", "minutes": 0.02}
+    bench.plan["stages"] = [slow, limited]
+    for _ in range(2):
+        assert "\nall stages are done" in bench.make("out")
+        lines = said.read_text().splitlines()
+        assert lines[2:5] == [lines[0], "42", "== slow: status 0"]
+        assert lines[6:] == ["== limited: stopped after 1 s"]
 
 
 def test_a_failure_is_not_repeated_by_the_other_drivers_of_a_start(bench: Bench, tmp_path: Path) -> None:
@@ -271,8 +294,18 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     checkpoint = tmp_path / "out" / "runs" / "screen-a-0" / "last.pt"
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["step"] == 10, "the run must stop at the next check of the clock"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    whole = checkpoint.read_bytes()
+
+    def unreadable(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with bench.patch.context() as patch:
+        patch.setattr(torch, "load", unreadable)
+        assert "- screen-a-0 failed: cannot read" in bench.make("out", status=1)
+    assert checkpoint.read_bytes() == whole, "the disk may work again, and then the run resumes"
+    checkpoint.write_bytes(whole[:1000])
     assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint may be lost"
+    assert checkpoint.with_name("last.pt.damaged").read_bytes() == whole[:1000]
 
 
 @pytest.mark.long

@@ -184,7 +184,7 @@ def test_the_slurm_script_saves_and_queues_again_when_its_time_is_up(tmp_path: P
     run, said, tools = tmp_path / "run", tmp_path / "said", tmp_path / "tools"
     tools.mkdir()
     stand_ins = {
-        "srun": 'exec "$@"',
+        "srun": '[ "$SRUN_CPUS_PER_TASK" = 2 ] && exec "$@"',
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {tmp_path / "asked"}; fi',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     }
@@ -192,6 +192,7 @@ def test_the_slurm_script_saves_and_queues_again_when_its_time_is_up(tmp_path: P
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(0o755)
     allotted = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "PROCESSES_PER_NODE": "2"}
+    allotted["SLURM_CPUS_PER_TASK"] = "2"
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", **allotted}
 
     def submitted(epochs: int) -> tuple[str, ...]:

@@ -219,6 +219,11 @@ def test_what_needs_one_z_needs_a_timestep(run: Path, tmp_path: Path, capsys: py
             [*checkpoint, "--timestep", "3"],
             "--timestep 3 is for the report and the measures: add --report or --measures, or set ",
         ),
+        (
+            judge_program,
+            [*checkpoint, "--timestep", "9", "--measures", "feature_distance", "--features_of", checkpoint[1]],
+            "z of its encoder depends on the timestep: name another checkpoint\n",
+        ),
     ):
         with pytest.raises(SystemExit, match="2"):
             program.main(words)

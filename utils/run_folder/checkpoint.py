@@ -124,7 +124,7 @@ def read_tensors(path: Path) -> tuple[Any, str]:
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}): make it readable, or use another checkpoint"
-        ) from None
+        ) from error
     except CheckpointError:
         raise
     except ImportError:
