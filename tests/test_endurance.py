@@ -3,7 +3,6 @@
 They start the programs in the same way as users do.
 """
 
-import json
 import os
 import random
 import re
@@ -17,7 +16,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,11 +59,6 @@ def training_since(run: Path, rank: int = 0) -> int | None:
     log = run / "logs" / f"rank_{rank}.log"
     text = log.read_text().rpartition(" process ")[2] if log.exists() else ""
     return int(text.split()[0]) if " training from step " in text else None
-
-
-def reported(run: Path) -> list[dict[str, Any]]:
-    """Returns all reports in metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_fifty_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +146,7 @@ def test_a_soak_of_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for unit, slack in ((0, 1.1), (1, 1.2)):
         sums = [statistics.median(size[unit] for size in part) for part in (first, later)]
         assert sums[1] <= slack * sums[0], sizes
-    steps = [line["step"] for line in reported(run)]
+    steps = [step for step, _ in losses(run)]
     assert steps == list(range(2, steps[-1] + 1, 2)), "no report may be missing or repeated"
     by_step = dict(losses(run))
     seams = [abs(by_step[b] - by_step[a]) for a, b in pairwise(by_step) if any(a <= s < b for s in restarts_at)]
@@ -162,7 +155,7 @@ def test_a_soak_of_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    shown = [event.step for event in events.Scalars("train/loss")]
+    shown = [event.step for event in events.Scalars("at_a_glance/loss")]
     assert shown in (steps, steps[:-1]), "only the last event may be missing, after a kill"
     assert {path.parent for path in run.rglob("*tfevents*")} == {run / "tensorboard"}, "TensorBoard must show one run"
     with capsys.disabled():
@@ -225,7 +218,7 @@ def test_torchrun_brings_back_a_killed_rank(tmp_path: Path) -> None:
             os.kill(training_since(run, rank) or 0, signal.SIGKILL)
         assert process.wait(timeout=180) == 0, said.read_text()
     assert len(re.findall(r"rank \d has lost the other processes \(Connection", said.read_text())) == 2
-    steps = [line["step"] for line in reported(run) if line["kind"] == "train"]
+    steps = [step for step, _ in losses(run)]
     assert steps == [*range(5, 132, 5), 132], "no report may be missing or repeated"
 
 
@@ -247,7 +240,7 @@ def test_a_rank_that_hangs_does_not_keep_the_others(tmp_path: Path) -> None:
     run, said = tmp_path / "run", tmp_path / "said"
     args = digits_args(run, "training.epochs=100000", "distributed.timeout_minutes=0.25", "training.log_every=1")
     with started(*torchrun("--standalone"), *args, log=said) as process:
-        wait_for(lambda: all(training_since(run, rank) for rank in (0, 1)) and len(reported(run)) > 3)
+        wait_for(lambda: all(training_since(run, rank) for rank in (0, 1)) and len(losses(run)) > 3)
         os.kill(training_since(run, 1) or 0, signal.SIGSTOP)
         stopped = time.monotonic()
         wait_for(lambda: "error: rank 0 has lost the other processes (Timed out waiting)" in said.read_text())
@@ -300,7 +293,7 @@ def test_a_disk_that_goes_bad_ends_the_run_with_a_line(tmp_path: Path, disk: Pat
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 75
     assert f"at step {reached} of" in said.read_text()
-    steps = [line["step"] for line in reported(run)]
+    steps = [step for step, _ in losses(run)]
     assert steps == list(range(1, steps[-1] + 1))
 
 
