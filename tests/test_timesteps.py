@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from torch.distributions import Normal, kl_divergence
 
 from config.errors import ConfigError
 from config.schema import Diffusion, Timesteps
@@ -172,7 +173,8 @@ def test_a_resumed_run_has_the_density_of_an_uninterrupted_one(tmp_path: Path, m
 def test_the_loss_of_a_step_has_the_weights_of_the_samplers_history(tmp_path: Path) -> None:
     """The weights multiply every loss term. The sampler observes the denoising losses with the weights of min-SNR."""
     terms = ("training.min_snr_gamma=0.5", "training.terms.reconstruction=0.3", "diffusion.prediction=x_start")
-    experiment = experiment_of(tmp_path, *ADAPTIVE, *terms)
+    latent_terms = ("training.terms.kl=3", "training.terms.l1=2", "encoder.probabilistic=true", "views.num_sources=2")
+    experiment = experiment_of(tmp_path, *ADAPTIVE, *terms, *latent_terms)
     state = initial_state(experiment)
     state.timestep_sampler.load_state_dict(with_history(torch.linspace(3, 0.1, 1000)).state_dict())
     (pixels,) = read_pixels(experiment, [(0, range(64))])
@@ -182,8 +184,14 @@ def test_the_loss_of_a_step_has_the_weights_of_the_samplers_history(tmp_path: Pa
     squares = batch.x_start.square().mean(dim=(1, 2, 3))
     alpha = experiment.diffusion.alphas_cumprod[batch.timesteps]
     denoising = (alpha / (1 - alpha)).clamp(max=0.5) * squares
+    with torch.no_grad():
+        given = (batch.x_start, batch.timesteps, batch.drop_mask, batch.latent_noise)
+        _, means, log_variances = state.soda.train()(batch.x_source, *given)
+    normal, standard = Normal(means, (log_variances / 2).exp()), Normal(torch.zeros(()), torch.ones(()))
+    of_latents = 3 * kl_divergence(normal, standard).sum(dim=-1) + 2 * means.abs().sum(dim=-1)  # (N, K)
+    losses = denoising + 0.3 * squares + of_latents.mean(dim=1) / (batch.x_start[0].numel() / 2)
     loss, _ = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
-    assert loss.item() == pytest.approx((batch.weights * (denoising + 0.3 * squares)).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx((batch.weights * losses).mean().item(), rel=1e-5)
     sums, counts = state.timestep_sampler.state_dict()["sums"]
     assert counts.sum() == 64 and sums.sum() / timesteps.UNITS == pytest.approx(
         denoising.square().sum().item(), rel=1e-5

@@ -46,10 +46,10 @@ class ForwardPass:
         return errors * self.diffusion.min_snr_weights(batch.timesteps, gamma)[:, None, None, None]
 
     def weighted_mean(self, errors: Tensor) -> Tensor:
-        """Returns the mean of errors (N, 3, H, W), weighted as the sampling of the timesteps requires."""
+        """Returns the mean of errors (N, ...), weighted as the sampling of the timesteps requires."""
         if self.batch.weights is None:
             return errors.mean()
-        return (self.batch.weights * errors.mean(dim=(1, 2, 3))).mean()
+        return (self.batch.weights * errors.mean(dim=tuple(range(1, errors.dim())))).mean()
 
 
 def denoising(found: ForwardPass) -> Tensor:
@@ -72,12 +72,12 @@ def kl(found: ForwardPass) -> Tensor:
     assert found.log_variances is not None, "config/consistency.py checks this"
     mean, log_variance = found.latents.float(), found.log_variances.float()
     divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1) / 2
-    return divergence.mean() / (found.batch.x_start[0].numel() / 2)
+    return found.weighted_mean(divergence) / (found.batch.x_start[0].numel() / 2)
 
 
 def l1(found: ForwardPass) -> Tensor:
     """Returns the mean L1 norm of the latents, a scalar, divided by half the number of values of a target view."""
-    return found.latents.float().abs().sum(dim=-1).mean() / (found.batch.x_start[0].numel() / 2)
+    return found.weighted_mean(found.latents.float().abs().sum(dim=-1)) / (found.batch.x_start[0].numel() / 2)
 
 
 TERMS: dict[str, Callable[[ForwardPass], Tensor]] = {
