@@ -26,6 +26,7 @@ from utils import signals
 from utils.device import OutOfMemoryError, memory_for
 from utils.distributed.collectives import SharedError
 from utils.files import FolderError, lock_file, replacing, write_text
+from utils.run_folder.checkpoint import newest_checkpoint
 from utils.run_folder.run_log import RunLog
 
 SETTINGS = (  # 22 steps, all of them in the warm-up
@@ -324,6 +325,18 @@ def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
                 train_program.main(args_for(tmp_path))
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
+
+
+def test_too_little_memory_for_a_checkpoint_does_not_look_like_damage(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of the allocator ends the reading, although previous.pt could be read."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda file, **_: torch.empty(2**50 if file.name.endswith("last.pt") else 1))
+        with pytest.raises(OutOfMemoryError, match=r"4194304.00 GiB was requested; to read .*last.pt, free memory"):
+            newest_checkpoint(undisturbed / "checkpoints")
+    newest = newest_checkpoint(undisturbed / "checkpoints")
+    assert newest is not None and newest[0].name == "last.pt"
 
 
 def test_what_cuda_says_of_its_memory_is_understood() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from config.errors import UserError
+from utils.device import memory_for
 
 LAST, PREVIOUS, SUMS = "last.pt", "previous.pt", "SHA256SUMS"
 
@@ -43,7 +44,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     The older checkpoint is previous.pt, or else the newest intact checkpoint that is kept permanently. If it is used,
     a warning is logged. Returns None if the folder has no checkpoint. Raises CheckpointError if all checkpoints are
-    damaged.
+    damaged, and OutOfMemoryError if there is too little memory for one of them.
     """
     kept = sorted(folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
     failures = []
@@ -94,7 +95,7 @@ def read_tensors(path: Path) -> tuple[Any, str]:
     A .safetensors file holds tensors by name. All other files are those of `torch.save`.
 
     If SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same name or another one. Raises
-    CheckpointError if the file is missing, damaged or of another format.
+    CheckpointError if the file is missing, damaged or of another format, and OutOfMemoryError.
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")
@@ -113,7 +114,8 @@ def read_tensors(path: Path) -> tuple[Any, str]:
             if path.name not in sums and (path.parent / SUMS).exists():
                 logger.warning("%s does not list %s: its digest is not checked", path.parent / SUMS, path.name)
             file.seek(0)
-            with warnings.catch_warnings():
+            advice = f"to read {path}, free memory, or start fewer processes on this machine"
+            with memory_for(lambda: advice), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about pickle protocols do not help the user
                 if path.suffix.lower() == ".safetensors":
                     from safetensors.torch import load
@@ -125,7 +127,7 @@ def read_tensors(path: Path) -> tuple[Any, str]:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}): make it readable, or use another checkpoint"
         ) from error
-    except CheckpointError:
+    except UserError:
         raise
     except ImportError:
         raise CheckpointError(f"{path} needs safetensors: run pip install -r requirements-extra.txt") from None
