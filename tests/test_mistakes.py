@@ -236,6 +236,7 @@ MISTAKES = [
         processes=2,
     ),
     Mistake("set output_dir to shared storage", ["output_dir=run"], processes=2),
+    Mistake("set output_dir to shared storage", ["output_dir=new/run"], processes=2),
 ]
 
 

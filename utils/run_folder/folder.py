@@ -1,7 +1,8 @@
 """The run folder: locking, comparison with the config, resuming, and preparation for writing."""
 
 import logging
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Protocol, Self
@@ -10,7 +11,7 @@ from config.errors import ConfigError
 from config.keys import differences
 from config.reading import parse
 from config.schema import RunConfig
-from utils.distributed.collectives import all_equal, barrier, broadcast_object
+from utils.distributed.collectives import all_equal, all_gather_object, barrier, broadcast_object
 from utils.distributed.processes import rank
 from utils.files import InUseError, lock_file, write_text
 from utils.logging import log_to
@@ -22,6 +23,7 @@ from utils.run_folder.run_log import METRICS, RunLog
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+SHARING_SECONDS = 60  # time in which all machines must see a new file; NFS caches names for up to a minute
 SUBFOLDERS = ("checkpoints", "logs", "samples", "tensorboard")
 OUTPUTS = (*SUBFOLDERS, "pictures", "features")
 """Subfolders of a run folder to which any of the programs writes."""
@@ -66,7 +68,7 @@ class RunFolder:
         """Collective. Locks the folder if a run has used it, and reads its newest checkpoint.
 
         Logs the run keys that have changed. Raises ConfigError if another process uses the folder, if the folder holds
-        another experiment, or if the machines do not share the folder. Raises CheckpointError if all checkpoints are
+        another experiment, or if the machines see different checkpoints. Raises CheckpointError if all checkpoints are
         damaged.
         """
         if rank() == 0 and (self.path / LOCK).exists():
@@ -74,7 +76,7 @@ class RunFolder:
         barrier()  # no rank reads the folder before rank 0 has locked it
         self.checkpoint, self._saved = self._load_newest()
         if not all_equal(self._saved and self._saved["step"]):
-            raise ConfigError(f"the machines see different files in {self.path}: set output_dir to shared storage")
+            raise self._not_shared()
         self._check_config()
 
     def is_finished(self) -> bool:
@@ -115,8 +117,8 @@ class RunFolder:
     def prepare(self) -> None:
         """Collective. Locks the folder, creates its subfolders and writes config.yaml.
 
-        Raises ConfigError if the folder cannot be written to, or if another run uses it or has just used it. From here
-        on, the log of this process is also written to logs/rank_<rank>.log.
+        Raises ConfigError if the folder cannot be written to, if another run uses it or has just used it, or if the
+        machines do not share it. From here on, the log of this process is also written to logs/rank_<rank>.log.
         """
         if rank() == 0:
             if not self._locked:
@@ -125,6 +127,7 @@ class RunFolder:
                 raise ConfigError(f"another run has just used {self.path}: start this program again to resume that run")
             self._make_writable()
         barrier()
+        self._check_shared()
         self._saved = None  # frees a copy of the complete state
         self._held.enter_context(log_to(self.path / "logs"))
 
@@ -208,6 +211,20 @@ class RunFolder:
             return parse(schema, written.read_text(encoding="utf-8"), str(written))
         except (ConfigError, UnicodeDecodeError, IsADirectoryError):
             raise ConfigError(f"{written} was not written by this program: choose another output_dir") from None
+
+    def _check_shared(self) -> None:
+        """Collective. Raises ConfigError if a rank does not see config.yaml, which rank 0 has written."""
+        for attempt in range(SHARING_SECONDS):
+            time.sleep(min(attempt, 1))
+            for folder in (self.path.parent, self.path):
+                with suppress(OSError):
+                    list(folder.iterdir())  # NFS remembers that a name is missing, until its folder is listed
+            if all(all_gather_object((self.path / "config.yaml").exists())):
+                return
+        raise self._not_shared()
+
+    def _not_shared(self) -> ConfigError:
+        return ConfigError(f"the machines see different files in {self.path}: set output_dir to shared storage")
 
     def _make_writable(self) -> None:
         """Creates the subfolders, tests that they can be written to, and writes config.yaml. Raises ConfigError."""
