@@ -350,19 +350,27 @@ def test_what_cuda_says_of_its_memory_is_understood() -> None:
 
 
 def test_an_error_in_mid_work_is_one_line_and_status_2() -> None:
-    """`run` prints a UserError as one line and exits with status 2. A bug keeps its traceback."""
+    """`run` prints a UserError as one line and exits with status 2. A bug keeps its traceback.
+
+    This process is the first of two, and does not wait for the other one. Lines printed before are not lost.
+    """
     script = (
         "import sys; from utils.cli import run; from utils.files import FolderError\n"
-        "def main(): raise (FolderError('the disk is full') if sys.argv[1] == 'user' else ValueError('a bug'))\n"
+        "def main():\n"
+        "    print('a table')\n"
+        "    raise (FolderError('the disk is full') if sys.argv[1] == 'user' else ValueError('a bug'))\n"
         "run(main)"
     )
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | group
     ended = {
         kind: subprocess.run(
-            [sys.executable, "-c", script, kind], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-c", script, kind], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         for kind in ("user", "bug")
     }
     assert (ended["user"].returncode, ended["user"].stderr) == (2, "error: the disk is full\n")
+    assert [each.stdout for each in ended.values()] == ["a table\n", "a table\n"]
     assert ended["bug"].returncode == 1 and "Traceback" in ended["bug"].stderr
 
 

@@ -186,6 +186,7 @@ def _leave(status: int, message: str) -> NoReturn:
         print(message, file=sys.stderr, flush=True)
     if world_size() > 1:
         logging.shutdown()
+        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
