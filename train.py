@@ -58,11 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             if folder.checkpoint:
                 check_origin(weight_paths(config), folder.started_from)
             if folder.is_finished():
-                logger.info(
-                    "finished: all %d epochs are done; to train longer, raise training.epochs (not with "
-                    "optimizer.schedule=cosine)",
-                    config.training.epochs,
-                )
+                end = config.optimizer.fixed_end
+                advice = f"choose another output_dir: {end} fixes the last epoch" if end else "raise training.epochs"
+                logger.info("finished: all %d epochs are done; to train longer, %s", config.training.epochs, advice)
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)

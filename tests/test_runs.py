@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import test as judge_program
 import train as train_program
 from config.reading import load_config
+from config.schema import Rates
 from datasets import cache
 from datasets.decoding import AHEAD
 from datasets.folder_layouts import list_folder
@@ -142,15 +143,21 @@ def test_tensorboard_shows_what_metrics_jsonl_says(finished: Path) -> None:
 
 
 def test_a_finished_run_says_so(
-    finished: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = (finished / "metrics.jsonl").read_text()
     caplog.set_level("INFO")
     assert train_program.main(digits_args(finished, *TWO_EPOCHS)) == 0
-    assert "finished: all 2 epochs are done" in caplog.text
+    assert "finished: all 2 epochs are done; to train longer, raise training.epochs" in caplog.text
     printed = capsys.readouterr().out
     assert "raw pixels" in printed and "checkpoints/last.pt" in printed and "nearly solve digits" in printed
     assert (finished / "metrics.jsonl").read_text() == before
+    monkeypatch.setattr(Rates, "fixed_end", "optimizer.cooldown_epochs=1")
+    assert train_program.main(digits_args(finished, *TWO_EPOCHS)) == 0
+    assert "choose another output_dir: optimizer.cooldown_epochs=1 fixes the last epoch" in caplog.text
 
 
 def test_another_experiment_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
