@@ -106,10 +106,11 @@ def test_the_optimiser_gets_its_settings_and_clipped_gradients(tmp_path: Path) -
     assert before.item() > 0.01 and norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
-def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None:
-    """Optimiser moments saved in another memory format are loaded correctly.
+def test_the_state_of_an_optimiser_on_another_device_is_read_right(tmp_path: Path) -> None:
+    """Moments in another memory format are loaded correctly, and so are the counts of steps of an unfused optimiser.
 
-    CUDA and some CPUs use channels-last, and a run may resume on another device.
+    CUDA and some CPUs use channels-last, MPS has no fused AdamW, and a run may resume on another device. Counts of
+    another dtype stand for those on another device.
     """
     experiment = experiment_of(tmp_path)
     state = initial_state(experiment)
@@ -123,8 +124,12 @@ def test_moments_of_another_memory_layout_are_read_right(tmp_path: Path) -> None
                 last = value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
                 other = torch.contiguous_format if last else torch.channels_last
                 moments[name] = value.contiguous(memory_format=other)
+        moments["step"] = moments["step"].double()
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = None
     resumed = initial_state(experiment)
     resumed.load_state_dict(saved)
+    assert {moments["step"].dtype for moments in resumed.optimizer.state.values()} == {torch.float32}
     for each in (state, resumed):
         train_step(experiment, each, training_pixels(experiment, 3), PhaseTimer())
     assert_equal_states(resumed.state_dict(), state.state_dict())

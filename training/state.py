@@ -168,16 +168,18 @@ class RunState:
 
     def _load(self, state: dict[str, Any]) -> None:
         # Learning rates, `fused` and `foreach` come from the config and the device, not from the checkpoint.
-        settings = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in self.optimizer.param_groups]
+        # They are needed during loading, because torch moves the counts of steps to the device only for fused groups.
+        groups = [
+            saved | {name: group[name] for name in ("lr", "fused", "foreach")}
+            for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
         self.model.load_state_dict(state["model"])
         self.ema.ema_model.load_state_dict(state["ema"]["model"])
         # Checkpoints of older versions have "updates" instead of "step".
         updates = state["ema"]["step"] if "step" in state["ema"] else state["ema"]["updates"]
         self.ema.step.fill_(int(updates))
         self.ema.initted.fill_(bool(state["ema"].get("initted", int(updates) > 0)))
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         # Moments that were saved on another device may have another memory layout and keep it when they are loaded.
         # Fused kernels would read them in the memory layout of the parameter.
         for parameter, moments in self.optimizer.state.items():
