@@ -135,6 +135,36 @@ def test_the_state_of_an_optimiser_on_another_device_is_read_right(tmp_path: Pat
     assert_equal_states(resumed.state_dict(), state.state_dict())
 
 
+def test_fp16_trains_resumes_and_lowers_a_scale_that_overflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes fp16 as well, slowly. The gradients of two micro-batches are added while they are scaled."""
+    monkeypatch.setattr("experiment.opening.choose_amp_dtype", lambda *_: torch.float16)
+    sizes = ("training.batch_size=16", "training.micro_batch_size=8")
+    experiment = experiment_of(tmp_path, *sizes, "optimizer.warmup_epochs=0")
+    state, resumed = initial_state(experiment), initial_state(experiment)
+
+    def train(state: Any, steps: int) -> list[float]:
+        pixels = training_pixels(experiment, state.step)
+        return [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(steps)]
+
+    losses = train(state, 10)
+    assert sum(losses[-3:]) / 3 < 0.95 * losses[0] and state.tally.take().skipped == 0
+    resumed.load_state_dict(copy.deepcopy(state.state_dict()))
+    saved = resumed.scaler.state_dict()
+    assert saved == state.scaler.state_dict() and (saved["scale"], saved["_growth_tracker"]) == (2**16, 10)
+    assert train(resumed, 1) == train(state, 1)
+    assert_equal_states(resumed.state_dict(), state.state_dict())
+
+    resumed.tally.take()
+    resumed.scaler.update(2.0**26)
+    train(resumed, 1)
+    assert_equal_states(resumed.soda.state_dict(), state.soda.state_dict())
+    assert resumed.scaler.get_scale() == 2**25
+    train(resumed, 9)
+    skipped = resumed.tally.take().skipped
+    assert 1 < skipped < 10 and resumed.scaler.get_scale() == 2 ** (26 - skipped)
+    assert not torch.equal(resumed.soda.decoder.conv_in.weight, state.soda.decoder.conv_in.weight)
+
+
 def test_the_probe_sees_augmented_views_anew_each_epoch(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path, "evaluation.batch_size=2000", "evaluation.probe.epochs=2")
     seen: list[torch.Tensor] = []
