@@ -263,17 +263,15 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     """
     open_folder(tree, tmp_path)
     (pixels_file, *_) = sorted((tmp_path / "cache").glob("*.npy"))
-    endings = ("0.partial.npy", "npy.0.partial")  # the second one is that of older versions
-    left = [pixels_file.with_name(f"{pixels_file.stem}.{ending}") for ending in endings]
-    for path in left:
-        path.write_text("")
+    left = pixels_file.with_name(f"{pixels_file.stem}.0.partial.npy")
+    left.write_text("")
     decode_all, seen = cache._decode_all, []
 
     def slowly(listing: Listing, *rest: Any) -> Iterator[torch.Tensor]:
         yield from decode_all(listing, *rest)
         seen.append(len(list((tmp_path / "cache").glob(f"{pixels_file.stem}.*.partial.npy"))))
         if len(seen) == 1:
-            assert not any(path.exists() for path in left)
+            assert not left.exists()
             pixels_file.with_suffix(".json").unlink(missing_ok=True)
             cache.open_listing(listing, 8, tmp_path / "cache", stream=False, num_workers=None, processes=1)
 

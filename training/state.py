@@ -106,15 +106,9 @@ class Tally:
         """Collective unless `alone`. Returns the sums by name: means over all ranks, or, with `alone`, this rank's."""
         return dict(zip(self.names, (self.values if alone else self._mean()).unbind(), strict=True))
 
-    def load_state_dict(self, state: Mapping[str, Tensor] | Tensor) -> None:
-        """Loads the result of `state_dict`, or the vector without names in older checkpoints.
-
-        The sum of a loss term that is not in the checkpoint starts at zero.
-        """
-        if isinstance(state, Tensor):
-            state = dict(zip(("loss", "steps", "skipped", "row", "longest_row"), state, strict=True))
-        known = dict.fromkeys(self._losses, torch.zeros(())) | dict(state)
-        self.values.copy_(torch.stack([known[name].cpu() for name in self.names]))
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads the result of `state_dict`."""
+        self.values.copy_(torch.stack([state[name].cpu() for name in self.names]))
 
 
 @dataclass(kw_only=True)
@@ -175,10 +169,8 @@ class RunState:
         ]
         self.model.load_state_dict(state["model"])
         self.ema.ema_model.load_state_dict(state["ema"]["model"])
-        # Checkpoints of older versions have "updates" instead of "step".
-        updates = state["ema"]["step"] if "step" in state["ema"] else state["ema"]["updates"]
-        self.ema.step.fill_(int(updates))
-        self.ema.initted.fill_(bool(state["ema"].get("initted", int(updates) > 0)))
+        self.ema.step.copy_(state["ema"]["step"])
+        self.ema.initted.copy_(state["ema"]["initted"])
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         # Moments that were saved on another device may have another memory layout and keep it when they are loaded.
         # Fused kernels would read them in the memory layout of the parameter.
@@ -190,7 +182,7 @@ class RunState:
             self.scaler.load_state_dict(state["scaler"])
         self.tally.load_state_dict(state["tally"])
         self.step = state["step"]
-        self.started_from = dict(state.get("started_from", {}))  # checkpoints of older versions have none
+        self.started_from = dict(state["started_from"])
 
 
 @dataclass(kw_only=True)
@@ -213,7 +205,7 @@ class TrainState(RunState):
 
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)
-        self.timestep_sampler.load_state_dict(state.get("timesteps", {}))
+        self.timestep_sampler.load_state_dict(state["timesteps"])
 
 
 def averaged(model: nn.Module, config: Running) -> EMA:

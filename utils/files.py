@@ -50,15 +50,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of `replacing` for `path` that no process has locked.
-
-    Older versions of this program wrote the ending of `path` before `.partial`.
-    """
-    stem, ending = glob.escape(path.stem), glob.escape(path.suffix)
-    for pattern in (f"{stem}.*.partial{ending}", f"{stem}{ending}.*.partial") if LOCKS_PARTIALS else ():
-        for left in path.parent.glob(pattern):
-            with suppress(OSError, NotImplementedError), native_lock(left):
-                left.unlink()
+    """Removes the temporary files of `replacing` for `path` that no process has locked."""
+    pattern = f"{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"
+    for left in path.parent.glob(pattern) if LOCKS_PARTIALS else ():
+        with suppress(OSError, NotImplementedError), native_lock(left):
+            left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

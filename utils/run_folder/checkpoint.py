@@ -82,8 +82,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def is_checkpoint(state: Any) -> bool:
     """Returns True if `state` has the contents of a checkpoint of this program."""
     expected = {
-        **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
-        **{"tally": dict | torch.Tensor, "step": int, "config": str, "data": str},
+        **dict.fromkeys(("model", "ema", "optimizer", "scaler", "tally"), dict),
+        **{"step": int, "config": str, "data": str},
     }
     fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in expected.items())
     return fits and state["step"] >= 0
