@@ -133,16 +133,12 @@ class Encoder(nn.Module):
         """Returns the features before the last layer: (N, 3, H, W) -> (N, pooled_dim)."""
         return self.pool(self.feature_map(x_source, timesteps))
 
-    def distribution(self, x_source: Tensor, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Returns (mean of z, log-variance of z), (N, latent_dim) each. A deterministic encoder has no log-variance."""
-        return self.from_pooled(self.pooled(x_source, timesteps))
-
     def forward(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns z, or the mean of its distribution, (N, latent_dim), for images (N, 3, H, W).
 
         The colours are normalised by the data set's mean and standard deviation.
         """
-        return self.distribution(x_source, timesteps)[0]
+        return self.from_pooled(self.pooled(x_source, timesteps))[0]
 
     def features(self, x_source: Tensor, timesteps: Tensor | None = None) -> dict[str, Tensor]:
         """Returns {"pooled": (N, pooled_dim), "z": (N, latent_dim)} for images (N, 3, H, W), for the evaluation."""
@@ -150,7 +146,10 @@ class Encoder(nn.Module):
         return {"pooled": pooled, "z": self.from_pooled(pooled)[0]}
 
     def from_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns (mean of z, log-variance of z), as `distribution` does, for pooled features (N, pooled_dim)."""
+        """Returns (mean of z, log-variance of z), (N, latent_dim) each, for pooled features (N, pooled_dim).
+
+        A deterministic encoder has no log-variance.
+        """
         found = self.fc(pooled)
         if not self.is_probabilistic:
             return found, None

@@ -89,7 +89,7 @@ def test_an_encoder_at_a_timestep(architecture: Any) -> None:
         assert not of_one.is_time_dependent and of_one.latent_dim == 8
         for name, values in of_one.features(x).items():
             torch.testing.assert_close(values[i], whole[name][i])
-        mean, log_variance = of_one.distribution(own)
+        mean, log_variance = of_one.from_pooled(of_one.pooled(own))
         torch.testing.assert_close(mean, encoder(own, timesteps[i : i + 1]))
         assert log_variance is not None and log_variance.shape == (1, 8)
     assert not torch.allclose(encoder.at(0)(x), encoder.at(999)(x))
