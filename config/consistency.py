@@ -4,7 +4,7 @@ import math
 from typing import Any, get_args
 
 from model.names import WideResNet
-from model.sizes import last_strided_input, num_decoder_blocks, resolutions
+from model.sizes import last_strided_input, num_decoder_modules, resolutions
 
 # Keys of `data` that only these data sets use.
 ONLY_FOR = {
@@ -109,7 +109,7 @@ def check_consistency(config: Any) -> None:
     if config.evaluation.features.startswith("decoder."):
         _, part, rest = config.evaluation.features.split(".")
         index, timestep = map(int, rest.split("@"))
-        blocks = num_decoder_blocks(part, num_levels, decoder.num_res_blocks)
+        blocks = num_decoder_modules(part, num_levels, decoder.num_res_blocks)
         if index >= blocks or timestep >= config.diffusion.num_timesteps:
             raise ValueError(
                 f"evaluation.features {config.evaluation.features} does not exist: the decoder has {part}.0 to "

@@ -208,16 +208,16 @@ class UNetDecoder(nn.Module):
 
         h = self.conv_in(x_t if rays is None else torch.cat([x_t, rays], dim=1))
         skips = [h]
-        for layer in self.down:
-            h = layer(h, time, latents, tokens) if isinstance(layer, Stage) else layer(h)
+        for module in self.down:
+            h = module(h, time, latents, tokens) if isinstance(module, Stage) else module(h)
             skips.append(h)
-        for layer in self.middle:
-            h = layer(h, time, latents, tokens)
-        for layer in self.up:
-            if isinstance(layer, Stage):
-                h = layer(torch.cat([h, skips.pop()], dim=1), time, latents, tokens)
+        for stage in self.middle:
+            h = stage(h, time, latents, tokens)
+        for module in self.up:
+            if isinstance(module, Stage):
+                h = module(torch.cat([h, skips.pop()], dim=1), time, latents, tokens)
             else:
-                h = layer(h)
+                h = module(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def mask(self, z: Tensor, drop_mask: Tensor) -> Tensor:

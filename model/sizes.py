@@ -31,7 +31,7 @@ def resolutions(image_size: int, num_levels: int) -> list[int]:
     return [image_size // 2**level for level in range(num_levels)]
 
 
-def num_decoder_blocks(part: str, num_levels: int, num_res_blocks: int) -> int:
+def num_decoder_modules(part: str, num_levels: int, num_res_blocks: int) -> int:
     """Returns the number of modules in `down`, `middle` or `up` of the decoder, including down- and upsamplings.
 
     `part` is the name of one of these three module lists.

@@ -20,7 +20,7 @@ from model.decoder import UNetDecoder
 from model.guidance import guided_denoiser
 from model.names import Architecture, ResNet, Stem, WideResNet
 from model.resnets import ARCHITECTURES, ResNetEncoder, WideResNetEncoder
-from model.sizes import last_strided_input, num_decoder_blocks, num_sections, resolutions
+from model.sizes import last_strided_input, num_decoder_modules, num_sections, resolutions
 from model.soda import SODA
 from tests.conftest import ROOT, assert_equal_states, experiment_of
 from training.state import initial_state
@@ -379,5 +379,5 @@ def test_counts_are_those_of_the_decoder(channel_mult: list[int], num_res_blocks
     levels = len(channel_mult)
     assert len(decoder.section_dims) == num_sections("sectioned", levels, num_res_blocks)
     for part in ("down", "middle", "up"):
-        assert len(getattr(decoder, part)) == num_decoder_blocks(part, levels, num_res_blocks)
+        assert len(getattr(decoder, part)) == num_decoder_modules(part, levels, num_res_blocks)
     assert sorted({layer.resolution for layer in decoder.layers()}, reverse=True) == resolutions(16, levels)

@@ -38,7 +38,7 @@ class Evaluation:
         z: (n, latent_dim) latents of these images, without augmentation.
         z_name: "z", or "z@500" for a time-dependent encoder: `z` is that of the middle one of the judged timesteps.
         measures: effective rank of `z`; and alignment and uniformity (Wang & Isola 2020) of views of at most 2,000
-            images of the same split, if views of one image can differ.
+            images of the same split, unless the images have cameras.
         spectrum: (latent_dim,) float64, eigenvalues of the covariance of `z`, largest first.
     """
 

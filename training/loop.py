@@ -121,13 +121,13 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
     run_job(SodaJob(experiment, state, folder), ", compiling first" if compiles else "")
 
 
-def run_job(job: Job, first: str = "") -> None:
+def run_job(job: Job, note: str = "") -> None:
     """Collective. Trains from the job's state to the last step. Writes checkpoints and reports into its folder.
 
     Each rank trains on its share of each batch. Rank 0 writes.
 
     Args:
-        first: what happens before the first step, for the log.
+        note: text added to the log line at the start of training.
 
     Raises:
         DatasetError, FolderError, OutOfMemoryError: on the rank where the error occurs.
@@ -149,7 +149,7 @@ def run_job(job: Job, first: str = "") -> None:
         if log:
             log.text("config", f"```yaml\n{opened.config.to_yaml()}```", state.step)
         _evaluate_if_due(job, log, timer)  # repeats an evaluation that was interrupted
-        phase_log.info("training from step %d to %d%s", state.step, total_steps, first)
+        phase_log.info("training from step %d to %d%s", state.step, total_steps, note)
         while state.step < total_steps:
             try:
                 with memory_for(job.less_memory):

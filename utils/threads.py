@@ -28,7 +28,7 @@ def map_in_threads(function: Callable[[In], Out], items: Sequence[In]) -> list[O
 def _serial_threads(count: int, process: int) -> ThreadPoolExecutor:
     """Starts `count` threads in which torch's operations use one thread. A forked process needs threads of its own.
 
-    Another thread that uses torch for the first time meanwhile also keeps one thread.
+    A thread of the program that first uses torch while this function runs is limited to one thread as well.
     """
     pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count, timeout=60)
 
