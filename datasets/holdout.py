@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from datasets.images import DatasetError
 from datasets.listing import Listing
 from utils.text import compose, join_names
 
@@ -53,12 +54,19 @@ def hold_out(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
     From each class, `fraction` of its files becomes the test split, at least one file and at most all but one. They are
     drawn by their paths relative to the listing's root (see `draw_held_out`).
 
+    Raises DatasetError if no class has two files.
+
     Args:
         listing: files with labels.
     """
     labels = listing.labels
     assert labels is not None
     held = draw_held_out(listing.files, labels, fraction)
+    if not held:
+        raise DatasetError(
+            f"data.holdout={fraction:g} holds out no image of {listing.root}, because each class keeps one and none "
+            "has two: add images, or remove data.holdout and data.labels, to train without labels"
+        )
     logger.info(
         "%d of the %d images in %s are held out as the test split (data.holdout=%g), chosen by a digest of their paths",
         len(held),

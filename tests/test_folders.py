@@ -244,6 +244,9 @@ def test_each_class_gives_its_share_to_the_held_out_split(caplog: pytest.LogCapt
     assert set(hold_out(moved, 0.1)[1].files) == set(test.files)
     more = Listing(Path("here"), [*files, "a/more.png"], [*(listing.labels or []), 0], listing.classes, "classes")
     assert len(set(hold_out(more, 0.1)[1].files) ^ set(test.files)) <= 2
+    single = Listing(Path("here"), ["a/0.png", "b/0.png"], [0, 1], ["a", "b"], "classes")
+    with pytest.raises(DatasetError, match=r"^data\.holdout=0\.1 holds out no image of here, .* none has two: add"):
+        hold_out(single, 0.1)
 
 
 def run_args(root: Path, output_dir: Path, *overrides: str) -> list[str]:
