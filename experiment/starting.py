@@ -114,7 +114,7 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
         prefix, averaged = f"{part}.", contents["ema"].get("model", {})
         weights = {name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)}
         origin = f"the EMA {part} of step {contents['step']}"
-        before = parse_config(contents["config"], str(path))
+        before = parse_config(contents["config"], f"{part}.weights: {path}")
         image_size = before.encoder_size
         changed = differences(before, config, run=False, prefixes=(prefix, *ALSO_AGREE[part]))
         if "statistics" in contents:
@@ -127,7 +127,9 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
                 "checkpoint"
             )
     elif part == "encoder" and isinstance(contents, dict) and all(isinstance(name, str) for name in contents):
-        weights, origin = dict(contents), "a state dict"
+        # torch before 0.4.1 saved no counters, and still loads such files: the counters start at 0.
+        counters = [name for name in module.state_dict() if name.endswith(".num_batches_tracked")]
+        weights, origin = {name: torch.tensor(0) for name in counters} | contents, "a state dict"
         statistics, image_size = _exported_facts(path)
         last = {name: each for name, each in module.state_dict().items() if name.startswith(LAST_LAYER)}
         if any(getattr(weights.get(name), "shape", None) != each.shape for name, each in last.items()):
