@@ -523,8 +523,19 @@ def test_each_program_refuses_the_configs_and_runs_of_the_other(
             ["--config", str(ROOT / "config/cifar10.yaml")],
             "is not for finetune.py, because it has no key",
         ),
-        (train_program, digits_args(tmp_path / "run"), "is of finetune.py: give train.py another one"),
-        (train_program, digits_args(tmp_path / "new", f"encoder.weights={finetuned}"), "is of finetune.py"),
+        (
+            train_program,
+            digits_args(tmp_path / "run"),
+            "is of finetune.py, and one of train.py is needed: use another one",
+        ),
+        *(
+            (
+                program,
+                [*make(tmp_path / "new"), f"encoder.weights={finetuned}"],
+                f"encoder.weights: {finetuned} is of finetune.py, and one of train.py is needed: use another one",
+            )
+            for program, make in ((train_program, digits_args), (finetune_program, args_of))
+        ),
     ]:
         with pytest.raises(SystemExit, match="2"):
             program.main(arguments)
