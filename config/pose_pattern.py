@@ -7,7 +7,7 @@ PATTERNS = {"eth80": "{polar}-{azimuth}", "cars3d": "{pitch}-{yaw}"}
 """Patterns of data sets, by the names that data.pose accepts."""
 
 HEIGHTS, TURNS = ("polar", "pitch"), ("azimuth", "yaw")  # pitch = 90 - polar, and yaw is another name of azimuth
-NUMBER = r"[-+]?\d+(?:\.\d+)?"
+SIGN, NUMBER = "[-+]?", r"\d+(?:\.\d+)?"
 
 
 def is_transforms_file(pose: str) -> bool:
@@ -28,7 +28,8 @@ def name_pattern(pose: str) -> re.Pattern[str]:
 
     Args:
         pose: a key of PATTERNS, or a pattern with {azimuth} or {yaw} and, if the cameras have different heights,
-            {polar} or {pitch}. `*` stands for any text.
+            {polar} or {pitch}. `*` stands for any text. A number directly after `*` has no sign, because `-` may be a
+            separator there.
     """
     advice = f"write a pattern such as {PATTERNS['eth80']} or {PATTERNS['cars3d']}, one of {', '.join(PATTERNS)}, or "
     advice += "the name of a .json file"
@@ -44,5 +45,8 @@ def name_pattern(pose: str) -> re.Pattern[str]:
         raise ValueError(f"{pose} does not have one azimuth and at most one height: {advice}")
     if any(not literal for literal, field, _, _ in parts[1:] if field is not None):
         raise ValueError(f"{pose} has two angles without a separator: {advice}")
-    found = ((re.escape(literal).replace(r"\*", ".*?"), field) for literal, field, _, _ in parts)
-    return re.compile("".join(text + (f"(?P<{field}>{NUMBER})" if field else "") for text, field in found))
+    found = []
+    for literal, field, _, _ in parts:
+        number = NUMBER if literal.endswith("*") else SIGN + NUMBER
+        found.append(re.escape(literal).replace(r"\*", ".*?") + (f"(?P<{field}>{number})" if field else ""))
+    return re.compile("".join(found))

@@ -174,8 +174,9 @@ class Data(Section):
         "",
         "cameras of `posed`: a pattern of the file names without ending, with {azimuth} or {yaw} and {polar} (0: from "
         "above, 90: from the side) or {pitch} (90 - polar), in degrees, where azimuths rise counter-clockwise, seen "
-        "from above, and * stands for any text; or `eth80` or `cars3d`, whose patterns are known; or the name of the "
-        ".json file in each object's folder that lists its cameras as NeRF-synthetic does",
+        "from above, and * stands for any text (a number directly after it has no sign); or `eth80` or `cars3d`, whose "
+        "patterns are known; or the name of the .json file in each object's folder that lists its cameras as "
+        "NeRF-synthetic does",
     )
     focal: Positive = key(
         1.5,

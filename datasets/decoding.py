@@ -130,7 +130,7 @@ def central_square(width: int, height: int) -> tuple[float, float, float, float]
 
 def _square(image: Image.Image, size: int, rules: Rules) -> Image.Image:
     """Returns the upright central square (size, size) of a loaded image, as RGB."""
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
     left, top, right, bottom = box = central_square(width, height)
     is_final = image.mode == "RGB" and orientation == 1 and not image.has_transparency_data  # needs no copy
@@ -164,10 +164,13 @@ def _forget_metadata(image: Image.Image) -> None:
             del exif[tag]
 
 
-def _orientation(image: Image.Image) -> int:
-    """Returns the orientation of a loaded image, from 1 to 8. Damaged metadata count as none, as in viewers."""
+def orientation_of(image: Image.Image) -> int:
+    """Returns the orientation of an image, from 1 to 8. Damaged metadata count as none, as in viewers.
+
+    If the image is not loaded, metadata behind the pixels of a PNG file count as none.
+    """
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        found = Image.Image.getexif(image).get(ORIENTATION, 1)  # PNG's own function loads the pixels
         return int(found) if found in UPRIGHT else 1
     except Exception:
         return 1

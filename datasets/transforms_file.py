@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.cameras import Photograph, opengl_camera
+from datasets.decoding import orientation_of
 from datasets.formats import image_endings
 from datasets.images import DatasetError
 from datasets.walking import all_images
@@ -27,16 +28,16 @@ def list_transforms(folder: Path, name: str) -> list[Photograph]:
     All positions are divided by the largest distance of a camera from the origin, so that they are as large as those on
     the unit sphere. Raises DatasetError if a file cannot be used.
     """
-    lists = sorted(
-        path for path in folder.rglob(name) if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    files = all_images(folder)
+    folders = sorted({folder / parent for file in files for parent in Path(file).parents})
+    lists = [path / name for path in folders if (path / name).is_file()]
     if not lists:
         raise DatasetError(f"no file {name} in {folder}: put one into the folder of each object, or correct data.pose")
     views = [view for path in lists for view in _frames(folder, path)]
     repeated = [file for file, count in Counter(view.file for view in views).items() if count > 1]
     if repeated:
         raise DatasetError(f"{folder / repeated[0]} has more than one camera in the files {name}: remove one of them")
-    unlisted = sorted({*all_images(folder)} - {view.file for view in views})
+    unlisted = sorted({*files} - {view.file for view in views})
     if unlisted:
         logger.info(
             "left out %d images in %s that no file %s names, such as %s", len(unlisted), folder, name, unlisted[0]
@@ -82,12 +83,18 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
 
 
 def _shape(file: Path) -> float | None:
-    """Returns width / height of an image; None if the file cannot be read."""
+    """Returns width / height of an image; None if the file cannot be read. Raises DatasetError if it is not upright."""
     try:
-        with Image.open(file) as image:  # reads only the size
-            return image.width / image.height
+        with Image.open(file) as image:  # reads only the size and the orientation
+            shape, orientation = image.width / image.height, orientation_of(image)
     except OSError:
         return None
+    if orientation != 1:
+        raise DatasetError(
+            f"{file} is not stored upright (its orientation tag is {orientation}): save it upright, because its camera "
+            "belongs to the stored pixels"
+        )
+    return shape
 
 
 def _matrix(rows: Any) -> Tensor:

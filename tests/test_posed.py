@@ -166,6 +166,9 @@ def test_a_pattern_may_hold_any_text() -> None:
         found = pattern.fullmatch(name)
         assert found and (found["polar"], found["azimuth"]) == angles
     assert not pattern.fullmatch("066-045")
+    for pose, name in (("*{azimuth}", "cup-090"), ("{polar}*{azimuth}", "035-090"), ("*{yaw}-{pitch}", "a1-090--35")):
+        found = name_pattern(pose).fullmatch(name)
+        assert found and "090" in found.groups(), "a hyphen after `*` is no sign"
 
 
 def test_masks_that_cannot_be_used(tmp_path: Path) -> None:
@@ -221,17 +224,40 @@ def test_cameras_of_a_transforms_file(tmp_path: Path) -> None:
     torch.testing.assert_close(images.cameras, expected.repeat(2, 1, 1), rtol=0, atol=1e-6)
 
 
-def test_the_focal_length_of_wide_images_is_exact(tmp_path: Path) -> None:
-    """Images of 4:3 are cropped to their height, so the focal length is 4/3 times that of the whole width."""
+def write_frames(folder: Path, **save: Any) -> Path:
+    """Writes two images with cameras to `folder`. Returns `folder`."""
     rows = torch.cat([torch.eye(3), torch.tensor([[0.0], [0.0], [1.0]])], dim=1).tolist()
     frames = [{"file_path": f"{i}.png", "transform_matrix": rows} for i in range(2)]
-    (tmp_path / "x").mkdir()
+    folder.mkdir(parents=True)
     for i in range(2):
-        Image.new("RGB", (640, 480)).save(tmp_path / "x" / f"{i}.png")
+        Image.new("RGB", (640, 480)).save(folder / f"{i}.png", **save)
     contents = {"camera_angle_x": 2 * math.atan(0.5 / 1.2), "frames": frames}
-    (tmp_path / "x" / "transforms.json").write_text(json.dumps(contents))
+    (folder / "transforms.json").write_text(json.dumps(contents))
+    return folder
+
+
+def test_the_focal_length_of_wide_images_is_exact(tmp_path: Path) -> None:
+    """Images of 4:3 are cropped to their height, so the focal length is 4/3 times that of the whole width."""
+    write_frames(tmp_path / "x")
     cameras = opened(tmp_path, pose="transforms.json")[0].cameras
     assert cameras is not None and (1 / cameras[0, :, 0].norm()).item() == pytest.approx(1.2 * 4 / 3, rel=1e-5)
+
+
+def test_images_that_are_stored_turned_have_no_camera(tmp_path: Path) -> None:
+    """A camera of a transforms.json belongs to the stored pixels, but images are decoded upright."""
+    metadata = Image.Exif()
+    metadata[0x0112] = 6
+    write_frames(tmp_path / "x", exif=metadata)
+    with pytest.raises(DatasetError, match=r"x/0\.png is not stored upright \(its orientation tag is 6\): save it"):
+        opened(tmp_path, pose="transforms.json")
+
+
+def test_objects_in_linked_folders_have_cameras(tmp_path: Path) -> None:
+    write_frames(tmp_path / "objects" / "x")
+    (tmp_path / "objects" / "y").symlink_to(write_frames(tmp_path / "elsewhere" / "z"))
+    (tmp_path / "objects" / ".z").symlink_to(write_frames(tmp_path / "hidden"))
+    images, _ = opened(tmp_path / "objects", pose="transforms.json")
+    assert images.names == ["x/0.png", "x/1.png", "y/0.png", "y/1.png"]
 
 
 def test_sources_are_other_images_of_the_object(objects: Path) -> None:
