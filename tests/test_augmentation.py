@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -403,14 +404,17 @@ def test_images_too_small_to_blur_are_left() -> None:
     assert torch.equal(augment(images, operating(4, 2, torch.full((4,), index), torch.ones(4))), images)
 
 
-def test_nothing_is_read_from_the_pixels() -> None:
+def test_nothing_is_read_from_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """augment() works on the meta device, where reading a value or using a shape that depends on values would raise."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # refuses the meta device
     view = View(randaugment_probability=1.0, affine_probability=1.0, color_jitter_probability=0.5, blur_probability=0.5)
-    drawn = Augmentation(view, 16).parameters(random(200))
-    assert drawn.operations.unique().numel() == len(OPERATIONS)
+    view = view.model_copy(update={"shift_pixels": 4, "cutout": 0.5})
     pixels = torch.empty(200, 3, 16, 16, dtype=torch.uint8, device="meta")
-    views = augment(pixels, drawn)
-    assert views.shape == pixels.shape and views.dtype == torch.uint8
+    for size in (None, 8):  # as large as the images, and cropped from stored images
+        drawn = Augmentation(view, size or 16, 16).parameters(random(200))
+        assert drawn.operations.unique().numel() == len(OPERATIONS)
+        views = augment(pixels, drawn, size)
+        assert views.shape == (200, 3, size or 16, size or 16) and views.dtype == torch.uint8
     with pytest.raises(RuntimeError):
         pixels.max().item()
 
