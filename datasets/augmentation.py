@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from config.schema import View
@@ -103,31 +102,6 @@ class Parameters:
     def __getitem__(self, samples: slice) -> "Parameters":
         parts: dict[str, Any] = {name: None if part is None else part[samples] for name, part in vars(self).items()}
         return Parameters(**parts)
-
-    @staticmethod
-    def concatenate(first: "Parameters", second: "Parameters") -> "Parameters":
-        """Returns the parameters of the samples of `first`, followed by the parameters of the samples of `second`."""
-        num_ops = max(first.operations.shape[1], second.operations.shape[1])
-        both = [(p, num_ops - p.operations.shape[1]) for p in (first, second)]  # missing ones become Identity
-
-        def joined(name: str, neutral: Tensor) -> Tensor | None:
-            parts = [getattr(p, name) for p in (first, second)]
-            if parts == [None, None]:
-                return None
-            lengths = [len(p) for p in (first, second)]
-            return torch.cat(
-                [neutral.expand(n, *neutral.shape) if p is None else p for p, n in zip(parts, lengths, strict=True)]
-            )
-
-        return Parameters(
-            torch.cat([p.boxes for p, _ in both]),
-            torch.cat([F.pad(p.operations, (0, missing)) for p, missing in both]),
-            torch.cat([F.pad(p.strengths, (0, missing)) for p, missing in both]),
-            torch.cat([F.pad(p.matrices, (0, 0, 0, 0, 0, missing)) for p, missing in both]),
-            joined("moves", IDENTITY),
-            joined("shifts", torch.zeros(2)),
-            joined("holes", torch.zeros(4)),
-        )
 
 
 class Augmentation:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -98,10 +97,8 @@ class Views:
     def source(self, pixels: Tensor, source: SourceDraw) -> Tensor:
         """Returns one source view (N, 3, S, S): augmented and normalised pixels plus `noise_std` times the noise."""
         draw, noise = source
-        return self._noisy(self._augment(pixels, self._source.parameters(draw), self._encoder_size), noise)
-
-    def _noisy(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        return self._normalize(pixels).add_(noise, alpha=self._noise_std)
+        augmented = self._augment(pixels, self._source.parameters(draw), self._encoder_size)
+        return self._normalize(augmented).add_(noise, alpha=self._noise_std)
 
     def pair(
         self,
@@ -112,8 +109,7 @@ class Views:
     ) -> tuple[Tensor, Tensor]:
         """Returns (x_source (N, K, 3, S, S), x_start (N, 3, D, D)).
 
-        Each source view is made as in `source`. The target view is augmented and scaled to [-1, 1]. Views of the same
-        size are augmented as one batch, because this needs fewer calls.
+        Each source view is made as in `source`. The target view is augmented and scaled to [-1, 1].
 
         Args:
             sources: random numbers of the K source views.
@@ -122,25 +118,11 @@ class Views:
         """
         pixels = pixels.to(self._device, non_blocking=True)
         seen = [pixels] * len(sources) if source_pixels is None else source_pixels
-        of_sources = [self._source.parameters(draw) for draw, _ in sources]
-        of_target = self._target.parameters(target)
-        if self._stored_size is None:
-            *augmented, target_view = self._augment_together(
-                [*seen, pixels], [*of_sources, of_target], self._encoder_size
-            )
-            x_start = self.x_start(target_view)
-        else:
-            augmented = self._augment_together(seen, of_sources, self._encoder_size)
-            x_start = _scale(self._augment(pixels, of_target, self._decoder_size))
-        source_views = [self._noisy(view, noise) for view, (_, noise) in zip(augmented, sources, strict=True)]
+        source_views = [self.source(images, source) for images, source in zip(seen, sources, strict=True)]
         first, *others = source_views
         x_source = torch.stack(source_views, dim=1) if others else first[:, None]  # one view needs no copy
-        return x_source, x_start
-
-    def _augment_together(self, pixels: Sequence[Tensor], parameters: Sequence[Parameters], size: int) -> list[Tensor]:
-        """Returns the augmented view (N, 3, size, size) of each element of `pixels`, by its parameters."""
-        together = torch.cat(list(pixels)) if len(pixels) > 1 else pixels[0]
-        return list(self._augment(together, reduce(Parameters.concatenate, parameters), size).split(len(pixels[0])))
+        size = self._encoder_size if self._stored_size is None else self._decoder_size
+        return x_source, self.x_start(self._augment(pixels, self._target.parameters(target), size))
 
     def augmented(self, pixels: Tensor, draw: Draw, view: schema.View) -> Tensor:
         """Returns augmented views for the evaluation: augmented by `view`, such as `views.probe`, and normalised."""

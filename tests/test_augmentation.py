@@ -445,5 +445,3 @@ def test_cutout_fills_a_square_around_a_random_point() -> None:
     s = 0.5
     expected = 2 * (s**3 / 3 - s**4 / 8 + s**5 / 80)
     assert ((right - left) * (bottom - top)).mean().item() == pytest.approx(expected, rel=0.03)
-    both = Parameters.concatenate(parameters[:2], Augmentation(View(), size).parameters(random(2)))
-    assert both.holes is not None and torch.equal(both.holes[2:], torch.zeros(2, 4)) and both.shifts is None
