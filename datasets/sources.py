@@ -20,7 +20,7 @@ from config.schema import Data
 from datasets.cache import open_splits
 from datasets.folder_layouts import list_folder
 from datasets.holdout import hold_out
-from datasets.images import DatasetError, Images, Statistics, StoredImages, from_arrays
+from datasets.images import DatasetError, Images, StoredImages, from_arrays
 from datasets.labelled_images import list_labelled
 from datasets.listing import Listing
 from datasets.posed import open_posed
@@ -32,13 +32,6 @@ logger = logging.getLogger(__name__)
 
 Splits = tuple[Images, Images | None]
 """Training split and test split. The test split is None if there is none, or if a folder's images have no labels."""
-
-# Mean and standard deviation over all pixels of the training split. The widely copied values for CIFAR-10,
-# (0.2023, 0.1994, 0.2010), are different: they are averages of the standard deviations of single images.
-STATISTICS: dict[str, Statistics] = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 DOWNLOAD_TIMEOUT_S = 30
@@ -194,6 +187,6 @@ def build_dataset(data: Data, processes: int = 1) -> tuple[Images, Images | None
         processes: number of processes that share this machine's cores.
     """
     train, test = SOURCES[data.name](data, processes)
-    mean, std = STATISTICS.get(data.name) or train.summary.statistics
+    mean, std = train.summary.statistics
     grey_bits = train.grey_bits or (test.grey_bits if test else None)
     return train, test, DatasetInfo(train.classes, mean, tuple(max(s, 1e-3) for s in std), grey_bits)
