@@ -14,7 +14,8 @@ ONLY_FOR = {
     "focal": ("posed",),
     "split": ("posed",),
 }
-# Keys of a view that move pixels, with the values that leave them where their rays are.
+# Keys of a view that move or hide pixels, with the value that turns each off: with cameras, every pixel must stay on
+# its ray.
 UNMOVED = {
     "crop_flip_probability": 0,
     "shift_pixels": 0,

@@ -79,8 +79,8 @@ def flat(config: RunConfig) -> dict[str, Any]:
 def portable(config: Config) -> Config:
     """Returns the config without what belongs to one machine: it names no paths.
 
-    Every run key has its default, except those that say how the model is sampled and judged. They belong to the model.
-    Another run key keeps its value if its default contradicts an experiment key.
+    Run keys get their defaults, except `sampling`, `evaluation` and `views.probe`, which describe the use of the model.
+    A run key whose default would make the config invalid keeps its value.
     """
     for name, field, run in all_keys():
         if run and not name.startswith(("sampling.", "evaluation.", "views.probe.")):

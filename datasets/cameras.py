@@ -94,8 +94,8 @@ def turn(cameras: Tensor, angle: Tensor) -> Tensor:
 def azimuth_of(cameras: Tensor) -> Tensor:
     """Returns the azimuths (...) of the positions of cameras (..., 3, 4), in radians.
 
-    Straight above or below the origin, a position has no azimuth. There, it is that of the x axis, minus 90 degrees,
-    which agrees with `sphere_camera`.
+    A position straight above or below the origin has no azimuth. For such a camera, returns the azimuth of its x axis
+    minus 90 degrees, as `sphere_camera` defines it.
     """
     right, position = cameras[..., 0], cameras[..., 3]
     is_above = position[..., :2].norm(dim=-1) < ABOVE * position.norm(dim=-1)

@@ -86,7 +86,7 @@ class Images(ABC):
         """
 
     def digest(self) -> str:
-        """Returns a digest of all pixels, labels, classes and cameras. Different data sets have different digests."""
+        """Returns a digest of all pixels, labels, classes, cameras and objects. Attributes are not included."""
         found = hashlib.blake2b(digest_size=16)
         found.update(f"{self.shape} {self.classes}".encode(errors="surrogateescape"))
         found.update(self.summary.digest.encode())

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Prefixes of the experiment keys that must have the values of the checkpoint, because they define the model. Seed,
 # views (except `views.probe`), diffusion and training (except `training.use_amp`) are always taken from the checkpoint.
-# All other keys may differ.
+# With --config, all experiment keys of `data` must agree as well. All other keys may differ.
 MUST_AGREE = ("data.image_size", "data.stored_size", "encoder.", "decoder.", "initialization")
 NOT_OF_THE_MODEL = ("encoder.frozen",)  # keys that begin like those above, but may differ
 
