@@ -106,7 +106,12 @@ class Data(Section):
         "digits does not use it",
         run=True,
     )
-    cache_dir: GivenPath = key("data/cache", "folder for the decoded images of `tiny`, `folder` and `posed`", run=True)
+    cache_dir: GivenPath = key(
+        "data/cache",
+        "folder for the decoded images of `tiny`, `folder` and `posed`; on storage of each machine, if the images "
+        "are there",
+        run=True,
+    )
     image_size: int = key(
         32,
         "height and width in pixels of the views that the encoder receives, and of those that the decoder denoises, "

@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,13 +33,14 @@ from utils.text import join_names
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 5  # increase it if decoding gives different pixels or if the content of the mark file changes
+CACHE_VERSION = 6  # increase it if decoding gives different pixels or if the content of the mark file changes
+KEPT_S = 3600  # seconds after its last use for which a cache of other files is kept
 BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
 
 
 @dataclass(frozen=True)
 class _Index:
-    """Content of the mark file, except what identifies its sources."""
+    """Content of the mark file."""
 
     summary: Summary
     findings: Findings
@@ -143,11 +145,14 @@ def open_listing(
     All files are decoded the first time, and again if any file has changed or the cache is incomplete. So unreadable
     files are found before training starts, and stored and streamed images have the same statistics and digest.
 
-    The cache of a split has at most two files:
+    The cache of a split has at most two files. Their names contain the fingerprint of the image files and a digest of
+    the rules, so that runs with other files or rules have other caches:
     - The pixels, a memory-mapped array that the processes of one machine share. Only stored images have it. Its last
       images are unused if files are skipped.
-    - The mark, a JSON file with the fingerprint of the image files, the rules, the summary of the pixels, and what was
-      found about the files. It is written last.
+    - The mark, a JSON file with the summary of the pixels and what was found about the image files. It is written last.
+
+    Before files are decoded, the caches of other files are removed, except those used within the last KEPT_S seconds,
+    which may belong to other machines.
 
     Raises UnreadableError if images cannot be read, and DatasetError if the cache cannot be written.
 
@@ -157,17 +162,27 @@ def open_listing(
         rules: without `grey_bits`, the smallest range is chosen that holds the greys of these files.
         skip: True: damaged images are left out.
     """
-    mark_file = cache_dir / f"{listing.cache_name}-{_hash(listing.root)}-{image_size}.json"
+    name = f"{listing.cache_name}-{_hash(listing.root)}-{image_size}"
+    of_files = f"{name}-v{CACHE_VERSION}-{_fingerprint(listing)}-"
+    mark_file = cache_dir / f"{of_files}{hashlib.blake2b(str(rules).encode(), digest_size=4).hexdigest()}.json"
     pixels_file = mark_file.with_suffix(".npy")
     shape = (len(listing.files), 3, image_size, image_size)
-    source = {"source": _fingerprint(listing), "rules": _describe(rules)}
-    index = _read_mark(mark_file, source, listing.root)
+    index = _read_mark(mark_file, listing.root)
     pixels = None if stream or index is None else _map_pixels(pixels_file, shape)
     if index is None or (pixels is None and not stream):
         workers = num_workers or num_cores()
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             if index is None:  # otherwise the mark is valid, and only the pixels are missing
+                others = [path for path in cache_dir.glob(f"{name}[-.]*") if not path.name.startswith(of_files)]
+                if others and not mark_file.exists():  # a damaged mark has been logged
+                    logger.info(
+                        "%s was cached in %s before files were added, removed or changed, on another machine, or by "
+                        "another version of this program: decoding all images again",
+                        *(listing.root, cache_dir),
+                    )
+                for other in others:
+                    _remove_unused(other)
                 for outdated in (mark_file, pixels_file):
                     outdated.unlink(missing_ok=True)
             with replacing(mark_file) as mark:
@@ -178,12 +193,14 @@ def open_listing(
                         array = _allocate(partial, shape)
                         index = _look_through(listing, image_size, workers, array, rules, skip)
                         array.flush()
-                content = {"version": CACHE_VERSION, **source, **_to_json(index)}
-                mark.write_text(json.dumps(content), encoding="utf-8")
+                mark.write_text(json.dumps(_to_json(index)), encoding="utf-8")
         except OSError as error:
             raise _cannot_cache(cache_dir, error, stream) from None
         logger.info("cached %s of %s in %s", "the statistics" if stream else "the images", listing.root, cache_dir)
         pixels = None if stream else _map_pixels(pixels_file, shape)
+    for used in (mark_file, pixels_file):
+        with suppress(OSError):  # a cache that cannot be written to, or no pixels
+            os.utime(used)
     findings = index.findings
     raise_if_unreadable(listing, findings, skip)
     log_findings(str(listing.root), len(listing.files), findings, rules.grey_bits)
@@ -211,6 +228,13 @@ def open_listing(
 
 def _hash(root: Path) -> str:
     return hashlib.blake2b(os.fsencode(root.resolve()), digest_size=6).hexdigest()
+
+
+def _remove_unused(path: Path) -> None:
+    """Removes a file of a cache, if it can be removed and was not used within the last KEPT_S seconds."""
+    with suppress(OSError):
+        if path.stat().st_mtime < time.time() - KEPT_S:
+            path.unlink()
 
 
 def _cannot_cache(cache_dir: Path, error: OSError, stream: bool) -> DatasetError:
@@ -255,7 +279,7 @@ def _fingerprint(listing: Listing) -> str:
 
     Raises DatasetError if a file is not a regular file.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=8)
     for file in listing.files:
         try:
             status = (listing.root / file).stat()
@@ -267,11 +291,6 @@ def _fingerprint(listing: Listing) -> str:
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
         digest.update(f"{file}\0{status.st_size}\0{times}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _describe(rules: Rules) -> dict[str, Any]:
-    """Returns the rules as plain values of JSON."""
-    return {"background": list(rules.background), "max_megapixels": rules.max_megapixels, "grey_bits": rules.grey_bits}
 
 
 def _decode_all(
@@ -308,33 +327,20 @@ def _to_json(index: _Index) -> dict[str, Any]:
     }
 
 
-def _read_mark(path: Path, source: dict[str, Any], root: Path) -> _Index | None:
-    """Returns the index of the cache, or None if the cache is missing, stale or damaged.
-
-    Logs the reason if the cache is stale or damaged.
-    """
+def _read_mark(path: Path, root: Path) -> _Index | None:
+    """Returns the index of the cache, or None if it is missing or, with a message to the log, damaged."""
     try:
         mark = json.loads(path.read_text(encoding="utf-8"))
-        if mark["version"] != CACHE_VERSION:
-            reason = "was written by another version of this program"
-        else:
-            mean, std = mark["statistics"]
-            summary = Summary((tuple(map(float, mean)), tuple(map(float, std))), str(mark["digest"]))
-            greys = Counter({int(bits): int(count) for bits, count in mark["greys"].items()})
-            findings = Findings(dict(mark["unreadable"]), set(), greys, Counter(mark["counts"]))
-            if not len(mean) == len(std) == 3:
-                reason = "is damaged"
-            elif mark["source"] != source["source"]:
-                reason = "is stale: files were added, removed or changed"
-            elif mark["rules"] != source["rules"]:
-                reason = "is stale: data.background, data.max_megapixels or the range of greys has changed"
-            else:
-                return _Index(summary, findings)
+        mean, std = (tuple(map(float, values)) for values in mark["statistics"])
+        greys = Counter({int(bits): int(count) for bits, count in mark["greys"].items()})
+        findings = Findings(dict(mark["unreadable"]), set(), greys, Counter(mark["counts"]))
+        if len(mean) == len(std) == 3:
+            return _Index(Summary((mean, std), str(mark["digest"])), findings)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        reason = "is damaged"
-    logger.info("the cache %s of %s %s: decoding all images again", path, root, reason)
+        pass
+    logger.info("the cache %s of %s is damaged: decoding all images again", path, root)
     return None
 
 

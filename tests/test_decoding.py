@@ -591,4 +591,4 @@ def test_a_mark_without_its_facts_is_damaged(tmp_path: Path, caplog: pytest.LogC
     (mark,) = (tmp_path / "cache").glob("*.json")
     mark.write_text(mark.read_text().replace('"unreadable": {}', '"unreadable": 3'))
     open_folder(tmp_path / "photos")
-    assert "is damaged" in caplog.text and cache.CACHE_VERSION == 5 and DEFAULT_RULES.background == (255, 255, 255)
+    assert "is damaged" in caplog.text and cache.CACHE_VERSION == 6 and DEFAULT_RULES.background == (255, 255, 255)
