@@ -66,12 +66,13 @@ def main(argv: list[str] | None = None) -> int:
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)
-            task = open_task(config, folder.statistics or next((each.statistics for each in starting.values()), None))
+            known = folder if folder.checkpoint else starting.get("encoder")
+            task = open_task(config, known.statistics, known.grey_bits) if known else open_task(config)
             folder.check_images(task.data_digest)
             state = initial_state(task, starting)
             if folder.checkpoint:
                 folder.resume(state, task.total_steps)
-            del starting  # the host copy of the weights
+            del starting, known  # the host copy of the weights
             folder.prepare()
         # Train.
         finetune(task, state, folder)

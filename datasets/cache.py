@@ -74,17 +74,21 @@ def choose_stream(setting: bool | None, root: Path, count: int, image_size: int)
     return bool(setting)
 
 
-def open_splits(train: Listing, test: Listing | None, data: Data, processes: int) -> tuple[Images, Images | None]:
+def open_splits(
+    train: Listing, test: Listing | None, data: Data, processes: int, grey_bits: int | None = None
+) -> tuple[Images, Images | None]:
     """Opens the images of the training and test files, stored or streamed, as the section `data` of the config says.
 
-    The greys of the test images have the range of the training images. Raises DatasetError. If images of both splits
-    cannot be read, the error names the images of both.
+    Raises DatasetError. If images of both splits cannot be read, the error names the images of both.
+
+    Args:
+        grey_bits: range of the greys (see `Rules.grey_bits`); None: that of the training images, or of the test images
+            if no training image has greys of more than 8 bits.
     """
     root, cache_dir = Path(data.root), Path(data.cache_dir)
     stream = choose_stream(data.stream, root, len(train.files) + len(test.files if test else []), data.kept_size)
     opened: list[Images | None] = []
     unreadable: dict[Path, str] = {}
-    grey_bits = None
     for listing in (train, test):
         images = None
         if listing is not None:

@@ -29,7 +29,7 @@ LIMITS = {"polar": (0, 180), "pitch": (-90, 90), "azimuth": (-360, 360), "yaw": 
 logger = logging.getLogger(__name__)
 
 
-def open_posed(data: Data, processes: int) -> tuple[Images, Images | None]:
+def open_posed(data: Data, processes: int, grey_bits: int | None = None) -> tuple[Images, Images | None]:
     """Opens photographs with cameras. The test split holds other objects or other views, as `data.split` says.
 
     Raises DatasetError if a camera is not known, or if the objects or their views are too few.
@@ -44,7 +44,7 @@ def open_posed(data: Data, processes: int) -> tuple[Images, Images | None]:
         *(len(views), len(number), folder, heights.min().item(), heights.max().item()),
     )
     train, test = split_views(folder, views, data)
-    opened = open_splits(train, test, data, processes)
+    opened = open_splits(train, test, data, processes, grey_bits)
     by_file = {view.file: view for view in views}
     for images in opened:
         if images is not None:

@@ -121,7 +121,7 @@ def load_fashion_mnist(root: Path, image_size: int) -> tuple[StoredImages, Store
     return train, test
 
 
-def open_folder(data: Data, processes: int) -> Splits:
+def open_folder(data: Data, processes: int, grey_bits: int | None = None) -> Splits:
     """Opens a folder of image files, with a test split that is held out if `data.holdout` asks for it.
 
     Images without labels have no test split. Raises DatasetError.
@@ -136,7 +136,7 @@ def open_folder(data: Data, processes: int) -> Splits:
         if test is not None:
             logger.info("the %d test images have attributes, but no labels: they are not used", len(test.files))
         test = None
-    splits = open_splits(train, test, data, processes)
+    splits = open_splits(train, test, data, processes, grey_bits)
     if train.attributes:
         names = splits[0].names or []
         splits[0].attributes = torch.tensor([train.attributes[name] for name in names], dtype=torch.uint8)
@@ -144,26 +144,33 @@ def open_folder(data: Data, processes: int) -> Splits:
     return splits
 
 
-def open_unlabelled(root: Path, data: Data, processes: int = 1) -> Images:
-    """Opens all images below `root`, without labels, decoded as `data` says. Raises DatasetError."""
+def open_unlabelled(root: Path, data: Data, processes: int, grey_bits: int | None) -> Images:
+    """Opens all images below `root`, without labels, decoded as `data` says. Raises DatasetError.
+
+    Args:
+        grey_bits: range of the greys of the images that these are used with (see `Rules.grey_bits`).
+    """
     if not root.is_dir():
         raise DatasetError(f"no folder {root}: set `unlabelled` to a folder with images")
     files = all_images(root)
     listing = Listing(root, files, None, [], "flat")  # shares its cache with a run of train.py on this folder
-    images, _ = open_splits(listing, None, data.model_copy(update={"root": str(root)}), processes)
+    images, _ = open_splits(listing, None, data.model_copy(update={"root": str(root)}), processes, grey_bits)
     return images
 
 
-SOURCES: dict[str, Callable[[Data, int], Splits]] = {
+SOURCES: dict[str, Callable[[Data, int, int | None], Splits]] = {
     "digits": lambda data, *_: load_digits(data.kept_size),
     "fashion_mnist": lambda data, *_: load_fashion_mnist(Path(data.root), data.kept_size),
     "cifar10": lambda data, *_: load_cifar(Path(data.root), data.kept_size, 10),
     "cifar100": lambda data, *_: load_cifar(Path(data.root), data.kept_size, 100),
-    "tiny": lambda data, processes: open_splits(*list_tiny_imagenet(Path(data.root)), data, processes),
+    "tiny": lambda data, *more: open_splits(*list_tiny_imagenet(Path(data.root)), data, *more),
     "folder": open_folder,
     "posed": open_posed,
 }
-"""Function of each `data.name`: (`data` section, processes that share this machine's cores) -> splits."""
+"""Function of each `data.name`: (`data` section, processes that share this machine's cores, grey_bits) -> splits.
+
+`build_dataset` describes grey_bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -180,13 +187,16 @@ class DatasetInfo:
     grey_bits: int | None = None
 
 
-def build_dataset(data: Data, processes: int = 1) -> tuple[Images, Images | None, DatasetInfo]:
+def build_dataset(
+    data: Data, processes: int = 1, grey_bits: int | None = None
+) -> tuple[Images, Images | None, DatasetInfo]:
     """Returns (training split, test split or None, info). Raises DatasetError if images are missing or unusable.
 
     Args:
         processes: number of processes that share this machine's cores.
+        grey_bits: range by which greys are decoded (see `Rules.grey_bits`); None: that of these images.
     """
-    train, test = SOURCES[data.name](data, processes)
+    train, test = SOURCES[data.name](data, processes, grey_bits)
     mean, std = train.summary.statistics
-    grey_bits = train.grey_bits or (test.grey_bits if test else None)
+    grey_bits = grey_bits or train.grey_bits or (test.grey_bits if test else None)
     return train, test, DatasetInfo(train.classes, mean, tuple(max(s, 1e-3) for s in std), grey_bits)

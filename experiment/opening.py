@@ -63,11 +63,14 @@ class Experiment:
         return rules_of(self.config.data, self.info.grey_bits)
 
 
-def open_experiment(config: Config, statistics: Statistics | None = None, *, to_train: bool = True) -> Experiment:
+def open_experiment(
+    config: Config, statistics: Statistics | None = None, grey_bits: int | None = None, *, to_train: bool = True
+) -> Experiment:
     """Collective. Loads the images and returns the experiment.
 
     Args:
         statistics: mean and standard deviation of the channels, which normalise the views; None: those of the images.
+        grey_bits: range by which greys are decoded (see `Rules.grey_bits`); None: that of the images.
         to_train: True: the images must be enough for training and its evaluations. False: any number of images will
             do, and batches are smaller if the training images are fewer than training.batch_size.
 
@@ -76,7 +79,7 @@ def open_experiment(config: Config, statistics: Statistics | None = None, *, to_
         DatasetError: the images cannot be used, are too few, or differ between ranks.
     """
     device, amp_dtype = open_device(config, partial(training_work, config))
-    train, test, info = open_images(config.data, statistics)
+    train, test, info = open_images(config.data, statistics, grey_bits)
     data_digest = train.digest()
     train, test = to_gpu_if_small(train, device), test and to_gpu_if_small(test, device)
     if to_train and len(train) < config.training.batch_size:
@@ -111,15 +114,17 @@ def open_experiment(config: Config, statistics: Statistics | None = None, *, to_
     )
 
 
-def open_images(data: Data, statistics: Statistics | None = None) -> tuple[Images, Images | None, DatasetInfo]:
+def open_images(
+    data: Data, statistics: Statistics | None, grey_bits: int | None
+) -> tuple[Images, Images | None, DatasetInfo]:
     """Collective. Returns (training split, test split or None, info) of a data set, the same on all ranks.
 
     Args:
-        statistics: as in `open_experiment`.
+        statistics, grey_bits: as in `open_experiment`.
 
     Raises DatasetError if the images cannot be used, or differ between ranks.
     """
-    train, test, info = first_on_each_node(lambda: build_dataset(data, local_world_size()))
+    train, test, info = first_on_each_node(lambda: build_dataset(data, local_world_size(), grey_bits))
     if statistics is not None:
         info = replace(info, mean=statistics[0], std=statistics[1])
     if not all_equal((train.digest(), test and test.digest())):

@@ -43,6 +43,7 @@ class StartingWeights:
         origin: description for the log.
         statistics: mean and standard deviation of the images that the weights were trained on; None: not known.
         image_size: height and width in pixels of the images that the encoder was trained on; None: not known.
+        grey_bits: range of the greys of these images (see `Rules.grey_bits`); None: not known, or no such greys.
     """
 
     path: str
@@ -52,6 +53,7 @@ class StartingWeights:
     origin: str
     statistics: Statistics | None = None
     image_size: int | None = None
+    grey_bits: int | None = None
 
     def load_into(self, part: nn.Module) -> None:
         """Copies the weights into the encoder or the decoder."""
@@ -109,13 +111,13 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
     """
     contents, digest = read_tensors(path)
     new: list[str] = []
-    statistics = before = image_size = None
+    statistics = before = image_size = grey_bits = None
     if is_checkpoint(contents):
         prefix, averaged = f"{part}.", contents["ema"].get("model", {})
         weights = {name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)}
         origin = f"the EMA {part} of step {contents['step']}"
         before = parse_config(contents["config"], f"{part}.weights: {path}")
-        image_size = before.encoder_size
+        image_size, grey_bits = before.encoder_size, contents.get("grey_bits")
         changed = differences(before, config, run=False, prefixes=(prefix, *ALSO_AGREE[part]))
         if "statistics" in contents:
             mean, std = contents["statistics"]
@@ -161,7 +163,7 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
             "the encoder in %s was trained on images of %d px, but data.image_size is %d",
             *(path, image_size, config.encoder_size),
         )
-    return StartingWeights(str(path), digest, weights, new, origin, statistics, image_size)
+    return StartingWeights(str(path), digest, weights, new, origin, statistics, image_size, grey_bits)
 
 
 def _exported_facts(path: Path) -> tuple[Statistics | None, int | None]:

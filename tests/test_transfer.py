@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from config.finetune_schema import FinetuneConfig
 from config.keys import differences
 from config.reading import load, load_config, parse
 from datasets.images import JoinedImages, StoredImages
+from evaluation.measures.subjects import open_others
 from model.resnets import ResNetEncoder
 from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of, launch_two, undocumented_tags
 from tests.test_mistakes import write_images
@@ -283,6 +285,38 @@ def test_a_folder_with_labels_and_one_without(tmp_path: Path, caplog: pytest.Log
         assert float(line["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-3)
     with pytest.raises(ConfigError, match="has no checkpoint: train first, by the same command without --predict"):
         predict(config.model_copy(update={"output_dir": str(tmp_path / "none")}), tmp_path / "rest")
+
+
+def test_one_file_has_the_same_greys_in_all_folders(tmp_path: Path, checkpoint: Path) -> None:
+    """The range of greys is that of the encoder's images, else that of the data set, else that of `unlabelled`."""
+    for names, largest in (("labelled train a|labelled train b|labelled test a|labelled test b", 1000), ("rest", 4000)):
+        for name in names.split("|"):
+            folder = tmp_path.joinpath(*name.split())
+            folder.mkdir(parents=True)
+            for index, value in enumerate((800, largest)):
+                Image.fromarray(np.full((8, 8), value, np.uint16)).save(folder / f"{index}.png")
+    args = ["--config", str(ROOT / "config" / "finetune_folder.yaml"), *TINY, *LAPLACENET, "num_labels=null"]
+    args += [f"data.root={tmp_path / 'labelled'}", f"unlabelled={tmp_path / 'rest'}", "data.image_size=8"]
+    args += [f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}", "training.batch_size=4"]
+    args += ["laplacenet.labelled_batch_size=2"]
+    config = load(FinetuneConfig, args[1], args[2:])
+    for given, bits in ((None, 10), (16, 16)):
+        task = open_task(config, grey_bits=given)
+        (pixels,) = task.train.batches([torch.tensor([0, 4])])
+        assert pixels.unique().tolist() == [800 >> (bits - 8)] and task.info.grey_bits == bits
+    experiment = experiment_of(tmp_path, f"data.cache_dir={tmp_path / 'cache'}")
+    of_16_bits = replace(experiment, info=replace(experiment.info, grey_bits=16))
+    _, others = open_others(tmp_path / "rest", of_16_bits)
+    (pixels,) = others.batches([range(2)])
+    assert pixels.unique().tolist() == [800 >> 8, 4000 >> 8]
+
+    torch.save(torch.load(checkpoint) | {"grey_bits": 16}, tmp_path / "start.pt")
+    args.append(f"encoder.weights={tmp_path / 'start.pt'}")
+    assert finetune_program.main(args) == 0
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["grey_bits"] == 16
+    (tmp_path / "start.pt").unlink()
+    (tmp_path / "run" / "results.json").unlink()
+    assert finetune_program.main(args) == 0, "a run that resumes keeps the range"
 
 
 # Training

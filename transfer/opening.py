@@ -1,7 +1,7 @@
 """Opening of a config of finetune.py: its images, the labelled ones among them, views and device."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -70,18 +70,20 @@ class Task:
         return given
 
 
-def open_task(config: FinetuneConfig, statistics: Statistics | None = None) -> Task:
+def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey_bits: int | None = None) -> Task:
     """Collective. Loads the images, chooses the labelled ones, and returns the task.
 
     Args:
         statistics: mean and standard deviation of the channels, which normalise the views; None: those of the images.
+        grey_bits: range by which greys are decoded (see `Rules.grey_bits`); None: that of the data set's images, or of
+            the images in `unlabelled` if the data set has no greys of more than 8 bits.
 
     Raises:
         ConfigError: the labels cannot be chosen as the config asks, or the ranks would compute differently.
         DatasetError: the images cannot be used, have no labels, or differ between ranks.
     """
     device, amp_dtype = open_device(config, partial(training_work, config))
-    train, test, info = open_images(config.data, statistics)
+    train, test, info = open_images(config.data, statistics, grey_bits)
     if test is None or train.labels is None:
         raise DatasetError(
             f"the images in {config.data.root} have no labels: put them into a folder per class, or set data.labels"
@@ -91,7 +93,9 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None) -> T
     if not all_equal(labelled.tolist()):
         raise ConfigError("the processes read different files of labelled images: give all of them the same file")
     if config.unlabelled:
-        more = first_on_each_node(lambda: open_unlabelled(Path(config.unlabelled), config.data, local_world_size()))
+        folder, grey_bits = Path(config.unlabelled), info.grey_bits
+        more = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
+        info = replace(info, grey_bits=grey_bits or more.grey_bits)
         if not all_equal(more.digest()):
             raise DatasetError(
                 f"the machines hold different images in {config.unlabelled}: copy the same images to all machines"

@@ -196,7 +196,8 @@ def open_others(folder: Path | None, experiment: Experiment) -> tuple[str, Image
         return "synthetic shapes", Shapes(NUM_SHAPES, config.encoder_size, config.seed)
     if not folder.is_dir():
         raise DatasetError(f"no folder {folder}: set --others to a folder with images")
-    images = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size()))
+    grey_bits = experiment.info.grey_bits
+    images = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
     return folder.resolve().name, images
 
 

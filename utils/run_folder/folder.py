@@ -96,6 +96,11 @@ class RunFolder:
         return tuple(mean), tuple(std)
 
     @property
+    def grey_bits(self) -> int | None:
+        """Range of greys in the checkpoint from which the run resumes. Forgotten by `prepare`."""
+        return self._saved.get("grey_bits") if self._saved else None
+
+    @property
     def started_from(self) -> dict[str, str]:
         """Digest of the file that each part of the run started from, in its checkpoint. Forgotten by `prepare`."""
         return dict(self._saved.get("started_from", {})) if self._saved else {}
