@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluation.features import feature_name
 from evaluation.protocols import config_protocols
@@ -72,11 +72,16 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
 def settled(experiment: Experiment, soda: SODA) -> SODA:
     """Returns a model with the decoder of `soda` and a copy of its encoder with settled BatchNorm statistics.
 
-    The running statistics are re-estimated by SETTLING_PASSES forward passes over source views, in training mode. The
-    images of a pass have timesteps that are spread evenly, in case the encoder depends on the timestep. Every rank
-    encodes complete global batches, because statistics of one rank's share would depend on the number of ranks.
+    The running statistics are replaced by their means over SETTLING_PASSES forward passes over source views, in
+    training mode. The images of a pass have timesteps that are spread evenly, in case the encoder depends on the
+    timestep. Every rank encodes complete global batches, because statistics of one rank's share would depend on the
+    number of ranks.
     """
     encoder = copy.deepcopy(soda.encoder).train()
+    for layer in encoder.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # a mean over all passes, in which nothing remains of the statistics before
     positions = range(experiment.loader.batch_size)
     timesteps = torch.tensor(positions, device=experiment.device) * experiment.diffusion.num_timesteps // len(positions)
     steps = range(SETTLING_PASSES)
