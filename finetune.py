@@ -87,6 +87,7 @@ def classify(config: FinetuneConfig, images: Path) -> None:
 
     path, text, counts = predict(config, images)
     if rank() == 0:
+        path.parent.mkdir(exist_ok=True)
         write_text(path, text)
         print(*(f"{name}: {count}" for name, count in counts.most_common()), path, sep="\n")
 

@@ -70,7 +70,7 @@ def images_of_folder(folder: Path, config: RunConfig, grey_bits: int | None) -> 
         train = folder / next(name for name in listing.classes if holds_splits([name, "test"]))
         choice = shlex.quote(str(train))
         raise DatasetError(f"{folder} holds splits, not classes: choose one split, e.g. --folder {choice}")
-    return _images_of_listing(listing, config, grey_bits)
+    return images_of_listing(listing, config, grey_bits)
 
 
 def images_of_files(files: list[str], config: RunConfig, grey_bits: int | None) -> NamedImages:
@@ -83,7 +83,7 @@ def images_of_files(files: list[str], config: RunConfig, grey_bits: int | None) 
     if missing is not None:
         hint = "; put key=value before --files" if "=" in missing else ""
         raise DatasetError(f"the image {missing} does not exist: give paths of existing files{hint}")
-    return _images_of_listing(Listing(Path(), files, None, []), config, grey_bits)
+    return images_of_listing(Listing(Path(), files, None, []), config, grey_bits)
 
 
 class _DecodedImages:
@@ -109,7 +109,14 @@ class _DecodedImages:
         )
 
 
-def _images_of_listing(listing: Listing, config: RunConfig, grey_bits: int | None) -> NamedImages:
+def images_of_listing(listing: Listing, config: RunConfig, grey_bits: int | None) -> NamedImages:
+    """Collective. Returns the images of a listing, named by its files.
+
+    Raises DatasetError if the ranks have different listings.
+
+    Args:
+        grey_bits: range of the training images' greys (see `Rules.grey_bits`).
+    """
     if not all_equal((listing.files, listing.labels, listing.classes)):
         raise DatasetError("the processes see different images: give all processes the same images")
     labels = None if listing.labels is None else np.array(listing.labels)

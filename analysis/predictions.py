@@ -8,18 +8,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from analysis.feature_file import encode_named, images_of_folder
+from analysis.feature_file import encode_named, images_of_listing
 from analysis.image_encoder import ImageEncoder
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
+from config.keys import differences
 from config.reading import parse
 from datasets.findings import UnreadableError
+from datasets.listing import Listing
+from datasets.walking import all_images
 from experiment.opening import open_device
 from experiment.trained import check_weights
 from model.encoder import Encoder
 from transfer.classifier import Classifier, build_classifier
 from transfer.opening import training_work
 from utils.device import compute_exactly
+from utils.distributed.collectives import all_equal
 from utils.files import check_writable
 from utils.run_folder.checkpoint import newest_checkpoint
 
@@ -40,9 +44,11 @@ def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[st
     """Collective. Classifies all images below `folder` with the EMA classifier of the run's newest checkpoint.
 
     Returns the path and the text of a CSV file with a line for each image: its path, the class and its probability. The
-    third value is the number of images of each class.
+    third value is the number of images of each class. The run keys of `data` are those of `config`. All other keys that
+    define the images and the classifier are those of the checkpoint.
 
-    Raises ConfigError if the run has no checkpoint, CheckpointError, DatasetError and OutOfMemoryError.
+    Raises ConfigError if the run has no checkpoint, or if the ranks read different ones; CheckpointError, DatasetError
+    and OutOfMemoryError.
     """
     run = Path(config.output_dir)
     found = newest_checkpoint(run / "checkpoints")
@@ -50,7 +56,12 @@ def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[st
         raise ConfigError(f"{run} has no checkpoint: train first, by the same command without --predict")
     checkpoint, contents = found
     trained = parse(FinetuneConfig, contents["config"], f"the config in {checkpoint}")
-    named = images_of_folder(folder, trained, contents["grey_bits"])
+    if not all_equal(contents["sha256"]):
+        raise ConfigError(f"the processes read different checkpoints from {run}: set output_dir to shared storage")
+    changed = differences(trained, config, run=True, prefixes=("data.",))
+    given = {key.removeprefix("data."): new for key, (_, new) in changed.items()}
+    trained = trained.model_copy(update={"data": trained.data.model_copy(update=given)})
+    named = images_of_listing(Listing(folder, all_images(folder), None, []), trained, contents["grey_bits"])
     path = run / "predictions" / f"{folder.resolve().name}.csv"
     check_writable(path)
 

@@ -240,10 +240,8 @@ def list_images(folder: Path) -> Listing:
     and a tenth of the images in the sub-folders. Otherwise, and if there is only one sub-folder beside them, no image
     has a label and none is left out. The log says which.
 
-    Raises DatasetError if there are no images.
+    Raises DatasetError if there is no such folder, or if it has no images.
     """
-    if not folder.is_dir():
-        raise DatasetError(f"no folder {folder}: name a folder with images")
     files = all_images(folder)
     in_classes = [file for file in files if len(Path(file).parts) > 1]
     names = [compose(Path(file).parts[0]) for file in in_classes]

@@ -141,8 +141,10 @@ class Walker:
 def all_images(folder: Path) -> list[str]:
     """Returns the sorted paths of all images below `folder`, relative to it. Logs what is left out.
 
-    Raises DatasetError if there are no images.
+    Raises DatasetError if there is no such folder, or if it has no images.
     """
+    if not folder.is_dir():
+        raise DatasetError(f"no folder {folder}: name a folder with images")
     walker = Walker()
     files = walker.images_in(folder)
     if not files:

@@ -26,6 +26,7 @@ from sklearn.semi_supervised import LabelSpreading
 
 import finetune as finetune_program
 import train as train_program
+from analysis import predictions
 from analysis.predictions import predict
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
@@ -48,6 +49,7 @@ from transfer.opening import Task, open_task
 from transfer.sampling import Draws
 from transfer.state import FinetuneState, initial_state
 from transfer.step import learning_rates, pairs_of, step_pixels, train_step
+from utils import files as files_module
 from utils.logging import PhaseTimer
 
 DIGITS = ROOT / "config" / "finetune_digits.yaml"
@@ -245,11 +247,16 @@ def test_each_image_is_used_equally_often() -> None:
     assert few.steps_per_epoch == 1 and few.indices(0).bincount().tolist() in ([5, 5, 6], [5, 6, 5], [6, 5, 5])
 
 
-def test_a_folder_with_labels_and_one_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Images of the second folder get pseudo-labels. Class folders in it are not read as labels."""
+def test_a_folder_with_labels_and_one_without(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Images of the second folder get pseudo-labels. Its sub-folders are neither classes nor splits."""
     caplog.set_level(logging.INFO)
     write_images(tmp_path / "labelled", train_a=10, train_b=10, test_a=4, test_b=4)
-    write_images(tmp_path / "rest", seed=1, train_b=30, train_c=14)
+    write_images(tmp_path / "rest", seed=1, flat=1, train_b=30, test_c=14)
     args = ["--config", str(ROOT / "config" / "finetune_folder.yaml"), *TINY, *LAPLACENET]
     root = tmp_path / "labelled"
     paths = sorted(root.glob("train/*/*"))[1:]  # the folder `train` may be named or not
@@ -259,32 +266,41 @@ def test_a_folder_with_labels_and_one_without(tmp_path: Path, caplog: pytest.Log
     args += [f"labelled={tmp_path / 'list.txt'}"]
     args += [f"data.cache_dir={tmp_path / 'cache'}", "data.image_size=8", f"output_dir={tmp_path / 'run'}"]
     assert finetune_program.main(args) == 0
-    assert "19 labelled and 45 other training images" in caplog.text
+    assert "19 labelled and 46 other training images" in caplog.text
     (facts,) = reports_of(tmp_path / "run", "pseudo_labels")
     assert facts["without"] < 100 and "accuracy" in facts, "the true label of one image is known"
     targets = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["targets"]
     assert targets[1:20].tolist() == [0] * 9 + [1] * 10 and set(targets[20:].tolist()) <= {-1, 0, 1}
 
-    # The classifier labels the second folder.
-    assert finetune_program.main([*args, "--predict", str(tmp_path / "rest")]) == 0
+    # The classifier labels the second folder, with the run keys of the command.
+    (tmp_path / "rest" / "damaged.png").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="2"):
+        finetune_program.main([*args, "--predict", str(tmp_path / "rest")])
+    assert "or set data.unreadable=skip" in capsys.readouterr().err
+    monkeypatch.setattr(files_module, "LOCKS_PARTIALS", False)  # no lock creates the folder `predictions`
+    assert finetune_program.main([*args, "data.unreadable=skip", "--predict", str(tmp_path / "rest")]) == 0
+    (tmp_path / "rest" / "damaged.png").unlink()
     config = load(FinetuneConfig, args[1], args[2:])
     starting = read_starting_weights(config)
     task = open_task(config, None)
     state = initial_state(task, starting)
     state.load_state_dict(torch.load(tmp_path / "run" / "checkpoints" / "last.pt"))
-    files = sorted((tmp_path / "rest").glob("*/*/*"))
+    files = sorted((tmp_path / "rest").rglob("*.png"))
     pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = state.ema.ema_model(task.views.evaluation(pixels)).softmax(dim=1)
     with open(tmp_path / "run" / "predictions" / "rest.csv", newline="") as file:
         found = {line["file"]: line for line in csv.DictReader(file)}
-    assert len(found) == len(files) == 44
+    assert len(found) == len(files) == 45
     for path, probabilities in zip(files, expected, strict=True):
         line = found[str(path.relative_to(tmp_path / "rest"))]
         assert line["class"] == "ab"[int(probabilities.argmax())]
         assert float(line["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-3)
     with pytest.raises(ConfigError, match="has no checkpoint: train first, by the same command without --predict"):
         predict(config.model_copy(update={"output_dir": str(tmp_path / "none")}), tmp_path / "rest")
+    monkeypatch.setattr(predictions, "all_equal", lambda _: False)
+    with pytest.raises(ConfigError, match="the processes read different checkpoints from"):
+        predict(config, tmp_path / "rest")
 
 
 def test_one_file_has_the_same_greys_in_all_folders(tmp_path: Path, checkpoint: Path) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 SHARING_SECONDS = 60  # time in which all machines must see a new file; NFS caches names for up to a minute
 SUBFOLDERS = ("checkpoints", "logs", "samples", "tensorboard")
-OUTPUTS = (*SUBFOLDERS, "pictures", "features")
+OUTPUTS = (*SUBFOLDERS, "pictures", "features", "predictions")
 """Subfolders of a run folder to which any of the programs writes."""
 
 
