@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             folder.open()
             if folder.checkpoint:
                 check_origin({"encoder": config.encoder.weights}, folder.started_from)
-            if folder.is_finished():
+            if folder.is_finished() and not config.labelled:  # else it resumes, which compares the labelled images
                 logger.info(
                     "finished: all %d epochs are done; to train longer, choose another output_dir",
                     config.training.epochs,

@@ -115,8 +115,8 @@ class FinetuneTraining(Running):
 
     epochs: int = key(
         200,
-        "number of epochs, each of floor(training images / batch_size) steps, but at least one; images without labels "
-        "count as well, so an epoch is equally long for all methods",
+        "number of epochs, each of floor(training images / batch_size) steps, but at least one; images without labels, "
+        "and those of `unlabelled`, count as well, so an epoch is equally long for all methods",
         ge=1,
     )
     batch_size: int = key(
@@ -167,7 +167,10 @@ class FinetuneConfig(RunConfig):
         run=True,
     )
     unlabelled: PathText = key(
-        "", "folder of further training images without labels, for laplacenet; empty: none", run=True
+        "",
+        "folder of further training images without labels; all methods count them in an epoch, and laplacenet trains "
+        "on them; empty: none",
+        run=True,
     )
     output_dir: PathText = key(
         "",
@@ -191,8 +194,6 @@ class FinetuneConfig(RunConfig):
             raise ValueError("labelled and num_labels exclude each other: set num_labels=null, or labelled= (empty)")
         if self.encoder.frozen:
             raise ValueError("encoder.frozen is for train.py: set method=probe to keep the encoder as it is")
-        if self.unlabelled and self.method != "laplacenet":
-            raise ValueError(f"method={self.method} ignores unlabelled images: remove unlabelled, or use laplacenet")
         if self.method == "laplacenet" and self.laplacenet.supervised_epochs >= self.training.epochs:
             raise ValueError(
                 f"laplacenet.supervised_epochs {self.laplacenet.supervised_epochs} leaves no epoch for pseudo-labels: "
@@ -204,6 +205,10 @@ class FinetuneConfig(RunConfig):
                 f"images in training.batch_size {self.training.batch_size}: lower it"
             )
         return self
+
+    @property
+    def training_images(self) -> str:
+        return f"data.root ({self.data.root}) or unlabelled ({self.unlabelled or 'empty'})"
 
     @property
     def run_name(self) -> str:

@@ -844,6 +844,11 @@ class RunConfig(Section):
     distributed: Distributed = Distributed()
 
     @property
+    def training_images(self) -> str:
+        """Keys that name the training images, with their values, for messages."""
+        return f"data.root ({self.data.root})"
+
+    @property
     def run_name(self) -> str:
         """Default folder of the run inside that of the config file; empty: the folder of the config file."""
         return ""

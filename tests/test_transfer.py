@@ -267,6 +267,8 @@ def test_a_folder_with_labels_and_one_without(
     args += [f"data.cache_dir={tmp_path / 'cache'}", "data.image_size=8", f"output_dir={tmp_path / 'run'}"]
     assert finetune_program.main(args) == 0
     assert "19 labelled and 46 other training images" in caplog.text
+    tasks = [open_task(load(FinetuneConfig, args[1], [*args[2:], f"method={name}"])) for name in METHODS]
+    assert [task.steps_per_epoch for task in tasks] == [65 // 16] * 3, "an epoch is equally long for all methods"
     (facts,) = reports_of(tmp_path / "run", "pseudo_labels")
     assert facts["without"] < 100 and "accuracy" in facts, "the true label of one image is known"
     targets = torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["targets"]
@@ -622,6 +624,44 @@ def test_a_run_does_not_continue_from_other_weights(
     assert "method=probe needs all weights, but" in capsys.readouterr().err
 
 
+def test_a_run_does_not_continue_with_other_images_or_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does a finished run report its table as that of other labelled images."""
+    write_images(tmp_path / "labelled", train_a=10, train_b=10, test_a=4, test_b=4)
+    write_images(tmp_path / "rest", seed=1, flat=10)
+    chosen, given = tmp_path / "list.txt", ["a/1.png", "b/1.png", "b/2.png"]
+    args = ["--config", str(ROOT / "config" / "finetune_folder.yaml"), *TINY, "method=finetune", "num_labels=null"]
+    args += [f"data.root={tmp_path / 'labelled'}", f"unlabelled={tmp_path / 'rest'}", "data.image_size=8"]
+    args += [f"labelled={chosen}", f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
+
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            finetune_program.main([*args, *more])
+        return capsys.readouterr().err
+
+    def name_images(names: list[str]) -> None:
+        chosen.write_text("\n".join(names))
+
+    name_images(given)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="died"):
+        patch.setattr(loop, "train_step", dying_at(1, loop.train_step))
+        finetune_program.main([*args, "training.checkpoint_every=1 steps"])
+    name_images([*given, "a/2.png"])
+    expected = "the run was started with other labelled images: restore the file in `labelled`"
+    assert expected in refused()
+    name_images(given[::-1])
+    assert finetune_program.main(args) == 0
+    table = capsys.readouterr().out
+    assert finetune_program.main(args) == 0 and capsys.readouterr().out == table
+    name_images([*given, "a/2.png"])
+    assert expected in refused() and not capsys.readouterr().out
+    name_images(given)
+    (tmp_path / "rest" / "0.png").unlink()
+    assert f"or unlabelled ({tmp_path / 'rest'}) holds other images than" in refused()
+    assert "or unlabelled (empty) holds other images than" in refused("unlabelled=")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -636,8 +676,7 @@ def test_a_run_does_not_continue_from_other_weights(
         ("labelled=none.txt", "labelled and num_labels exclude each other"),
         ("labelled=none.txt num_labels=null", "cannot use none.txt (No such file or directory)"),
         ("encoder.frozen=true", "encoder.frozen is for train.py: set method=probe"),
-        ("unlabelled=photos", "method=finetune ignores unlabelled images"),
-        ("unlabelled=none method=laplacenet", "no folder none"),
+        ("unlabelled=none", "no folder none"),
         ("method=laplacenet laplacenet.supervised_epochs=2", "supervised_epochs 2 leaves no epoch for pseudo-labels"),
         ("encoder.weights=none.pt", "encoder.weights: there is no checkpoint none.pt"),
         ("method=guess", "method: input should be 'probe', 'finetune' or 'laplacenet'"),

@@ -109,7 +109,7 @@ class RunFolder:
         """Raises ConfigError if the run was trained on images with a digest other than `digest`."""
         if self._saved and self._saved["data"] != digest:
             raise ConfigError(
-                f"{self._config.data.root} holds other images than {self.checkpoint} was trained on: "
+                f"{self._config.training_images} holds other images than {self.checkpoint} was trained on: "
                 "put the original images back, or choose another output_dir"
             )
 
