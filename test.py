@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.judge import check_can_judge, judge_trained
     from evaluation.novel_views.judging import check_can_judge_views, judge_novel_views
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
+    from utils.device import memory_for
 
     # Open the checkpoint and the images.
     with gather_user_errors():
@@ -67,12 +68,14 @@ def main(argv: list[str] | None = None) -> int:
 
     # Judge and measure.
     logger.info("evaluating the EMA encoder of %s", trained.describe(experiment))
-    protocols, table = judge_trained(experiment, soda) if judges else ([], {})
-    if judges and rank() == 0:
-        print(format_table(table))
-    measured = judge_novel_views(trained, experiment, soda) if has_cameras else {}
-    if measuring:
-        measured = measuring.run()
+    smaller = max(1, trained.config.evaluation.batch_size // 2)
+    with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
+        protocols, table = judge_trained(experiment, soda) if judges else ([], {})
+        if judges and rank() == 0:
+            print(format_table(table))
+        measured = judge_novel_views(trained, experiment, soda) if has_cameras else {}
+        if measuring:
+            measured = measuring.run()
 
     # Report.
     if args.report:

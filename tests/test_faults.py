@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+import test as judge_program
 import train as train_program
 from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
 from training import loop
@@ -325,6 +326,11 @@ def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
                 train_program.main(args_for(tmp_path))
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
+    for words, place in (([], "judge"), (["--measures", "uniformity"], "measures.subjects")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"evaluation.{place}.extract_features", lambda *args: torch.empty(2**50))
+            with pytest.raises(OutOfMemoryError, match=r"set evaluation\.batch_size=256"):
+                judge_program.main([*args_for(tmp_path), *words])
 
 
 def test_too_little_memory_for_a_checkpoint_does_not_look_like_damage(

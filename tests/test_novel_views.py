@@ -16,6 +16,7 @@ from config.errors import ConfigError
 from config.reading import load_config
 from datasets.cameras import azimuth_of, canonical, polar_of, rays, sphere_camera, turn
 from datasets.images import DatasetError
+from evaluation.novel_views import judging
 from evaluation.novel_views.identity import score_identity
 from evaluation.novel_views.judging import score_views, view_sampler
 from evaluation.novel_views.scenes import Scenes
@@ -31,6 +32,7 @@ from tests.test_posed import AZIMUTHS, objects, opened, posed_experiment, soda_w
 from training.state import initial_state
 
 __all__ = ["objects"]  # a fixture
+from utils.device import OutOfMemoryError
 
 
 def test_similarity_of_images_in_closed_form() -> None:
@@ -134,8 +136,10 @@ def test_masks_of_any_brightness_and_empty_masks(tmp_path: Path, caplog: pytest.
     assert "2 of the 12 targets show no pixels of an object" in caplog.text
 
 
-def test_generated_views_depend_on_the_sources_and_on_the_pose_alone(objects: Path) -> None:
-    """The pixels of the target do not reach the model."""
+def test_generated_views_depend_on_the_sources_and_on_the_pose_alone(
+    objects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pixels of the target do not reach the model. If memory runs out, the error says what to do."""
     experiment = posed_experiment(objects)
     soda = soda_without_zeros(experiment)
     generate = view_sampler(experiment, soda, 0, 2)
@@ -143,6 +147,12 @@ def test_generated_views_depend_on_the_sources_and_on_the_pose_alone(objects: Pa
     pixels = torch.stack([test.pixels[:3], test.pixels[3:6]], dim=1)
     cameras = torch.stack([test.cameras[:3], test.cameras[3:6]], dim=1)
     made = generate(PosedPixels(pixels, cameras), range(3))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OutOfMemoryError, match="use another device, or set"),
+    ):
+        patch.setattr(judging, "sample_from_views", lambda *_: torch.empty(2**50))
+        generate(PosedPixels(pixels, cameras), range(3))
     for column, is_seen in ((0, False), (1, True)):
         changed = pixels.clone()
         changed[:, column] = 255 - changed[:, column]
@@ -251,7 +261,13 @@ def test_identity_across_views(tmp_path: Path) -> None:
         "near": torch.cat([(one_hot(numbers)[:, :, None] * near[:, None]).flatten(1), pose / 2], dim=1),
         "swapped behind": one_hot(front).float(),
     }
-    rows = score_identity(experiment, features, "z").rows
+    measured = score_identity(experiment, features, "z")
+    assert measured.protocol == (
+        "object of a view among 2 objects of the test images; k-NN of unit z: views of the same object less than 45 "
+        "degrees away are left out; probe of standardised z: logistic regression, trained at azimuths 0-180, tested at "
+        "the others"
+    )
+    rows = measured.rows
     nearest, probe = ({name: cell["value"] for name, cell in rows[row].items()} for row in rows)
     del nearest["swapped behind"]  # half of its neighbours are equally near
     assert nearest == {"object": 100, "pose": 0, "near": 0}

@@ -46,7 +46,7 @@ def score_identity(experiment: Experiment, features: Mapping[str, Tensor], featu
     shown = numbers[front].unique()
     judged = ~front & torch.isin(numbers, shown)
     rows: Rows = {}
-    protocol = [f"object of a view among {count} objects of the test images, unit {feature}"]
+    protocol = [f"object of a view among {count} objects of the test images"]
     if count < 2:
         logger.info("identity: not measured, because all test images show one object")
         return Measured(protocol[0], rows)
@@ -54,10 +54,14 @@ def score_identity(experiment: Experiment, features: Mapping[str, Tensor], featu
     if any(map(math.isnan, nearest.values())):
         logger.info("identity: k-NN is left out, because no object has views %g degrees apart", APART)
     else:
-        protocol.append(f"k-NN: views of the same object less than {APART:g} degrees away are left out")
+        protocol.append(
+            f"k-NN of unit {feature}: views of the same object less than {APART:g} degrees away are left out"
+        )
         rows["k-NN k=1 (%)"] = {name: {"value": value} for name, value in nearest.items()}
     if judged.any() and len(shown) > 1:
-        protocol.append("probe: logistic regression, trained at azimuths 0-180, tested at the others")
+        protocol.append(
+            f"probe of standardised {feature}: logistic regression, trained at azimuths 0-180, tested at the others"
+        )
         rows["probe (%)"] = {}
         for name, each in features.items():
             source = generator(experiment.config.seed, "identity")

@@ -28,6 +28,7 @@ from experiment.sampling import sample_from_views
 from experiment.trained import Trained
 from model.soda import SODA
 from utils.cli import gather_user_errors, require
+from utils.device import memory_for
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range, rank
 
@@ -57,16 +58,18 @@ logger = logging.getLogger(__name__)
 
 
 def view_sampler(experiment: Experiment, soda: SODA, seed: int, num_sampling_steps: int) -> Generate:
-    """Returns the function that samples the target views, from clean source views."""
+    """Returns the function that samples the target views, from clean source views. It raises OutOfMemoryError."""
 
     def generate(pixels: PosedPixels, positions: range) -> Tensor:
         source_rays, target_rays = pixels.rays(experiment.config, experiment.device)
         seen = pixels.pixels[:, 1:]
         views = experiment.views.evaluation(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
         x_source = torch.cat([views, source_rays], dim=2)
-        return sample_from_views(
-            experiment, soda, x_source, target_rays, positions, seed, "novel view", num_sampling_steps
-        )
+        # The number of views per batch is no key. Smaller views or another model are other results.
+        with memory_for(lambda: "use another device, or set evaluation.num_novel_views=0 to leave out novel views"):
+            return sample_from_views(
+                experiment, soda, x_source, target_rays, positions, seed, "novel view", num_sampling_steps
+            )
 
     return generate
 
