@@ -34,7 +34,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     the Inception network, it is the KID (Bińkowski et al., ICLR 2018). Theirs averages estimates of subsets. This one
     uses all pairs.
     """
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()  # not every device has float64
 
     def mean_kernel(x: Tensor, y: Tensor, same: bool) -> float:
         total = sum(_kernel(part, y).sum().item() for part in x.split(CHUNK))

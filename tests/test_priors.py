@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,6 +73,8 @@ def test_kernel_distance_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -
     kernels = [polynomial_kernel(x, y, degree=3, gamma=1 / 4, coef0=1) for x, y in ((a, a), (b, b), (a, b))]
     within = [(kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1)) for kernel in kernels[:2]]
     assert kernel_distance(a, b) == pytest.approx(sum(within) - 2 * kernels[2].mean(), rel=1e-9)
+    on_device = (mock.Mock(double=mock.Mock(side_effect=TypeError("no float64")), cpu=lambda x=x: x) for x in (a, b))
+    assert kernel_distance(*on_device) == kernel_distance(a, b), "some devices have no float64"
     same = [kernel_distance(gaussian(50, i), gaussian(50, 100 + i)) for i in range(40)]
     assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(40), "without bias, also for few samples"
 
