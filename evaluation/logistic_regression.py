@@ -124,9 +124,10 @@ def fit(inputs: Tensor, labels: Tensor, variances: Tensor, strength: float, num_
     The penalty is strength / 2 * (sum of the squared weights), without the bias, which is the last column.
 
     With zero weights, the Hessian of the mean cross-entropy is the covariance of the inputs, divided by the number of
-    classes, apart from constants added to all classes. The inputs are coordinates along their principal axes. There
-    this Hessian is diagonal, and the penalty is unchanged. L-BFGS minimises over the weights times the square root of
-    the Hessian with the penalty. It therefore needs few iterations even if features are strongly correlated.
+    classes, in all directions but one: adding the same weights to every class changes nothing. The inputs are
+    coordinates along their principal axes. There this Hessian is diagonal, and the penalty is unchanged. L-BFGS
+    minimises over the weights times the square root of the Hessian with the penalty. It therefore needs few iterations
+    even if features are strongly correlated.
 
     The minimiser is scipy's L-BFGS-B, on the host in float64. It stops if no element of the gradient, with respect to
     the multiplied weights, is larger than GRADIENT_TOLERANCE, or if an iteration lowers the loss by less than

@@ -25,7 +25,7 @@ from torch import Tensor
 import test as judge_program
 import train as train_program
 from datasets.images import StoredImages
-from evaluation import corruptions, dci, logistic_regression
+from evaluation import corruptions, dci, hypersphere, logistic_regression
 from evaluation import shapes as shapes_module
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, disk
 from evaluation.hypersphere import alignment, uniformity
@@ -39,10 +39,12 @@ from evaluation.measures.few_labels import FewLabels
 from evaluation.measures.robustness import corruption_error, mean_accuracy
 from evaluation.measures.subjects import Subjects, standardized
 from evaluation.shapes import FACTORS, Shapes, draw_shapes
+from experiment.batch import view_draw
 from tests.conftest import digits_args, experiment_of
 from tests.test_mistakes import write_images
 from tests.test_runs import flat_folder
 from utils.distributed.collectives import SharedError
+from utils.randomness import generator
 
 # Parameters at severities 1 to 5, in make_cifar_c.py of github.com/hendrycks/robustness (ImageNet-C/create_c).
 PUBLISHED: dict[str, list[Any]] = {
@@ -307,6 +309,29 @@ def test_alignment_and_uniformity_in_closed_form() -> None:
     assert uniformity(mixed) == pytest.approx(math.log((math.exp(-8) + 2 * math.exp(-4)) / 3))
 
 
+def test_alignment_and_uniformity_of_views_drawn_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two source views of each chosen image, by its position. Uniformity is that of the first views."""
+    monkeypatch.setattr(hypersphere, "MAX_IMAGES", 30)
+    experiment = experiment_of(tmp_path, "evaluation.batch_size=8")
+    seed, test = experiment.config.seed, experiment.test
+    assert test is not None
+    indices = torch.randperm(len(test), generator=generator(seed, "alignment images"))[:30].sort().values
+    (pixels,) = test.batches([indices])
+    views = [
+        experiment.views.augmented(
+            pixels, view_draw(seed, range(30), "alignment view", number), experiment.config.views.source
+        )
+        for number in (0, 1)
+    ]
+    assert not torch.equal(*views)
+    first, second = (F.normalize(each.flatten(1).double()) for each in views)
+    squares = torch.cdist(first, first).square()[tuple(torch.triu_indices(30, 30, 1))]
+    expected = ((first - second).square().sum(dim=1).mean().item(), squares.mul(-2).exp().mean().log().item())
+    encoders = {"pixels": lambda views, _: {"z": 3 * views.flatten(1)}}
+    found = hypersphere.alignment_and_uniformity(experiment, encoders, "z")
+    assert found == {"pixels": pytest.approx(expected, rel=1e-4)}
+
+
 def test_probes_of_attributes_against_scikit_learn(tmp_path: Path) -> None:
     """A feature that is the attribute is perfect. Scores are computed on images that are not fitted."""
     experiment = experiment_of(tmp_path)
@@ -384,7 +409,9 @@ def test_all_measures_are_printed_and_kept_with_the_results(
             assert list(cells) == columns and all(math.isfinite(cell["value"]) for cell in cells.values()), row
     assert measures["robustness"]["rows"]["probe, mean corruption error"]["raw pixels"]["value"] == 100
 
-    # A single measure replaces its own entry. The evaluation that train.py repeats keeps all measures.
+    # A single measure replaces its own entry, here an old one. The evaluation that train.py repeats keeps all measures.
+    old = {"protocol": "old", "rows": {}, "decimals": 1}
+    (run / "results.json").write_text(json.dumps(stored(run) | {"measures": measures | {"uniformity": old}}))
     assert judge_program.main([*args, "--measures", "uniformity", "data.image_size=8"]) == 0
     assert train_program.main(args) == 0
     assert stored(run)["measures"] == measures

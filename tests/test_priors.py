@@ -201,16 +201,15 @@ def test_reconstructions_by_formulas(codec: Codec, monkeypatch: pytest.MonkeyPat
 def test_copies_of_training_images_are_memorized_and_other_images_are_not(codec: Codec) -> None:
     """Generated images are replaced by training images, and by test images. These are as near as test images are."""
     subjects = Subjects(codec.experiment, {}, "z", Inputs(num_samples=200), codec)
-    pixels = {name: next(chosen.batches([range(200)])) for name, chosen in subjects.real.items()}
-    subjects.__dict__["generated"] = {"copies": pixels["training images"], "others": pixels["test images"]}
+    assert subjects.real is not None
+    copies, others = (next(each.batches([range(200)])) for each in (codec.experiment.train, subjects.real))
+    subjects.__dict__["generated"] = {"copies": copies, "others": others}
     rows = Memorization().measure(subjects).rows
     close = rows["closer than 1 % of the test images (%)"]
     assert [close[name]["value"] for name in ("copies", "others", "test images")] == pytest.approx([100, 1, 1])
     assert rows["smallest distance x 100"]["copies"]["value"] < 1e-2
     bank = next(codec.experiment.train.batches([range(1437)])).flatten(1).double() / 255
-    nearest = (
-        torch.cdist(pixels["test images"].flatten(1).double() / 255, bank).min(dim=1).values / bank.shape[1] ** 0.5
-    )
+    nearest = torch.cdist(others.flatten(1).double() / 255, bank).min(dim=1).values / bank.shape[1] ** 0.5
     expected = 100 * nearest.median().item()
     assert rows["median distance x 100"]["test images"]["value"] == pytest.approx(expected, rel=1e-3)
 
@@ -230,7 +229,8 @@ def test_feature_distances_are_those_of_the_features(codec: Codec, monkeypatch: 
     chosen = random_subset(codec.experiment.train, 300, codec.experiment.config.seed, "reference images")
     reference = encode(next(chosen.batches([range(300)])))
     scaler = StandardScaler().fit(reference)
-    real = next(subjects.real["test images"].batches([range(40)]))
+    assert subjects.real is not None
+    real = next(subjects.real.batches([range(40)]))
     for name, pixels in {**subjects.generated, "test images": real}.items():
         pair = [torch.from_numpy(scaler.transform(features)) for features in (encode(pixels), reference)]
         expected = {

@@ -186,7 +186,6 @@ def test_pairs_do_not_depend_on_the_division_of_the_batch() -> None:
 
 def test_labelled_images_are_drawn_evenly_and_nested() -> None:
     labels, classes = torch.arange(300) % 3, ["a", "b", "c"]
-    labels[::7] = -1
     small, large = (draw_evenly(labels, classes, count, split=4) for count in (7, 30))
     assert sorted(labels[small].bincount().tolist()) == [2, 2, 3] and labels[large].bincount().tolist() == [10, 10, 10]
     assert set(draw_evenly(labels, classes, 6, split=4).tolist()) <= set(large.tolist())
@@ -462,6 +461,31 @@ def test_a_step_is_plain_sgd_on_the_mean_over_views_and_pairs() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
+def test_weights_follow_sgd_with_nesterov_momentum() -> None:
+    """After two steps with the gradients g, b = m b + (g + d w) and w -= lr (g + d w + m b), from b = 0."""
+    task = task_of("method=finetune", "optimizer.layer_decay=0.5", "optimizer.weight_decay=0.1")
+    state = initial_state(task, {})
+    with torch.no_grad():
+        state.model.head.weight.normal_()
+    parameters = [each for group in state.optimizer.param_groups for each in group["params"]]
+    expected, buffers = [each.detach().clone() for each in parameters], [torch.zeros_like(each) for each in parameters]
+
+    def follow(*_: Any) -> None:
+        rates = [group["lr"] for group in state.optimizer.param_groups for _ in group["params"]]
+        for rate, parameter, weights, buffer in zip(rates, parameters, expected, buffers, strict=True):
+            slope = parameter.grad + 0.1 * weights
+            buffer.mul_(0.9).add_(slope)
+            weights.sub_(rate * (slope + 0.9 * buffer))
+
+    state.optimizer.register_step_pre_hook(follow)
+    pixels = step_pixels(task, 0)
+    for _ in range(2):
+        train_step(task, state, pixels, PhaseTimer())
+    assert len(parameters) > 20 and all(buffer.abs().max() > 0 for buffer in buffers)
+    for parameter, weights in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), weights, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_that_died_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It dies in an epoch with pseudo-labels, and again before new ones are known."""
     more = [*LAPLACENET, "training.batch_size=128", "training.epochs=3", "training.checkpoint_every=4 steps"]
@@ -666,7 +690,7 @@ def test_a_run_does_not_continue_with_other_images_or_labels(
     ("arguments", "expected"),
     [
         ("num_labels=9", "num_labels=9 is less than the 10 classes: each class needs a labelled image"),
-        ("num_labels=1438", "num_labels=1438 is more than the 1437 training images with labels: lower it"),
+        ("num_labels=1438", "num_labels=1438 is more than the 1437 training images: lower it"),
         (
             "num_labels=1437",
             "of each class, but 0 has only 142: lower num_labels, or name the labelled images in a file",

@@ -24,7 +24,7 @@ def choose_labelled(config: FinetuneConfig, images: Images) -> Tensor:
     if config.labelled:
         chosen = _read_indices(Path(config.labelled), images)
     elif config.num_labels is None:
-        chosen = images.labels.ne(-1).nonzero()[:, 0]
+        chosen = torch.arange(len(images))
     else:
         chosen = draw_evenly(images.labels, images.classes, config.num_labels, config.label_split)
     found = set(images.labels[chosen].tolist())
@@ -42,16 +42,15 @@ def draw_evenly(labels: Tensor, classes: list[str], num_labels: int, split: int)
     smaller `num_labels` are among those of a larger one. Raises ConfigError if the images are too few.
 
     Args:
-        labels: (N,) int64, -1 for images without a label.
+        labels: (N,) int64.
     """
     members = [labels.eq(label).nonzero()[:, 0] for label in range(len(classes))]
-    known = sum(map(len, members))
     if num_labels < len(classes):
         raise ConfigError(
             f"num_labels={num_labels} is less than the {len(classes)} classes: each class needs a labelled image"
         )
-    if num_labels > known:
-        raise ConfigError(f"num_labels={num_labels} is more than the {known} training images with labels: lower it")
+    if num_labels > len(labels):
+        raise ConfigError(f"num_labels={num_labels} is more than the {len(labels)} training images: lower it")
     share, rest = divmod(num_labels, len(classes))
     gets_one_more = torch.randperm(len(classes), generator=generator(split, "classes with one more label"))[:rest]
     chosen = []

@@ -54,8 +54,8 @@ class _DistanceOfSamples(Measure):
             name: torch.cat([encode(part) for part in pixels.split(CHUNK)])
             for name, pixels in subjects.generated.items()
         }
-        if "test images" in subjects.real:
-            compared["test images"] = subjects.images(subjects.real["test images"], encode)
+        if subjects.real is not None:
+            compared["test images"] = subjects.images(subjects.real, encode)
         if self.standardizes:
             compared = {name: standardized(features, reference) for name, features in compared.items()}
             reference = standardized(reference, reference)
@@ -140,7 +140,8 @@ class Memorization(Measure):
 
         bank = subjects.images(experiment.train, reduced)
         compared = {name: reduced(pixels) for name, pixels in subjects.generated.items()}
-        compared["test images"] = subjects.images(subjects.real["test images"], reduced)
+        assert subjects.real is not None, "the measure needs test images"
+        compared["test images"] = subjects.images(subjects.real, reduced)
         distances = {
             name: neighbour_distances(bank, images, 1)[:, 0] / bank.shape[1] ** 0.5 for name, images in compared.items()
         }

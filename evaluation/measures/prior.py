@@ -51,18 +51,19 @@ class Prior(Measure):
 
         pairs = {(name, split): (z, samples[split]) for name, z in drawn.items() for split in samples}
         if "test" in samples:
-            of_real = samples["test"], samples["training"]
-            pairs |= {(REAL, "training"): of_real, (REAL, "test"): of_real}
+            pairs[REAL, "training"] = samples["test"], samples["training"]
         seed = derive_seed(codec.seed, "two-sample test") % 2**32
 
         def compare(pair: tuple[str, str]) -> tuple[float, float]:
             return frechet_distance(*pairs[pair]), two_sample_accuracy(*pairs[pair], seed)
 
         found = dict(zip(pairs, map_over_ranks(compare, list(pairs)), strict=True))
+        if "test" in samples:
+            found[REAL, "test"] = found[REAL, "training"]
         rows: Rows = {}
         for place, title in enumerate(("Fréchet distance", "two-sample accuracy (%)")):
             for split in samples:
-                cells = {name: {"value": found[name, split][place]} for name, of in pairs if of == split}
+                cells = {name: {"value": found[name, split][place]} for name, of in found if of == split}
                 rows[f"{title} to {split} latents"] = cells
         compared = drawn | ({REAL: samples["test"]} if "test" in samples else {})
         rows["median distance to the nearest training latent"] = {

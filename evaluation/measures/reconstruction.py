@@ -27,7 +27,10 @@ class Reconstruction(Measure):
 
     name = "reconstruction"
     meaning = "PSNR, SSIM and squared error of images decoded from z, with inverted and with random x_T"
-    cost = "inverts, decodes and samples at most 200 images: 4 passes of the decoder per image and sampling step"
+    cost = (
+        "inverts, decodes and samples at most 200 images: 4 passes of the decoder per image and sampling step, 5 with "
+        "guidance"
+    )
     needs = ("torchmetrics",)
 
     def measure(self, subjects: Subjects) -> Measured:

@@ -91,15 +91,10 @@ class Subjects:
         return min(self.inputs.num_samples, len(self.experiment.train if test is None else test))
 
     @cached_property
-    def real(self) -> dict[str, Subset]:
-        """As many real images of each split as there are generated ones, by the name of the split."""
-        splits = {"training images": self.experiment.train, "test images": self.experiment.test}
-        seed = self.experiment.config.seed
-        return {
-            name: random_subset(images, self.num_samples, seed, f"compared {name}")
-            for name, images in splits.items()
-            if images is not None
-        }
+    def real(self) -> Subset | None:
+        """As many test images as there are generated ones; None if there are no test images."""
+        test, seed = self.experiment.test, self.experiment.config.seed
+        return None if test is None else random_subset(test, self.num_samples, seed, "compared test images")
 
     @cached_property
     def generated(self) -> dict[str, Tensor]:
@@ -109,8 +104,8 @@ class Subjects:
         """
         codec, count = self.model, self.num_samples
         latents = {name: draw(count, codec.seed) for name, draw in self.priors.items()}
-        if "test images" in self.real:
-            latents[OF_TEST_Z] = codec.test_z[self.real["test images"].indices.to(codec.test_z.device)]
+        if self.real is not None:
+            latents[OF_TEST_Z] = codec.test_z[self.real.indices.to(codec.test_z.device)]
         noise = codec.noise(count, "generated")
         return {name: to_pixels(codec.sample(z, noise)) for name, z in latents.items()}
 

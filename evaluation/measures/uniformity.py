@@ -16,7 +16,8 @@ class Uniformity(Measure):
     Alignment is the mean of |x - y|^2 over pairs of two views x, y of an image. Uniformity is the logarithm of the mean
     of exp(-2 |x - y|^2) over pairs of different images. Both are lower for features that are better in this respect.
     These features have length 1. The effective rank is that of the images' features without augmentation. Test images
-    are used, or training images if there are no test images. train.py logs the same three at each evaluation.
+    are used, or training images if there are no test images. train.py logs the same three at each evaluation, always of
+    z, with the effective rank of at most 10,000 images.
     """
 
     name = "uniformity"

@@ -65,7 +65,7 @@ def view_sampler(experiment: Experiment, soda: SODA, seed: int, num_sampling_ste
         seen = pixels.pixels[:, 1:]
         views = experiment.views.evaluation(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
         x_source = torch.cat([views, source_rays], dim=2)
-        # The number of views per batch is no key. Smaller views or another model are other results.
+        # No key makes these batches smaller without other results.
         with memory_for(lambda: "use another device, or set evaluation.num_novel_views=0 to leave out novel views"):
             return sample_from_views(
                 experiment, soda, x_source, target_rays, positions, seed, "novel view", num_sampling_steps
@@ -131,7 +131,8 @@ def _mean_rows(scores: Features, names: list[str], inside: Tensor) -> Rows:
     """Returns the rows of the table, means over the targets that have a score. Logs which rows have no score.
 
     Args:
-        scores: (N, rows) for each name. The source, a true image, has NaN if a target has no such score.
+        scores: (N, rows) for each name. The baseline `source` is a true image. If its score is NaN, the target has no
+            such score. NaN in another column is a failed view.
         inside: (N, 1) share of each target's pixels that belong to the object.
     """
     no_background, num_empty = inside.mean().item() > WHOLE_IMAGE, int((inside == 0).sum())
