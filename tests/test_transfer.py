@@ -34,6 +34,7 @@ from config.keys import differences
 from config.reading import load, load_config, parse
 from datasets.images import JoinedImages, StoredImages
 from evaluation.measures.subjects import open_others
+from experiment.trained import open_trained, read_trained
 from model.resnets import ResNetEncoder
 from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of, launch_two, undocumented_tags
 from tests.test_mistakes import write_images
@@ -328,6 +329,10 @@ def test_one_file_has_the_same_greys_in_all_folders(tmp_path: Path, checkpoint: 
     assert pixels.unique().tolist() == [800 >> 8, 4000 >> 8]
 
     torch.save(torch.load(checkpoint) | {"grey_bits": 16}, tmp_path / "start.pt")
+    place = ["data.name=folder", f"data.root={tmp_path / 'labelled'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    experiment, _ = open_trained(read_trained(None, tmp_path / "start.pt", place))
+    (pixels,) = experiment.train.batches([range(4)])
+    assert pixels.unique().tolist() == [1000 >> 8] and experiment.rules.grey_bits == 16
     args.append(f"encoder.weights={tmp_path / 'start.pt'}")
     assert finetune_program.main(args) == 0
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["grey_bits"] == 16
