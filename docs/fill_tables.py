@@ -98,7 +98,7 @@ def readme() -> str:
     lines = [["digits", NOT_MEASURED, "`make train`", ""]]
     if digits:
         minutes = statistics.median(row["seconds"] for row in digits) / 60
-        how = f"median of {len(digits)} seeds, {minutes:.0f} minutes on a CPU core: `make train`"
+        how = f"median of {len(digits)} seeds, {minutes:.0f} minutes each on a CPU core: `make train`"
         lines = [["digits", beside_baselines(digits, statistics.median), how, ""]]
     runs = [row for row in recorded("cifar10_cpu_runs") if row["variant"] == "soda"] + recorded("cifar10_cpu_two_hours")
     newest = max(runs, key=lambda row: row["images"])
@@ -120,7 +120,7 @@ def readme() -> str:
         ("CIFAR-100", "cifar100.yaml --use_amp", "51.4 / 54.9"),
         ("Tiny-ImageNet", "tiny.yaml --use_amp data.root=data", "34.8 / 38.2"),
     ):
-        lines.append([data, NOT_MEASURED, f"`python train.py --config config/{command}`", reference])
+        lines.append([data, NOT_MEASURED, f"`train.py --config config/{command}`", reference])
     return markdown(["data", "this repository", "how", "reference, 800 epochs"], lines)
 
 

@@ -165,7 +165,7 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
         half = complete | {"run": "b", "complete": False, "table": {"k-NN": {"trained": {"top1": 1.0}}}}
         for name, of_name in (("digits", [complete, half]), ("cifar10_cpu_runs", [complete])):
             (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in of_name))
-        assert "| digits | 70.0 / 71.0 | median of 1 seeds, 1 minutes" in fill_tables.readme()
+        assert "| digits | 70.0 / 71.0 | median of 1 seeds, 1 minutes each" in fill_tables.readme()
         assert "| new, soda, after 4 | 1 seed | 200 | 70.0 / 71.0 |" in fill_tables.runs()
         (out / "digits.jsonl").write_text(json.dumps(half))
         assert "| digits | not measured |" in fill_tables.readme()
