@@ -19,7 +19,6 @@ started later does.
 import argparse
 import logging
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from ablations.tables import markdown_tables
 from config.errors import ConfigError
 from utils import cli, signals
 from utils.distributed.processes import world_size
-from utils.files import InUseError, lock_file
+from utils.files import InUseError, lock_file, write_text
 
 POLL_S = 1.0  # seconds between looks at the runs of other drivers
 
@@ -179,8 +178,6 @@ class Driver:
         The command is not repeated, even if it failed or was stopped at the time limit of its stage. Its output is
         appended to commands.txt while it runs.
         """
-        kept, head = self.out / "commands.txt", f"== {stage.name}: {stage.command}\n"
-        end = re.compile(rf"^== {re.escape(stage.name)}: (status -?\d+|stopped after \d+ s)$", re.MULTILINE)
         folder = self.out / "runs" / stage.name
         folder.mkdir(parents=True, exist_ok=True)
         waiting_for = ""
@@ -196,23 +193,23 @@ class Driver:
                     return False
                 continue
             with lock:
-                said = kept.read_text(encoding="utf-8", errors="replace") if kept.exists() else ""
-                if head in said and end.search(said.rpartition(head)[2]):
+                ended = folder / "ended.txt"  # the command, if it has ended
+                if ended.exists() and ended.read_text(encoding="utf-8") == stage.command:
                     return True
-                return not self._runner.must_stop() and self._run_locked(stage, kept, head)
+                if self._runner.must_stop() or not self._run_locked(stage):
+                    return False
+                write_text(ended, str(stage.command))
+                return True
 
-    def _run_locked(self, stage: Stage, kept: Path, head: str) -> bool:
-        """Runs the command of a stage, and appends `head` and its output to the file `kept`.
-
-        Returns False if the deadline or a signal stopped it.
-        """
+    def _run_locked(self, stage: Stage) -> bool:
+        """Runs the command of a stage. Returns False if the deadline or a signal stopped it."""
         assert stage.command is not None
         own_limit, left = 60 * (stage.minutes or float("inf")), self._runner.deadline - time.monotonic()
         limit = min(own_limit, left)
         logger.info("%s: %s", stage.name, stage.command)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # otherwise buffered output is lost at a time-out
-        with open(kept, "a", encoding="utf-8") as file:
-            print(head, end="", file=file, flush=True)
+        with open(self.out / "commands.txt", "a", encoding="utf-8") as file:
+            print(f"== {stage.name}: {stage.command}", file=file, flush=True)
             try:
                 process = subprocess.run(
                     [sys.executable, *shlex.split(stage.command)],

@@ -117,7 +117,7 @@ class Runner:
         if stage.epochs:
             return stage.epochs
         if stage.images_of:
-            epochs = self.ablation.epochs_of_other(stage)
+            epochs = self.ablation.epochs_of_reference_run(stage)
             if epochs is None:
                 raise ConfigError(
                     f"its length is that of {stage.images_of}, which is not complete: fix the failure of that run"

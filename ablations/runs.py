@@ -172,15 +172,18 @@ class Ablation:
     def row_of(self, run: Run) -> dict[str, Any] | None:
         """Returns the last result of a run, complete or not; None if there is no result.
 
-        A complete result of a run that is as long as another run (`images_of`) counts while the other run has this
-        length.
+        If the run is as long as another run (`images_of`), its complete results count while they have the length of the
+        other run, also after a failure.
         """
-        row = next((row for row in reversed(self._rows.get(run.name, [])) if run.is_result(row)), None)
-        if row and row["complete"] and run.stage.images_of:
-            return row if self.epochs_of_other(run.stage) == round(row["epochs"]) else None
-        return row
+        rows = [row for row in reversed(self._rows.get(run.name, [])) if run.is_result(row)]
+        if run.stage.images_of:
+            complete = [row for row in rows if row["complete"]]
+            epochs = self.epochs_of_reference_run(run.stage) if complete else None
+            as_long = [row for row in complete if round(row["epochs"]) == epochs]
+            rows = as_long + [row for row in rows if not row["complete"]]
+        return rows[0] if rows else None
 
-    def epochs_of_other(self, stage: Stage) -> int | None:
+    def epochs_of_reference_run(self, stage: Stage) -> int | None:
         """Returns the number of epochs of the run that `images_of` of a stage names; None if that is not complete."""
         assert stage.images_of is not None
         name, _, variant = stage.images_of.partition("/")

@@ -50,6 +50,7 @@ def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation:
     for variant, found in rows.items():
         # A second look gives only some variants further seeds. Means over all seeds would compare different seeds.
         differences = [score(row) - control[row["seed"]] for row in found if row["seed"] in control]
+        of_mean = deviation_of_difference(deviation, [len(differences)] * 2) if differences else None
         lines.append(
             [
                 f"{variant}: {' '.join(stage.variants[variant])}" if stage.variants[variant] else variant,
@@ -61,11 +62,7 @@ def _stage_table(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation:
                 mean_and_deviation([accuracies(row)[0] for row in found]),
                 mean_and_deviation([accuracies(row)[1] for row in found]),
                 mean_and_deviation([score(row) for row in found]),
-                (
-                    ""
-                    if variant == first or not differences
-                    else verdict(statistics.mean(differences), of_difference(deviation, [len(differences)] * 2))
-                ),
+                "" if variant == first or not differences else verdict(statistics.mean(differences), of_mean),
             ]
         )
     conditions = sorted({f"{row['data']}; {row['machine']}, {row['amp']}" for found in rows.values() for row in found})
@@ -100,7 +97,7 @@ def pooled_deviation(groups: list[list[float]]) -> float | None:
     return math.sqrt(sum((x - statistics.mean(group)) ** 2 for group in groups for x in group) / freedom)
 
 
-def of_difference(deviation: float | None, runs: list[int]) -> float | None:
+def deviation_of_difference(deviation: float | None, runs: list[int]) -> float | None:
     """Returns the standard deviation of a difference of two means, from that of single runs; None if it is unknown.
 
     Args:
@@ -136,7 +133,7 @@ def _effects(stage: Stage, rows: dict[str, list[dict[str, Any]]], deviation: flo
         if len(variants) > 1 and len(without) > 1:
             means = [statistics.mean(statistics.mean(scores[v]) for v in group) for group in (variants, without)]
             runs = [sum(len(scores[v]) for v in group) for group in (variants, without)]
-            comparison = verdict(means[0] - means[1], of_difference(deviation, runs))
+            comparison = verdict(means[0] - means[1], deviation_of_difference(deviation, runs))
             lines.append(
                 f"- `{' '.join(overrides)}`: {comparison}, {len(variants)} variants against {len(without)} without"
             )

@@ -29,6 +29,7 @@ def save_weights(path: Path, trained: Trained) -> None:
     weights = {name: each.contiguous() for name, each in trained.soda().encoder.state_dict().items()}
     mean, std = trained.statistics()
     notes = {"encoder": encoder_arguments(trained), "image_size": trained.config.encoder_size, "mean": mean, "std": std}
+    notes["grey_bits"] = trained.contents.get("grey_bits")
     texts = {name: json.dumps(value) for name, value in notes.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:

@@ -208,6 +208,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def training_images(self) -> str:
+        """Keys that name the training images, with their values, for messages."""
         return f"data.root ({self.data.root}) or unlabelled ({self.unlabelled or 'empty'})"
 
     @property

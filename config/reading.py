@@ -201,5 +201,7 @@ def parse(schema: type[C], text: str, where: str) -> C:
     keys = set(raw) if isinstance(raw, dict) else set()
     for other in (Config, FinetuneConfig):
         if keys <= other.model_fields.keys() and not keys <= schema.model_fields.keys():
-            raise ConfigError(f"{where} is of {other.program}, and one of {schema.program} is needed: use another one")
+            raise ConfigError(
+                f"{where} belongs to {other.program}, but {schema.program} needs its own: use another file"
+            )
     return _validate(schema, raw, where)

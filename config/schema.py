@@ -108,8 +108,8 @@ class Data(Section):
     )
     cache_dir: GivenPath = key(
         "data/cache",
-        "folder for the decoded images of `tiny`, `folder` and `posed`; on storage of each machine, if the images "
-        "are there",
+        "folder for the decoded images of `tiny`, `folder` and `posed`; if each machine has its own copy of the "
+        "images, a folder on its own storage",
         run=True,
     )
     image_size: int = key(

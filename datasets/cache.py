@@ -34,7 +34,7 @@ from utils.text import join_names
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 6  # increase it if decoding gives different pixels or if the content of the mark file changes
-KEPT_S = 3600  # seconds after its last use for which a cache of other files is kept
+KEPT_S = 3600  # seconds after its last use for which the cache of an earlier set of files is kept
 BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
 
 
@@ -167,28 +167,33 @@ def open_listing(
         skip: True: damaged images are left out.
     """
     name = f"{listing.cache_name}-{_hash(listing.root)}-{image_size}"
-    of_files = f"{name}-v{CACHE_VERSION}-{_fingerprint(listing)}-"
-    mark_file = cache_dir / f"{of_files}{hashlib.blake2b(str(rules).encode(), digest_size=4).hexdigest()}.json"
+    prefix = f"{name}-v{CACHE_VERSION}-{_fingerprint(listing)}-"
+    mark_file = cache_dir / f"{prefix}{_digest_of(rules)}.json"
+    index = _read_mark(mark_file, listing.root)
+    if index is None and rules.grey_bits:  # the files may have been decoded by this range, because it is their own
+        own_file = cache_dir / f"{prefix}{_digest_of(replace(rules, grey_bits=None))}.json"
+        own = _read_mark(own_file, listing.root)
+        if own and own.findings.grey_bits == rules.grey_bits:
+            mark_file, index = own_file, own
     pixels_file = mark_file.with_suffix(".npy")
     shape = (len(listing.files), 3, image_size, image_size)
-    index = _read_mark(mark_file, listing.root)
     pixels = None if stream or index is None else _map_pixels(pixels_file, shape)
     if index is None or (pixels is None and not stream):
         workers = num_workers or num_cores()
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             if index is None:  # otherwise the mark is valid, and only the pixels are missing
-                others = [path for path in cache_dir.glob(f"{name}[-.]*") if not path.name.startswith(of_files)]
-                if others and not mark_file.exists():  # a damaged mark has been logged
+                earlier = [path for path in cache_dir.glob(f"{name}[-.]*") if not path.name.startswith(prefix)]
+                if earlier and not mark_file.exists():  # a damaged mark has been logged
                     logger.info(
                         "%s was cached in %s before files were added, removed or changed, on another machine, or by "
                         "another version of this program: decoding all images again",
                         *(listing.root, cache_dir),
                     )
-                for other in others:
-                    _remove_unused(other)
-                for outdated in (mark_file, pixels_file):
-                    outdated.unlink(missing_ok=True)
+                for path in earlier:
+                    _remove_unused(path)
+                for path in (mark_file, pixels_file):
+                    path.unlink(missing_ok=True)
             with replacing(mark_file) as mark:
                 if stream:
                     index = _look_through(listing, image_size, workers, None, rules, skip)
@@ -232,6 +237,10 @@ def open_listing(
 
 def _hash(root: Path) -> str:
     return hashlib.blake2b(os.fsencode(root.resolve()), digest_size=6).hexdigest()
+
+
+def _digest_of(rules: Rules) -> str:
+    return hashlib.blake2b(str(rules).encode(), digest_size=4).hexdigest()
 
 
 def _remove_unused(path: Path) -> None:

@@ -143,13 +143,16 @@ def log_findings(where: str, count: int, findings: Findings, grey_bits: int | No
         )
     if findings.greys:
         logger.info(
-            "greyscale images of %s with more than 8 bits are read as %d bits, which hold the largest value of %s "
-            "images (images by the bits that hold their own largest value: %s)",
+            "greyscale images of %s with more than 8 bits are read as %d bits, the range of %s (images by the bits "
+            "that hold their own largest value: %s)",
             where,
             grey_bits or findings.grey_bits,
-            "the training" if grey_bits else "these",
+            "the images that were trained on" if grey_bits else "these images",
             ", ".join(f"{bits} bits: {findings.greys[bits]}" for bits in sorted(findings.greys)),
         )
+        brighter = sum(number for bits, number in findings.greys.items() if grey_bits and bits > grey_bits)
+        if brighter:
+            logger.warning("%d of them have greys above this range, which become white", brighter)
     for trait, meaning in TRAITS.items():
         if findings.counts[trait]:
             logger.info("%d of the %d images of %s %s", findings.counts[trait], count, where, meaning)

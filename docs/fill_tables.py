@@ -98,7 +98,8 @@ def readme() -> str:
     lines = [["digits", NOT_MEASURED, "`make train`", ""]]
     if digits:
         minutes = statistics.median(row["seconds"] for row in digits) / 60
-        how = f"median of {len(digits)} seeds, {minutes:.0f} minutes each on a CPU core: `make train`"
+        seeds = f"median of {len(digits)} seeds" if len(digits) > 1 else "one seed"
+        how = f"{seeds}, {minutes:.0f} minutes{' each' * (len(digits) > 1)} on a CPU core: `make train`"
         lines = [["digits", beside_baselines(digits, statistics.median), how, ""]]
     runs = [row for row in recorded("cifar10_cpu_runs") if row["variant"] == "soda"] + recorded("cifar10_cpu_two_hours")
     newest = max(runs, key=lambda row: row["images"])
@@ -116,11 +117,11 @@ def readme() -> str:
     )
     for data, command, reference in (
         ("CIFAR-10", "cifar10.yaml --use_amp", "80.4 / 80.0"),
-        ("CIFAR-10, 50 epochs", "cifar10.yaml --use_amp training.epochs=50 training.batch_size=256", ""),
+        ("CIFAR-10, 50 epochs of batches of 256", "cifar10.yaml training.epochs=50 training.batch_size=256", ""),
         ("CIFAR-100", "cifar100.yaml --use_amp", "51.4 / 54.9"),
         ("Tiny-ImageNet", "tiny.yaml --use_amp data.root=data", "34.8 / 38.2"),
     ):
-        lines.append([data, NOT_MEASURED, f"`train.py --config config/{command}`", reference])
+        lines.append([data, NOT_MEASURED, f"`python train.py --config config/{command}`", reference])
     return markdown(["data", "this repository", "how", "reference, 800 epochs"], lines)
 
 
@@ -150,7 +151,7 @@ def controls() -> str:
     seeds = "1 seed" if len(gains) == 1 else f"{len(gains)} seeds"
     return (
         f"{'; '.join(found)}.\nThe paper's [noise schedule](docs/schedules.md) alone brings "
-        f"{mean_and_deviation(gains)} points in one epoch ({seeds})."
+        f"{mean_and_deviation(gains)} points\n(mean of both) in one epoch ({seeds})."
     )
 
 

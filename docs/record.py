@@ -63,8 +63,8 @@ def ablation_rows(path: Path) -> list[dict[str, Any]]:
 def train_rows(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a row for each evaluation of a run of train.py.
 
-    That of the last judged step has the baselines and the measures of test.py as well. A finished run without
-    accuracies, on images without labels, has one row if it has measures. `seconds` is the time of training, without
+    That of the last judged step has the baselines and the measures of test.py as well. Evaluations without accuracies,
+    of images without labels, have a row only if they have measures. `seconds` is the time of training, without
     evaluations and checkpoints.
     """
     batch_size, results, rows = config["training"]["batch_size"], read_results(folder), []
@@ -89,10 +89,9 @@ def train_rows(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
             seconds += (entry["step"] - step) * batch_size / entry["images_per_s"]
             step = entry["step"]
         protocols = [key for key in entry if f"{key}_top1" in entry and isinstance(entry[key], str)]
-        if entry["kind"] == "evaluation" and protocols:
+        is_measured = measures and entry["step"] == results["step"]
+        if entry["kind"] == "evaluation" and (protocols or is_measured):
             add(entry, {entry[p]: {"trained": {t: entry[f"{p}_{t}"] for t in ("top1", "top3")}} for p in protocols})
-    if measures and not rows:
-        add({"step": results["step"], "epoch": config["training"]["epochs"]}, {})
     return rows
 
 

@@ -14,7 +14,7 @@ from experiment.models import initial_soda
 from experiment.opening import Experiment
 from model.decoder import UNetDecoder
 from model.soda import SODA
-from utils.device import autocast
+from utils.device import autocast, memory_for
 from utils.randomness import image_noise
 
 SETTLING_PASSES = 20
@@ -81,12 +81,13 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
     for layer in encoder.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
-            layer.momentum = None  # a mean over all passes, in which nothing remains of the statistics before
+            layer.momentum = None  # cumulative average, in which the initial statistics have no weight
     positions = range(experiment.loader.batch_size)
     timesteps = torch.tensor(positions, device=experiment.device) * experiment.diffusion.num_timesteps // len(positions)
     steps = range(SETTLING_PASSES)
-    for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
-        encoder(draw_source(experiment, pixels, step, positions), timesteps)
+    with memory_for(lambda: "use another device, because BatchNorm's statistics are those of complete batches"):
+        for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
+            encoder(draw_source(experiment, pixels, step, positions), timesteps)
     return SODA(encoder, soda.decoder)
 
 

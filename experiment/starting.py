@@ -132,7 +132,7 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
         # torch before 0.4.1 saved no counters, and still loads such files: the counters start at 0.
         counters = [name for name in module.state_dict() if name.endswith(".num_batches_tracked")]
         weights, origin = {name: torch.tensor(0) for name in counters} | contents, "a state dict"
-        statistics, image_size = _exported_facts(path)
+        statistics, image_size, grey_bits = _exported_facts(path)
         last = {name: each for name, each in module.state_dict().items() if name.startswith(LAST_LAYER)}
         if any(getattr(weights.get(name), "shape", None) != each.shape for name, each in last.items()):
             new = list(last)
@@ -166,18 +166,18 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
     return StartingWeights(str(path), digest, weights, new, origin, statistics, image_size, grey_bits)
 
 
-def _exported_facts(path: Path) -> tuple[Statistics | None, int | None]:
-    """Returns the statistics and the size of the images, if a file of `embed.py --export` notes them."""
+def _exported_facts(path: Path) -> tuple[Statistics | None, int | None, int | None]:
+    """Returns statistics, size and range of greys of the images, if a file of `embed.py --export` notes them."""
     if path.suffix.lower() != ".safetensors":
-        return None, None
+        return None, None, None
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         notes = file.metadata() or {}
     if not {"mean", "std", "image_size"} <= notes.keys():
-        return None, None
+        return None, None, None
     mean, std, image_size = (json.loads(notes[name]) for name in ("mean", "std", "image_size"))
-    return (tuple(mean), tuple(std)), image_size
+    return (tuple(mean), tuple(std)), image_size, json.loads(notes.get("grey_bits", "null"))
 
 
 def start_from(model: nn.Module, starting: Mapping[str, StartingWeights], normalised_by: str) -> None:

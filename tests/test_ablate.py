@@ -139,9 +139,12 @@ def test_a_stage_builds_on_the_best_of_another(ablation: Ablation) -> None:
     assert ablation.runs_of(last) == []
     ablation.record(run, row_of(1, 1))
     assert ablation.runs_of(last)[0].overrides == [X1, Z3]
-    for longer in (same_variant for same_variant in ablation.runs_of(screen) if same_variant.variant == "a"):
-        ablation.record(longer, row_of(60, 60, epochs=4.0))
-    assert not ablation.is_complete(run), "its length was that of screen/a"
+    of_a = [each for each in ablation.runs_of(screen) if each.variant == "a"]
+    for length, is_complete in ((4.0, False), (2.0, True)):  # `run` is as long as variant a, and was made with length 2
+        for each in of_a:
+            ablation.record(each, row_of(60, 60, epochs=length))
+        ablation.record(run, {"complete": False, "failed": "its length was not known"})
+        assert ablation.is_complete(run) == is_complete and ablation.epochs_of_reference_run(then) == length
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"variants": {"a": [Z3]}}, {"seeds": [7]}])

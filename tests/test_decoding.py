@@ -227,17 +227,18 @@ def test_a_new_range_of_the_training_images_changes_the_test_images(tmp_path: Pa
 
 
 def test_greys_keep_the_range_of_other_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A range that is given replaces that of the images. Each choice has a cache of its own."""
+    """A range that is given replaces that of the images. Each range has one cache, and clipped images are counted."""
     caplog.set_level("INFO")
     root = tmp_path / "photos"
     for name in "ab":
         save(root / "train" / name / "0.png", np.full((4, 4), 1000, np.uint16))
         save(root / "test" / name / "0.png", np.full((4, 4), 1000, np.uint16))
     data = Data(name="folder", root=str(root), cache_dir=str(tmp_path / "cache"), image_size=4)
-    for given, bits, decodes in ((None, 10, True), (12, 12, True), (12, 12, False), (None, 10, False)):
+    for given, bits, decodes in ((None, 10, True), (10, 10, False), (12, 12, True), (12, 12, False), (8, 8, True)):
         caplog.clear()
         train, _, info = build_dataset(data, grey_bits=given)
-        assert pixels_of(train).unique().tolist() == [1000 >> (bits - 8)] and info.grey_bits == bits
+        assert pixels_of(train).unique().tolist() == [min(1000 >> (bits - 8), 255)] and info.grey_bits == bits
+        assert ("2 of them have greys above this range, which become white" in caplog.text) == (bits == 8)
         assert ("decoding 2 images of" in caplog.text) == decodes
 
 

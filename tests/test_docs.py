@@ -165,7 +165,7 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
         half = complete | {"run": "b", "complete": False, "table": {"k-NN": {"trained": {"top1": 1.0}}}}
         for name, of_name in (("digits", [complete, half]), ("cifar10_cpu_runs", [complete])):
             (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in of_name))
-        assert "| digits | 70.0 / 71.0 | median of 1 seeds, 1 minutes each" in fill_tables.readme()
+        assert "| digits | 70.0 / 71.0 | one seed, 1 minutes on a CPU core" in fill_tables.readme()
         assert "| new, soda, after 4 | 1 seed | 200 | 70.0 / 71.0 |" in fill_tables.runs()
         (out / "digits.jsonl").write_text(json.dumps(half))
         assert "| digits | not measured |" in fill_tables.readme()
@@ -174,8 +174,16 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
     measures = {"novel_views": {"protocol": "p", "rows": {"SSIM": {"model": {"value": 0.5}}}, "decimals": 3}}
     settings["seed"] = 4
     contents = {"step": 20, "table": {}, "measures": measures, "config_digest": "c"}
-    last = rows(write(tmp_path / "measured", settings, contents, reports[0], reports[2]))[-1]
+    unlabelled = [{"kind": "evaluation", "step": step, "epoch": step / 10, "effective_rank": 3.0} for step in (10, 20)]
+    steps: list[dict[str, Any]] = [reports[0], unlabelled[0], reports[2], unlabelled[1]]
+    last = rows(write(tmp_path / "measured", settings, contents, *steps))[-1]
     assert (last["images"], last["measures"], last["table"], last["digest"]) == (200, measures, {}, "c")
+    assert last["complete"] and (last["epochs"], last["seconds"]) == (2.0, 4.0)
+    continued = {**settings, "training": {"batch_size": 10, "epochs": 4}}
+    more = [{**reports[2], "step": 30}]
+    first = rows(write(tmp_path / "measured", continued, contents, *steps, *more))[-1]
+    assert not first["complete"] and (first["epochs"], first["seconds"], first["of_epochs"]) == (2.0, 4.0, 4)
+    last = rows(write(tmp_path / "measured", settings, contents, *steps))[-1]
     page = "<!--table:found/novel_views-->\n<!--/table-->\n<!--table:found/identity-->\n<!--/table-->"
     table_lines = ["", "| | model |", "|---|---|", "| SSIM | 0.500 |", "", "Protocol: p.", "<!--/table-->"]
     with monkeypatch.context() as patched:

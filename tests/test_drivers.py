@@ -208,7 +208,9 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
 def test_a_command_is_repeated_if_the_driver_had_to_end_it(bench: Bench, tmp_path: Path) -> None:
     """A command is done at its own end or at the time limit of its stage, but not at that of the driver."""
     bench.patch.setattr(runner, "FIRST_JUDGING_S", 0.0)
-    first = "import pathlib, time; p = pathlib.Path('{}'); p.exists() or (p.touch(), time.sleep(60)); print(6 * 7)"
+    first = (
+        "import pathlib, time; p = pathlib.Path('{}'); p.exists() or (p.touch(), time.sleep(60)); print(6 * 7, end='')"
+    )
     slow = {"name": "slow", "command": f'-c "{first.format(tmp_path / "slow")}"', "minutes": 2}
     bench.plan["stages"] = [slow]
     assert "not all stages are done" in bench.make("out", 6 / 60)
@@ -219,8 +221,21 @@ def test_a_command_is_repeated_if_the_driver_had_to_end_it(bench: Bench, tmp_pat
     for _ in range(2):
         assert "\nall stages are done" in bench.make("out")
         lines = said.read_text().splitlines()
-        assert lines[2:5] == [lines[0], "42", "== slow: status 0"]
-        assert lines[6:] == ["== limited: stopped after 1 s"]
+        assert lines[2:4] == [lines[0], "42== slow: status 0"]
+        assert lines[5:] == ["== limited: stopped after 1 s"]
+
+    # A signal that ends the command, such as Ctrl-C, ends the driver as well. One that the command survives does not.
+    handler = signal.signal(signal.SIGTERM, signals._note)
+    try:
+        for status, expected in ((3, "not all stages are done"), (0, "\nall stages are done")):
+            bench.plan["stages"] = [
+                {"name": "signalled", "command": f"-c 'import os, sys; os.kill(os.getppid(), 15); sys.exit({status})'"}
+            ]
+            bench.patch.setattr(signals, "_received", 0)
+            assert expected in bench.make("out")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    bench.patch.setattr(signals, "_received", 0)
 
 
 def test_a_failure_is_not_repeated_by_the_other_drivers_of_a_start(bench: Bench, tmp_path: Path) -> None:

@@ -326,10 +326,15 @@ def test_memory_that_is_missing_is_told_of_with_the_key_that_halves_it(
                 train_program.main(args_for(tmp_path))
     assert train_program.main(args_for(tmp_path)) == 0
     assert_ends_like(tmp_path, undisturbed)
-    for words, place in (([], "judge"), (["--measures", "uniformity"], "measures.subjects")):
+    smaller = r"set evaluation\.batch_size=256"
+    for words, place, advice in (
+        ([], "judge.extract_features", smaller),
+        (["--measures", "uniformity"], "measures.subjects.extract_features", smaller),
+        ([], "encoders.draw_source", "use another device, because BatchNorm's"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"evaluation.{place}.extract_features", lambda *args: torch.empty(2**50))
-            with pytest.raises(OutOfMemoryError, match=r"set evaluation\.batch_size=256"):
+            patch.setattr(f"evaluation.{place}", lambda *args: torch.empty(2**50))
+            with pytest.raises(OutOfMemoryError, match=advice):
                 judge_program.main([*args_for(tmp_path), *words])
 
 

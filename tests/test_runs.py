@@ -22,7 +22,6 @@ from torch.nn.modules.module import register_module_forward_hook
 import test as judge_program
 import train as train_program
 from config.reading import load_config
-from config.schema import Rates
 from datasets import cache
 from datasets.decoding import AHEAD
 from datasets.folder_layouts import list_folder
@@ -144,7 +143,7 @@ def test_tensorboard_shows_what_metrics_jsonl_says(finished: Path) -> None:
 
 def test_a_finished_run_says_so(
     finished: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -155,8 +154,9 @@ def test_a_finished_run_says_so(
     printed = capsys.readouterr().out
     assert "raw pixels" in printed and "checkpoints/last.pt" in printed and "nearly solve digits" in printed
     assert (finished / "metrics.jsonl").read_text() == before
-    monkeypatch.setattr(Rates, "fixed_end", "optimizer.cooldown_epochs=1")
-    assert train_program.main(digits_args(finished, *TWO_EPOCHS)) == 0
+    run, cooling = tmp_path / "cooled", [*TWO_EPOCHS, "optimizer.cooldown_epochs=1"]
+    for _ in range(2):
+        assert train_program.main(digits_args(run, *cooling)) == 0
     assert "choose another output_dir: optimizer.cooldown_epochs=1 fixes the last epoch" in caplog.text
 
 

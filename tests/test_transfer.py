@@ -607,13 +607,13 @@ def test_each_program_refuses_the_configs_and_runs_of_the_other(
         (
             train_program,
             digits_args(tmp_path / "run"),
-            "is of finetune.py, and one of train.py is needed: use another one",
+            "belongs to finetune.py, but train.py needs its own: use another file",
         ),
         *(
             (
                 program,
                 [*make(tmp_path / "new"), f"encoder.weights={finetuned}"],
-                f"encoder.weights: {finetuned} is of finetune.py, and one of train.py is needed: use another one",
+                f"encoder.weights: {finetuned} belongs to finetune.py, but train.py needs its own: use another file",
             )
             for program, make in ((train_program, digits_args), (finetune_program, args_of))
         ),

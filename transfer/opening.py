@@ -92,6 +92,7 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
     train, test = to_gpu_if_small(train, device), to_gpu_if_small(test, device)
     if not all_equal(labelled.tolist()):
         raise ConfigError("the processes read different files of labelled images: give all of them the same file")
+    method = METHODS[config.method](config)
     if config.unlabelled:
         folder, grey_bits = Path(config.unlabelled), info.grey_bits
         more = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
@@ -100,10 +101,9 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
             raise DatasetError(
                 f"the machines hold different images in {config.unlabelled}: copy the same images to all machines"
             )
-        train = JoinedImages(train, to_gpu_if_small(more, device))
+        train = JoinedImages(train, to_gpu_if_small(more, device) if method.uses_unlabelled else more)
         data_digest = train.digest()
     assert train.labels is not None
-    method = METHODS[config.method](config)
     unlabelled = torch.ones(len(train), dtype=torch.bool).index_fill(0, labelled, False).nonzero()[:, 0]
     logger.info("%d labelled and %d other training images", len(labelled), len(unlabelled))
     if method.uses_unlabelled and len(unlabelled) == 0:

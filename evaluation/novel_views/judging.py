@@ -65,7 +65,7 @@ def view_sampler(experiment: Experiment, soda: SODA, seed: int, num_sampling_ste
         seen = pixels.pixels[:, 1:]
         views = experiment.views.evaluation(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
         x_source = torch.cat([views, source_rays], dim=2)
-        # No key makes these batches smaller without other results.
+        # The batch size is fixed, because samples depend on it.
         with memory_for(lambda: "use another device, or set evaluation.num_novel_views=0 to leave out novel views"):
             return sample_from_views(
                 experiment, soda, x_source, target_rays, positions, seed, "novel view", num_sampling_steps
@@ -132,7 +132,7 @@ def _mean_rows(scores: Features, names: list[str], inside: Tensor) -> Rows:
 
     Args:
         scores: (N, rows) for each name. The baseline `source` is a true image. If its score is NaN, the target has no
-            such score. NaN in another column is a failed view.
+            such score. NaN under another name means that the generated view is not finite.
         inside: (N, 1) share of each target's pixels that belong to the object.
     """
     no_background, num_empty = inside.mean().item() > WHOLE_IMAGE, int((inside == 0).sum())
