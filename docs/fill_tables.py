@@ -22,7 +22,10 @@ from utils.files import write_text
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("results", "few_labels", "novel_views", "measures")))
+PAGES = (
+    DOCS.parent / "README.md",
+    *(DOCS / f"{name}.md" for name in ("results", "few_labels", "novel_views", "measures")),
+)
 CURVE = DOCS / "learning_curve.svg"
 CURVES = [RESULTS / f"{name}.jsonl" for name in ("cifar10_cpu_runs", "cifar10_cpu_two_hours")]
 
