@@ -54,7 +54,7 @@ RUN_NAMES = {
     ("train", "run"): "SODA, {of} epochs",
     ("hour", "soda"): "SODA, {of} epochs",
     ("reference", "recipe"): "the reference's recipe at this width",
-    ("simclr", "simclr"): "SimCLR with the views of its paper",
+    ("simclr", "simclr"): "SimCLR",
     ("supervised", "supervised"): "supervised",
 }
 
