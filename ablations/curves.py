@@ -75,7 +75,7 @@ def draw(curves: dict[str, Curve]) -> "Figure":
     """Returns a figure with one panel for k-NN and one for the linear probe."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     for index, (axes, title) in enumerate(zip(figure.subplots(1, 2), ("k-NN", "linear probe"), strict=True)):
         for name, curve in curves.items():
             axes.plot(list(curve), [both[index] for both in curve.values()], marker="o", markersize=3, label=name)
@@ -85,7 +85,7 @@ def draw(curves: dict[str, Curve]) -> "Figure":
         axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
