@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import stat
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,13 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config.schema import Data
-from datasets.decoding import DEFAULT_RULES, Rules, StreamedImages, decode_batches, num_cores, rules_of
-from datasets.findings import GREY_BITS, Findings, UnreadableError, log_findings, raise_if_unreadable
+from datasets.decoding import DEFAULT_RULES, Rules, StreamedImages, decode_batches, num_cores
+from datasets.findings import GREY_BITS, Findings, log_findings, raise_if_unreadable
 from datasets.images import DatasetError, Images, StoredImages, Summary, summarize
 from datasets.listing import Listing
 from utils.files import replacing
-from utils.text import join_names
 
 logger = logging.getLogger(__name__)
 
@@ -44,94 +41,6 @@ class _Index:
 
     summary: Summary
     findings: Findings
-
-
-def memory_bytes() -> int:
-    """Returns the bytes of memory that this process may use: the machine's, or the container's limit if it is lower.
-
-    On Windows, which has no `sysconf`, the memory counts as unlimited.
-    """
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no such file, or `max`, which means no limit
-            limits.append(int(Path(file).read_text(encoding="utf-8")))
-    return min(limits)
-
-
-def choose_stream(setting: bool | None, root: Path, count: int, image_size: int) -> bool:
-    """Returns True if `count` images must be streamed.
-
-    A `setting` of True or False is returned unchanged. If `setting` is None, the images are streamed if they need more
-    than half of the memory. Raises DatasetError if `setting` is False and the images are larger than the memory.
-    """
-    needed, there = count * 3 * image_size**2, memory_bytes()
-    size = f"the {count:,} images in {root} take {needed / 1e9:.1f} GB at {image_size} px"
-    if setting is None and needed > there / 2:
-        logger.info("%s, which is more than half of the %.1f GB of memory: streaming them", size, there / 1e9)
-        return True
-    if setting is False and needed > there:
-        raise DatasetError(f"{size}, but the memory is {there / 1e9:.1f} GB: remove data.stream=false")
-    return bool(setting)
-
-
-def open_splits(
-    train: Listing, test: Listing | None, data: Data, processes: int, grey_bits: int | None = None
-) -> tuple[Images, Images | None]:
-    """Opens the images of the training and test files, stored or streamed, as the section `data` of the config says.
-
-    Raises DatasetError. If images of both splits cannot be read, the error names the images of both.
-
-    Args:
-        grey_bits: range of the greys (see `Rules.grey_bits`); None: that of the training images, or of the test images
-            if no training image has greys of more than 8 bits.
-    """
-    root, cache_dir = Path(data.root), Path(data.cache_dir)
-    stream = choose_stream(data.stream, root, len(train.files) + len(test.files if test else []), data.kept_size)
-    opened: list[Images | None] = []
-    unreadable: dict[Path, str] = {}
-    for listing in (train, test):
-        images = None
-        if listing is not None:
-            try:
-                images = open_listing(
-                    listing,
-                    data.kept_size,
-                    cache_dir,
-                    stream,
-                    data.num_workers,
-                    processes,
-                    rules_of(data, grey_bits),
-                    skip=data.unreadable == "skip",
-                )
-                grey_bits = grey_bits or images.grey_bits
-            except UnreadableError as error:
-                unreadable |= error.reasons
-        opened.append(images)
-    if unreadable:
-        try:
-            raise UnreadableError(unreadable).with_advice(cache_dir, f"unreadable-{_hash(root)}.txt") from None
-        except OSError as error:
-            raise _cannot_cache(cache_dir, error, stream) from None
-    assert opened[0] is not None
-    if data.unreadable == "skip":
-        _check_classes(opened[0], opened[1], root)
-    return opened[0], opened[1]
-
-
-def _check_classes(train: Images, test: Images | None, root: Path) -> None:
-    """Logs the classes whose test images are all unreadable. Raises DatasetError if training images of a class are."""
-    for split, images in (("training", train), ("test", test)):
-        if images is None or images.labels is None:
-            continue
-        counts = images.labels.bincount(minlength=len(images.classes)).tolist()
-        empty = join_names([name for name, count in zip(images.classes, counts, strict=True) if not count])
-        if empty and split == "training":
-            raise DatasetError(
-                f"data.unreadable=skip leaves no training images in {root} of the classes {empty}: restore some of "
-                "them, or remove these classes"
-            )
-        if empty:
-            logger.info("classes without test images that can be read, which are not judged: %s", empty)
 
 
 def open_listing(
@@ -166,7 +75,7 @@ def open_listing(
         rules: without `grey_bits`, the smallest range is chosen that holds the greys of these files.
         skip: True: damaged images are left out.
     """
-    name = f"{listing.cache_name}-{_hash(listing.root)}-{image_size}"
+    name = f"{listing.cache_name}-{digest_of_folder(listing.root)}-{image_size}"
     prefix = f"{name}-v{CACHE_VERSION}-{_fingerprint(listing)}-"
     mark_file = cache_dir / f"{prefix}{_digest_of(rules)}.json"
     index = _read_mark(mark_file, listing.root)
@@ -204,7 +113,7 @@ def open_listing(
                         array.flush()
                 mark.write_text(json.dumps(_to_json(index)), encoding="utf-8")
         except OSError as error:
-            raise _cannot_cache(cache_dir, error, stream) from None
+            raise cannot_cache(cache_dir, error, stream) from None
         logger.info("cached %s of %s in %s", "the statistics" if stream else "the images", listing.root, cache_dir)
         pixels = None if stream else _map_pixels(pixels_file, shape)
     for used in (mark_file, pixels_file):
@@ -235,7 +144,8 @@ def open_listing(
     return images
 
 
-def _hash(root: Path) -> str:
+def digest_of_folder(root: Path) -> str:
+    """Returns a digest of the path of a folder, which names its cache."""
     return hashlib.blake2b(os.fsencode(root.resolve()), digest_size=6).hexdigest()
 
 
@@ -250,7 +160,8 @@ def _remove_unused(path: Path) -> None:
             path.unlink()
 
 
-def _cannot_cache(cache_dir: Path, error: OSError, stream: bool) -> DatasetError:
+def cannot_cache(cache_dir: Path, error: OSError, stream: bool) -> DatasetError:
+    """Returns the error for a cache folder that cannot be written to. It says what to change in the config."""
     full = error.errno == errno.ENOSPC and not stream
     advice = "set data.cache_dir to another folder" + (", or set data.stream=true to cache no pixels" if full else "")
     return DatasetError(f"cannot cache images in {cache_dir} ({error.strerror}): {advice}")

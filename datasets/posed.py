@@ -12,12 +12,12 @@ import torch
 
 from config.pose_pattern import is_transforms_file, name_pattern
 from config.schema import Data
-from datasets.cache import open_splits
 from datasets.cameras import Photograph, polar_of, sphere_camera
 from datasets.formats import image_endings
 from datasets.holdout import draw_held_out, part_of
 from datasets.images import DatasetError, Images
 from datasets.listing import Listing
+from datasets.splits import open_splits
 from datasets.transforms_file import list_transforms
 from datasets.walking import all_images
 from utils.text import join_names

@@ -17,13 +17,13 @@ import torch
 from torchvision import datasets as torchvision_datasets
 
 from config.schema import Data
-from datasets.cache import open_splits
 from datasets.folder_layouts import list_folder
 from datasets.holdout import hold_out
 from datasets.images import DatasetError, Images, StoredImages, from_arrays
 from datasets.labelled_images import list_labelled
 from datasets.listing import Listing
 from datasets.posed import open_posed
+from datasets.splits import open_splits
 from datasets.tiny_imagenet import list_tiny_imagenet
 from datasets.walking import all_images
 from utils.files import replacing

@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image
 
 from config.schema import Data
-from datasets import cache, decoding
+from datasets import cache, decoding, splits
 from datasets.decoding import StreamedImages, decode_batches
 from datasets.folder_layouts import list_folder
 from datasets.images import DatasetError, StoredImages, Summary, from_arrays, summarize
@@ -306,11 +306,11 @@ def test_images_that_fill_half_of_the_memory_are_streamed(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Images that fill more than half of the memory are streamed, unless data.stream says otherwise."""
-    assert cache.memory_bytes() > 1e8
+    assert splits.memory_bytes() > 1e8
     caplog.set_level("INFO")
     needed = 8 * 3 * 8**2
     for memory, kind in ((2 * needed, StoredImages), (2 * needed - 1, StreamedImages)):
-        monkeypatch.setattr(cache, "memory_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr(splits, "memory_bytes", lambda memory=memory: memory)
         assert isinstance(open_folder(tree, tmp_path)[0], kind)
         assert ("8 images in" in caplog.text) == (kind is StreamedImages)
         assert isinstance(open_folder(tree, tmp_path, stream=False)[0], StoredImages)
@@ -320,7 +320,7 @@ def test_images_that_fill_half_of_the_memory_are_streamed(
 def test_images_larger_than_the_memory_are_not_stored(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "memory_bytes", lambda: 8 * 3 * 4096**2 - 1)
+    monkeypatch.setattr(splits, "memory_bytes", lambda: 8 * 3 * 4096**2 - 1)
     with pytest.raises(DatasetError, match=r"8 images in .*photos take 0\.4 GB at 4096 px.*data\.stream=false"):
         open_folder(tree, tmp_path, size=4096, stream=False)
     assert not (tmp_path / "cache").exists()

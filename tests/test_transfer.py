@@ -534,7 +534,7 @@ def test_the_script_is_stopped_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         time.sleep(0.01)
     begun.send_signal(signal.SIGTERM)
     _, said = begun.communicate(timeout=100)
-    assert begun.returncode == 75 and "state saved: run the same command to continue" in said
+    assert begun.returncode == 75 and "state saved: run the same command to resume" in said
     stopped_at = torch.load(tmp_path / "stopped" / "checkpoints" / "last.pt")["step"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

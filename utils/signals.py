@@ -19,11 +19,16 @@ _deferring = False
 
 
 class Stopped(SystemExit):
-    """Exception that ends the program with status 75. The message names the signal and says what was saved."""
+    """Exception that ends the program with status 75. The message names the signal and says what was saved.
+
+    Args:
+        what: the step and what was saved, for a program that resumes; empty: the program would start again.
+    """
 
     def __init__(self, number: int, what: str = "") -> None:
         super().__init__(STATUS)
-        self.message = f"stopped by {signal.Signals(number).name}{what}: run the same command to continue"
+        advice = "to resume" if what else "again"
+        self.message = f"stopped by {signal.Signals(number).name}{what}: run the same command {advice}"
 
 
 def watch() -> None:
