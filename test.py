@@ -20,6 +20,7 @@ EXAMPLES = """\
   python test.py --config config/cifar10.yaml --use_amp
   python test.py --config config/cifar10.yaml --checkpoint runs/cifar10/checkpoints/epoch_0100.pt
   python test.py --config config/digits.yaml --report
+  python test.py --checkpoint pretrained/cifar10_cpu.pt --protocols config
   python test.py --config config/cars3d.yaml --report
   python test.py --config config/digits.yaml --measures all
   python test.py --config config/cifar10.yaml --measures few_labels,uniformity --report"""
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.codec import Codec
     from evaluation.judge import check_can_judge, judge_trained
     from evaluation.novel_views.judging import check_can_judge_views, judge_novel_views
+    from evaluation.protocols import all_protocols, config_protocols
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
     from utils.device import memory_for
 
@@ -70,9 +72,14 @@ def main(argv: list[str] | None = None) -> int:
     logger.info("evaluating the EMA encoder of %s", trained.describe(experiment))
     smaller = max(1, trained.config.evaluation.batch_size // 2)
     with memory_for(lambda: f"set evaluation.batch_size={smaller}"):
-        protocols, table = judge_trained(experiment, soda) if judges else ([], {})
-        if judges and rank() == 0:
-            print(format_table(table))
+        protocols, table = [], {}
+        if judges:
+            protocols = config_protocols(experiment.config)
+            if args.protocols != "config":
+                protocols = all_protocols(experiment.config, len(experiment.train))
+            table = judge_trained(experiment, soda, protocols)
+            if rank() == 0:
+                print(format_table(table))
         measured = judge_novel_views(trained, experiment, soda) if has_cameras else {}
         if measuring:
             measured = measuring.run()
@@ -94,6 +101,12 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line. Raises ConfigError if an option needs another option that is missing."""
     parser = make_parser(__doc__ or "", f"{EXAMPLES}\n\nmeasures:\n{describe_measures()}", of_checkpoint=True)
+    parser.add_argument(
+        "--protocols",
+        choices=("all", "config"),
+        help="all, the default: also the reference implementation's protocols, which encode all training images once "
+        "for each of the probe's 15 epochs; config: only those of the config's section evaluation, which train.py uses",
+    )
     parser.add_argument("--report", action="store_true", help="also write a report as a single HTML file")
     parser.add_argument("--out", type=path_option, help="file for the report; default: report.html in the run folder")
     add_options(parser)
@@ -101,6 +114,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.out and not args.report:
         raise ConfigError(f"--out {args.out} is for the report: add --report")
     check_options(args)
+    if args.protocols and args.measures and not args.report:
+        raise ConfigError(f"--protocols {args.protocols} is for the accuracies: add --report, or remove --measures")
     if args.timestep is not None and not (args.report or args.measures):
         raise ConfigError(
             f"--timestep {args.timestep} is for the report and the measures: add --report or --measures, or set "

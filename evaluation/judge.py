@@ -13,10 +13,12 @@ from datasets.images import DatasetError, Images
 from evaluation.encoders import Encode, baselines, encode_with, settled
 from evaluation.features import Features, extract_features
 from evaluation.knn import topk_accuracy
-from evaluation.protocols import Classifier, Protocol, all_protocols
+from evaluation.protocols import Classifier, Protocol
 from experiment.batch import evaluation_view
 from experiment.opening import Experiment, check_neighbours
 from model.soda import SODA
+from utils.distributed.processes import world_size
+from utils.logging import progress
 from utils.randomness import generator
 
 MakeView = Callable[[Images, Tensor, range, View | None, int], Tensor]
@@ -51,8 +53,8 @@ def check_can_judge(experiment: Experiment) -> None:
     check_neighbours(experiment.config, experiment.train)
 
 
-def judge_trained(experiment: Experiment, soda: SODA) -> tuple[list[Protocol], Table]:
-    """Collective. Returns all protocols, and the accuracies of the encoder of `soda` and of the baselines under them.
+def judge_trained(experiment: Experiment, soda: SODA, protocols: list[Protocol]) -> Table:
+    """Collective. Returns the accuracies of the encoder of `soda` and of the baselines, under each protocol.
 
     The encoder is judged twice. As "settled", its BatchNorm statistics are computed as for the untrained encoder.
     """
@@ -61,8 +63,7 @@ def judge_trained(experiment: Experiment, soda: SODA) -> tuple[list[Protocol], T
         "settled": encode_with(experiment, settled(experiment, soda)),
         **baselines(experiment),
     }
-    protocols = all_protocols(experiment.config, len(experiment.train))
-    return protocols, judge(experiment, encoders, protocols)
+    return judge(experiment, encoders, protocols)
 
 
 def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: list[Protocol]) -> Table:
@@ -108,8 +109,9 @@ def accuracy_table(
     """
     wanted = list(dict.fromkeys((protocol.feature_name, protocol.normalize) for protocol in protocols))
 
-    def extract(split: Images, view: View | None, epoch: int) -> Features:
+    def extract(split: Images, view: View | None, epoch: int, what: str) -> Features:
         def encode(pixels: Tensor, indices: range) -> Features:
+            bar.update(len(indices))
             batch = make_view(split, pixels, indices, view, epoch)
             features: Features = {}
             for name, encoder in encoders.items():
@@ -120,11 +122,12 @@ def accuracy_table(
                         features[name, kind, normalize] = F.normalize(values, dim=1) if normalize else values
             return features
 
-        return extract_features(encode, split, batch_size, device)
+        with progress(len(split) // world_size(), f"encoding {what}", "img") as bar:
+            return extract_features(encode, split, batch_size, device)
 
     assert train.labels is not None and test.labels is not None, "the judge needs images with labels"
     train_labels, test_labels = train.labels.to(device), test.labels.to(device)
-    queries = extract(test, None, 0)
+    queries = extract(test, None, 0, "test images")
     table: Table = {str(protocol): {} for protocol in protocols}
     for view in unique([protocol.view for protocol in protocols]):
         cells = [
@@ -134,10 +137,12 @@ def accuracy_table(
             if protocol.view == view and (key := (name, protocol.feature_name, protocol.normalize)) in queries
         ]
         features: Features = {}
-        for epoch in range(max((cell.protocol.epochs for cell in cells), default=0)):
+        epochs = max((cell.protocol.epochs for cell in cells), default=0)
+        for epoch in range(epochs):
             if epoch == 0 or view is not None:  # clean views are the same in each epoch
                 features = {}  # frees the features of the previous epoch before new ones are allocated
-                features = extract(train, view, epoch)
+                of_epochs = "" if view is None else f", epoch {epoch + 1} of {epochs}"
+                features = extract(train, view, epoch, f"training images{of_epochs}")
             for cell in cells:
                 cell.classifier.train_epoch(features[cell.key], train_labels)
                 if epoch == cell.protocol.epochs - 1:

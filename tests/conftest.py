@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from config.reading import load_config
-from evaluation import judge, protocols
 from experiment.batch import Batch, draw_batch, read_pixels
 from experiment.opening import open_experiment
 from experiment.timesteps import make_sampler
@@ -131,12 +130,6 @@ def small_soda(width: int = 4, **decoder: Any) -> SODA:
         for parameter in soda.decoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return soda.eval()
-
-
-@pytest.fixture
-def short_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes test.py judge by the protocols of the config only. The whole table takes several seconds."""
-    monkeypatch.setattr(judge, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
 
 
 @pytest.fixture

@@ -203,6 +203,11 @@ MISTAKES = [
     Mistake("--out z.npz is for features", [*checkpoint("good"), "--export", "out", "--out", "z.npz"], "embed.py"),
     Mistake("--out a.jpg is not a .png file", ["nearest", *checkpoint("good"), "--out", "a.jpg"], "sample.py"),
     Mistake("--out r.html is for the report: add --report", [*checkpoint("good"), "--out", "r.html"], "test.py"),
+    Mistake(
+        "--protocols config is for the accuracies: add --report",
+        [*checkpoint("good"), "--protocols", "config", "--measures", "uniformity"],
+        "test.py",
+    ),
     Mistake("holds splits, not classes", [*checkpoint("good"), "--folder", "{place}/images/few"], "embed.py"),
     Mistake("argument --folder: the path is empty: write", [*checkpoint("good"), "--folder", ""], "embed.py"),
     Mistake("no folder none", [*checkpoint("good"), "--folder", "none"], "embed.py"),

@@ -355,7 +355,7 @@ def test_models_without_rays_are_unchanged() -> None:
 
 
 def test_a_run_resumes_bit_for_bit_and_is_judged(
-    objects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], short_table: None
+    objects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run on photographs with cameras trains, is judged, draws a grid, and resumes as if it had not stopped."""
     once, twice = tmp_path / "once", tmp_path / "twice"
@@ -370,7 +370,7 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
         assert grid.size == (3 * 66 + 2, 4 * 66 + 2)  # two sources, a sample and the target, of 64 px each
     capsys.readouterr()
     checkpoint = str(once / "checkpoints/last.pt")
-    assert test_program.main(["--checkpoint", checkpoint, "device=cpu", "--report"]) == 0
+    assert test_program.main(["--checkpoint", checkpoint, "device=cpu", "--protocols", "config", "--report"]) == 0
     page = (once / "report.html").read_text()
     assert "Scores of novel views" in page and "k-NN k=2" in page and "data:image/gif" in page
     out = capsys.readouterr().out

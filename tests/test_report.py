@@ -29,7 +29,7 @@ from analysis.report import Comparison, Confusions, comparisons, draw_curves, dr
 from config.schema import KNN, Config
 from datasets.images import StoredImages
 from datasets.sources import load_digits
-from evaluation import judge, protocols
+from evaluation import protocols
 from evaluation.measures.recording import recorded_measures
 from experiment.trained import open_trained, read_trained
 from tests.conftest import digits_args, undocumented_tags
@@ -76,12 +76,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(run: Path) -> dict[str, list[str]]:
     """Accuracies and measures that test.py printed when it wrote the report: {protocol or row: cells}."""
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(judge, "all_protocols", lambda config, num_train: protocols.config_protocols(config))
+    with contextlib.redirect_stdout(printed):
         checkpoint = str(run / "checkpoints" / "last.pt")
-        assert (
-            judge_program.main(["--checkpoint", checkpoint, "device=cpu", "--report", "--measures", "uniformity"]) == 0
-        )
+        options = ["--protocols", "config", "--report", "--measures", "uniformity"]
+        assert judge_program.main(["--checkpoint", checkpoint, "device=cpu", *options]) == 0
     accuracies, measures, path = printed.getvalue().rstrip().split("\n\n")
     assert path == f"report       {run / 'report.html'}"
     lines = [*accuracies.splitlines()[2:], *measures.splitlines()[3:]]

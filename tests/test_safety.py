@@ -82,7 +82,6 @@ def test_the_config_in_a_checkpoint_is_data(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    short_table: None,
     config: str,
     said: str,
 ) -> None:
@@ -95,13 +94,13 @@ def test_the_config_in_a_checkpoint_is_data(
         config = saved["config"].replace(f"output_dir: {trained}", config)
         assert config != saved["config"]
     torch.save(saved | {"config": config}, run / "checkpoints" / "last.pt")
-    for program in (train_program, judge_program):
+    for program, options in ((train_program, []), (judge_program, ["--protocols", "config"])):
         if said:
             with pytest.raises(SystemExit, match="2"):
-                program.main([*args, "training.epochs=2"])
+                program.main([*args, "training.epochs=2", *options])
             assert said in capsys.readouterr().err
         else:
-            assert program.main([*args, "training.epochs=2"]) == 0
+            assert program.main([*args, "training.epochs=2", *options]) == 0
     assert not list(tmp_path.rglob("owned")) and not list(tmp_path.rglob("elsewhere"))
 
 
