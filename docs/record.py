@@ -18,6 +18,7 @@ import yaml
 from ablations import result_rows
 from config.errors import ConfigError
 from docs import fill_tables
+from docs.rows import RESULTS
 from utils import cli
 from utils.files import write_text
 from utils.run_folder.results import read_results
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=cli.path_option, metavar="FOLDER", help="run folders")
     parser.add_argument("--name", help="name of the file in docs/results; default: name of the first folder")
-    parser.add_argument("--out", type=cli.path_option, default=fill_tables.RESULTS, help="folder of the files")
+    parser.add_argument("--out", type=cli.path_option, default=RESULTS, help="folder of the files")
     args = parser.parse_args(argv)
     with cli.gather_user_errors():
         name = args.name or args.folders[0].resolve().name
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [row for row in result_rows.read_rows(path) if row["run"] not in new] + rows
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} results in {path}")
-        if args.out == fill_tables.RESULTS:
+        if args.out == RESULTS:
             fill_tables.main([])
     return 0
 

@@ -13,7 +13,8 @@ from ablations import curves
 from ablations.result_rows import read_rows
 from config.reading import load_config
 from config.schema import Diffusion
-from docs import draw_model, draw_schedules, fill_tables, list_keys, record
+from docs import cifar10_tables, draw_model, draw_schedules, fill_tables, list_keys, record
+from docs import rows as docs_rows
 from experiment.models import build_on_meta
 from model.diffusion import SCHEDULES, GaussianDiffusion
 from tests.conftest import ROOT
@@ -110,9 +111,9 @@ def test_the_tables_are_those_of_the_recorded_results(tmp_path: Path) -> None:
     assert texts == [fill_tables.filled(text) for text in texts], "run python -m docs.fill_tables"
     names = [name for text in texts for name in re.findall(r"<!--table:([\w/]+)-->", text)]
     assert sorted(name for name in names if "/" not in name) == sorted(fill_tables.TABLES)
-    curves.save(fill_tables.named_curves(), tmp_path / "curve.svg")
+    curves.save(cifar10_tables.named_curves(), tmp_path / "curve.svg")
     assert written((tmp_path / "curve.svg").read_text()) == written(fill_tables.CURVE.read_text())
-    for path in fill_tables.RESULTS.iterdir():
+    for path in docs_rows.RESULTS.iterdir():
         assert "/" not in re.sub("images/s|top-1 / top-3", "", path.read_text()), f"{path} names a file"
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
@@ -158,7 +159,7 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
 
     # README has the runs that are complete, and a new variant is called by its own name.
     with monkeypatch.context() as patched:
-        patched.setattr(fill_tables, "RESULTS", out)
+        patched.setattr(docs_rows, "RESULTS", out)
         both = {kind: {"trained": {"top1": top1, "top3": 90.0}} for kind, top1 in (("k-NN", 70.0), ("linear", 71.0))}
         complete = {"run": "a", "digest": "d", "complete": True, "seconds": 60.0, "table": both, "images": 200}
         complete |= {"epochs": 4, "of_epochs": 4, "stage": "new", "variant": "soda"}
@@ -166,7 +167,7 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
         for name, of_name in (("digits", [complete, half]), ("cifar10_cpu_runs", [complete])):
             (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in of_name))
         assert "| digits | 70.0 / 71.0 | one seed, 1 minutes on a CPU core" in fill_tables.readme()
-        assert "| new, soda, after 4 | 1 seed | 200 | 70.0 / 71.0 |" in fill_tables.runs()
+        assert "| new, soda, after 4 | 1 seed | 200 | 70.0 / 71.0 |" in cifar10_tables.runs()
         (out / "digits.jsonl").write_text(json.dumps(half))
         assert "| digits | not measured |" in fill_tables.readme()
 
@@ -187,7 +188,7 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
     page = "<!--table:found/novel_views-->\n<!--/table-->\n<!--table:found/identity-->\n<!--/table-->"
     table_lines = ["", "| | model |", "|---|---|", "| SSIM | 0.500 |", "", "Protocol: p.", "<!--/table-->"]
     with monkeypatch.context() as patched:
-        patched.setattr(fill_tables, "RESULTS", out)
+        patched.setattr(docs_rows, "RESULTS", out)
         page = fill_tables.filled(page)
     assert "\n".join(table_lines) in page and "-->\nnot measured.\n<" in page
 

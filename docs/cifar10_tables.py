@@ -1,0 +1,119 @@
+"""Tables, lines and curves of the runs on CIFAR-10 that CPU cores have trained."""
+
+import statistics
+
+from ablations import curves
+from ablations.tables import mean_and_deviation
+from docs.rows import NOT_MEASURED, RESULTS, Row, accuracy, both, last_of, markdown, recorded
+
+CURVES = [RESULTS / f"{name}.jsonl" for name in ("cifar10_cpu_runs", "cifar10_cpu_two_hours")]
+
+# Variants of the screen whose overrides are long, as they are called in the table.
+SCREEN_NAMES = {
+    "first": "first",
+    "smaller_crops": "crops from 0.08 of the area, both views",
+    "plain_target": "target view without crop, flip and RandAugment",
+    "decoder_32": "decoder at 32 px with 16 channels",
+    "wider_encoder": "encoder of width 36, decoder with 20 channels",
+    "twice_the_rate": "learning rates 2e-3",
+    "no_zero_starts": "`initialization=torch` (no layers that start at zero)",
+    "more_noise": "timesteps by log-SNR: logit-normal, mean -1, standard deviation 1.5",
+    "grey": "greyscale with probability 0.1, both views",
+    "latent_256_plain_target": "latent of 256 and plain target",
+    "latent_256_plain_target_v": "latent of 256, plain target and v",
+    "latent_512_plain_target": "latent of 512 and plain target",
+}
+
+# Variants of the runs on CPU cores, by stage and variant.
+RUN_NAMES = {
+    ("train", "run"): "SODA, {of} epochs",
+    ("hour", "soda"): "SODA, {of} epochs",
+    ("reference", "recipe"): "the reference's recipe at this width",
+    ("simclr", "simclr"): "SimCLR",
+    ("supervised", "supervised"): "supervised",
+}
+
+
+def score(row: Row) -> float:
+    """Returns the mean of the accuracies of k-NN and of the linear probe, by which the screen on CIFAR-10 is judged."""
+    return statistics.mean(accuracy(row, kind) for kind in ("k-NN", "linear"))
+
+
+def screened() -> dict[str, list[Row]]:
+    """Returns the last rows of the runs of the screen on CIFAR-10, by variant."""
+    groups: dict[str, list[Row]] = {}
+    for row in last_of(recorded("cifar10_cpu_screen")):
+        groups.setdefault(row["variant"], []).append(row)
+    return groups
+
+
+def controls() -> str:
+    """Returns the lines of README.md that compare the runs of equal length, and the noise schedules, paired by seed."""
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in recorded("cifar10_cpu_runs"):
+        if row["complete"]:
+            runs.setdefault((row["stage"], row["variant"]), []).append(row)
+    found = [f"{run_name(kind, rows[0]['of_epochs'])}: {both(rows)}" for kind, rows in runs.items()]
+    groups = screened()
+    linear = {row["seed"]: score(row) for row in groups["linear"]}
+    gains = [score(row) - linear[row["seed"]] for row in groups["first"] if row["seed"] in linear]
+    seeds = "1 seed" if len(gains) == 1 else f"{len(gains)} seeds"
+    return (
+        f"{'; '.join(found)}.\nThe paper's [noise schedule](docs/schedules.md) alone brings "
+        f"{mean_and_deviation(gains)} points\n(mean of both) in one epoch ({seeds})."
+    )
+
+
+def screen() -> str:
+    """Returns the table of the screen on CIFAR-10. The best variant is bold."""
+    groups = screened()
+    first = {row["seed"]: score(row) for row in groups["first"]}
+    best = max(groups, key=lambda variant: statistics.mean(map(score, groups[variant])))
+    lines = []
+    for variant, rows in groups.items():
+        name = SCREEN_NAMES.get(variant) or f"`{' '.join(rows[0]['overrides'])}`"
+        gains = [score(row) - first[row["seed"]] for row in rows if row["seed"] in first]
+        lines.append(
+            [
+                f"**{name}**" if variant == best else name,
+                f"{rows[0]['images']:,}",
+                f"{rows[0]['step_gflop']:.2f}",
+                *(mean_and_deviation([accuracy(row, kind) for row in rows]) for kind in ("k-NN", "linear")),
+                mean_and_deviation([score(row) for row in rows]),
+                "" if variant == "first" else f"{statistics.mean(gains):+.1f}",
+            ]
+        )
+    head = ["variant", "images", "GFLOP per image", "k-NN", "linear", "mean of k-NN and linear", "against the first"]
+    return markdown(head, lines)
+
+
+def run_name(kind: tuple[str, str], of_epochs: int | None) -> str:
+    """Returns the name of a run on CPU cores, by its stage and variant."""
+    return RUN_NAMES.get(kind, ", ".join(kind)).format(of=of_epochs)
+
+
+def runs() -> str:
+    """Returns the table of the runs on CPU cores: each evaluation, as the mean over seeds."""
+    groups: dict[tuple[str, str], dict[tuple[int, float], list[Row]]] = {kind: {} for kind in RUN_NAMES}
+    for row in recorded("cifar10_cpu_two_hours") + recorded("cifar10_cpu_runs"):
+        of_kind = groups.setdefault((row["stage"], row["variant"]), {})
+        of_kind.setdefault((row["of_epochs"], row["epochs"]), []).append(row)
+    lines = []
+    for kind, points in groups.items():
+        for (of_epochs, epochs), rows in sorted(points.items()):
+            name = run_name(kind, of_epochs)
+            seeds = f"{len(rows)} seed{'s' if len(rows) > 1 else ''}"
+            lines.append([f"{name}, after {epochs:g}", seeds, f"{rows[0]['images']:,}", both(rows), both(rows, "top3")])
+        if not points:
+            lines.append([run_name(kind, None), "", "", NOT_MEASURED, ""])
+    return markdown(["run", "seeds", "images", "top-1", "top-3"], lines)
+
+
+def named_curves() -> dict[str, curves.Curve]:
+    """Returns the curves of the runs on CPU cores, with the names that they have in the table."""
+    names = {
+        f"{path.stem}: {row['stage']}, {row['variant']}": run_name((row["stage"], row["variant"]), row["of_epochs"])
+        for path in CURVES
+        for row in recorded(path.stem)
+    }
+    return {names[name]: curve for name, curve in curves.read_curves(CURVES).items()}
