@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_FIT = 50_000  # largest number of latents used in a fit; float64 copies of more would take gigabytes
 RIDGE = 1e-3  # fraction of the latents' mean variance that is added to the diagonal of each Gaussian's covariance
+TOLERANCE = 1e-3  # gain in log-likelihood per latent and dimension below which the fit of a mixture stops
 
 
 def subset_to_fit(latents: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +78,8 @@ def fit_mixture(latents: Tensor, num_components: int, random_state: int) -> "Gau
 
     z = latents.double().numpy()
     ridge = RIDGE * float(z.var(axis=0).mean())
-    return GaussianMixture(num_components, reg_covar=ridge, random_state=random_state).fit(z)
+    tolerance = TOLERANCE * z.shape[1]
+    return GaussianMixture(num_components, tol=tolerance, reg_covar=ridge, random_state=random_state).fit(z)
 
 
 def draw_from_mixture(mixture: "GaussianMixture", count: int, random_state: int) -> np.ndarray:
