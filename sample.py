@@ -22,6 +22,9 @@ EXAMPLES = """\
   python sample.py {name} --checkpoint runs/{config}/checkpoints/last.pt sampling.num_sampling_steps=50 --seed 1"""
 
 FIT_PRIOR = "fit_prior"
+FIT_EXAMPLES = """\
+  python sample.py fit_prior --config config/digits.yaml
+  python sample.py fit_prior --checkpoint runs/digits/checkpoints/last.pt --steps 5000"""
 FIT_MEANING = "fits the diffusion prior over z that generate --prior diffusion uses; the same command resumes"
 
 
@@ -104,7 +107,8 @@ def fit_prior(words: list[str]) -> int:
     """Runs `sample.py fit_prior` with the options `words` and returns its exit status."""
     # Parse.
     with gather_user_errors():
-        parser = make_parser(FIT_MEANING, EXAMPLES.format(name=FIT_PRIOR, config="digits"), of_checkpoint=True)
+        meaning, name = f"{FIT_MEANING[0].upper()}{FIT_MEANING[1:]}.", f"sample.py {FIT_PRIOR}"
+        parser = make_parser(meaning, FIT_EXAMPLES, prog=name, of_checkpoint=True)
         parser.add_argument(
             "--steps", type=int, default=3000, help="optimiser steps, with those of an earlier call; default: 3000"
         )

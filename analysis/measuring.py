@@ -10,6 +10,7 @@ from analysis.image_encoder import trained_encoder
 from analysis.prior import Fit, PriorError, open_fit, prior_path, priors_of
 from config.errors import ConfigError
 from evaluation.codec import Codec
+from evaluation.factors import open_factors
 from evaluation.measures import Measure, Measured, find_measures
 from evaluation.measures.base import NUM_SAMPLES, Inputs
 from evaluation.measures.prior import Prior
@@ -57,6 +58,8 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
     other = None
     if args.features_of:
         reference = read_trained(None, Path(args.features_of), [])
+        if reference.digest == trained.digest:
+            logger.warning("--features_of names the generator's own checkpoint: its encoder finds its images right")
         if reference.config.encoder.time_dependent:
             raise ConfigError(
                 f"--features_of {args.features_of}: z of its encoder depends on the timestep: name another checkpoint"
@@ -72,6 +75,7 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
         load_inception(args.inception, experiment.device) if args.inception and find_spec("torch_fidelity") else None,
         load_lpips(args.lpips, experiment.device) if args.lpips and find_spec("torchmetrics") else None,
         args.num_samples or NUM_SAMPLES,
+        open_factors(args.factors, experiment) if args.factors else None,
     )
     measures, left_out = find_measures(args.measures, experiment, inputs)
     if left_out and not measures:

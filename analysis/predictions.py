@@ -40,6 +40,14 @@ class _Logits(Encoder):
         return {"logits": self._classifier(x_source)}
 
 
+def _name_of(folder: Path) -> str:
+    """Returns a name for the results of a folder: its path from the working folder, if it is inside it, with dashes."""
+    path = folder.resolve()
+    if path.is_relative_to(Path.cwd()) and path != Path.cwd():
+        path = path.relative_to(Path.cwd())
+    return "-".join(part for part in path.parts if part != path.anchor)[-200:] or "root"
+
+
 def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[str]]:
     """Collective. Classifies all images below `folder` with the EMA classifier of the run's newest checkpoint.
 
@@ -62,7 +70,7 @@ def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[st
     given = {key.removeprefix("data."): new for key, (_, new) in changed.items()}
     trained = trained.model_copy(update={"data": trained.data.model_copy(update=given)})
     named = images_of_listing(Listing(folder, all_images(folder), None, []), trained, contents["grey_bits"])
-    path = run / "predictions" / f"{folder.resolve().name}.csv"
+    path = run / "predictions" / f"{_name_of(folder)}.csv"
     check_writable(path)
 
     device, amp_dtype = open_device(config, partial(training_work, trained))

@@ -201,7 +201,5 @@ def parse(schema: type[C], text: str, where: str) -> C:
     keys = set(raw) if isinstance(raw, dict) else set()
     for other in (Config, FinetuneConfig):
         if keys <= other.model_fields.keys() and not keys <= schema.model_fields.keys():
-            raise ConfigError(
-                f"{where} belongs to {other.program}, but {schema.program} needs its own: use another file"
-            )
+            raise ConfigError(f"{where} belongs to {other.program}: use a file of {schema.program}")
     return _validate(schema, raw, where)

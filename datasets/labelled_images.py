@@ -42,7 +42,8 @@ def list_labelled(root: Path, labels: Path, held_out: bool = False) -> Listings:
         )
         if held_out and not test.files:
             raise DatasetError(
-                f"data.holdout needs labels, but {path} gives attributes, which are not judged: remove data.holdout"
+                f"data.holdout needs labels, but {path} gives attributes: remove data.holdout (the measure "
+                "attributes holds out images by itself)"
             )
         return train, test if test.files else None
     known = {found.labels[file] for file in train_files}

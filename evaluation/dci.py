@@ -1,5 +1,7 @@
 """DCI (Eastwood & Williams, ICLR 2018) and the mutual information gap (Chen et al., NeurIPS 2018) of features."""
 
+import logging
+import warnings
 from collections.abc import Callable
 from statistics import fmean
 
@@ -7,6 +9,9 @@ import numpy as np
 
 TREES = 10  # of the random forest
 BINS = 20  # of the mutual information
+MAX_ROUNDS = 10_000  # of the lasso
+
+logger = logging.getLogger(__name__)
 
 Array = np.ndarray
 Fit = tuple[Array, float]
@@ -27,10 +32,15 @@ def _standardized(values: Array) -> Array:
 
 def lasso(features: Array, factor: Array, num_train: int, seed: int) -> Fit:
     """Fits a lasso whose strength has the lowest error in 3-fold cross-validation."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LassoCV
 
     x, y = _standardized(features.astype(np.float64)), _standardized(factor.astype(np.float64))
-    fitted = LassoCV(cv=3, max_iter=10_000).fit(x[:num_train], y[:num_train])
+    with warnings.catch_warnings():  # the weakest of the tried penalties may not converge
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted = LassoCV(cv=3, max_iter=MAX_ROUNDS).fit(x[:num_train], y[:num_train])
+    if fitted.n_iter_ >= MAX_ROUNDS:
+        logger.warning("a lasso has not converged in %d rounds: its scores are not exact", MAX_ROUNDS)
     return np.abs(fitted.coef_), float(fitted.score(x[num_train:], y[num_train:]))
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 CHUNK = 1000  # rows of a kernel matrix that are computed at the same time
 FOLDS = 5
-MAX_TESTED = 2000  # rows of each sample in the two-sample test; the time of the fit grows with the square
+MAX_TESTED = 1000  # rows of each sample in the two-sample test; the time of the fit grows with the square
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

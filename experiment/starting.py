@@ -143,10 +143,11 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
     placeholders = {name: each for name, each in module.state_dict().items() if name in new}
     difference = first_difference(weights | placeholders, module, "the file")
     if difference:
-        raise ConfigError(
-            f"{part}.weights: {path} does not fit the model ({difference}): set the keys of `{part}` to the "
-            "architecture of the file, or use another file"
-        )
+        advice = _packed(contents) or f"set the keys of `{part}` to the architecture of the file, or use another file"
+        raise ConfigError(f"{part}.weights: {path} does not fit the model ({difference}): {advice}")
+    for name, each in weights.items():
+        if not each.isfinite().all():
+            raise ConfigError(f"{part}.weights: {path} has values in {name} that are not finite: use another file")
     if part == "encoder" and config.encoder.time_dependent:
         expected = log_sigmas(**config.diffusion.model_dump())
         if not torch.allclose(weights["time.log_sigmas"].double(), expected, rtol=1e-5, atol=1e-5):
@@ -164,6 +165,17 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
             *(path, image_size, config.encoder_size),
         )
     return StartingWeights(str(path), digest, weights, new, origin, statistics, image_size, grey_bits)
+
+
+def _packed(contents: Any) -> str | None:
+    """Returns advice for a state dict inside another dict, or with a prefix before all names; None for others."""
+    if is_checkpoint(contents):
+        return None
+    for name, each in contents.items():
+        if isinstance(each, dict):
+            return f"its entry {name!r} is a dict: save the state dict in it to a file of its own"
+    prefixes = {name.partition(".")[0] for name in contents}
+    return f"all its names begin with '{prefixes.pop()}.': save it without this prefix" if len(prefixes) == 1 else None
 
 
 def _exported_facts(path: Path) -> tuple[Statistics | None, int | None, int | None]:

@@ -24,10 +24,12 @@ from torch import Tensor
 
 import test as judge_program
 import train as train_program
+from config.errors import UserError
 from datasets.images import StoredImages
 from evaluation import corruptions, dci, hypersphere, logistic_regression
 from evaluation import shapes as shapes_module
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, disk
+from evaluation.factors import open_factors
 from evaluation.hypersphere import alignment, uniformity
 from evaluation.knn import neighbour_distances
 from evaluation.measures import MEASURES, anomalies, attributes, disentanglement, few_labels, prior, robustness
@@ -35,6 +37,7 @@ from evaluation.measures import subjects as subjects_module
 from evaluation.measures.anomalies import Anomalies
 from evaluation.measures.attributes import Attributes, probe
 from evaluation.measures.base import Inputs
+from evaluation.measures.disentanglement import Disentanglement
 from evaluation.measures.few_labels import FewLabels
 from evaluation.measures.robustness import corruption_error, mean_accuracy
 from evaluation.measures.subjects import Subjects, standardized
@@ -261,6 +264,43 @@ def test_a_latent_that_is_the_factors_is_disentangled_and_a_rotation_is_not() ->
     by_hand = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     assert dci.disentanglement(by_hand) == pytest.approx((2 * (1 - math.log(2, 3)) + 1 + 1) / 4)
     assert dci.completeness(by_hand) == pytest.approx((1 + 1 + 1 - math.log(2, 4)) / 3)
+
+
+def test_a_table_gives_factors_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images whose brightness is one factor: R^2 of raw pixels is high for it, and 0 for random numbers."""
+    source = np.random.default_rng(0)
+    lines = ["file,brightness,azimuth_degrees,noise"]
+    for i in range(80):
+        Image.new("RGB", (8, 8), (3 * i,) * 3).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{i},{source.integers(360)},{source.normal()}")
+    table = tmp_path / "factors.csv"
+    table.write_text("\n".join(lines))
+    experiment = experiment_of(tmp_path)
+    known = open_factors(table, experiment)
+    assert known.names == ["brightness", "cos of azimuth", "sin of azimuth", "noise"] and known.values.shape == (80, 4)
+    assert known.values[:, 1:3].norm(dim=1).numpy() == pytest.approx(1)
+    drawn = known.drawn(50, 1)
+    (pixels,) = drawn.images.batches([range(50)])
+    assert torch.equal(pixels[:, 0, 0, 0].double(), 3 * drawn.values[:, 0]) and len(drawn.values.unique(dim=0)) == 50
+    monkeypatch.setattr(dci, "TREES", 5)
+    subjects = Subjects(experiment, {"raw pixels": lambda x, _: {"z": x.flatten(1)}}, "z", Inputs(factors=known))
+    rows = Disentanglement().measure(subjects).rows
+    (column,) = rows["lasso, R² of brightness"]
+    assert rows["lasso, R² of brightness"][column]["value"] > 0.99 > 0.5 > rows["lasso, R² of noise"][column]["value"]
+    few = Inputs(factors=known.drawn(30, 0))
+    assert Disentanglement().obstacle(experiment, few) == "it needs 40 images in the table of --factors"
+    for text, expected in (
+        ("file,a\n0.png,1\n1.png,x", "row 3 of {table} is not a path and 1 numbers: correct it"),
+        ("file,a\n0.png,1,2", "row 2 of {table} is not a path and 1 numbers: correct it"),
+        ("file,a\n0.png,1\n1.png,1", "the column a of {table} has the same value in all rows: remove it"),
+        ("file\n0.png", "{table} has no factors: give it a heading, a column of files, and columns of numbers"),
+        ("file,a\n0.png,1\nnone.png,2", "none.png"),
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match=re.escape(expected.format(table=table))):
+            open_factors(table, experiment)
+    with pytest.raises(UserError, match="cannot read"):
+        open_factors(tmp_path / "none.csv", experiment)
 
 
 def test_the_mutual_information_gap_in_closed_form() -> None:

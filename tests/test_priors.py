@@ -31,11 +31,13 @@ from evaluation.measures import find_measures, generation
 from evaluation.measures import prior as prior_measure
 from evaluation.measures.base import Inputs
 from evaluation.measures.generation import FID, FeatureDistance, Memorization
+from evaluation.measures.prior import Prior
 from evaluation.measures.reconstruction import LPIPS, Reconstruction
 from evaluation.measures.subjects import Subjects
 from evaluation.pretrained import load_inception, load_lpips
 from experiment.trained import open_trained, read_trained
 from tests.conftest import digits_args
+from utils.randomness import derive_seed, generator
 
 OWNER = {"digest": "a", "data": "b"}
 
@@ -150,7 +152,7 @@ def test_fit_prior_prints_its_table_resumes_and_generates(
         printed = capsys.readouterr().out
         assert f"prior        {path}, {steps} steps" in printed
     heading, _, *rows = printed.splitlines()[2:-2]
-    assert heading.split("  ")[-3:] == ["mixture", "diffusion", "real images"]
+    assert heading.split() == ["mixture", "diffusion", "real", "images"]
     assert [row.split("  ")[0] for row in rows] == [
         *(f"{name} to {split} latents" for name in ("Fréchet distance", "two-sample accuracy (%)") for split in SPLITS),
         "median distance to the nearest training latent",
@@ -185,6 +187,25 @@ def test_fit_prior_prints_its_table_resumes_and_generates(
 SPLITS = ("training", "test")
 
 
+def test_draws_of_a_prior_are_compared_with_all_training_latents(codec: Codec) -> None:
+    """A prior that repeats training latents is found by the distance to the nearest one."""
+    train, test = codec.train_z, codec.test_z
+    priors = {"copies": lambda count, seed: train[torch.randperm(len(train), generator=generator(seed, "c"))[:count]]}
+    rows = Prior().measure(Subjects(codec.experiment, {}, "z", codec=codec, priors=priors)).rows
+    draws = [priors["copies"](360, derive_seed(codec.seed, "draws of latents", i)) for i in range(5)]
+    found = [frechet_distance(draw, train) for draw in draws]
+    cells = rows["Fréchet distance to training latents"]
+    assert cells["copies"] == pytest.approx({"value": np.mean(found), "deviation": np.std(found, ddof=1)})
+    assert cells["real images"] == pytest.approx({"value": frechet_distance(test, train)})
+    nearest = rows["median distance to the nearest training latent"]
+    assert nearest["copies"]["value"] < 1e-2 < nearest["real images"]["value"]
+    tested = rows["two-sample accuracy (%) to training latents"]["copies"]
+    assert 25 < tested["value"] < 60 and set(rows["two-sample accuracy (%) to test latents"]["real images"]) == {
+        "value",
+        "deviation",
+    }
+
+
 def test_reconstructions_by_formulas(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evaluation.measures.subjects.NUM_RECONSTRUCTED", 6)
     subjects = Subjects(codec.experiment, {}, "z", Inputs(lpips=lambda a, b: (a - b).abs().mean((1, 2, 3))), codec)
@@ -205,7 +226,7 @@ def test_copies_of_training_images_are_memorized_and_other_images_are_not(codec:
     copies, others = (next(each.batches([range(200)])) for each in (codec.experiment.train, subjects.real))
     subjects.__dict__["generated"] = {"copies": copies, "others": others}
     rows = Memorization().measure(subjects).rows
-    close = rows["closer than 1 % of the test images (%)"]
+    close = rows["as close as 1 % of the test images (%)"]
     assert [close[name]["value"] for name in ("copies", "others", "test images")] == pytest.approx([100, 1, 1])
     assert rows["smallest distance x 100"]["copies"]["value"] < 1e-2
     bank = next(codec.experiment.train.batches([range(1437)])).flatten(1).double() / 255
@@ -342,7 +363,9 @@ def test_directions_along_a_column_stay_in_the_range_of_the_latents(
 
     monkeypatch.setattr(codec, "sample", sample)
     grid = picture.draw(codec, picture.find(codec.experiment))
-    assert [row.split("\n")[0] for row in grid.rows] == ["large = 1"] * 2 and [len(row) for row in grid.cells] == [6, 6]
+    assert [row.split("\n")[0] for row in grid.rows] == ["towards large = 1"] * 2 and [
+        len(row) for row in grid.cells
+    ] == [6, 6]
     z = moved[0].view(2, 5, -1).double()
     direction = F.normalize(z[0, 4] - z[0, 0], dim=0)
     positions = codec.train_z.double() @ direction

@@ -116,6 +116,11 @@ def test_weights_that_do_not_fit_are_refused(saved: tuple[Path, TrainState], tmp
         "incomplete": {name: value for name, value in encoder.items() if name != "layer2.0.bn1.bias"},
         "more": encoder | {"layer5.weight": torch.zeros(1)},
         "list": [torch.zeros(1)],
+        "nan": {
+            name: torch.full_like(each, torch.nan) if name == "fc.bias" else each for name, each in encoder.items()
+        },
+        "wrapped": {"epoch": 3, "state_dict": encoder},
+        "prefixed": {f"module.{name}": each for name, each in encoder.items()},
     }
     for name, contents in files.items():
         torch.save(contents, tmp_path / f"{name}.pt")
@@ -127,6 +132,9 @@ def test_weights_that_do_not_fit_are_refused(saved: tuple[Path, TrainState], tmp
         ("encoder.weights=text.safetensors", "text.safetensors cannot be read"),
         ("encoder.weights=list.pt", "list.pt is not a checkpoint of this program or a state dict: use another file"),
         ("encoder.weights=incomplete.pt", "the file has no layer2.0.bn1.bias"),
+        ("encoder.weights=nan.pt", "nan.pt has values in fc.bias that are not finite: use another file"),
+        ("encoder.weights=wrapped.pt", "its entry 'state_dict' is a dict: save the state dict in it to a file of its"),
+        ("encoder.weights=prefixed.pt", r"all its names begin with 'module\.': save it without this prefix"),
         ("encoder.weights=more.pt", "the model has no layer5.weight"),
         (
             "encoder.weights=encoder.pt encoder.width=8",

@@ -291,7 +291,9 @@ def test_a_folder_with_labels_and_one_without(
     pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = state.ema.ema_model(task.views.evaluation(pixels)).softmax(dim=1)
-    with open(tmp_path / "run" / "predictions" / "rest.csv", newline="") as file:
+    (csv_file,) = (tmp_path / "run" / "predictions").glob("*.csv")
+    assert csv_file.stem == "-".join((tmp_path / "rest").parts[1:])[-200:], "folders of one name have their own files"
+    with open(csv_file, newline="") as file:
         found = {line["file"]: line for line in csv.DictReader(file)}
     assert len(found) == len(files) == 45
     for path, probabilities in zip(files, expected, strict=True):
@@ -607,13 +609,13 @@ def test_each_program_refuses_the_configs_and_runs_of_the_other(
         (
             train_program,
             digits_args(tmp_path / "run"),
-            "belongs to finetune.py, but train.py needs its own: use another file",
+            "belongs to finetune.py: use a file of train.py",
         ),
         *(
             (
                 program,
                 [*make(tmp_path / "new"), f"encoder.weights={finetuned}"],
-                f"encoder.weights: {finetuned} belongs to finetune.py, but train.py needs its own: use another file",
+                f"encoder.weights: {finetuned} belongs to finetune.py: use a file of train.py",
             )
             for program, make in ((train_program, digits_args), (finetune_program, args_of))
         ),

@@ -86,7 +86,8 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
     train, test, info = open_images(config.data, statistics, grey_bits)
     if test is None or train.labels is None:
         raise DatasetError(
-            f"the images in {config.data.root} have no labels: put them into a folder per class, or set data.labels"
+            f"{config.data.root} has no test images with labels: move some of each class to test/CLASS and the others "
+            "to train/CLASS, set data.holdout=0.1 if each class is a folder, or set data.labels"
         )
     labelled, data_digest = choose_labelled(config, train), train.digest()
     train, test = to_gpu_if_small(train, device), to_gpu_if_small(test, device)
@@ -95,6 +96,11 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
     method = METHODS[config.method](config)
     if config.unlabelled:
         folder, grey_bits = Path(config.unlabelled), info.grey_bits
+        if config.data.root and Path(config.data.root).resolve().is_relative_to(folder.resolve()):
+            logger.warning(
+                "%s, the folder in `unlabelled`, contains data.root: training also uses the test images, unlabelled",
+                folder,
+            )
         more = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
         info = replace(info, grey_bits=grey_bits or more.grey_bits)
         if not all_equal(more.digest()):

@@ -41,7 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
                 with suppress(OSError, NotImplementedError):  # some storage has no locks; leftovers stay there
                     held.enter_context(native_lock(partial))
             partial.write_bytes(bytes(4096))  # a full or read-only disk fails here, not after the work
+            mode = partial.stat().st_mode
             yield partial
+            if partial.stat().st_mode != mode:  # some libraries replace the file by one that only its owner may read
+                partial.chmod(mode)
             with open(partial, "r+b") as file:  # Windows flushes only files that are open for writing
                 os.fsync(file.fileno())
             partial.replace(path)

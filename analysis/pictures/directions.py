@@ -129,7 +129,7 @@ class Directions(PictureOfImages):
         if self.column is not None:
             assert labels is not None
             found = on_rank_0(lambda: attribute_direction(latents, labels))[None]
-            names = [f"{self.column} = 1"]
+            names = [f"towards {self.column} = 1"]
         elif self.class_name is None:
             found, shares = on_rank_0(lambda: principal_components(latents, self.num_components))
             names = [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(shares)]

@@ -56,6 +56,15 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "help": "images that the measure anomalies compares with the test images; default: synthetic shapes",
         },
     ),
+    "factors": (
+        ("disentanglement",),
+        {
+            "type": path_option,
+            "metavar": "FILE",
+            "help": "CSV file for the measure disentanglement: a heading, a column of image files, relative to its "
+            "folder, and columns of known factors (a name that ends in _degrees: angles); default: synthetic shapes",
+        },
+    ),
     "features_of": (
         ("feature_distance",),
         {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from evaluation.measures.base import Inputs, Measure, Measured, Rows
+from utils.text import join_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
     from evaluation.measures.subjects import Subjects
     from experiment.opening import Experiment
+
+logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 25_000
 HELD_OUT = 5  # one of this many images is held out
@@ -75,7 +79,13 @@ class Attributes(Measure):
         from evaluation.measures.subjects import standardized
         from utils.distributed.collectives import map_over_ranks
 
-        plan = _Plan.of(subjects.experiment)
+        plan, titles = _Plan.of(subjects.experiment), subjects.experiment.train.attribute_names
+        left_out = [name for j, name in enumerate(titles) if j not in plan.columns]
+        if left_out:
+            logger.info(
+                "the measure attributes leaves out %s: not both values are among the images to fit and those to score",
+                join_names(left_out),
+            )
         values, columns, num_train = plan.values, plan.columns, plan.num_train
         inputs = {
             name: standardized(features, features[:num_train]).cpu().numpy()
@@ -84,7 +94,6 @@ class Attributes(Measure):
         tasks = [(column, name) for column in columns for name in inputs]
         scores = map_over_ranks(lambda task: probe(inputs[task[1]], values[:, task[0]], num_train), tasks)
         found = dict(zip(tasks, scores, strict=True))
-        titles = subjects.experiment.train.attribute_names
         rows: Rows = {}
         for place, score in enumerate(("average precision", "balanced accuracy")):
             chances = {column: 50.0 if place else 100 * float(values[num_train:, column].mean()) for column in columns}

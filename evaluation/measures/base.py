@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasets.images import Images
+    from evaluation.factors import KnownFactors
     from evaluation.measures.subjects import Subjects
     from experiment.opening import Experiment
 
@@ -37,6 +38,7 @@ class Inputs:
         inception: function pixels -> features (N, 2048) of the Inception network.
         lpips: function images, sources (N, 3, H, W) in [-1, 1] -> LPIPS (N,).
         num_samples: number of generated images, of each prior.
+        factors: images with known factors; None: synthetic shapes.
     """
 
     others: tuple[str, Images] | None = None
@@ -44,6 +46,7 @@ class Inputs:
     inception: Callable[[Tensor], Tensor] | None = None
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None
     num_samples: int = NUM_SAMPLES
+    factors: KnownFactors | None = None
 
 
 def mean_cell(values: Sequence[float]) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from evaluation.measures.subjects import Subjects
     from experiment.opening import Experiment
+
+logger = logging.getLogger(__name__)
 
 MAX_REFERENCE = 10_000  # training images in the Fréchet and kernel distances
 MIN_IMAGES = 10
@@ -59,6 +62,12 @@ class _DistanceOfSamples(Measure):
         if self.standardizes:
             compared = {name: standardized(features, reference) for name, features in compared.items()}
             reference = standardized(reference, reference)
+        width = reference.shape[1]
+        if subjects.num_samples < width:
+            logger.warning(
+                "the measure %s compares %d images by %d features: with so few, its values are mostly chance",
+                *(self.name, subjects.num_samples, width),
+            )
         rows: Rows = {
             "Fréchet distance": {n: {"value": frechet_distance(f, reference)} for n, f in compared.items()},
             "kernel distance x 1000": {n: {"value": 1000 * kernel_distance(f, reference)} for n, f in compared.items()},
@@ -116,9 +125,9 @@ class Memorization(Measure):
     """Distance of generated images to their nearest training image, against that of test images.
 
     The distance is the root of the mean squared difference of the values in [0, 1], of images reduced to at most 32 px.
-    Copies of training images have smaller distances than test images have. "closer than 1 % of the test images" is the
-    percentage of images whose distance is below the 1st percentile of the test images' distances: 1 is expected without
-    copies.
+    Copies of training images have smaller distances than test images have. "as close as 1 % of the test images" is the
+    percentage of images whose distance is at most the 1st percentile of the test images' distances: 1 is expected
+    without copies.
     """
 
     name = "memorization"
@@ -149,8 +158,8 @@ class Memorization(Measure):
         rows: Rows = {
             "median distance x 100": {n: {"value": 100 * each.median().item()} for n, each in distances.items()},
             "smallest distance x 100": {n: {"value": 100 * each.min().item()} for n, each in distances.items()},
-            "closer than 1 % of the test images (%)": {
-                name: {"value": 100 * (each < close).float().mean().item()} for name, each in distances.items()
+            "as close as 1 % of the test images (%)": {
+                name: {"value": 100 * (each <= close).float().mean().item()} for name, each in distances.items()
             },
         }
         protocol = (
