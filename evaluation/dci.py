@@ -1,6 +1,5 @@
 """DCI (Eastwood & Williams, ICLR 2018) and the mutual information gap (Chen et al., NeurIPS 2018) of features."""
 
-import logging
 import warnings
 from collections.abc import Callable
 from statistics import fmean
@@ -11,11 +10,9 @@ TREES = 10  # of the random forest
 BINS = 20  # of the mutual information
 MAX_ROUNDS = 10_000  # of the lasso
 
-logger = logging.getLogger(__name__)
-
 Array = np.ndarray
-Fit = tuple[Array, float]
-"""Importance (D,) of each feature for one factor, and R^2 on the samples that were not used."""
+Fit = tuple[Array, float, bool]
+"""Importance (D,) of each feature for one factor, R^2 on the samples that were not used, and True if it converged."""
 
 
 def principal_components(features: Array, count: int) -> Array:
@@ -39,9 +36,7 @@ def lasso(features: Array, factor: Array, num_train: int, seed: int) -> Fit:
     with warnings.catch_warnings():  # the weakest of the tried penalties may not converge
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = LassoCV(cv=3, max_iter=MAX_ROUNDS).fit(x[:num_train], y[:num_train])
-    if fitted.n_iter_ >= MAX_ROUNDS:
-        logger.warning("a lasso has not converged in %d rounds: its scores are not exact", MAX_ROUNDS)
-    return np.abs(fitted.coef_), float(fitted.score(x[num_train:], y[num_train:]))
+    return np.abs(fitted.coef_), float(fitted.score(x[num_train:], y[num_train:])), fitted.n_iter_ < MAX_ROUNDS
 
 
 def forest(features: Array, factor: Array, num_train: int, seed: int) -> Fit:
@@ -49,7 +44,7 @@ def forest(features: Array, factor: Array, num_train: int, seed: int) -> Fit:
     from sklearn.ensemble import RandomForestRegressor
 
     fitted = RandomForestRegressor(TREES, random_state=seed).fit(features[:num_train], factor[:num_train])
-    return fitted.feature_importances_, float(fitted.score(features[num_train:], factor[num_train:]))
+    return fitted.feature_importances_, float(fitted.score(features[num_train:], factor[num_train:])), True
 
 
 REGRESSORS: dict[str, Callable[[Array, Array, int, int], Fit]] = {"lasso": lasso, "forest": forest}

@@ -250,10 +250,10 @@ def test_a_latent_that_is_the_factors_is_disentangled_and_a_rotation_is_not() ->
         found = {"mig": dci.mutual_information_gap(latent, factors)}
         for kind, fit in dci.REGRESSORS.items():
             fits = [fit(latent, factor, 3000, 0) for factor in factors.T]
-            importances = np.stack([each for each, _ in fits], axis=1)
+            importances = np.stack([each for each, *_ in fits], axis=1)
             found[f"{kind} d"] = dci.disentanglement(importances)
             found[f"{kind} c"] = dci.completeness(importances)
-            found[f"{kind} i"] = float(np.mean([r2 for _, r2 in fits]))
+            found[f"{kind} i"] = float(np.mean([r2 for _, r2, _ in fits]))
         return found
 
     ideal, rotated = scores(np.concatenate([scaled, noise], axis=1)), scores(scaled @ rotation)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from evaluation.measures.base import Inputs, Measure, Measured, Rows
 
 if TYPE_CHECKING:
+    from evaluation.dci import Fit
     from evaluation.measures.subjects import Subjects
     from experiment.opening import Experiment
+
+logger = logging.getLogger(__name__)
 
 MIN_IMAGES = 40
 NUM_TRAIN, NUM_TEST = 3000, 1000  # images that the regressors are fitted on, and that their R^2 is computed on
@@ -49,6 +53,7 @@ class Disentanglement(Measure):
         import numpy as np
 
         from evaluation.dci import (
+            MAX_ROUNDS,
             REGRESSORS,
             TREES,
             completeness,
@@ -73,22 +78,27 @@ class Disentanglement(Measure):
 
         tasks = [(kind, j, name) for kind in REGRESSORS for j in range(len(known.names)) for name in features]
 
-        def fit(task: tuple[str, int, str]) -> tuple[np.ndarray, float]:
+        def fit(task: tuple[str, int, str]) -> Fit:
             kind, j, name = task
             return REGRESSORS[kind](features[name], factors[:, j], num_train, seed)
 
         fits = dict(zip(tasks, map_over_ranks(fit, tasks), strict=True))
+        unfinished = sum(not converged for _, _, converged in fits.values())
+        if unfinished:
+            logger.info(
+                "%d of %d fits stopped after %d rounds, before they converged", unfinished, len(fits), MAX_ROUNDS
+            )
         gaps = map_over_ranks(lambda name: mutual_information_gap(features[name], factors), list(features))
         rows: Rows = {}
         for kind in REGRESSORS:
             for name in features:
                 found = [fits[kind, j, name] for j in range(len(known.names))]
-                importances = np.stack([importance for importance, _ in found], axis=1)
+                importances = np.stack([importance for importance, *_ in found], axis=1)
                 scores = {
                     "disentanglement": disentanglement(importances),
                     "completeness": completeness(importances),
-                    "informativeness": fmean(r2 for _, r2 in found),
-                    **{f"R² of {factor}": r2 for factor, (_, r2) in zip(known.names, found, strict=True)},
+                    "informativeness": fmean(r2 for _, r2, _ in found),
+                    **{f"R² of {factor}": r2 for factor, (_, r2, _) in zip(known.names, found, strict=True)},
                 }
                 for score, value in scores.items():
                     rows.setdefault(f"{kind}, {score}", {})[name] = {"value": value}
