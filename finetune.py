@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             type=path_option,
             metavar="FOLDER",
             help="classify all images below FOLDER with the newest checkpoint of the run, and exit; classes and "
-            "probabilities are written to predictions/FOLDER.csv in the run folder (a-b.csv for the folder a/b)",
+            "probabilities are written to predictions/FOLDER.csv in the run folder (a--b.csv for the folder a/b)",
         )
         args = parser.parse_intermixed_args(argv)
         config = read(FinetuneConfig, args)

@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         if has_cameras:
             check_can_judge_views(experiment)
             judges = experiment.has_test_labels  # without labels, only the views are judged
+            if args.protocols and not judges:
+                raise ConfigError(f"--protocols {args.protocols} needs test images with labels: remove it")
         if judges:
             check_can_judge(experiment)
         codec, measuring = Codec(experiment, soda, experiment.config.seed, args.timestep), None

@@ -13,6 +13,7 @@ from evaluation.codec import Codec
 from evaluation.factors import open_factors
 from evaluation.measures import Measure, Measured, find_measures
 from evaluation.measures.base import NUM_SAMPLES, Inputs
+from evaluation.measures.disentanglement import NUM_TEST, NUM_TRAIN
 from evaluation.measures.prior import Prior
 from evaluation.measures.recording import run_measures
 from evaluation.measures.subjects import Subjects, open_others, subjects_of
@@ -59,7 +60,9 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
     if args.features_of:
         reference = read_trained(None, Path(args.features_of), [])
         if reference.digest == trained.digest:
-            logger.warning("--features_of names the generator's own checkpoint: its encoder finds its images right")
+            logger.info(
+                "--features_of names the checkpoint that is measured: by its own encoder, distances are too small"
+            )
         if reference.config.encoder.time_dependent:
             raise ConfigError(
                 f"--features_of {args.features_of}: z of its encoder depends on the timestep: name another checkpoint"
@@ -75,7 +78,7 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
         load_inception(args.inception, experiment.device) if args.inception and find_spec("torch_fidelity") else None,
         load_lpips(args.lpips, experiment.device) if args.lpips and find_spec("torchmetrics") else None,
         args.num_samples or NUM_SAMPLES,
-        open_factors(args.factors, experiment) if args.factors else None,
+        open_factors(args.factors, NUM_TRAIN + NUM_TEST, experiment) if args.factors else None,
     )
     measures, left_out = find_measures(args.measures, experiment, inputs)
     if left_out and not measures:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -41,11 +42,15 @@ class _Logits(Encoder):
 
 
 def _name_of(folder: Path) -> str:
-    """Returns a name for the results of a folder: its path from the working folder, if it is inside it, with dashes."""
-    path = folder.resolve()
+    """Returns a file name for a folder: its path relative to the working folder, with -- between the folders.
+
+    A folder outside the working folder, and the working folder, are named by their absolute paths.
+    """
+    path = folder.absolute()
     if path.is_relative_to(Path.cwd()) and path != Path.cwd():
         path = path.relative_to(Path.cwd())
-    return "-".join(part for part in path.parts if part != path.anchor)[-200:] or "root"
+    name = "--".join(part for part in path.parts if part != path.anchor) or "root"
+    return os.fsdecode(os.fsencode(name)[-200:])
 
 
 def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[str]]:

@@ -145,7 +145,7 @@ def open_listing(
 
 
 def digest_of_folder(root: Path) -> str:
-    """Returns a digest of the path of a folder, which names its cache."""
+    """Returns a digest of a folder's path, for the names of its caches."""
     return hashlib.blake2b(os.fsencode(root.resolve()), digest_size=6).hexdigest()
 
 

@@ -153,15 +153,15 @@ def open_unlabelled(root: Path, data: Data, processes: int, grey_bits: int | Non
     if not root.is_dir():
         raise DatasetError(f"no folder {root}: set `unlabelled` to a folder with images")
     # "flat" shares its cache with a run of train.py on this folder
-    return _open_listing(Listing(root, all_images(root), None, [], "flat"), data, processes, grey_bits)
+    return _open_unsplit(Listing(root, all_images(root), None, [], "flat"), data, processes, grey_bits)
 
 
 def open_files(root: Path, files: list[str], data: Data, processes: int, grey_bits: int | None) -> Images:
     """Opens files below `root`, without labels, as `open_unlabelled` opens a folder. Raises DatasetError."""
-    return _open_listing(Listing(root, files, None, [], "listed"), data, processes, grey_bits)
+    return _open_unsplit(Listing(root, files, None, [], "listed"), data, processes, grey_bits)
 
 
-def _open_listing(listing: Listing, data: Data, processes: int, grey_bits: int | None) -> Images:
+def _open_unsplit(listing: Listing, data: Data, processes: int, grey_bits: int | None) -> Images:
     images, _ = open_splits(listing, None, data.model_copy(update={"root": str(listing.root)}), processes, grey_bits)
     return images
 

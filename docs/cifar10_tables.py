@@ -3,6 +3,7 @@
 import statistics
 
 from ablations import curves
+from ablations.runs import score
 from ablations.tables import mean_and_deviation
 from docs.rows import NOT_MEASURED, RESULTS, Row, accuracy, both, last_of, markdown, recorded
 
@@ -32,11 +33,6 @@ RUN_NAMES = {
     ("simclr", "simclr"): "SimCLR",
     ("supervised", "supervised"): "supervised",
 }
-
-
-def score(row: Row) -> float:
-    """Returns the mean of the accuracies of k-NN and of the linear probe, by which the screen on CIFAR-10 is judged."""
-    return statistics.mean(accuracy(row, kind) for kind in ("k-NN", "linear"))
 
 
 def screened() -> dict[str, list[Row]]:

@@ -99,7 +99,8 @@ def variants(name: str) -> str:
     """Returns the table of the variants of a stage of an ablation, each against the first, over the same seeds."""
     groups: dict[str, list[Row]] = {}
     for row in last_of(recorded(name)):
-        groups.setdefault(row["variant"], []).append(row)
+        if row["complete"]:
+            groups.setdefault(row["variant"], []).append(row)
     if not groups:
         return f"{NOT_MEASURED}."
     deviation = pooled_deviation([[score(row) for row in rows] for rows in groups.values()])
@@ -107,7 +108,9 @@ def variants(name: str) -> str:
     lines: list[list[str]] = []
     for variant, rows in groups.items():
         gains = [score(row) - first[row["seed"]] for row in rows if row["seed"] in first]
-        difference = verdict(statistics.mean(gains), deviation_of_difference(deviation, [len(gains)] * 2))
+        difference = ""
+        if gains:
+            difference = verdict(statistics.mean(gains), deviation_of_difference(deviation, [len(gains)] * 2))
         both = zip(*(accuracies(row) for row in rows), strict=True)
         lines.append(
             [

@@ -172,10 +172,11 @@ def _packed(contents: Any) -> str | None:
     if is_checkpoint(contents):
         return None
     for name, each in contents.items():
-        if isinstance(each, dict):
-            return f"its entry {name!r} is a dict: save the state dict in it to a file of its own"
-    prefixes = {name.partition(".")[0] for name in contents}
-    return f"all its names begin with '{prefixes.pop()}.': save it without this prefix" if len(prefixes) == 1 else None
+        if isinstance(each, dict) and each and all(isinstance(value, torch.Tensor) for value in each.values()):
+            return f"its entry {name!r} is a state dict: save this entry to a file of its own"
+    prefixes = {"".join(name.partition(".")[:2]) for name in contents}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    return f"all its names begin with {prefix!r}: save it without this prefix" if prefix.endswith(".") else None
 
 
 def _exported_facts(path: Path) -> tuple[Statistics | None, int | None, int | None]:

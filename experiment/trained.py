@@ -135,7 +135,7 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
         contents = contents or load_checkpoint(checkpoint)
     else:
         if config is None and any(each.startswith("output_dir=") for each in overrides):
-            raise ConfigError(f"output_dir does not apply to --checkpoint {checkpoint}: remove it (--out names a file)")
+            raise ConfigError(f"output_dir does not apply to --checkpoint {checkpoint}: remove it")
         contents = load_checkpoint(checkpoint)
     trained_with = parse_config(contents["config"], str(checkpoint))
     if config is None:

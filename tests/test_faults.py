@@ -443,6 +443,15 @@ def test_a_file_is_written_completely_and_what_a_killed_writer_left_is_removed(t
     assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_a_library_replaces_keeps_its_mode(tmp_path: Path) -> None:
+    """Some libraries write a file that only its owner may read, in place of the given one."""
+    with replacing(tmp_path / "a.bin") as partial:
+        expected = partial.stat().st_mode
+        partial.unlink()
+        partial.touch(mode=0o600)
+    assert (tmp_path / "a.bin").stat().st_mode == expected != 0o100600
+
+
 def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:
     """Waits until `done()` is true. Fails after `seconds`."""
     until = time.monotonic() + seconds

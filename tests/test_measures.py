@@ -267,7 +267,7 @@ def test_a_latent_that_is_the_factors_is_disentangled_and_a_rotation_is_not() ->
 
 
 def test_a_table_gives_factors_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images whose brightness is one factor: R^2 of raw pixels is high for it, and 0 for random numbers."""
+    """Images whose brightness is one factor: R^2 of raw pixels is high for it, and low for random numbers."""
     source = np.random.default_rng(0)
     lines = ["file,brightness,azimuth_degrees,noise"]
     for i in range(80):
@@ -276,31 +276,44 @@ def test_a_table_gives_factors_of_files(tmp_path: Path, monkeypatch: pytest.Monk
     table = tmp_path / "factors.csv"
     table.write_text("\n".join(lines))
     experiment = experiment_of(tmp_path)
-    known = open_factors(table, experiment)
+    known = open_factors(table, 100, experiment)
     assert known.names == ["brightness", "cos of azimuth", "sin of azimuth", "noise"] and known.values.shape == (80, 4)
     assert known.values[:, 1:3].norm(dim=1).numpy() == pytest.approx(1)
-    drawn = known.drawn(50, 1)
+    drawn = open_factors(table, 50, experiment)
     (pixels,) = drawn.images.batches([range(50)])
     assert torch.equal(pixels[:, 0, 0, 0].double(), 3 * drawn.values[:, 0]) and len(drawn.values.unique(dim=0)) == 50
+    assert drawn.title == "50 of the 80 images of factors.csv"
     monkeypatch.setattr(dci, "TREES", 5)
     subjects = Subjects(experiment, {"raw pixels": lambda x, _: {"z": x.flatten(1)}}, "z", Inputs(factors=known))
     rows = Disentanglement().measure(subjects).rows
     (column,) = rows["lasso, R² of brightness"]
     assert rows["lasso, R² of brightness"][column]["value"] > 0.99 > 0.5 > rows["lasso, R² of noise"][column]["value"]
-    few = Inputs(factors=known.drawn(30, 0))
-    assert Disentanglement().obstacle(experiment, few) == "it needs 40 images in the table of --factors"
+    few = Inputs(factors=open_factors(table, 30, experiment))
+    assert (
+        Disentanglement().obstacle(experiment, few) == "it needs 40 images that can be read in the table of --factors"
+    )
+
+    # Constant factors are left out, also a cosine or a sine that differs from a constant by rounding errors.
+    for angles, expected_names in (((90, -90), ["sin of a"]), ((0, 180), ["cos of a"]), ((0, 360), [])):
+        table.write_text("\n".join(["file,a_degrees,b,c", *(f"{i}.png,{a},{i},7" for i, a in enumerate(angles))]))
+        assert open_factors(table, 100, experiment).names == [*expected_names, "b"]
+    (tmp_path / "0.png").write_bytes(b"damaged")
+    table.write_text("file,a\n0.png,1\n1.png,2\n2.png,3")
+    skipping = experiment_of(tmp_path, "data.unreadable=skip")
+    assert open_factors(table, 100, skipping).values.sort(dim=0).values.tolist() == [[2], [3]]
     for text, expected in (
-        ("file,a\n0.png,1\n1.png,x", "row 3 of {table} is not a path and 1 numbers: correct it"),
-        ("file,a\n0.png,1,2", "row 2 of {table} is not a path and 1 numbers: correct it"),
-        ("file,a\n0.png,1\n1.png,1", "the column a of {table} has the same value in all rows: remove it"),
+        ("file,a\n\n0.png,1\n1.png,x", "line 4 of {table} is not a path and 1 number: correct it"),
+        ("file,a\n0.png,1,2", "line 2 of {table} is not a path and 1 number: correct it"),
+        ("file,a\n0.png,1\n1.png,1", "each factor in {table} has only one value: add images with other values"),
+        ("file,a,a\n0.png,1,2", "{table} has two columns of one name: rename one"),
         ("file\n0.png", "{table} has no factors: give it a heading, a column of files, and columns of numbers"),
         ("file,a\n0.png,1\nnone.png,2", "none.png"),
     ):
         table.write_text(text)
         with pytest.raises(UserError, match=re.escape(expected.format(table=table))):
-            open_factors(table, experiment)
+            open_factors(table, 100, experiment)
     with pytest.raises(UserError, match="cannot read"):
-        open_factors(tmp_path / "none.csv", experiment)
+        open_factors(tmp_path / "none.csv", 100, experiment)
 
 
 def test_the_mutual_information_gap_in_closed_form() -> None:

@@ -119,7 +119,8 @@ def test_weights_that_do_not_fit_are_refused(saved: tuple[Path, TrainState], tmp
         "nan": {
             name: torch.full_like(each, torch.nan) if name == "fc.bias" else each for name, each in encoder.items()
         },
-        "wrapped": {"epoch": 3, "state_dict": encoder},
+        "wrapped": {"epoch": 3, "optimizer": {"state": {}}, "state_dict": encoder},
+        "single": {"weight": torch.zeros(1)},
         "prefixed": {f"module.{name}": each for name, each in encoder.items()},
     }
     for name, contents in files.items():
@@ -133,7 +134,8 @@ def test_weights_that_do_not_fit_are_refused(saved: tuple[Path, TrainState], tmp
         ("encoder.weights=list.pt", "list.pt is not a checkpoint of this program or a state dict: use another file"),
         ("encoder.weights=incomplete.pt", "the file has no layer2.0.bn1.bias"),
         ("encoder.weights=nan.pt", "nan.pt has values in fc.bias that are not finite: use another file"),
-        ("encoder.weights=wrapped.pt", "its entry 'state_dict' is a dict: save the state dict in it to a file of its"),
+        ("encoder.weights=wrapped.pt", "its entry 'state_dict' is a state dict: save this entry to a file of its own"),
+        ("encoder.weights=single.pt", "set the keys of `encoder` to the architecture of the file, or use another file"),
         ("encoder.weights=prefixed.pt", r"all its names begin with 'module\.': save it without this prefix"),
         ("encoder.weights=more.pt", "the model has no layer5.weight"),
         (

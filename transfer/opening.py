@@ -80,14 +80,14 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
 
     Raises:
         ConfigError: the labels cannot be chosen as the config asks, or the ranks would compute differently.
-        DatasetError: the images cannot be used, have no labels, or differ between ranks.
+        DatasetError: the images cannot be used, have no labels or no test images, or differ between ranks.
     """
     device, amp_dtype = open_device(config, partial(training_work, config))
     train, test, info = open_images(config.data, statistics, grey_bits)
     if test is None or train.labels is None:
         raise DatasetError(
-            f"{config.data.root} has no test images with labels: move some of each class to test/CLASS and the others "
-            "to train/CLASS, set data.holdout=0.1 if each class is a folder, or set data.labels"
+            f"{config.data.root} has no test images with labels: put images into train/CLASS and test/CLASS, or, with "
+            "one folder per class, set data.holdout=0.1"
         )
     labelled, data_digest = choose_labelled(config, train), train.digest()
     train, test = to_gpu_if_small(train, device), to_gpu_if_small(test, device)
@@ -97,8 +97,8 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
     if config.unlabelled:
         folder, grey_bits = Path(config.unlabelled), info.grey_bits
         if config.data.root and Path(config.data.root).resolve().is_relative_to(folder.resolve()):
-            logger.warning(
-                "%s, the folder in `unlabelled`, contains data.root: training also uses the test images, unlabelled",
+            logger.info(
+                "`unlabelled` (%s) contains data.root: training also sees the test images, without their labels",
                 folder,
             )
         more = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))

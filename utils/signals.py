@@ -22,7 +22,7 @@ class Stopped(SystemExit):
     """Exception that ends the program with status 75. The message names the signal and says what was saved.
 
     Args:
-        what: the step and what was saved, for a program that resumes; empty: the program would start again.
+        what: the step and what was saved; empty: not known.
     """
 
     def __init__(self, number: int, what: str = "") -> None:

@@ -83,7 +83,7 @@ class Attributes(Measure):
         left_out = [name for j, name in enumerate(titles) if j not in plan.columns]
         if left_out:
             logger.info(
-                "the measure attributes leaves out %s: not both values are among the images to fit and those to score",
+                "the measure attributes leaves out %s: the images to fit or the images to score have only one value",
                 join_names(left_out),
             )
         values, columns, num_train = plan.values, plan.columns, plan.num_train

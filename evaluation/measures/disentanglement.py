@@ -47,7 +47,7 @@ class Disentanglement(Measure):
 
     def obstacle(self, experiment: Experiment, inputs: Inputs) -> str | None:
         few = inputs.factors is not None and len(inputs.factors.images) < MIN_IMAGES
-        return f"it needs {MIN_IMAGES} images in the table of --factors" if few else None
+        return f"it needs {MIN_IMAGES} images that can be read in the table of --factors" if few else None
 
     def measure(self, subjects: Subjects) -> Measured:
         import numpy as np
@@ -67,8 +67,7 @@ class Disentanglement(Measure):
 
         experiment, count = subjects.experiment, NUM_TRAIN + NUM_TEST
         config = experiment.config
-        given = subjects.inputs.factors
-        known = given.drawn(count, config.seed) if given else shapes_with_factors(count, experiment)
+        known = subjects.inputs.factors or shapes_with_factors(count, experiment)
         num_train = len(known.values) * NUM_TRAIN // count
         features = {name: each.cpu().numpy() for name, each in subjects.features(known.images).items()}
         raw = features.pop("raw pixels", None)
@@ -85,9 +84,9 @@ class Disentanglement(Measure):
         fits = dict(zip(tasks, map_over_ranks(fit, tasks), strict=True))
         unfinished = sum(not converged for _, _, converged in fits.values())
         if unfinished:
-            logger.info(
-                "%d of %d fits stopped after %d rounds, before they converged", unfinished, len(fits), MAX_ROUNDS
-            )
+            of = len(known.names) * len(features)
+            text = "disentanglement: %d of %d lassos stopped after %d rounds, before they converged"
+            logger.info(text, unfinished, of, MAX_ROUNDS)
         gaps = map_over_ranks(lambda name: mutual_information_gap(features[name], factors), list(features))
         rows: Rows = {}
         for kind in REGRESSORS:

@@ -64,8 +64,8 @@ class _DistanceOfSamples(Measure):
             reference = standardized(reference, reference)
         width = reference.shape[1]
         if subjects.num_samples < width:
-            logger.warning(
-                "the measure %s compares %d images by %d features: with so few, its values are mostly chance",
+            logger.info(
+                "%s: the Fréchet distance of %d images in %d features is far too high: compare the columns only",
                 *(self.name, subjects.num_samples, width),
             )
         rows: Rows = {
@@ -125,9 +125,9 @@ class Memorization(Measure):
     """Distance of generated images to their nearest training image, against that of test images.
 
     The distance is the root of the mean squared difference of the values in [0, 1], of images reduced to at most 32 px.
-    Copies of training images have smaller distances than test images have. "as close as 1 % of the test images" is the
-    percentage of images whose distance is at most the 1st percentile of the test images' distances: 1 is expected
-    without copies.
+    Copies of training images have smaller distances than test images have. "within the 1st percentile of test
+    images" is the percentage of images whose distance is at most the 1st percentile of the test images' distances: 1 is
+    expected without copies.
     """
 
     name = "memorization"
@@ -158,7 +158,7 @@ class Memorization(Measure):
         rows: Rows = {
             "median distance x 100": {n: {"value": 100 * each.median().item()} for n, each in distances.items()},
             "smallest distance x 100": {n: {"value": 100 * each.min().item()} for n, each in distances.items()},
-            "as close as 1 % of the test images (%)": {
+            "within the 1st percentile of test images (%)": {
                 name: {"value": 100 * (each <= close).float().mean().item()} for name, each in distances.items()
             },
         }
