@@ -583,7 +583,7 @@ def test_attributes_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, t
 
 
 def test_attributes_are_not_held_out(tmp_path: Path) -> None:
-    """The measure of attributes holds out images by itself. If there are test images, data.holdout is ignored anyway."""
+    """The measure of attributes holds out images by itself. If there are test images, data.holdout is ignored."""
     touch(tmp_path, "1.png", "2.png", "test/3.png")
     (tmp_path / "list.txt").write_text("1.png,1,0\n2.png,0,0\n")
     with pytest.raises(DatasetError, match=r"data.holdout needs labels, but .*list.txt gives attributes: remove"):
