@@ -65,6 +65,8 @@ def open_factors(table: Path, count: int, experiment: Experiment) -> KnownFactor
     readable = set(images.names or [])
     values = values[[i for i, file in enumerate(files) if file in readable]]
     varying = [j for j in range(len(names)) if len(values[:, j].unique()) > 1]
+    if not varying:
+        raise DatasetError(f"in the images of {table}, each factor has only one value: add images with other values")
     if len(varying) < len(names):
         constant = [name for j, name in enumerate(names) if j not in varying]
         logger.info("factors left out, because they have only one value: %s", join_names(constant))
@@ -103,6 +105,4 @@ def read_table(table: Path) -> tuple[list[str], list[str], Tensor]:
                 factors[title] = [round(function(math.radians(each)), 9) for each in column]
         else:
             factors[name] = list(column)
-    if all(len(set(column)) == 1 for column in factors.values()):
-        raise DatasetError(f"each factor in {table} has only one value: add images with other values")
     return [line[0] for _, line in rest], list(factors), torch.tensor(list(factors.values()), dtype=torch.float64).T

@@ -301,10 +301,13 @@ def test_a_table_gives_factors_of_files(tmp_path: Path, monkeypatch: pytest.Monk
     table.write_text("file,a\n0.png,1\n1.png,2\n2.png,3")
     skipping = experiment_of(tmp_path, "data.unreadable=skip")
     assert open_factors(table, 100, skipping).values.sort(dim=0).values.tolist() == [[2], [3]]
+    table.write_text("file,a\n0.png,1\n1.png,2\n2.png,2")
+    with pytest.raises(UserError, match="each factor has only one value"):  # the damaged image had another one
+        open_factors(table, 100, skipping)
     for text, expected in (
         ("file,a\n\n0.png,1\n1.png,x", "line 4 of {table} is not a path and 1 number: correct it"),
         ("file,a\n0.png,1,2", "line 2 of {table} is not a path and 1 number: correct it"),
-        ("file,a\n0.png,1\n1.png,1", "each factor in {table} has only one value: add images with other values"),
+        ("file,a\n1.png,1\n2.png,1", "{table}, each factor has only one value"),
         ("file,a,a\n0.png,1,2", "{table} has two columns of one name: rename one"),
         ("file\n0.png", "{table} has no factors: give it a heading, a column of files, and columns of numbers"),
         ("file,a\n0.png,1\nnone.png,2", "none.png"),
@@ -385,7 +388,9 @@ def test_alignment_and_uniformity_of_views_drawn_by_hand(tmp_path: Path, monkeyp
     assert found == {"pixels": pytest.approx(expected, rel=1e-4)}
 
 
-def test_probes_of_attributes_against_scikit_learn(tmp_path: Path) -> None:
+def test_probes_of_attributes_against_scikit_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A feature that is the attribute is perfect. Scores are computed on images that are not fitted."""
     experiment = experiment_of(tmp_path)
     images = experiment.train
@@ -408,7 +413,12 @@ def test_probes_of_attributes_against_scikit_learn(tmp_path: Path) -> None:
         100 * plan.values[1150:, 0].mean()
     )
     values = np.arange(100) % 3 == 0
-    assert probe(values[:, None] * 2.0 - 1, values, 50) == (100, 100)
+    assert probe(values[:, None] * 2.0 - 1, values, 50) == (100, 100, True)
+    monkeypatch.setattr(attributes, "MAX_ITERATIONS", 2)
+    with caplog.at_level("INFO"):
+        Attributes().measure(Subjects(experiment, PIXELS, "z"))
+    (line,) = caplog.messages[-1:]
+    assert line.startswith("attributes: 2 of 2 fits of logistic regression stopped after 2 iterations")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -94,6 +95,10 @@ class Attributes(Measure):
         tasks = [(column, name) for column in columns for name in inputs]
         scores = map_over_ranks(lambda task: probe(inputs[task[1]], values[:, task[0]], num_train), tasks)
         found = dict(zip(tasks, scores, strict=True))
+        unfinished = sum(not converged for _, _, converged in scores)
+        if unfinished:
+            text = "attributes: %d of %d fits of logistic regression stopped after %d iterations, before they converged"
+            logger.info(text, unfinished, len(tasks), MAX_ITERATIONS)
         rows: Rows = {}
         for place, score in enumerate(("average precision", "balanced accuracy")):
             chances = {column: 50.0 if place else 100 * float(values[num_train:, column].mean()) for column in columns}
@@ -109,21 +114,27 @@ class Attributes(Measure):
         return Measured(protocol, rows)
 
 
-def probe(features: np.ndarray, values: np.ndarray, num_train: int) -> tuple[float, float]:
+def probe(features: np.ndarray, values: np.ndarray, num_train: int) -> tuple[float, float, bool]:
     """Returns average precision and balanced accuracy in per cent on the samples from `num_train` on.
+
+    The third value is False if the fit was stopped before it converged.
 
     Args:
         features: (N, D) standardised features.
         values: (N,) 0/1 values.
         num_train: number of samples that logistic regression is fitted on.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
     fitted = LogisticRegression(class_weight="balanced", max_iter=MAX_ITERATIONS)
-    fitted.fit(features[:num_train], values[:num_train])
+    with warnings.catch_warnings():  # the caller reports it
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted.fit(features[:num_train], values[:num_train])
     scores = fitted.decision_function(features[num_train:])
     return (
         100 * float(average_precision_score(values[num_train:], scores)),
         100 * float(balanced_accuracy_score(values[num_train:], scores > 0)),
+        bool(fitted.n_iter_.max() < MAX_ITERATIONS),
     )
