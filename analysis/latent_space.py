@@ -1,4 +1,4 @@
-"""Mathematics of latents: principal components, class directions, Gaussian mixtures and interpolation.
+"""Mathematics of latents: principal components, differences of means, Gaussian mixtures and interpolation.
 
 scikit-learn is imported in the functions that use it, because the import takes a second.
 """
@@ -38,38 +38,20 @@ def principal_components(latents: Tensor, count: int) -> tuple[np.ndarray, np.nd
     return pca.components_, pca.explained_variance_ratio_
 
 
-def class_direction(latents: Tensor, labels: Tensor, label: int) -> np.ndarray:
-    """Returns the unit direction (D,) towards a class.
+def mean_difference(latents: Tensor, chosen: Tensor) -> np.ndarray:
+    """Returns the unit direction (D,) from the mean of the other latents to the mean of the chosen ones.
 
-    The direction is given by the weights of a linear classifier, as in Diffusion Autoencoders (Preechakul et al. 2022).
-    The classifier is scikit-learn's logistic regression, the class against all others. It is trained on latents scaled
-    to standard deviation 1 in each dimension.
-    """
-    return _direction(latents, labels.cpu().numpy() == label, None)
-
-
-def attribute_direction(latents: Tensor, values: Tensor) -> np.ndarray:
-    """Returns the unit direction (D,) towards the value 1 of a 0/1 attribute.
-
-    The direction is computed as in `class_direction`, by the probe of the measure `attributes`: logistic regression
-    with classes of equal weight.
+    Such a difference is also called an attribute vector (Larsen et al. 2016, arXiv 1512.09300). The weights of a linear
+    classifier would be a poor direction to move in: they may be large where latents hardly vary, so that the decoder
+    shows no change within the range of the latents.
 
     Args:
         latents: (N, D).
-        values: (N,) 0/1 values of the attribute, not all equal.
+        chosen: (N,) bool, not all equal.
     """
-    return _direction(latents, values.cpu().numpy(), "balanced")
-
-
-def _direction(latents: Tensor, values: np.ndarray, class_weight: str | None) -> np.ndarray:
-    """Returns the unit direction (D,) in which a classifier's score for true `values` rises."""
-    from sklearn.linear_model import LogisticRegression
-
-    z = latents.cpu().double().numpy()
-    std = z.std(axis=0).clip(1e-12)
-    model = LogisticRegression(max_iter=1000, class_weight=class_weight).fit((z - z.mean(axis=0)) / std, values)
-    direction = model.coef_[0] * std  # from the scaled space back to the space of z
-    return direction / np.linalg.norm(direction)
+    z, chosen = latents.cpu(), chosen.cpu()
+    difference = z[chosen].mean(dim=0, dtype=torch.float64) - z[~chosen].mean(dim=0, dtype=torch.float64)
+    return np.asarray(difference / difference.norm())
 
 
 def fit_mixture(latents: Tensor, num_components: int, random_state: int) -> "GaussianMixture":

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from sklearn.linear_model import LogisticRegression
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.mixture import GaussianMixture
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import sample as sample_program
@@ -232,20 +231,17 @@ def test_components_are_those_of_the_covariance_and_move_the_latent_along_them(q
         assert [row.split(" at ")[1] for row in picture.rows[component::2]] == [f"{share:.0f} %" for share in before]
 
 
-def test_towards_a_class_is_where_a_classifiers_score_rises(quick: Codec) -> None:
+def test_towards_a_class_against_scikit_learn(quick: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The direction is that of linear discriminant analysis with a covariance shrunk to a multiple of the identity."""
     labels, z_train = quick.experiment.train.labels, quick.train_z.double().numpy()
     assert labels is not None
     chosen = choose(quick, None, 2)
     z = quick.encode(chosen.pixels)
     x_T = quick.invert(chosen.pixels, z)
     for label in (0, 1):
-        scaler = StandardScaler().fit(z_train)
-        judge = LogisticRegression(max_iter=1000).fit(scaler.transform(z_train), labels.numpy() == label)
-        assert judge.score(scaler.transform(z_train), labels.numpy() == label) > 0.9
-        unit = latent_space.class_direction(quick.train_z, labels, label)
-        # In the scaled space of the classifier, a step towards the class is parallel to its coefficients.
-        step = scaler.transform(z_train[:1] + unit) - scaler.transform(z_train[:1])
-        assert F.cosine_similarity(torch.tensor(step), torch.tensor(judge.coef_)).item() > 1 - 1e-6
+        judge = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=1).fit(z_train, labels.numpy() == label)
+        unit = latent_space.mean_difference(quick.train_z, labels == label)
+        assert F.cosine_similarity(torch.tensor(unit)[None], torch.tensor(judge.coef_)).item() > 1 - 1e-6
         assert np.linalg.norm(unit) == pytest.approx(1)
 
         name = quick.experiment.info.classes[label]
@@ -255,6 +251,9 @@ def test_towards_a_class_is_where_a_classifiers_score_rises(quick: Codec) -> Non
             towards = torch.from_numpy(unit)
             moved = (z.double() + (position(z_train @ unit) - z.double() @ towards)[:, None] * towards).float()
             assert (column(picture, index).int() - to_pixels(quick.decode(moved, x_T)).int()).abs().max() <= 1
+    monkeypatch.setattr(quick.experiment.train, "classes", ["1"])
+    with pytest.raises(ConfigError, match="--class 1 is the only class"):
+        Directions(class_name="1").find(quick.experiment)
 
 
 def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> None:

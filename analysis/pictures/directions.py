@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from analysis.grid import Grid
     from analysis.references import Chosen
+    from datasets.images import Images
     from evaluation.codec import Codec
     from experiment.opening import Experiment
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class Directions(PictureOfImages):
     """Images decoded from z moved both ways along principal components, a class or an attribute. x_T stays the same.
 
+    The direction of a class or an attribute is the difference of the means of the training latents with and without it.
     Along its direction, z takes positions that the training latents have. Beyond them, the decoder has seen no latents.
     """
 
@@ -55,8 +57,6 @@ class Directions(PictureOfImages):
             raise ConfigError("--class and --column are both given: use one of them")
 
     def find(self, experiment: Experiment) -> Chosen:
-        from analysis.references import find_class, find_column
-
         count = len(experiment.train)
         most = min(experiment.config.encoder.latent_dim, count)
         if self.num_components > most:
@@ -64,12 +64,9 @@ class Directions(PictureOfImages):
                 f"--num_components {self.num_components} is too large: use at most {most}, the smaller "
                 "of encoder.latent_dim and the number of training images"
             )
-        chosen = super().find(experiment)
-        if self.class_name is not None:
-            find_class(experiment.info.classes, self.class_name)
-        if self.column is not None:
-            find_column(experiment.train, self.column)
-        return chosen
+        found = super().find(experiment)
+        self._members(experiment.train)
+        return found
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
         import numpy as np
@@ -113,31 +110,39 @@ class Directions(PictureOfImages):
             cells=cells,
         )
 
+    def _members(self, train: Images) -> Tensor | None:
+        """Returns True for each training image (N,) of the class or with the attribute; None: neither was given.
+
+        Raises ConfigError if there is no such class or attribute, or if all images are members or none is.
+        """
+        from analysis.references import find_class, find_column
+
+        if self.column is not None:
+            column = find_column(train, self.column)
+            assert train.attributes is not None, "find_column accepts columns only if there are attributes"
+            return train.attributes[:, column] == 1
+        if self.class_name is None:
+            return None
+        label = find_class(train.classes, self.class_name)
+        if len(train.classes) < 2:
+            raise ConfigError(f"--class {self.class_name} is the only class: leave --class out")
+        assert train.labels is not None, "images with classes have labels"
+        return train.labels == label
+
     def _ways(self, codec: Codec) -> tuple[list[str], Tensor, np.ndarray]:
         """Returns the directions: names, unit vectors (ways, D), and training latents projected on them (ways, n)."""
         import torch
 
-        from analysis.latent_space import attribute_direction, class_direction, principal_components, subset_to_fit
-        from analysis.references import find_class, find_column
+        from analysis.latent_space import mean_difference, principal_components, subset_to_fit
 
-        train, seed = codec.experiment.train, codec.experiment.config.seed
-        values = train.labels
-        if self.column is not None:
-            assert train.attributes is not None, "find() accepts columns only if there are attributes"
-            values = train.attributes[:, find_column(train, self.column)]
-        latents, labels = subset_to_fit(codec.train_z, values, seed)
-        if self.column is not None:
-            assert labels is not None
-            found = on_rank_0(lambda: attribute_direction(latents, labels))[None]
-            names = [f"towards {self.column} = 1"]
-        elif self.class_name is None:
+        experiment, members = codec.experiment, self._members(codec.experiment.train)
+        latents = subset_to_fit(codec.train_z, None, experiment.config.seed)[0]
+        if members is not None:
+            found = on_rank_0(lambda: mean_difference(codec.train_z, members))[None]
+            names = [f"towards {f'class {self.class_name}' if self.column is None else f'{self.column} = 1'}"]
+        else:
             found, shares = on_rank_0(lambda: principal_components(latents, self.num_components))
             names = [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(shares)]
-        else:
-            assert labels is not None, "find() accepts classes only if there are labels"
-            label = find_class(train.classes, self.class_name)
-            found = on_rank_0(lambda: class_direction(latents, labels, label))[None]
-            names = [f"towards class {self.class_name}"]
         projections = on_rank_0(lambda: found @ latents.double().numpy().T)
         return names, torch.tensor(found, dtype=torch.float32, device=codec.train_z.device), projections
 
