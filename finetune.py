@@ -59,10 +59,9 @@ def main(argv: list[str] | None = None) -> int:
             if folder.checkpoint:
                 check_origin({"encoder": config.encoder.weights}, folder.started_from)
             if folder.is_finished() and not config.labelled:  # else it resumes, which compares the labelled images
-                logger.info(
-                    "finished: all %d epochs are done; to train longer, choose another output_dir",
-                    config.training.epochs,
-                )
+                end = config.optimizer.fixed_end
+                advice = f"choose another output_dir: {end} fixes the last epoch" if end else "raise training.epochs"
+                logger.info("finished: all %d epochs are done; to train longer, %s", config.training.epochs, advice)
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)

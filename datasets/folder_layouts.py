@@ -172,9 +172,7 @@ def _list_flat(layout: _Layout, held_out: bool, walker: Walker) -> Listing:
             train,
             name,
             _not_read(unread),
-            f". If {name} and {'this' if len(unread) == 1 else 'these'} are classes, {NEEDS_TEST}"
-            if unread and not layout.tests
-            else "",
+            f". If {join_names([name, *unread])} are classes, {NEEDS_TEST}" if unread and not layout.tests else "",
         )
     return Listing(train, files, None, [], "flat")
 

@@ -56,12 +56,16 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, T
     tie. The results are on the host.
     """
     assert 1 <= k <= len(bank), "k must be between 1 and the size of the bank"
-    _, candidates = _Bank(bank).nearest(queries, min(2 * k + 8, len(bank)))
-    candidates = candidates.sort(dim=1).values
-    near, queries, candidates = bank[candidates].cpu(), queries.cpu(), candidates.cpu()
-    distances = torch.linalg.vector_norm(near.double() - queries[:, None].double(), dim=2)
-    order = distances.sort(dim=1, stable=True).indices[:, :k]
-    return distances.gather(1, order).float(), candidates.gather(1, order)
+    prepared, num_candidates, found = _Bank(bank), min(2 * k + 8, len(bank)), []
+    # A chunk has the distances of its queries, and the features of their candidates twice in float64.
+    for chunk in queries.split(max(1, MAX_DISTANCES // max(len(bank), 2 * num_candidates * bank.shape[1]))):
+        candidates = prepared.nearest(chunk, num_candidates)[1].sort(dim=1).values
+        near, candidates = bank[candidates].cpu(), candidates.cpu()
+        distances = torch.linalg.vector_norm(near.double() - chunk.cpu()[:, None].double(), dim=2)
+        order = distances.sort(dim=1, stable=True).indices[:, :k]
+        found.append((distances.gather(1, order).float(), candidates.gather(1, order)))
+    distances, indices = (torch.cat(each) for each in zip(*found, strict=True))
+    return distances, indices
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import embed as embed_program
@@ -127,21 +128,24 @@ def test_training_and_sampling_encode_at_the_timestep_of_the_decoder() -> None:
 
 def test_source_and_target_are_one_view(tmp_path: Path) -> None:
     """The target is the source without its noise, also in the grid, and also if the decoder's images are smaller."""
-    for decoder_size, noise_std in ((8, 0.0), (4, 0.2)):
-        small = (f"decoder.image_size={decoder_size}", "decoder.attn_resolutions=[]")
-        same = ("views.same=true", f"views.source.noise_std={noise_std}", *small)
-        experiment = experiment_of(tmp_path, *same)
+    for size in (8, 4):
+        small = (f"decoder.image_size={size}", "decoder.attn_resolutions=[]")
+        experiment = experiment_of(tmp_path, "views.same=true", "views.source.noise_std=0", *small)
         batch = batch_of(experiment, 3, range(8, 40))
-        seen = experiment.views.x_start_of(batch.x_source[:, 0])
-        if not noise_std:
-            torch.testing.assert_close(batch.x_start, seen, rtol=1e-4, atol=1e-4)
-            assert batch_of(experiment, 4, range(8, 40)).x_start.ne(batch.x_start).any(), "views are still drawn"
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (experiment.info.mean, experiment.info.std))
+        expected = F.adaptive_avg_pool2d((batch.x_source[:, 0] * std + mean) * 2 - 1, size)
+        torch.testing.assert_close(batch.x_start, expected, rtol=1e-4, atol=1e-4)
+        assert batch_of(experiment, 4, range(8, 40)).x_start.ne(batch.x_start).any(), "views are still drawn"
+        noise = ("views.source.noise_std=0.2", *small)
+        noisy = batch_of(experiment_of(tmp_path, "views.same=true", *noise), 3, range(8, 40))
+        assert torch.equal(noisy.x_start, batch.x_start)
+        assert (noisy.x_source - batch.x_source).std().item() == pytest.approx(0.2, rel=0.05)
+        two_views = batch_of(experiment_of(tmp_path, *noise), 3, range(8, 40))
+        assert torch.equal(two_views.x_source, noisy.x_source) and not torch.equal(two_views.x_start, noisy.x_start)
+        if size == 8:
             enlarged = sample_grid(experiment, initial_state(experiment).soda).float()
             rows = [enlarged[:, top : top + 64] for top in (2, 134)]
             torch.testing.assert_close(*rows, rtol=0, atol=1.0)
-        ordinary = batch_of(experiment_of(tmp_path, *same[1:]), 3, range(8, 40))
-        assert torch.equal(ordinary.x_source, batch.x_source) and not torch.equal(ordinary.x_start, batch.x_start)
-        assert (seen - batch.x_start).std() > noise_std / 10
 
 
 def test_compilation_and_mixed_precision_change_only_rounding() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,12 @@ from training.saving import checkpoint_contents
 from training.state import initial_state as initial_train_state
 from transfer import loop
 from transfer.classifier import build_classifier, read_starting_weights
+from transfer.draws import Draws
 from transfer.graph import align, neighbour_graph, normalized, propagate
 from transfer.labelled import choose_labelled, draw_evenly
 from transfer.methods import METHODS
 from transfer.mixing import draw_pairs, mixed_cross_entropy
 from transfer.opening import Task, open_task
-from transfer.sampling import Draws
 from transfer.state import FinetuneState, initial_state
 from transfer.step import learning_rates, pairs_of, step_pixels, train_step
 from utils import files as files_module
@@ -141,6 +142,19 @@ def test_copies_and_points_without_neighbours() -> None:
     assert shares[:, 0].tolist() == [1, 1, 1, 1, 1, 0]
 
 
+def test_pseudo_labels_of_three_groups_of_points(caplog: pytest.LogCaptureFixture) -> None:
+    """Two groups have a label. No label reaches the third group, whose similarity to the others is negative."""
+    caplog.set_level(logging.INFO)
+    features = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3 + [[-1.0, -1.0]] * 2)
+    given = torch.tensor([0, -1, -1, -1, 1, -1, -1, -1])
+    task: Any = SimpleNamespace(
+        given_labels=given, labelled=torch.tensor([0, 4]), info=SimpleNamespace(classes=["0", "1"])
+    )
+    method = METHODS["laplacenet"](load(FinetuneConfig, DIGITS, ["method=laplacenet", "laplacenet.k=50"]))
+    assert method.pseudo_labels(task, features).tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
+    assert "laplacenet.k=50 is lowered to 7, because there are 8 training images" in caplog.text
+
+
 def test_alignment_moves_the_classes_towards_the_given_frequencies() -> None:
     shares = torch.tensor([[0.6, 0.4], [0.9, 0.1]], dtype=torch.float64)
     wanted = torch.tensor([0.5, 0.5], dtype=torch.float64)
@@ -197,7 +211,7 @@ def test_labelled_images_are_drawn_evenly_and_nested() -> None:
 
 def test_labelled_images_that_are_named_in_a_file(tmp_path: Path) -> None:
     images = StoredImages(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), torch.arange(6) % 2, ["big cat", "dog"])
-    images.names = ["a/1.png", "b/2 of 2.png", "a/3.png", "b/4.png", "a/5.png", "b/6.png"]
+    images.names = ["a/1.png", "b/2 of 2.png", "a/3.png", "b/4.png", "a/5.png", "b/6,1.png"]
     path = tmp_path / "labelled.txt"
 
     def chosen(text: str) -> list[int]:
@@ -206,6 +220,7 @@ def test_labelled_images_that_are_named_in_a_file(tmp_path: Path) -> None:
 
     assert chosen("b/4.png\na/1.png\n") == [0, 3]
     assert chosen("a/5.png,big cat\nb/2 of 2.png\tdog\nb/4.png dog\n") == [1, 3, 4]
+    assert chosen("train/a/5.png\ntrain/b/2 of 2.png\ntrain/b/6,1.png\ntrain/b/4.png dog\n") == [1, 3, 4, 5]
     for text, expected in [
         ("a/1.png\nc/9.png\n", "there is no training image c/9.png: write the path of one"),
         ("a/1.png;bird\n", "bird of a/1.png is no class: choose from big cat, dog"),
@@ -472,7 +487,10 @@ def test_a_step_is_plain_sgd_on_the_mean_over_views_and_pairs() -> None:
 
 
 def test_weights_follow_sgd_with_nesterov_momentum() -> None:
-    """After two steps with the gradients g, b = m b + (g + d w) and w -= lr (g + d w + m b), from b = 0."""
+    """After two steps with the gradients g, b = m b + (g + d w) and w -= lr (g + d w + m b), from b = 0.
+
+    An earlier step, whose gradients are not finite, changes neither the model nor the momentum.
+    """
     task = task_of("method=finetune", "optimizer.layer_decay=0.5", "optimizer.weight_decay=0.1")
     state = initial_state(task, {})
     with torch.no_grad():
@@ -487,8 +505,14 @@ def test_weights_follow_sgd_with_nesterov_momentum() -> None:
             buffer.mul_(0.9).add_(slope)
             weights.sub_(rate * (slope + 0.9 * buffer))
 
-    state.optimizer.register_step_pre_hook(follow)
     pixels = step_pixels(task, 0)
+    model = {name: value.clone() for name, value in state.model.state_dict().items()}
+    poison = parameters[-1].register_hook(lambda gradient: gradient * float("nan"))
+    assert not train_step(task, state, pixels, PhaseTimer()).isfinite()
+    poison.remove()
+    assert_equal_states(state.model.state_dict(), model)
+    assert not any(state.optimizer.state[each]["momentum_buffer"].any() for each in parameters)
+    state.optimizer.register_step_pre_hook(follow)
     for _ in range(2):
         train_step(task, state, pixels, PhaseTimer())
     assert len(parameters) > 20 and all(buffer.abs().max() > 0 for buffer in buffers)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.knn import MAX_DISTANCES, nearest_neighbours
+from evaluation.knn import nearest_neighbours
 from utils.distributed.collectives import all_gather_object
 from utils.distributed.processes import my_range
 
@@ -20,29 +20,25 @@ STEP = 0.01  # largest relative change of a class in one round of `align`
 def neighbour_graph(features: Tensor, k: int) -> "csr_matrix":
     """Collective. Returns the normalised graph of features (N, D): D^-1/2 W D^-1/2, (N, N) float64.
 
-    W holds the cosine similarities of each image and its k nearest others, but at least 0, and is made symmetric by the
-    element-wise maximum of W and its transpose. A feature vector of zeros is similar to no other. D is the diagonal
-    matrix of the sums of W's rows. The search is exact. The ranks divide the images among them.
+    W holds the cosine similarities of each image and its k nearest others (all others, if these are fewer). Negative
+    ones are set to 0. W is made symmetric by the element-wise maximum of W and its transpose. A zero vector has
+    similarity 0 to all others. D is the diagonal matrix of the sums of W's rows. The search is exact. The ranks divide
+    the images among them.
     """
     from scipy.sparse import csr_matrix  # imported here to keep the start-up short
 
     count, features = len(features), F.normalize(features.float(), dim=1)
     is_zero = features.eq(0).all(dim=1).cpu()
-    k = min(k, count - 1)
-    mine, found = my_range(count), []
-    # The search holds the distances of its queries, and the features of their candidates in float64.
-    step = max(1, MAX_DISTANCES // max(count, 2 * (2 * k + 10) * features.shape[1]))
-    for start in range(mine.start, mine.stop, step):
-        rows = torch.arange(start, min(start + step, mine.stop))
-        distances, indices = nearest_neighbours(features, features[rows.to(features.device)], k + 1)
-        # The image itself is left out. If it has more than k copies, it may not be among the neighbours.
-        others = indices != rows[:, None]
-        others[:, -1] &= ~others.all(dim=1)
-        similarities = 1 - distances[others].double().square() / 2  # the cosine of vectors of length 1
-        similarities[is_zero[indices[others]] | is_zero[rows].repeat_interleave(k)] = 0
-        found.append((indices[others].view(-1, k).numpy(), similarities.clamp(min=0).view(-1, k).numpy()))
-    parts = [part for of_rank in all_gather_object(found) for part in of_rank]
-    neighbours, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
+    k, mine = min(k, count - 1), my_range(count)
+    distances, indices = nearest_neighbours(features, features[mine.start : mine.stop], k + 1)
+    # The image itself is left out. If it has more than k copies, it may not be among the neighbours.
+    rows = torch.arange(mine.start, mine.stop)
+    others = indices != rows[:, None]
+    others[:, -1] &= ~others.all(dim=1)
+    similarities = 1 - distances[others].double().square() / 2  # the cosine of vectors of length 1
+    similarities[is_zero[indices[others]] | is_zero[rows].repeat_interleave(k)] = 0
+    found = indices[others].view(-1, k).numpy(), similarities.clamp(min=0).view(-1, k).numpy()
+    neighbours, weights = (np.concatenate(each) for each in zip(*all_gather_object(found), strict=True))
     directed = csr_matrix((weights.ravel(), neighbours.ravel(), np.arange(0, count * k + 1, k)), shape=(count, count))
     return normalized(directed.maximum(directed.T))
 

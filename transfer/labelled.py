@@ -71,17 +71,19 @@ def _read_indices(path: Path, images: Images) -> Tensor:
     assert images.labels is not None
     names = images.names or [str(index) for index in range(len(images))]
     index_of = {name: index for index, name in enumerate(names)}
+
+    def find(name: str) -> int | None:
+        split, _, inside = name.partition("/")
+        return index_of.get(name, index_of.get(inside) if split_of(split) == "train" else None)
+
     chosen = set()
     for line in read_names(path):
         name, label = line, None
-        if line not in index_of:
+        if find(line) is None:
             # The class follows the name, after a separator. After a tab, `;` or `,`, both may contain blanks.
             parts = re.split(r"[\t;,]", line) if re.search(r"[\t;,]", line) else line.rsplit(maxsplit=1)
             name, label = parts[0].strip(), parts[-1].strip() if len(parts) > 1 else None
-        index = index_of.get(name)
-        split, _, inside = name.partition("/")
-        if index is None and split_of(split) == "train":
-            index = index_of.get(inside)
+        index = find(name)
         if index is None:
             kind = "path" if images.names else "index"
             raise ConfigError(f"{path}: there is no training image {name}: write the {kind} of one")

@@ -41,7 +41,8 @@ class FinetuneJob(Job):
     def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
         """Collective. Computes and reports pseudo-labels at the start of an epoch that uses them.
 
-        A signal ends this immediately. So the state is saved before, and a run that resumes repeats it.
+        A signal interrupts this computation. The state is therefore saved first, and a resumed run repeats the
+        computation.
         """
         state = self._state
         epoch, step_of_epoch = divmod(state.step, self.task.steps_per_epoch)

@@ -90,6 +90,9 @@ class LaplaceNet(Method):
         from transfer.graph import align, neighbour_graph, propagate
 
         keys, given = self.config.laplacenet, task.given_labels
+        if keys.k >= len(features):
+            text = "laplacenet.k=%d is lowered to %d, because there are %d training images"
+            logger.info(text, keys.k, len(features) - 1, len(features))
         num_classes = len(task.info.classes)
         shares = propagate(
             neighbour_graph(features, keys.k),

@@ -17,9 +17,9 @@ from datasets.views import Views
 from experiment.opening import open_device, open_images, to_gpu_if_small
 from model.build import module_flops
 from transfer.classifier import build_classifier
+from transfer.draws import Draws
 from transfer.labelled import choose_labelled
 from transfer.methods import METHODS, Method
-from transfer.sampling import Draws
 from utils.distributed.collectives import all_equal, first_on_each_node
 from utils.distributed.processes import local_world_size, world_size
 
@@ -95,18 +95,8 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
         raise ConfigError("the processes read different files of labelled images: give all of them the same file")
     method = METHODS[config.method](config)
     if config.unlabelled:
-        folder, grey_bits = Path(config.unlabelled), info.grey_bits
-        if config.data.root and Path(config.data.root).resolve().is_relative_to(folder.resolve()):
-            logger.info(
-                "`unlabelled` (%s) contains data.root: training also sees the test images, without their labels",
-                folder,
-            )
-        more = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
-        info = replace(info, grey_bits=grey_bits or more.grey_bits)
-        if not all_equal(more.digest()):
-            raise DatasetError(
-                f"the machines hold different images in {config.unlabelled}: copy the same images to all machines"
-            )
+        more = _open_unlabelled(config, info.grey_bits)
+        info = replace(info, grey_bits=info.grey_bits or more.grey_bits)
         train = JoinedImages(train, to_gpu_if_small(more, device) if method.uses_unlabelled else more)
         data_digest = train.digest()
     assert train.labels is not None
@@ -136,6 +126,19 @@ def open_task(config: FinetuneConfig, statistics: Statistics | None = None, grey
         method=method,
         draws=Draws(config, method, labelled, unlabelled),
     )
+
+
+def _open_unlabelled(config: FinetuneConfig, grey_bits: int | None) -> Images:
+    """Collective. Opens the images in `unlabelled`. Raises DatasetError."""
+    folder = Path(config.unlabelled)
+    if config.data.root and Path(config.data.root).resolve().is_relative_to(folder.resolve()):
+        logger.info(
+            "`unlabelled` (%s) contains data.root: training also sees the test images, without their labels", folder
+        )
+    images = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
+    if not all_equal(images.digest()):
+        raise DatasetError(f"the machines hold different images in {folder}: copy the same images to all machines")
+    return images
 
 
 def training_work(config: FinetuneConfig) -> float:

@@ -1,4 +1,4 @@
-"""State of finetune.py: the classifier, its moving average, the optimiser, and the labels of the present epoch."""
+"""State of finetune.py: the classifier, its moving average, the optimiser, and the labels of the current epoch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class FinetuneState(RunState):
     Attributes:
         classes: names of the classes. They do not change.
         labelled: indices of the labelled images. They do not change.
-        targets: (N,) int64 on the device, label of each training image in the present epoch: true labels of labelled
+        targets: (N,) int64 on the device, label of each training image in the current epoch: true labels of labelled
             images, and -1 or pseudo-labels of all others.
     """
 

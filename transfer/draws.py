@@ -14,7 +14,7 @@ class Draws:
     """Indices of the training images of each step: first the labelled images of the batch, then the others.
 
     Labelled images and others are two endless sequences of permutations. Each batch takes the next images of both. So
-    all images are used equally often, also if there are fewer than a batch needs.
+    all images are used equally often, even if a batch needs more than there are.
 
     Attributes:
         steps_per_epoch: floor(all training images / batch size), but at least 1. It is the same for all methods.
