@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             if folder.is_finished():
                 end = config.optimizer.fixed_end
                 advice = f"choose another output_dir: {end} fixes the last epoch" if end else "raise training.epochs"
-                logger.info("finished: all %d epochs are done; to train longer, %s", config.training.epochs, advice)
+                done = "finished: all %d epochs are done, and images are not compared again; to train longer, %s"
+                logger.info(done, config.training.epochs, advice)
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 from collections import Counter
 from functools import partial
@@ -27,6 +28,9 @@ from utils.device import compute_exactly
 from utils.distributed.collectives import all_equal
 from utils.files import check_writable
 from utils.run_folder.checkpoint import newest_checkpoint
+from utils.text import join_names
+
+logger = logging.getLogger(__name__)
 
 
 class _Logits(Encoder):
@@ -71,6 +75,9 @@ def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[st
     trained = parse(FinetuneConfig, contents["config"], f"the config in {checkpoint}")
     if not all_equal(contents["sha256"]):
         raise ConfigError(f"the processes read different checkpoints from {run}: set output_dir to shared storage")
+    ignored = differences(trained, config, run=False)
+    if ignored:
+        logger.info("%s has other values of %s: its own are used", checkpoint, join_names(list(ignored), 10))
     changed = differences(trained, config, run=True, prefixes=("data.",))
     given = {key.removeprefix("data."): new for key, (_, new) in changed.items()}
     trained = trained.model_copy(update={"data": trained.data.model_copy(update=given)})

@@ -84,8 +84,8 @@ class Walker:
         runs = [f"the run folder {path}" for path in sorted(self.left_out) if is_run_folder(path)]
         others = ", ".join(filter(None, [join_names(runs), self._other_files(folder)]))
         return DatasetError(
-            f"no images in {folder}{f' (left out: {others})' if others else ''}: add files that Pillow reads, for "
-            "example .jpg, .png or .webp"
+            f"no images in {folder}{f' (left out: {others})' if others else ''}: choose another folder, or add files "
+            "that Pillow reads, for example .jpg, .png or .webp"
         )
 
     def _other_files(self, folder: Path) -> str:

@@ -110,65 +110,96 @@ def _read(config: RunConfig, part: str, path: Path, module: nn.Module) -> Starti
     Raises ConfigError or CheckpointError.
     """
     contents, digest = read_tensors(path)
-    new: list[str] = []
-    statistics = before = image_size = grey_bits = None
     if is_checkpoint(contents):
-        prefix, averaged = f"{part}.", contents["ema"].get("model", {})
-        weights = {name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)}
-        origin = f"the EMA {part} of step {contents['step']}"
-        before = parse_config(contents["config"], f"{part}.weights: {path}")
-        image_size, grey_bits = before.encoder_size, contents.get("grey_bits")
-        changed = differences(before, config, run=False, prefixes=(prefix, *ALSO_AGREE[part]))
-        if "statistics" in contents:
-            mean, std = contents["statistics"]
-            statistics = tuple(mean), tuple(std)
-        to_add = {name: old for name, (old, _) in changed.items() if name not in NEED_NOT_AGREE}
-        if to_add:
-            raise ConfigError(
-                f"{part}.weights: {path} holds another {part}: add {to_words(to_add)} to the command, or use another "
-                "checkpoint"
-            )
+        found = _from_checkpoint(config, part, path, digest, contents)
     elif part == "encoder" and isinstance(contents, dict) and all(isinstance(name, str) for name in contents):
-        # torch before 0.4.1 saved no counters, and still loads such files: the counters start at 0.
-        counters = [name for name in module.state_dict() if name.endswith(".num_batches_tracked")]
-        weights, origin = {name: torch.tensor(0) for name in counters} | contents, "a state dict"
-        statistics, image_size, grey_bits = _exported_facts(path)
-        last = {name: each for name, each in module.state_dict().items() if name.startswith(LAST_LAYER)}
-        if any(getattr(weights.get(name), "shape", None) != each.shape for name, each in last.items()):
-            new = list(last)
-            weights = {name: each for name, each in weights.items() if not name.startswith(LAST_LAYER)}
+        found = _from_state_dict(path, digest, contents, module)
     else:
         wanted = "a checkpoint of this program" + (" or a state dict" if part == "encoder" else "")
         raise ConfigError(f"{part}.weights: {path} is not {wanted}: use another file")
-    placeholders = {name: each for name, each in module.state_dict().items() if name in new}
-    difference = first_difference(weights | placeholders, module, "the file")
+    placeholders = {name: each for name, each in module.state_dict().items() if name in found.new}
+    difference = first_difference(found.weights | placeholders, module, "the file")
     if difference:
-        advice = _packed(contents) or f"set the keys of `{part}` to the architecture of the file, or use another file"
-        raise ConfigError(f"{part}.weights: {path} does not fit the model ({difference}): {advice}")
-    for name, each in weights.items():
+        advice = _packed(contents) or f"set the keys of `{part}` to the architecture of the file{_guess(contents)}"
+        problem = f"{part}.weights: {path} does not fit the model ({difference})"
+        raise ConfigError(f"{problem}: {advice}, or use another file")
+    for name, each in found.weights.items():
         if not each.isfinite().all():
             raise ConfigError(f"{part}.weights: {path} has values in {name} that are not finite: use another file")
-    if part == "encoder" and config.encoder.time_dependent:
-        expected = log_sigmas(**config.diffusion.model_dump())
-        if not torch.allclose(weights["time.log_sigmas"].double(), expected, rtol=1e-5, atol=1e-5):
-            advice = "set the keys of `diffusion` to the noise schedule of the file"
-            if before is not None:
-                keys = tuple(f"diffusion.{name}" for name in NoiseSchedule.model_fields)
-                changed = differences(before, config, run=False, prefixes=keys)
-                advice = f"add {to_words({name: old for name, (old, _) in changed.items()})} to the command"
-            raise ConfigError(
-                f"encoder.weights: the timesteps of {path} have other noise levels: {advice}, or use another file"
-            )
-    if part == "encoder" and image_size not in (None, config.encoder_size):
+    levels = found.weights.get("time.log_sigmas")
+    if levels is not None and not _close(levels.double(), log_sigmas(**config.diffusion.model_dump())):
+        raise ConfigError(
+            f"encoder.weights: the timesteps of {path} have other noise levels: set the keys of `diffusion` to the "
+            "noise schedule of the file, or use another file"
+        )
+    if part == "encoder" and found.image_size not in (None, config.encoder_size):
         logger.warning(
             "the encoder in %s was trained on images of %d px, but data.image_size is %d",
-            *(path, image_size, config.encoder_size),
+            *(path, found.image_size, config.encoder_size),
         )
-    return StartingWeights(str(path), digest, weights, new, origin, statistics, image_size, grey_bits)
+    return found
+
+
+def _from_checkpoint(
+    config: RunConfig, part: str, path: Path, digest: str, contents: dict[str, Any]
+) -> StartingWeights:
+    """Returns the EMA weights of `part` in a checkpoint. Raises ConfigError if its config describes another part."""
+    before = parse_config(contents["config"], f"{part}.weights: {path}")
+    prefix, averaged = f"{part}.", contents["ema"].get("model", {})
+    compared = [prefix, *ALSO_AGREE[part]]
+    if part == "encoder" and before.encoder.time_dependent:
+        levels = (log_sigmas(**each.diffusion.model_dump()) for each in (before, config))
+        if not _close(*levels):
+            compared += [f"diffusion.{name}" for name in NoiseSchedule.model_fields]
+    changed = differences(before, config, run=False, prefixes=tuple(compared))
+    to_add = {name: old for name, (old, _) in changed.items() if name not in NEED_NOT_AGREE}
+    if to_add:
+        raise ConfigError(
+            f"{part}.weights: {path} holds another {part}: add {to_words(to_add)} to the command, or use another "
+            "checkpoint"
+        )
+    statistics = None
+    if "statistics" in contents:
+        mean, std = contents["statistics"]
+        statistics = tuple(mean), tuple(std)
+    return StartingWeights(
+        str(path),
+        digest,
+        weights={name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)},
+        new=[],
+        origin=f"the EMA {part} of step {contents['step']}",
+        statistics=statistics,
+        image_size=before.encoder_size,
+        grey_bits=contents.get("grey_bits"),
+    )
+
+
+def _from_state_dict(path: Path, digest: str, contents: dict[str, Any], module: nn.Module) -> StartingWeights:
+    """Returns the weights of a state dict for the encoder `module`. A last layer of another shape is left out."""
+    # torch before 0.4.1 saved no counters, and still loads such files: the counters start at 0.
+    counters = [name for name in module.state_dict() if name.endswith(".num_batches_tracked")]
+    weights, new = {name: torch.tensor(0) for name in counters} | contents, []
+    last = {name: each for name, each in module.state_dict().items() if name.startswith(LAST_LAYER)}
+    if any(getattr(weights.get(name), "shape", None) != each.shape for name, each in last.items()):
+        new = list(last)
+        weights = {name: each for name, each in weights.items() if not name.startswith(LAST_LAYER)}
+    return StartingWeights(str(path), digest, weights, new, "a state dict", *_exported_facts(path))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def _guess(contents: dict[str, Any]) -> str:
+    """Returns the keys that the first convolution of a ResNet's state dict has, as text in brackets; else nothing."""
+    shape = tuple(getattr(contents.get("conv1.weight"), "shape", ()))
+    if "layer4.1.conv2.weight" not in contents or len(shape) != 4:
+        return ""
+    return f" (encoder.width={shape[0]} encoder.stem={'imagenet' if shape[-1] == 7 else 'small'})"
 
 
 def _packed(contents: Any) -> str | None:
-    """Returns advice for a state dict inside another dict, or with a prefix before all names; None for others."""
+    """Returns advice for a state dict inside another dict, or with a prefix before all names; None for other files."""
     if is_checkpoint(contents):
         return None
     for name, each in contents.items():

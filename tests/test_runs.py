@@ -150,7 +150,8 @@ def test_a_finished_run_says_so(
     before = (finished / "metrics.jsonl").read_text()
     caplog.set_level("INFO")
     assert train_program.main(digits_args(finished, *TWO_EPOCHS)) == 0
-    assert "finished: all 2 epochs are done; to train longer, raise training.epochs" in caplog.text
+    assert "finished: all 2 epochs are done, and images are not compared again" in caplog.text
+    assert "to train longer, raise training.epochs" in caplog.text
     printed = capsys.readouterr().out
     assert "raw pixels" in printed and "checkpoints/last.pt" in printed and "nearly solve digits" in printed
     assert (finished / "metrics.jsonl").read_text() == before

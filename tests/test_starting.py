@@ -136,11 +136,12 @@ def test_weights_that_do_not_fit_are_refused(saved: tuple[Path, TrainState], tmp
         ("encoder.weights=nan.pt", "nan.pt has values in fc.bias that are not finite: use another file"),
         ("encoder.weights=wrapped.pt", "its entry 'state_dict' is a state dict: save this entry to a file of its own"),
         ("encoder.weights=single.pt", "set the keys of `encoder` to the architecture of the file, or use another file"),
-        ("encoder.weights=prefixed.pt", r"all its names begin with 'module\.': save it without this prefix"),
+        ("encoder.weights=prefixed.pt", r"all its names begin with 'module\.': save it without this prefix, or use"),
         ("encoder.weights=more.pt", "the model has no layer5.weight"),
         (
             "encoder.weights=encoder.pt encoder.width=8",
-            r"\(conv1.weight is \(4, 3, 3, 3\) in the file and \(8, 3, 3, 3\)",
+            r"\(conv1.weight is \(4, 3, 3, 3\) in the file and \(8, 3, 3, 3\) in the model\): set the keys of "
+            r"`encoder` to the architecture of the file \(encoder.width=4 encoder.stem=small\), or use another file",
         ),
         ("encoder.weights=encoder.pt encoder.architecture=resnet34", "the file has no layer1.2.conv1.weight"),
         ("decoder.weights=encoder.pt", "encoder.pt is not a checkpoint of this program: use another file"),

@@ -220,9 +220,13 @@ def test_labelled_images_that_are_named_in_a_file(tmp_path: Path) -> None:
 
     assert chosen("b/4.png\na/1.png\n") == [0, 3]
     assert chosen("a/5.png,big cat\nb/2 of 2.png\tdog\nb/4.png dog\n") == [1, 3, 4]
+    assert chosen(f"./a/5.png\n{Path('data').absolute()}/train/b/4.png\n") == [3, 4]
     assert chosen("train/a/5.png\ntrain/b/2 of 2.png\ntrain/b/6,1.png\ntrain/b/4.png dog\n") == [1, 3, 4, 5]
     for text, expected in [
-        ("a/1.png\nc/9.png\n", "there is no training image c/9.png: write the path of one"),
+        (
+            "a/1.png\nc/9.png\n",
+            "there is no training image c/9.png: write the path of one relative to .*, such as a/1.png",
+        ),
         ("a/1.png;bird\n", "bird of a/1.png is no class: choose from big cat, dog"),
         ("a/1.png;dog\n", "a/1.png is of class big cat in the data set, not dog"),
         ("a/1.png\na/3.png\n", "names no labelled images of the classes dog: add some of each class"),
@@ -231,7 +235,7 @@ def test_labelled_images_that_are_named_in_a_file(tmp_path: Path) -> None:
             chosen(text)
     images.names = None
     assert chosen("0\n3 dog\n") == [0, 3]
-    with pytest.raises(ConfigError, match="there is no training image 6: write the index of one"):
+    with pytest.raises(ConfigError, match="there is no training image 6: write the index of one, such as 0"):
         chosen("0\n6\n")
 
 
@@ -318,6 +322,9 @@ def test_a_folder_with_labels_and_one_without(
         line = found[str(path.relative_to(tmp_path / "rest"))]
         assert line["class"] == "ab"[int(probabilities.argmax())]
         assert float(line["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-3)
+    with caplog.at_level(logging.INFO):
+        predict(config.model_copy(update={"num_labels": 7}), Path("rest"))
+    assert "last.pt has other values of num_labels: its own are used" in caplog.text
     with pytest.raises(ConfigError, match="has no checkpoint: train first, by the same command without --predict"):
         predict(config.model_copy(update={"output_dir": str(tmp_path / "none")}), tmp_path / "rest")
     monkeypatch.setattr(predictions, "all_equal", lambda _: False)

@@ -1,5 +1,6 @@
 """Choice of the training images whose labels are used: drawn evenly from all classes, or named in a file."""
 
+import os
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def choose_labelled(config: FinetuneConfig, images: Images) -> Tensor:
     """
     assert images.labels is not None
     if config.labelled:
-        chosen = _read_indices(Path(config.labelled), images)
+        chosen = _read_indices(Path(config.labelled), images, config.data.root)
     elif config.num_labels is None:
         chosen = torch.arange(len(images))
     else:
@@ -66,13 +67,18 @@ def draw_evenly(labels: Tensor, classes: list[str], num_labels: int, split: int)
     return torch.cat(chosen).sort().values
 
 
-def _read_indices(path: Path, images: Images) -> Tensor:
-    """Returns the indices of the images that a file names, rising. Raises ConfigError."""
+def _read_indices(path: Path, images: Images, root: str) -> Tensor:
+    """Returns the indices of the images that a file names, rising. Paths may begin with that of `root`.
+
+    Raises ConfigError if a line names no training image, or a class that is not the image's own.
+    """
     assert images.labels is not None
     names = images.names or [str(index) for index in range(len(images))]
     index_of = {name: index for index, name in enumerate(names)}
 
     def find(name: str) -> int | None:
+        name = os.path.normpath(name)
+        name = os.path.relpath(name, Path(root).absolute()) if Path(name).is_absolute() else name
         split, _, inside = name.partition("/")
         return index_of.get(name, index_of.get(inside) if split_of(split) == "train" else None)
 
@@ -85,8 +91,8 @@ def _read_indices(path: Path, images: Images) -> Tensor:
             name, label = parts[0].strip(), parts[-1].strip() if len(parts) > 1 else None
         index = find(name)
         if index is None:
-            kind = "path" if images.names else "index"
-            raise ConfigError(f"{path}: there is no training image {name}: write the {kind} of one")
+            kind = f"path of one relative to {root}" if images.names else "index of one"
+            raise ConfigError(f"{path}: there is no training image {name}: write the {kind}, such as {names[0]}")
         own = images.classes[int(images.labels[index])]
         if label is not None and label not in images.classes:
             raise ConfigError(f"{path}: {label} of {name} is no class: choose from {join_names(images.classes, 20)}")

@@ -132,9 +132,10 @@ def _open_unlabelled(config: FinetuneConfig, grey_bits: int | None) -> Images:
     """Collective. Opens the images in `unlabelled`. Raises DatasetError."""
     folder = Path(config.unlabelled)
     if config.data.root and Path(config.data.root).resolve().is_relative_to(folder.resolve()):
-        logger.info(
-            "`unlabelled` (%s) contains data.root: training also sees the test images, without their labels", folder
+        text = (
+            "`unlabelled` (%s) contains data.root: all images there count as unlabelled ones as well, also test images"
         )
+        logger.info(text, folder)
     images = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
     if not all_equal(images.digest()):
         raise DatasetError(f"the machines hold different images in {folder}: copy the same images to all machines")

@@ -109,7 +109,7 @@ def read_tensors(path: Path) -> tuple[Any, str]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if path.name in sums and not any(digest in digests for digests in sums.values()):
                 raise CheckpointError(
-                    f"{path} is damaged ({SUMS} lists another digest): remove it, or use another checkpoint"
+                    f"{path} is damaged ({SUMS} lists another digest): move it elsewhere, or use another one"
                 )
             if path.name not in sums and (path.parent / SUMS).exists():
                 logger.warning("%s does not list %s: its digest is not checked", path.parent / SUMS, path.name)
@@ -134,6 +134,6 @@ def read_tensors(path: Path) -> tuple[Any, str]:
     except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
         reason = f"{type(error).__name__}: it is damaged, or holds objects other than tensors and plain values"
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({reason}): remove it, or use another checkpoint"
+            f"{path} cannot be read as a checkpoint ({reason}): move it elsewhere, or use another one"
         ) from None
     return state, digest
