@@ -120,7 +120,7 @@ def test_a_class_may_be_called_train(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert (train.files, train.labels, test) == (["3.png"], None, None)
     (line,) = caplog.messages
     assert (
-        "train/ has no class folders; not read: bus, car. If train, bus and car are classes, set data.holdout" in line
+        "train/ has no class folders; not read: bus, car. If train, bus, car are classes, set data.holdout" in line
     )
 
 
@@ -387,7 +387,7 @@ def test_run_folders_are_named_if_there_are_no_other_images(tmp_path: Path) -> N
     for read in (list_folder, list_images):
         with pytest.raises(DatasetError, match="runs/x is the folder of a run, whose pictures are not read: choose"):
             read(run)
-        with pytest.raises(DatasetError, match=r"no images in .* \(left out: the run folder .*/x, 1 \.txt\): add"):
+        with pytest.raises(DatasetError, match=r"no images in .* \(left out: the run folder .*/x, 1 \.txt\): choose"):
             read(run.parent)
 
 
