@@ -119,9 +119,7 @@ def test_a_class_may_be_called_train(tmp_path: Path, caplog: pytest.LogCaptureFi
     train, test = list_folder(tmp_path)
     assert (train.files, train.labels, test) == (["3.png"], None, None)
     (line,) = caplog.messages
-    assert (
-        "train/ has no class folders; not read: bus, car. If train, bus, car are classes, set data.holdout" in line
-    )
+    assert "train/ has no class folders; not read: bus, car. If train, bus, car are classes, set data.holdout" in line
 
 
 @pytest.mark.parametrize("names", [["train"], ["Training"], ["test"], ["val", "valid"], ["eval"], ["Validation"]])
