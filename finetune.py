@@ -3,7 +3,6 @@
 If a run was stopped, the same command resumes it from its last checkpoint.
 """
 
-import logging
 import shlex
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from utils.distributed.processes import rank
 from utils.files import write_text
 from utils.logging import format_table
 from utils.run_folder.results import read_results
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python finetune.py --config config/finetune_digits.yaml num_labels=50 label_split=3
@@ -59,10 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             if folder.checkpoint:
                 check_origin({"encoder": config.encoder.weights}, folder.started_from)
             if folder.is_finished() and not config.labelled:  # else it resumes, which compares the labelled images
-                end = config.optimizer.fixed_end
-                advice = f"choose another output_dir: {end} fixes the last epoch" if end else "raise training.epochs"
-                done = "finished: all %d epochs are done, and images are not compared again; to train longer, %s"
-                logger.info(done, config.training.epochs, advice)
+                folder.log_finished()
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)

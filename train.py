@@ -3,7 +3,6 @@
 If a run was stopped, the same command resumes it from its last checkpoint.
 """
 
-import logging
 import shlex
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from utils.cli import gather_user_errors, make_parser, read_config, run
 from utils.distributed.processes import rank
 from utils.logging import format_table
 from utils.run_folder.results import read_results
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python train.py --config config/digits.yaml
@@ -58,10 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             if folder.checkpoint:
                 check_origin(weight_paths(config), folder.started_from)
             if folder.is_finished():
-                end = config.optimizer.fixed_end
-                advice = f"choose another output_dir: {end} fixes the last epoch" if end else "raise training.epochs"
-                done = "finished: all %d epochs are done, and images are not compared again; to train longer, %s"
-                logger.info(done, config.training.epochs, advice)
+                folder.log_finished()
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)

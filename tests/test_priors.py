@@ -355,7 +355,7 @@ def test_a_measure_without_its_package_names_it(codec: Codec, monkeypatch: pytes
 def test_directions_along_a_column_stay_in_the_range_of_the_latents(
     codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The probe's score rises along the direction, and the ends are at the latents' own extremes."""
+    """Latents with the attribute lie further along the direction, and the ends are at the latents' own extremes."""
     train = codec.experiment.train
     assert train.labels is not None
     monkeypatch.setattr(train, "attributes", torch.stack([train.labels > 4, train.labels < 0], dim=1).byte())

@@ -139,7 +139,7 @@ class Directions(PictureOfImages):
         latents = subset_to_fit(codec.train_z, None, experiment.config.seed)[0]
         if members is not None:
             found = on_rank_0(lambda: mean_difference(codec.train_z, members))[None]
-            names = [f"towards {f'class {self.class_name}' if self.column is None else f'{self.column} = 1'}"]
+            names = [f"towards class {self.class_name}" if self.column is None else f"towards {self.column} = 1"]
         else:
             found, shares = on_rank_0(lambda: principal_components(latents, self.num_components))
             names = [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(shares)]

@@ -84,6 +84,13 @@ class RunFolder:
         results = broadcast_object(read_results(self.path))
         return self._saved is not None and belongs_to(results, self._config, self._saved["step"])
 
+    def log_finished(self) -> None:
+        """Logs that the run is finished, and how to train longer."""
+        end, epochs = self._config.optimizer.fixed_end, self._config.training.epochs
+        advice = f"choose another output_dir: {end} fixes the last epoch" if end else "raise training.epochs"
+        text = "finished: all %d epochs are done, and images are not compared again; to train longer, %s"
+        logger.info(text, epochs, advice)
+
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and standard deviation of the channels in the checkpoint from which the run resumes; None if not known.
