@@ -52,8 +52,8 @@ class Measuring:
 def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
     """Collective. Opens the files that the options of the measures name, and the diffusion prior beside the checkpoint.
 
-    A prior that cannot be used is left out, and logged. Raises UserError if another file cannot be used, or if none of
-    the named measures can be computed.
+    Raises UserError if one of these files cannot be used, or if none of the named measures can be computed. A prior
+    that cannot be used is only logged, and left out, if the measure `prior` is not named.
     """
     experiment = codec.experiment
     other = None
@@ -87,6 +87,8 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
     try:
         prior = open_fit(path, trained, codec, must_exist=True) if path.exists() else None
     except PriorError as error:
+        if Prior.name in args.measures:
+            raise
         logger.warning("the diffusion prior is left out: %s", error)
     return Measuring(trained, codec, inputs, prior, measures, left_out)
 

@@ -1,8 +1,9 @@
 """Priors over z: distributions that latents of new images are drawn from.
 
-There are two: a mixture of Gaussians, and a diffusion model of z, the "latent DDPM" of Diffusion Autoencoders
-(Preechakul et al., CVPR 2022, section 5). Theirs has 10 layers of 2048 units and predicts the noise. This one is
-smaller, so that it is fitted in minutes on one core, and predicts v. The same command resumes an interrupted fit.
+There are two: a mixture of Gaussians, and a diffusion model of z, after the "latent DDPM" of Diffusion Autoencoders
+(Preechakul et al., CVPR 2022, section 5). Theirs has 10 layers of 2048 units, predicts the noise of standardised
+latents, and has a constant noise schedule. This one is fitted in minutes on one core. It predicts v for whitened
+principal components, with the cosine schedule. The same command resumes an interrupted fit.
 """
 
 import logging
@@ -28,12 +29,13 @@ from utils.distributed.processes import rank
 from utils.files import replacing, writing_to
 from utils.logging import progress
 from utils.randomness import derive_seed, generator
+from utils.run_folder.checkpoint import unpickle
 
 WIDTH, NUM_LAYERS, TIME_DIM = 256, 3, 64
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 256, 1e-3, 0.998
 PREDICTION: Prediction = "v"  # the first steps of DDIM would divide an error of predicted noise by almost 0
-BETA, NUM_TIMESTEPS = 0.008, 1000  # the constant noise schedule of Diffusion Autoencoders
-NUM_SAMPLING_STEPS = 100
+NUM_TIMESTEPS, NUM_SAMPLING_STEPS = 1000, 100
+MODELLED = 0.99  # fraction of the variance of z in the components that the network draws; the others are Gaussian
 SAVE_EVERY = 200  # steps
 MAX_COMPONENTS = 10  # Gaussians in the mixture
 
@@ -45,41 +47,78 @@ class PriorError(UserError):
 
 
 class LatentDenoiser(nn.Module):
-    """MLP that denoises normalised latents. The latents are also an input of each layer after the first.
+    """MLP that predicts v of whitened latents. The latents are also an input of each layer after the first.
 
-    Layer i computes h_i = SiLU(LayerNorm(W_i [h_(i-1), x_t]) * (1 + V_i s)), s an embedding of the timestep.
+    Layer i computes h_i = SiLU(LayerNorm(W_i [h_(i-1), x_t]) * (1 + V_i s)), s an embedding of the timestep. The output
+    is W [h, x_t] + (V h) * x_t. The product changes the scale of x_t, which differs between the latents of a real
+    encoder. W and V of the output start at 0: the right v of a Gaussian. Training only learns what a Gaussian lacks.
     """
 
-    def __init__(self, latent_dim: int, width: int, num_layers: int) -> None:
+    def __init__(self, num_components: int, width: int, num_layers: int) -> None:
         super().__init__()
         self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        sizes = [latent_dim, *[width + latent_dim] * (num_layers - 1)]
+        sizes = [num_components, *[width + num_components] * (num_layers - 1)]
         self.layers = nn.ModuleList(nn.Linear(size, width) for size in sizes)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in sizes)
         self.scales = nn.ModuleList(nn.Linear(width, width) for _ in sizes)
-        self.out = nn.Linear(width + latent_dim, latent_dim)
+        self.out, self.gate = nn.Linear(width + num_components, num_components), nn.Linear(width, num_components)
+        for part in (self.out, self.gate):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
 
     def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Maps noisy latents (N, D, 1, 1) and timesteps (N,) to the prediction (N, D, 1, 1)."""
+        """Maps noisy latents (N, K, 1, 1) and timesteps (N,) to the prediction (N, K, 1, 1)."""
         x = x_t.flatten(1)
         embedded = self.time(timestep_embedding(timesteps, TIME_DIM))
         h = x
         for i, (layer, norm, scale) in enumerate(zip(self.layers, self.norms, self.scales, strict=True)):
             h = norm(layer(h if i == 0 else torch.cat([h, x], dim=1))) * (1 + scale(embedded))
             h = nn.functional.silu(h)
-        return self.out(torch.cat([h, x], dim=1))[..., None, None]
+        return (self.out(torch.cat([h, x], dim=1)) + self.gate(h) * x)[..., None, None]
 
 
 def latent_diffusion(device: torch.device) -> GaussianDiffusion:
-    """Returns the diffusion of latents, which are handled as images (N, D, 1, 1)."""
-    return GaussianDiffusion(
-        schedule="linear",
-        num_timesteps=NUM_TIMESTEPS,
-        prediction=PREDICTION,
-        beta_start=BETA,
-        beta_end=BETA,
-        device=device,
-    )
+    """Returns the diffusion of latents, which are handled as images (N, K, 1, 1)."""
+    return GaussianDiffusion(schedule="cosine", num_timesteps=NUM_TIMESTEPS, prediction=PREDICTION, device=device)
+
+
+class Whitening:
+    """Principal components of latents, each divided by its standard deviation, in the order of their variances.
+
+    Attributes:
+        mean: (D,) mean of the latents.
+        axes: (D, D) directions of the components as rows, times the standard deviations.
+        num_modelled: number K of the first components that hold the fraction MODELLED of the variance.
+    """
+
+    def __init__(self, mean: Tensor, axes: Tensor) -> None:
+        """Raises ValueError if the shapes do not fit, or if a value is not finite."""
+        if axes.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and axes.isfinite().all()):
+            raise ValueError("not the mean and the axes of latents")
+        self.mean, self.axes = mean, axes
+        self._variances = axes.square().sum(dim=1)
+        shares = self._variances.cpu().double().cumsum(0) / self._variances.cpu().double().sum()
+        self.num_modelled = int((shares < MODELLED).sum()) + 1
+
+    @classmethod
+    def of(cls, latents: Tensor) -> "Whitening":
+        """Returns the whitening of latents (N, D). Constant components get a tiny standard deviation."""
+        centered = latents.cpu().double()  # not every device has float64
+        mean = centered.mean(dim=0)
+        centered = centered - mean
+        values, vectors = torch.linalg.eigh(centered.T @ centered / len(centered))
+        values, vectors = values.flip(0), vectors.flip(1)
+        axes = values.clamp(min=1e-12 * float(values[0]) + 1e-24).sqrt()[:, None] * vectors.T
+        return cls(mean.float().to(latents.device), axes.float().to(latents.device))
+
+    def apply(self, latents: Tensor) -> Tensor:
+        """Returns the first K components (N, K) of latents (N, D)."""
+        kept = self.num_modelled
+        return (latents - self.mean) @ (self.axes[:kept] / self._variances[:kept, None]).T
+
+    def undo(self, components: Tensor) -> Tensor:
+        """Returns the latents (N, D) that have all these D components."""
+        return components @ self.axes + self.mean
 
 
 class Fit:
@@ -88,34 +127,38 @@ class Fit:
     Attributes:
         owner: what the prior belongs to: {"digest": SHA-256 of the checkpoint, "data": digest of the training images}.
         step: number of optimiser steps that have been taken.
-        mean, std: (D,) statistics of the training latents, which normalise them.
+        device: device of the fit.
     """
 
-    def __init__(self, latent_dim: int, owner: dict[str, str], seed: int, device: torch.device) -> None:
-        self.owner, self.step, self._seed, self._device = owner, 0, seed, device
-        self.mean, self.std = torch.zeros(latent_dim, device=device), torch.ones(latent_dim, device=device)
+    def __init__(self, owner: dict[str, str], seed: int, device: torch.device) -> None:
+        self.owner, self.step, self._seed, self.device = owner, 0, seed, device
+        self._diffusion = latent_diffusion(device)
+
+    def _begin(self, whitening: Whitening) -> None:
+        """Makes the network for the components of `whitening`, its average and its optimiser."""
+        self._whitening = whitening
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "prior weights"))
-            self._net = LatentDenoiser(latent_dim, WIDTH, NUM_LAYERS).to(device)
+            torch.manual_seed(derive_seed(self._seed, "prior weights"))
+            self._net = LatentDenoiser(whitening.num_modelled, WIDTH, NUM_LAYERS).to(self.device)
         self._ema = EMA(
             self._net, beta=EMA_DECAY, update_after_step=0, update_every=1, include_online_model=False, use_foreach=True
         )
         self._ema.ema_model.eval()
         self._optimizer = torch.optim.AdamW(self._net.parameters(), lr=LEARNING_RATE)
-        self._diffusion = latent_diffusion(device)
 
     def run(self, latents: Tensor, num_steps: int, path: Path | None = None) -> float:
         """Trains on latents (N, D) until step `num_steps`. Returns the mean loss of the last steps (NaN without steps).
 
         Each rank computes the same. Rank 0 writes the file `path` every SAVE_EVERY steps and at the end.
         """
-        latents = latents.to(self._device)
+        latents = latents.to(self.device)
         if self.step == 0:
-            std, self.mean = torch.std_mean(latents, dim=0, correction=0)
-            self.std = std.clamp(min=1e-6 * float(std.max()) + 1e-12)
+            self._begin(Whitening.of(latents))
         elif self.step < num_steps:
             logger.info("resuming the fit of the prior at step %d of %d", self.step, num_steps)
-        x_start = ((latents - self.mean) / self.std)[..., None, None]
+        else:
+            logger.info("the prior has been fitted for %d steps: a larger --steps continues the fit", self.step)
+        x_start = self._whitening.apply(latents)[..., None, None]
         losses: list[Tensor] = []
         bar = progress(max(0, num_steps - self.step), "fitting the prior", "step")
         with bar:
@@ -130,9 +173,9 @@ class Fit:
     def _train_step(self, x_start: Tensor) -> Tensor:
         """Takes one step of the optimiser with the loss of DDPM. Returns the loss."""
         source = generator(self._seed, "prior", self.step)
-        chosen = torch.randint(len(x_start), (BATCH_SIZE,), generator=source).to(self._device)
-        timesteps = torch.randint(NUM_TIMESTEPS, (BATCH_SIZE,), generator=source).to(self._device)
-        noise = torch.randn(BATCH_SIZE, *x_start.shape[1:], generator=source).to(self._device)
+        chosen = torch.randint(len(x_start), (BATCH_SIZE,), generator=source).to(self.device)
+        timesteps = torch.randint(NUM_TIMESTEPS, (BATCH_SIZE,), generator=source).to(self.device)
+        noise = torch.randn(BATCH_SIZE, *x_start.shape[1:], generator=source).to(self.device)
         x_t = self._diffusion.q_sample(x_start[chosen], timesteps, noise)
         target = self._diffusion.target(x_start[chosen], timesteps, noise)
         loss = squared_errors(self._net(x_t, timesteps), target).mean()
@@ -145,16 +188,17 @@ class Fit:
     def draw(self, count: int, seed: int) -> Tensor:
         """Returns `count` latents (count, D) on the device, drawn by DDIM from the averaged model."""
         source = generator(seed, "latents")
-        x_T = torch.randn(count, len(self.mean), 1, 1, generator=source).to(self._device)
-        net = self._ema.ema_model
-        drawn = self._diffusion.ddim_sample(net, x_T, NUM_SAMPLING_STEPS, clip_denoised=False)
-        return drawn.flatten(1) * self.std + self.mean
+        components = torch.randn(count, len(self._whitening.mean), generator=source).to(self.device)
+        kept = self._whitening.num_modelled
+        x_T, net = components[:, :kept, None, None], self._ema.ema_model
+        components[:, :kept] = self._diffusion.ddim_sample(net, x_T, NUM_SAMPLING_STEPS, clip_denoised=False).flatten(1)
+        return self._whitening.undo(components)
 
     def save(self, path: Path) -> None:
         """Writes the file, completely or not at all. Raises FolderError."""
         state = {
             **self.owner,
-            **{"step": self.step, "mean": self.mean.cpu(), "std": self.std.cpu()},
+            **{"step": self.step, "mean": self._whitening.mean.cpu(), "axes": self._whitening.axes.cpu()},
             **{"model": self._net.state_dict(), "ema": self._ema.state_dict()},
             "optimizer": self._optimizer.state_dict(),
         }
@@ -162,9 +206,9 @@ class Fit:
             torch.save(state, partial)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Sets the fit to the state of a file."""
+        """Sets the fit to the state of a file. Raises an exception if the state is not that of such a fit."""
+        self._begin(Whitening(state["mean"].to(self.device), state["axes"].to(self.device)))
         self.step = state["step"]
-        self.mean, self.std = state["mean"].to(self._device), state["std"].to(self._device)
         self._net.load_state_dict(state["model"])
         self._ema.load_state_dict(state["ema"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -183,18 +227,19 @@ def open_fit(path: Path, trained: Trained, codec: Codec, *, must_exist: bool) ->
     """
     experiment = codec.experiment
     owner = {"digest": trained.digest, "data": experiment.data_digest}
-    fit = Fit(experiment.config.encoder.latent_dim, owner, experiment.config.seed, experiment.device)
+    fit = Fit(owner, experiment.config.seed, experiment.device)
     if not path.exists():
         if must_exist:
             raise PriorError(f"there is no diffusion prior {path}: fit one by sample.py fit_prior")
         return fit
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            state = unpickle(file)
         found = {name: state[name] for name in owner}
         if found == owner:
             fit.load(state)
-    except OSError:
-        raise
+    except OSError as error:
+        raise PriorError(f"cannot read {path} ({error.strerror}): make it readable, or remove it") from None
     except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
         raise PriorError(
             f"{path} is no prior of this program, or damaged ({type(error).__name__}): remove it"
@@ -211,7 +256,7 @@ def open_fit(path: Path, trained: Trained, codec: Codec, *, must_exist: bool) ->
 
 def draw_from(fit: Fit) -> DrawLatents:
     """Returns a collective function that draws latents from a fitted diffusion prior, the same on all ranks."""
-    return lambda count, seed: on_rank_0(lambda: fit.draw(count, seed).cpu()).to(fit.mean.device)
+    return lambda count, seed: on_rank_0(lambda: fit.draw(count, seed).cpu()).to(fit.device)
 
 
 def priors_of(codec: Codec, diffusion: Fit | None) -> dict[str, DrawLatents]:

@@ -142,7 +142,7 @@ def read_label_list(path: Path, files: list[str], root: Path) -> LabelList:
     if chosen.values == 1:
         return LabelList(kept, {file: compose(found[file][0]) for file in kept}, {}, [])
     attributes = {file: [VALUES[value] for value in found[file]] for file in kept}
-    return LabelList(kept, {}, attributes, _attribute_names(headings, chosen))
+    return LabelList(kept, {}, attributes, _attribute_names(path, headings, chosen))
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
@@ -243,9 +243,16 @@ def _check_path(where: str, line: str, chosen: _Format, existing: _Files) -> Non
             )
 
 
-def _attribute_names(headings: list[str], chosen: _Format) -> list[str]:
-    """Returns the last columns of the last heading. If it has too few, returns the numbers of the attributes."""
+def _attribute_names(path: Path, headings: list[str], chosen: _Format) -> list[str]:
+    """Returns the last columns of the last heading. If it has too few, returns the numbers of the attributes.
+
+    Raises DatasetError if two attributes have the same name.
+    """
     cells = _cells(headings[-1], chosen.separator) if headings else []
     if len(cells) >= chosen.values:
-        return cells[-chosen.values :]
+        names = cells[-chosen.values :]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise DatasetError(f"{path} has two columns {twice[0]!r}: rename one")
+        return names
     return [f"attribute {index}" for index in range(1, chosen.values + 1)]

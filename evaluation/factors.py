@@ -73,6 +73,14 @@ def open_factors(table: Path, count: int, experiment: Experiment) -> KnownFactor
     return KnownFactors(title, images, [names[j] for j in varying], values[:, varying])
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def read_table(table: Path) -> tuple[list[str], list[str], Tensor]:
     """Returns files, names of the factors and their values (N, K) float64 of a table. Raises DatasetError."""
     try:
@@ -85,6 +93,8 @@ def read_table(table: Path) -> tuple[list[str], list[str], Tensor]:
     if len(lines) < 2 or len(lines[0][1]) < 2:
         raise DatasetError(f"{table} has no factors: give it a heading, a column of files, and columns of numbers")
     (_, heading), *rest = lines
+    if all(_is_number(text) for text in heading[1:]):
+        raise DatasetError(f"the first line of {table} has numbers: add a heading with names of the columns")
     if len(set(heading)) < len(heading):
         raise DatasetError(f"{table} has two columns of one name: rename one")
     rows = []

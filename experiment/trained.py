@@ -90,12 +90,14 @@ class Trained:
     def soda(self) -> SODA:
         """Returns the EMA model on the host, in evaluation mode and without gradients.
 
-        Raises CheckpointError if the weights do not fit the model that the config describes.
+        Raises CheckpointError if the weights do not fit the model that the config describes, or are not finite.
         """
         soda, weights = build_on_meta(self.config).to_empty(device="cpu"), self.contents["ema"].get("model", {})
         check_weights(weights, soda)
         if not self.reduced:
             check_weights(self.contents["model"], soda)
+        if not all(each.isfinite().all() for each in weights.values()):
+            raise CheckpointError(f"{self.path} has weights that are not finite: use one of before the run diverged")
         soda.load_state_dict(weights)
         return soda.eval().requires_grad_(False)
 

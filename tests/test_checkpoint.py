@@ -225,13 +225,18 @@ class Malicious:
         return os.mkdir, ("owned",)
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "another", "malicious", "malicious pickle"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "truncated", "shorter", "text", "another", "malicious", "malicious pickle"]
+)
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     if kind == "truncated":
         save_checkpoint(path, CONTENTS)
         os.truncate(path, path.stat().st_size // 2)
+    elif kind == "shorter":  # torch then seeks to a place before the start, which is an OSError
+        save_checkpoint(path, CONTENTS | {"ema": {"model": {"weight": torch.zeros(100_000)}}})
+        os.truncate(path, 5000)
     elif kind == "text":
         path.write_text("hello")
     elif kind == "another":
@@ -245,6 +250,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert kind not in ("truncated", "shorter") or "cannot be read as a checkpoint (" in str(caught.value)
     assert not (tmp_path / "owned").exists()
 
 

@@ -582,6 +582,13 @@ def test_attributes_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, t
     assert ("names 1 images that are not in" in caplog.text) == (text == CELEBA)
 
 
+def test_two_attributes_of_one_name_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png")
+    (tmp_path / "list.csv").write_text("path,a,b,a\n1.png,1,0,0\n")
+    with pytest.raises(DatasetError, match=r"list.csv has two columns 'a': rename one"):
+        list_labelled(tmp_path, Path("list.csv"))
+
+
 def test_attributes_are_not_held_out(tmp_path: Path) -> None:
     """The measure of attributes holds out images by itself. If there are test images, data.holdout is ignored."""
     touch(tmp_path, "1.png", "2.png", "test/3.png")

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,6 +48,7 @@ from tests.conftest import digits_args, experiment_of
 from tests.test_mistakes import write_images
 from tests.test_runs import flat_folder
 from utils.distributed.collectives import SharedError
+from utils.files import FolderError
 from utils.randomness import generator
 
 # Parameters at severities 1 to 5, in make_cifar_c.py of github.com/hendrycks/robustness (ImageNet-C/create_c).
@@ -292,6 +294,8 @@ def test_a_table_gives_factors_of_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert (
         Disentanglement().obstacle(experiment, few) == "it needs 40 images that can be read in the table of --factors"
     )
+    only = Inputs(factors=replace(known, names=known.names[:1], values=known.values[:, :1]))
+    assert Disentanglement().obstacle(experiment, only) == "it needs two factors that vary in the table of --factors"
 
     # Constant factors are left out, also a cosine or a sine that differs from a constant by rounding errors.
     for angles, expected_names in (((90, -90), ["sin of a"]), ((0, 180), ["cos of a"]), ((0, 360), [])):
@@ -309,6 +313,7 @@ def test_a_table_gives_factors_of_files(tmp_path: Path, monkeypatch: pytest.Monk
         ("file,a\n0.png,1,2", "line 2 of {table} is not a path and 1 number: correct it"),
         ("file,a\n1.png,1\n2.png,1", "{table}, each factor has only one value"),
         ("file,a,a\n0.png,1,2", "{table} has two columns of one name: rename one"),
+        ("0.png,1\n1.png,2", "the first line of {table} has numbers: add a heading with names of the columns"),
         ("file\n0.png", "{table} has no factors: give it a heading, a column of files, and columns of numbers"),
         ("file,a\n0.png,1\nnone.png,2", "none.png"),
     ):
@@ -459,6 +464,7 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     assert judge_program.main([*args, "--measures", "all", "--num_samples", "20"]) == 0
     printed = capsys.readouterr().out.strip().split("\n\n")
     assert "skipping the measure attributes: it needs attributes" in caplog.text
+    assert "generated images instead of" not in caplog.text
     assert "skipping the measure lpips: it needs torchvision's AlexNet weights, which are not downloaded" in caplog.text
     measures = stored(run)["measures"]
     not_applied = {"attributes", "lpips", "fid", "feature_distance"}
@@ -476,6 +482,7 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     old = {"protocol": "old", "rows": {}, "decimals": 1}
     (run / "results.json").write_text(json.dumps(stored(run) | {"measures": measures | {"uniformity": old}}))
     assert judge_program.main([*args, "--measures", "uniformity", "data.image_size=8"]) == 0
+    assert "the measure uniformity replaced another one in results.json, which was: old" in caplog.text
     assert train_program.main(args) == 0
     assert stored(run)["measures"] == measures
     # A checkpoint without the results of its step leaves no results.
@@ -483,6 +490,20 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     assert judge_program.main(["--checkpoint", str(copied), "device=cpu", "--measures", "uniformity"]) == 0
     assert f"{tmp_path / 'results.json'} is not that of step 22 of this run" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_results_that_cannot_be_written_do_not_stop_the_measures(
+    run: Path, small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **contents: Any) -> None:
+        raise FolderError("cannot write")
+
+    monkeypatch.setattr("evaluation.measures.recording.write_results", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        judge_program.main([*digits_args(run), "--measures", "uniformity,reconstruction"])
+    shown = capsys.readouterr()
+    assert "\nuniformity: " in shown.out and "\nreconstruction: " in shown.out
+    assert shown.err == "error: cannot write\n"
 
 
 def test_another_data_set_is_a_folder_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -505,7 +526,7 @@ def test_mistakes_in_the_choice_of_measures(
         ),
         (
             ["--measures", "uniformity", "--others", "x"],
-            "--others x is for the measure anomalies: add --measures anomal",
+            "--others x is for the measure anomalies: add anomalies to --measures",
         ),
         (["--measures", "all", "--others", "x"], "no folder x: set --others to a folder with images"),
         (["--measures", "all", "--out", "x"], "--out x is for the report: add --report"),
@@ -539,7 +560,8 @@ def test_images_with_attributes_and_without_labels_are_measured(
     measured = [text.split(":")[0] for text in capsys.readouterr().out.strip().split("\n\n")]
     assert measured == ["disentanglement", "attributes", "uniformity", "prior", "reconstruction"]
     rows = stored(tmp_path / "run")["measures"]["attributes"]["rows"]
-    assert list(rows)[:3] == [f"average precision, {name}" for name in ("Even", "Second", "mean")]
+    names = ["average precision, Even", "average precision, Second", "mean of the attributes, average precision"]
+    assert list(rows)[:3] == names
     assert list(rows["average precision, Even"]) == COLUMNS["attributes"]
     for words, expected in (
         (

@@ -123,6 +123,7 @@ MISTAKES = [
     Mistake("text.pt cannot be read", checkpoint("text"), "test.py"),
     Mistake("malicious.pt cannot be read", checkpoint("malicious"), "test.py"),
     Mistake("other.pt is not a checkpoint of this program", checkpoint("other"), "test.py"),
+    Mistake("diverged.pt has weights that are not finite", checkpoint("diverged"), "test.py"),
     Mistake(
         """add decoder.modulation=shared training.mask.section_probability=0.0 sampling.sections=null""",
         [
@@ -327,6 +328,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = torch.load(checkpoints / "good.pt")
     state["model"]["encoder.fc.weight"] = state["model"]["encoder.fc.weight"][:, :31]
     torch.save(state, checkpoints / "reshaped.pt")
+    state = torch.load(checkpoints / "good.pt")
+    state["ema"]["model"]["encoder.fc.weight"][0] = torch.nan
+    torch.save(state, checkpoints / "diverged.pt")
     for name in ("truncated", "malicious", "reshaped"):
         folder = shutil.copytree(run, place / f"run_{name}")
         shutil.copy(checkpoints / f"{name}.pt", folder / "checkpoints" / "last.pt")

@@ -116,7 +116,8 @@ def check_options(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not {ALL, *measures} & set(args.measures):
             use = f"measure {measures[0]}" if len(measures) == 1 else f"measures {', '.join(measures)}"
-            raise ConfigError(f"--{name} {value} is for the {use}: add --measures {measures[0]}")
+            add = f"add {measures[0]} to --measures" if args.measures else f"add --measures {measures[0]}"
+            raise ConfigError(f"--{name} {value} is for the {use}: {add}")
 
 
 def _names(text: str) -> list[str]:

@@ -106,7 +106,7 @@ class Attributes(Measure):
                 by_encoder = {name: {"value": found[column, name][place]} for name in inputs}
                 rows[f"{score}, {titles[column]}"] = by_encoder | {"chance": {"value": chances[column]}}
             means = {name: {"value": fmean(found[column, name][place] for column in columns)} for name in inputs}
-            rows[f"{score}, mean"] = means | {"chance": {"value": fmean(chances.values())}}
+            rows[f"mean of the attributes, {score}"] = means | {"chance": {"value": fmean(chances.values())}}
         protocol = (
             f"probe of each attribute (%), logistic regression C=1 balanced on standardised {subjects.feature}; "
             f"{num_train} training images to fit, {len(values) - num_train} other training images to score"

@@ -46,8 +46,11 @@ class Disentanglement(Measure):
     cost = f"encodes {NUM_TRAIN + NUM_TEST} images, then fits a lasso and a forest per factor and encoder (minutes)"
 
     def obstacle(self, experiment: Experiment, inputs: Inputs) -> str | None:
-        few = inputs.factors is not None and len(inputs.factors.images) < MIN_IMAGES
-        return f"it needs {MIN_IMAGES} images that can be read in the table of --factors" if few else None
+        if inputs.factors is None:
+            return None
+        if len(inputs.factors.images) < MIN_IMAGES:
+            return f"it needs {MIN_IMAGES} images that can be read in the table of --factors"
+        return None if len(inputs.factors.names) > 1 else "it needs two factors that vary in the table of --factors"
 
     def measure(self, subjects: Subjects) -> Measured:
         import numpy as np

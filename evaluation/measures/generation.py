@@ -156,7 +156,7 @@ class Memorization(Measure):
         }
         close = distances["test images"].quantile(0.01)
         rows: Rows = {
-            "median distance x 100": {n: {"value": 100 * each.median().item()} for n, each in distances.items()},
+            "median distance x 100": {n: {"value": 100 * each.quantile(0.5).item()} for n, each in distances.items()},
             "smallest distance x 100": {n: {"value": 100 * each.min().item()} for n, each in distances.items()},
             "within the 1st percentile of test images (%)": {
                 name: {"value": 100 * (each <= close).float().mean().item()} for name, each in distances.items()

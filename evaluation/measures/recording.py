@@ -10,6 +10,7 @@ from experiment.opening import Experiment
 from experiment.trained import Trained
 from utils.cli import gather_user_errors
 from utils.distributed.processes import rank
+from utils.files import FolderError
 from utils.run_folder.results import RESULTS, belongs_to, read_results, write_results
 
 logger = logging.getLogger(__name__)
@@ -38,22 +39,32 @@ class Record:
         """Adds a measure, or replaces it. Call it on rank 0. Raises FolderError."""
         if self._applies:
             folder = self._trained.folder
-            measures = read_results(folder).get("measures", {}) | {name: asdict(measured)}
-            write_results(folder, self._trained.trained_with, self._trained.step, measures=measures)
+            known = read_results(folder).get("measures", {})
+            before = known.get(name, {}).get("protocol", measured.protocol)
+            write_results(
+                folder, self._trained.trained_with, self._trained.step, measures=known | {name: asdict(measured)}
+            )
+            if before != measured.protocol:
+                logger.info("the measure %s replaced another one in %s, which was: %s", name, RESULTS, before)
 
 
 def run_measures(measures: Sequence[Measure], trained: Trained, subjects: Subjects) -> dict[str, Measured]:
     """Collective. Returns the tables of `measures` by name. Each is printed and recorded as soon as it is computed.
 
-    Ends all ranks with status 2 if results.json cannot be written.
+    If results.json cannot be written, all measures are printed first. Then all ranks end with status 2.
     """
-    record, measured = Record(trained, subjects.experiment), {}
+    record, measured, failure = Record(trained, subjects.experiment), {}, None
     for measure in measures:
         measured[measure.name] = measure.measure(subjects)
-        with gather_user_errors():
-            if rank() == 0:
-                print(f"\n{measure.name}: {measured[measure.name]}", flush=True)
+        if rank() == 0:
+            print(f"\n{measure.name}: {measured[measure.name]}", flush=True)
+            try:
                 record.add(measure.name, measured[measure.name])
+            except FolderError as error:
+                failure = error
+    with gather_user_errors():
+        if failure:
+            raise failure
     return measured
 
 

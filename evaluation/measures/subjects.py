@@ -1,5 +1,6 @@
 """The encoders, the model and the priors that measures are applied to, with their features and images."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ from evaluation.shapes import Shapes
 from experiment.opening import Experiment
 from utils.distributed.collectives import SharedError, first_on_each_node
 from utils.distributed.processes import local_world_size
+
+logger = logging.getLogger(__name__)
 
 NUM_SHAPES = 2000
 NUM_RECONSTRUCTED, NUM_AVERAGED = 200, 2000  # images that are reconstructed, and those of which the mean is taken
@@ -87,8 +90,11 @@ class Subjects:
     @cached_property
     def num_samples(self) -> int:
         """Number of generated images of each prior: at most as many as there are test images to compare with."""
-        test = self.experiment.test
-        return min(self.inputs.num_samples, len(self.experiment.train if test is None else test))
+        test, wanted = self.experiment.test, self.inputs.num_samples
+        limit = len(self.experiment.train if test is None else test)
+        if wanted > limit:
+            logger.info("%d generated images instead of %d: as many as there are images to compare", limit, wanted)
+        return min(wanted, limit)
 
     @cached_property
     def real(self) -> Subset | None:

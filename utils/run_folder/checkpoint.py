@@ -4,13 +4,14 @@ A checkpoint folder holds last.pt, previous.pt, checkpoints that are kept perman
 and SHA256SUMS. If last.pt is damaged, an older checkpoint is used.
 """
 
+import errno
 import hashlib
 import logging
 import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -89,6 +90,19 @@ def is_checkpoint(state: Any) -> bool:
     return fits and state["step"] >= 0
 
 
+def unpickle(file: IO[bytes]) -> Any:
+    """Returns the tensors and plain values of an open file of `torch.save`, on the host.
+
+    Raises OSError if the file cannot be read, and any other exception if it is damaged.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError("the file ends too early") from error  # torch looks for data before its start
+
+
 def read_tensors(path: Path) -> tuple[Any, str]:
     """Returns the tensors and plain values of a file, on the host, and the file's SHA-256.
 
@@ -122,7 +136,7 @@ def read_tensors(path: Path) -> tuple[Any, str]:
 
                     state = load(file.read())
                 else:
-                    state = torch.load(file, map_location="cpu", weights_only=True)
+                    state = unpickle(file)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}): make it readable, or use another checkpoint"
