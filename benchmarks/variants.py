@@ -1,10 +1,11 @@
 """Cost of config keys in a training step: variants of our step take turns in one run.
 
-Each given override is one variant. The table gives the time of a step and the FLOPs of the model, both relative to the
-step without the override. The two ratios are equal if the time grows in proportion to the FLOPs.
+Each argument is one variant: an override, or several with blanks between them. The table gives the time of a step and
+the FLOPs of the model, both relative to the step without the override. The two ratios are equal if the time grows in
+proportion to the FLOPs.
 
   python -m benchmarks.variants --batch_size 32                             # the overrides in LEVERS
-  python -m benchmarks.variants --config config/digits.yaml decoder.dropout=0.5
+  python -m benchmarks.variants --config config/digits.yaml "encoder.width=32 encoder.latent_dim=8" decoder.dropout=0.5
 """
 
 import argparse
@@ -53,14 +54,15 @@ def main() -> int:
         "variants",
         nargs="*",
         metavar="key=value",
-        help="overrides to measure, one variant each; default: the list LEVERS in this file, for images of 32 px",
+        help="variants to measure, each with one or several overrides in quotes; default: the list LEVERS in this "
+        "file, for images of 32 px",
     )
     args = parser.parse_intermixed_args()
 
     calls: dict[str, Callable[[], object]] = {}
     flops: dict[str, float] = {}
     for name in ["none", *(args.variants or LEVERS)]:
-        experiment = synthetic(args.config, args.batch_size, [*args.always, *([] if name == "none" else [name])])
+        experiment = synthetic(args.config, args.batch_size, [*args.always, *([] if name == "none" else name.split())])
         if name == "none":
             threads = torch.get_num_threads()
         flops[name] = pass_flops(experiment.config, build_on_meta(experiment.config))[-1]

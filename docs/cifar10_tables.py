@@ -5,9 +5,9 @@ import statistics
 from ablations import curves
 from ablations.runs import score
 from ablations.tables import mean_and_deviation
-from docs.rows import NOT_MEASURED, RESULTS, Row, accuracy, both, last_of, markdown, recorded
+from docs.rows import NOT_MEASURED, RESULTS, Row, accuracy, beside_baselines, both, last_of, markdown, recorded
 
-CURVES = [RESULTS / f"{name}.jsonl" for name in ("cifar10_cpu_runs", "cifar10_cpu_two_hours")]
+CURVES = [RESULTS / f"{name}.jsonl" for name in ("cifar10_cpu_runs", "cifar10_cpu_two_hours", "cifar10_cpu_long")]
 
 # Variants of the screen whose overrides are long, as they are called in the table.
 SCREEN_NAMES = {
@@ -88,10 +88,28 @@ def run_name(kind: tuple[str, str], of_epochs: int | None) -> str:
     return RUN_NAMES.get(kind, ", ".join(kind)).format(of=of_epochs)
 
 
+def readme_line(rows: list[Row], settings: str) -> list[str]:
+    """Returns the line of README.md about the last evaluation in `rows`, which are those of runs of one config.
+
+    Args:
+        settings: config and overrides of the runs; `{of}` in it is the number of epochs.
+    """
+    newest = max(rows, key=lambda row: row["images"])
+    same = [row for row in rows if (row["images"], row["of_epochs"]) == (newest["images"], newest["of_epochs"])]
+    done = "" if newest["complete"] else f"{newest['epochs']:g} of "
+    return [
+        f"CIFAR-10 (JPEG copy), a narrow model, {done}{newest['of_epochs']} epochs",
+        beside_baselines(same),
+        f"{'one seed' if len(same) == 1 else f'{len(same)} seeds'}, {newest['seconds'] / 60:.0f} minutes on busy CPU "
+        f"cores: [`{settings.format(of=newest['of_epochs'])}`](docs/results.md#cifar-10-on-cpu-cores)",
+        "",
+    ]
+
+
 def runs() -> str:
     """Returns the table of the runs on CPU cores: each evaluation, as the mean over seeds."""
     groups: dict[tuple[str, str], dict[tuple[int, float], list[Row]]] = {kind: {} for kind in RUN_NAMES}
-    for row in recorded("cifar10_cpu_two_hours") + recorded("cifar10_cpu_runs"):
+    for row in recorded("cifar10_cpu_two_hours") + recorded("cifar10_cpu_long") + recorded("cifar10_cpu_runs"):
         of_kind = groups.setdefault((row["stage"], row["variant"]), {})
         of_kind.setdefault((row["of_epochs"], row["epochs"]), []).append(row)
     lines = []

@@ -39,19 +39,9 @@ def readme() -> str:
         how = f"{seeds}, {minutes:.0f} minutes{' each' * (len(digits) > 1)} on a CPU core: `make train`"
         lines = [["digits", beside_baselines(digits, statistics.median), how, ""]]
     runs = [row for row in recorded("cifar10_cpu_runs") if row["variant"] == "soda"] + recorded("cifar10_cpu_two_hours")
-    newest = max(runs, key=lambda row: row["images"])
-    same = [row for row in runs if (row["images"], row["of_epochs"]) == (newest["images"], newest["of_epochs"])]
-    done = "" if newest["complete"] else f"{newest['epochs']:g} of "
-    lines.append(
-        [
-            f"CIFAR-10 (JPEG copy), a narrow model, {done}{newest['of_epochs']} epochs",
-            beside_baselines(same),
-            f"{'one seed' if len(same) == 1 else f'{len(same)} seeds'}, {newest['seconds'] / 60:.0f} minutes on busy "
-            f"CPU cores: `cifar10_cpu.yaml training.epochs={newest['of_epochs']}`, "
-            "[results](docs/results.md#cifar-10-on-cpu-cores)",
-            "",
-        ]
-    )
+    lines.append(cifar10_tables.readme_line(runs, "cifar10_cpu.yaml training.epochs={of}"))
+    if long := recorded("cifar10_cpu_long"):
+        lines.append(cifar10_tables.readme_line(long, "cifar10_cpu_long.yaml"))
     for data, command, reference in (
         ("CIFAR-10", "cifar10.yaml --use_amp", "80.4 / 80.0"),
         ("CIFAR-10, 50 epochs of batches of 256", "cifar10.yaml training.epochs=50 training.batch_size=256", ""),
