@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nreport       {path}")
     if measuring:
         with gather_user_errors():
-            measuring.check_none_left_out()
+            measuring.check_complete()
     return 0
 
 

@@ -15,10 +15,13 @@ from evaluation.measures import Measure, Measured, find_measures
 from evaluation.measures.base import NUM_SAMPLES, Inputs
 from evaluation.measures.disentanglement import NUM_TEST, NUM_TRAIN
 from evaluation.measures.prior import Prior
-from evaluation.measures.recording import run_measures
+from evaluation.measures.recording import Record, run_measures
 from evaluation.measures.subjects import Subjects, open_others, subjects_of
 from evaluation.pretrained import load_inception, load_lpips
 from experiment.trained import Trained, read_trained
+from utils.cli import gather_user_errors
+from utils.device import compute_exactly
+from utils.distributed.collectives import all_equal
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class Measuring:
     """Measures that the options of test.py name, with all that they need.
 
     Attributes:
+        record: where the measures are recorded.
         left_out: measures that were named, but cannot be computed, with the reason.
     """
 
@@ -36,15 +40,19 @@ class Measuring:
     inputs: Inputs
     prior: Fit | None
     measures: list[Measure]
+    record: Record
     left_out: dict[str, str]
 
     def run(self) -> dict[str, Measured]:
         """Collective. Returns the tables of the measures by name, each printed and recorded when it is computed."""
+        compute_exactly()
         subjects = subjects_of(self.codec, self.inputs, priors_of(self.codec, self.prior))
-        return run_measures(self.measures, self.trained, subjects)
+        return run_measures(self.measures, subjects, self.record)
 
-    def check_none_left_out(self) -> None:
-        """Raises ConfigError if a measure was left out. Call it after the others are printed."""
+    def check_complete(self) -> None:
+        """Raises UserError if a measure was left out, or was not recorded. Call it after the others are printed."""
+        if self.record.failure:
+            raise self.record.failure
         if self.left_out:
             raise ConfigError(f"{_failure(self.left_out)}; the other measures were printed")
 
@@ -90,13 +98,20 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
         if Prior.name in args.measures:
             raise
         logger.warning("the diffusion prior is left out: %s", error)
-    return Measuring(trained, codec, inputs, prior, measures, left_out)
+    if not all_equal(None if prior is None else prior.step):
+        raise PriorError(f"the machines hold different files {path}: copy one of them to all, or remove all")
+    return Measuring(trained, codec, inputs, prior, measures, Record(trained, experiment), left_out)
 
 
 def measure_priors(trained: Trained, codec: Codec, fit: Fit) -> Measured:
     """Collective. Prints, records and returns the measure `prior` of the mixture and of a fitted diffusion prior."""
     subjects = Subjects(codec.experiment, {}, "z", codec=codec, priors=priors_of(codec, fit))
-    return run_measures([Prior()], trained, subjects)[Prior.name]
+    record = Record(trained, codec.experiment)
+    measured = run_measures([Prior()], subjects, record)[Prior.name]
+    with gather_user_errors():
+        if record.failure:
+            raise record.failure
+    return measured
 
 
 def _failure(left_out: dict[str, str]) -> str:

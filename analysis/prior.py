@@ -37,6 +37,7 @@ PREDICTION: Prediction = "v"  # the first steps of DDIM would divide an error of
 NUM_TIMESTEPS, NUM_SAMPLING_STEPS = 1000, 100
 MODELLED = 0.99  # fraction of the variance of z in the components that the network draws; the others are Gaussian
 SAVE_EVERY = 200  # steps
+CHUNK = 8192  # latents that are converted to float64 at the same time
 MAX_COMPONENTS = 10  # Gaussians in the mixture
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,9 @@ class LatentDenoiser(nn.Module):
     """MLP that predicts v of whitened latents. The latents are also an input of each layer after the first.
 
     Layer i computes h_i = SiLU(LayerNorm(W_i [h_(i-1), x_t]) * (1 + V_i s)), s an embedding of the timestep. The output
-    is W [h, x_t] + (V h) * x_t. The product changes the scale of x_t, which differs between the latents of a real
-    encoder. W and V of the output start at 0: the right v of a Gaussian. Training only learns what a Gaussian lacks.
+    is W [h, x_t] + (V h) * x_t. The product lets the network scale x_t by a factor that depends on x_t and on the
+    timestep. W and V of the output start at 0, so that the untrained network predicts v = 0. This is exact for whitened
+    Gaussian latents, whose v and x_t are uncorrelated. Training learns the difference from a Gaussian.
     """
 
     def __init__(self, num_components: int, width: int, num_layers: int) -> None:
@@ -83,12 +85,12 @@ def latent_diffusion(device: torch.device) -> GaussianDiffusion:
 
 
 class Whitening:
-    """Principal components of latents, each divided by its standard deviation, in the order of their variances.
+    """Principal components of latents, each divided by its standard deviation, largest variance first.
 
     Attributes:
         mean: (D,) mean of the latents.
-        axes: (D, D) directions of the components as rows, times the standard deviations.
-        num_modelled: number K of the first components that hold the fraction MODELLED of the variance.
+        axes: (D, D) rows: unit direction of each component, times its standard deviation.
+        num_modelled: smallest number K of first components that hold at least the fraction MODELLED of the variance.
     """
 
     def __init__(self, mean: Tensor, axes: Tensor) -> None:
@@ -96,17 +98,20 @@ class Whitening:
         if axes.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and axes.isfinite().all()):
             raise ValueError("not the mean and the axes of latents")
         self.mean, self.axes = mean, axes
-        self._variances = axes.square().sum(dim=1)
-        shares = self._variances.cpu().double().cumsum(0) / self._variances.cpu().double().sum()
-        self.num_modelled = int((shares < MODELLED).sum()) + 1
+        variances = axes.cpu().double().square().sum(dim=1)  # on the host, so that K is the same for any device
+        self.num_modelled = int((variances.cumsum(0) < MODELLED * variances.sum()).sum()) + 1
+        self._variances = variances.float().to(axes.device)
 
     @classmethod
     def of(cls, latents: Tensor) -> "Whitening":
-        """Returns the whitening of latents (N, D). Constant components get a tiny standard deviation."""
-        centered = latents.cpu().double()  # not every device has float64
-        mean = centered.mean(dim=0)
-        centered = centered - mean
-        values, vectors = torch.linalg.eigh(centered.T @ centered / len(centered))
+        """Returns the whitening of latents (N, D), computed on the host, because not every device has float64.
+
+        Standard deviations are at least 1e-6 of the largest one.
+        """
+        parts = latents.cpu().split(CHUNK)
+        mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(latents)
+        squares = [centered.T @ centered for centered in (part.double() - mean for part in parts)]
+        values, vectors = torch.linalg.eigh(torch.stack(squares).sum(dim=0) / len(latents))
         values, vectors = values.flip(0), vectors.flip(1)
         axes = values.clamp(min=1e-12 * float(values[0]) + 1e-24).sqrt()[:, None] * vectors.T
         return cls(mean.float().to(latents.device), axes.float().to(latents.device))
@@ -128,6 +133,8 @@ class Fit:
         owner: what the prior belongs to: {"digest": SHA-256 of the checkpoint, "data": digest of the training images}.
         step: number of optimiser steps that have been taken.
         device: device of the fit.
+
+    Call `run` or `load` before `draw` and `save`: the latents determine the size of the network.
     """
 
     def __init__(self, owner: dict[str, str], seed: int, device: torch.device) -> None:
@@ -146,8 +153,8 @@ class Fit:
         self._ema.ema_model.eval()
         self._optimizer = torch.optim.AdamW(self._net.parameters(), lr=LEARNING_RATE)
 
-    def run(self, latents: Tensor, num_steps: int, path: Path | None = None) -> float:
-        """Trains on latents (N, D) until step `num_steps`. Returns the mean loss of the last steps (NaN without steps).
+    def run(self, latents: Tensor, num_steps: int, path: Path | None = None) -> None:
+        """Trains on latents (N, D) until step `num_steps`.
 
         Each rank computes the same. Rank 0 writes the file `path` every SAVE_EVERY steps and at the end.
         """
@@ -159,19 +166,17 @@ class Fit:
         else:
             logger.info("the prior has been fitted for %d steps: a larger --steps continues the fit", self.step)
         x_start = self._whitening.apply(latents)[..., None, None]
-        losses: list[Tensor] = []
         bar = progress(max(0, num_steps - self.step), "fitting the prior", "step")
         with bar:
             while self.step < num_steps:
-                losses = [*losses[-99:], self._train_step(x_start)]
+                self._train_step(x_start)
                 self.step += 1
                 bar.update(1)
                 if path and rank() == 0 and (self.step % SAVE_EVERY == 0 or self.step == num_steps):
                     self.save(path)
-        return torch.stack(losses).mean().item() if losses else float("nan")
 
-    def _train_step(self, x_start: Tensor) -> Tensor:
-        """Takes one step of the optimiser with the loss of DDPM. Returns the loss."""
+    def _train_step(self, x_start: Tensor) -> None:
+        """Takes one step of the optimiser with the loss of DDPM."""
         source = generator(self._seed, "prior", self.step)
         chosen = torch.randint(len(x_start), (BATCH_SIZE,), generator=source).to(self.device)
         timesteps = torch.randint(NUM_TIMESTEPS, (BATCH_SIZE,), generator=source).to(self.device)
@@ -183,7 +188,6 @@ class Fit:
         loss.backward()
         self._optimizer.step()
         self._ema.update()
-        return loss.detach()
 
     def draw(self, count: int, seed: int) -> Tensor:
         """Returns `count` latents (count, D) on the device, drawn by DDIM from the averaged model."""
@@ -206,7 +210,7 @@ class Fit:
             torch.save(state, partial)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Sets the fit to the state of a file. Raises an exception if the state is not that of such a fit."""
+        """Sets the fit to the state of a file. Raises some exception if `state` is not that of a fit."""
         self._begin(Whitening(state["mean"].to(self.device), state["axes"].to(self.device)))
         self.step = state["step"]
         self._net.load_state_dict(state["model"])
@@ -242,7 +246,8 @@ def open_fit(path: Path, trained: Trained, codec: Codec, *, must_exist: bool) ->
         raise PriorError(f"cannot read {path} ({error.strerror}): make it readable, or remove it") from None
     except Exception as error:  # on arbitrary bytes, the unpickler can raise any exception
         raise PriorError(
-            f"{path} is no prior of this program, or damaged ({type(error).__name__}): remove it"
+            f"{path} is damaged, or no prior of this version ({type(error).__name__}): remove it and run "
+            "sample.py fit_prior"
         ) from None
     if found["digest"] != trained.digest:
         raise PriorError(

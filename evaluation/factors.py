@@ -94,7 +94,9 @@ def read_table(table: Path) -> tuple[list[str], list[str], Tensor]:
         raise DatasetError(f"{table} has no factors: give it a heading, a column of files, and columns of numbers")
     (_, heading), *rest = lines
     if all(_is_number(text) for text in heading[1:]):
-        raise DatasetError(f"the first line of {table} has numbers: add a heading with names of the columns")
+        raise DatasetError(
+            f"the first line of {table} has only numbers after its first cell: add a heading, or rename the columns"
+        )
     if len(set(heading)) < len(heading):
         raise DatasetError(f"{table} has two columns of one name: rename one")
     rows = []

@@ -97,7 +97,9 @@ class Trained:
         if not self.reduced:
             check_weights(self.contents["model"], soda)
         if not all(each.isfinite().all() for each in weights.values()):
-            raise CheckpointError(f"{self.path} has weights that are not finite: use one of before the run diverged")
+            raise CheckpointError(
+                f"{self.path} has weights that are not finite: use a checkpoint from before the run diverged"
+            )
         soda.load_state_dict(weights)
         return soda.eval().requires_grad_(False)
 

@@ -132,7 +132,7 @@ def test_every_program_accepts_the_checkpoint(
     last: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = ["--checkpoint", str(last), "device=cpu"]
-    for name in PICTURES:
+    for name in (name for name, kind in PICTURES.items() if not kind.needs_cameras):
         assert sample_program.main([name, *checkpoint, "--out", str(tmp_path / f"{name}.png")]) == 0
     assert embed_program.main([*checkpoint, "--export", str(tmp_path / "encoder.pt2")]) == 0
     monkeypatch.setattr("sys.argv", ["inversion", str(last), "--steps", "2", "--iterations", "1"])

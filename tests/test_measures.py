@@ -313,7 +313,10 @@ def test_a_table_gives_factors_of_files(tmp_path: Path, monkeypatch: pytest.Monk
         ("file,a\n0.png,1,2", "line 2 of {table} is not a path and 1 number: correct it"),
         ("file,a\n1.png,1\n2.png,1", "{table}, each factor has only one value"),
         ("file,a,a\n0.png,1,2", "{table} has two columns of one name: rename one"),
-        ("0.png,1\n1.png,2", "the first line of {table} has numbers: add a heading with names of the columns"),
+        (
+            "0.png,1\n1.png,2",
+            "the first line of {table} has only numbers after its first cell: add a heading, or rename the columns",
+        ),
         ("file\n0.png", "{table} has no factors: give it a heading, a column of files, and columns of numbers"),
         ("file,a\n0.png,1\nnone.png,2", "none.png"),
     ):
@@ -464,7 +467,7 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     assert judge_program.main([*args, "--measures", "all", "--num_samples", "20"]) == 0
     printed = capsys.readouterr().out.strip().split("\n\n")
     assert "skipping the measure attributes: it needs attributes" in caplog.text
-    assert "generated images instead of" not in caplog.text
+    assert "generated images per prior, not" not in caplog.text
     assert "skipping the measure lpips: it needs torchvision's AlexNet weights, which are not downloaded" in caplog.text
     measures = stored(run)["measures"]
     not_applied = {"attributes", "lpips", "fid", "feature_distance"}
@@ -482,7 +485,7 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     old = {"protocol": "old", "rows": {}, "decimals": 1}
     (run / "results.json").write_text(json.dumps(stored(run) | {"measures": measures | {"uniformity": old}}))
     assert judge_program.main([*args, "--measures", "uniformity", "data.image_size=8"]) == 0
-    assert "the measure uniformity replaced another one in results.json, which was: old" in caplog.text
+    assert "the measure uniformity in results.json replaced one with another protocol: old" in caplog.text
     assert train_program.main(args) == 0
     assert stored(run)["measures"] == measures
     # A checkpoint without the results of its step leaves no results.

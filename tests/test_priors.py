@@ -99,7 +99,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(prior, name, value)
 
 
-def test_a_diffusion_prior_learns_a_gaussian(small_network: None) -> None:
+def test_both_priors_draw_from_a_gaussian(small_network: None) -> None:
     """Draws of both priors are as close to other samples of the Gaussian as these are to each other, about."""
     latents, others = gaussian(2000, 1), gaussian(2000, 2)
     fit = Fit(OWNER, 0, torch.device("cpu"))
@@ -111,13 +111,24 @@ def test_a_diffusion_prior_learns_a_gaussian(small_network: None) -> None:
     assert not torch.equal(drawn, fit.draw(2000, 1)) and torch.equal(drawn, fit.draw(2000, 0))
     mixture = torch.tensor(draw_from_mixture(fit_mixture(latents, 2, 0), 2000, 0))
     assert frechet_distance(mixture, others) < 0.1 * frechet_distance(independent, others)
-    # Columns without variance, and components that are hardly more, are drawn as they are.
+    # Constant columns, and columns that almost depend on others, keep their values and correlations.
     flat = torch.cat([latents, torch.full((2000, 1), 7.0), 1e-3 * latents[:, :1] + 1e-4 * others[:, :1]], dim=1)
     fit = Fit(OWNER, 0, torch.device("cpu"))
     fit.run(flat, 5)
     drawn = fit.draw(2000, 0)
     torch.testing.assert_close(drawn[:, 4], flat[:, 4], atol=1e-3, rtol=0)
     assert np.corrcoef(drawn[:, 5], drawn[:, 0])[0, 1] > 0.95
+
+
+@pytest.mark.parametrize(("count", "width"), [(5, 64), (50, 1), (3, 2)])
+def test_few_or_constant_latents_are_drawn(small_network: None, count: int, width: int) -> None:
+    source = torch.Generator().manual_seed(0)
+    for latents in (torch.randn(count, width, generator=source) + 100, torch.full((count, width), 3.0)):
+        fit = Fit(OWNER, 0, torch.device("cpu"))
+        fit.run(latents, 2)
+        drawn = fit.draw(1000, 0)
+        torch.testing.assert_close(drawn.mean(0), latents.mean(0), atol=0.2, rtol=0)
+        torch.testing.assert_close(drawn.std(0), latents.std(0, correction=0), atol=0.2, rtol=0)
 
 
 def test_a_diffusion_prior_learns_more_than_a_gaussian(small_network: None) -> None:
@@ -194,11 +205,17 @@ def test_fit_prior_prints_its_table_resumes_and_generates(
             f"{path} was fitted to another checkpoint than {path.with_suffix('.pt')} (step 22): ",
         ),
         (state | {"data": "0"}, f"{path} was fitted to other training images: "),
-        ({"step": 3}, f"{path} is no prior of this program, or damaged (KeyError): remove it"),
-        (state | {"mean": torch.zeros(3)}, f"{path} is no prior of this program, or damaged (ValueError): remove it"),
-        (state | {"mean": state["mean"] / 0}, f"{path} is no prior of this program, or damaged (ValueError): "),
-        (whole[:5000], f"{path} is no prior of this program, or damaged (ValueError): remove it"),
-        (whole[: len(whole) // 2], f"{path} is no prior of this program, or damaged ("),
+        (
+            {"step": 3},
+            f"{path} is damaged, or no prior of this version (KeyError): remove it and run sample.py fit_prior",
+        ),
+        (
+            state | {"mean": torch.zeros(3)},
+            f"{path} is damaged, or no prior of this version (ValueError): remove it and ",
+        ),
+        (state | {"mean": state["mean"] / 0}, f"{path} is damaged, or no prior of this version (ValueError): "),
+        (whole[:5000], f"{path} is damaged, or no prior of this version (ValueError): remove it and "),
+        (whole[: len(whole) // 2], f"{path} is damaged, or no prior of this version ("),
     ):
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -217,7 +234,7 @@ def test_fit_prior_prints_its_table_resumes_and_generates(
     assert judge_program.main([*args, "--measures", "uniformity"]) == 0
     with pytest.raises(SystemExit, match="2"):
         judge_program.main([*args, "--measures", "prior,uniformity"])
-    assert f"{path} is no prior of this program" in capsys.readouterr().err
+    assert f"{path} is damaged, or no prior" in capsys.readouterr().err
     path.unlink()
 
 

@@ -8,7 +8,6 @@ from evaluation.measures.base import Measure, Measured
 from evaluation.measures.subjects import Subjects
 from experiment.opening import Experiment
 from experiment.trained import Trained
-from utils.cli import gather_user_errors
 from utils.distributed.processes import rank
 from utils.files import FolderError
 from utils.run_folder.results import RESULTS, belongs_to, read_results, write_results
@@ -21,7 +20,12 @@ class Record:
 
     Nothing is added, and the reason is logged, if the file is not that of this step of the run, or if the images are
     not those of the run.
+
+    Attributes:
+        failure: first error in writing the file; None if there was none.
     """
+
+    failure: FolderError | None = None
 
     def __init__(self, trained: Trained, experiment: Experiment) -> None:
         self._trained = trained
@@ -36,35 +40,30 @@ class Record:
             logger.info("the measures are not added to %s, because %s", RESULTS, reason)
 
     def add(self, name: str, measured: Measured) -> None:
-        """Adds a measure, or replaces it. Call it on rank 0. Raises FolderError."""
-        if self._applies:
-            folder = self._trained.folder
-            known = read_results(folder).get("measures", {})
-            before = known.get(name, {}).get("protocol", measured.protocol)
-            write_results(
-                folder, self._trained.trained_with, self._trained.step, measures=known | {name: asdict(measured)}
-            )
+        """Adds a measure, or replaces it. Call it on rank 0. Logs a warning if the file cannot be written."""
+        if not self._applies:
+            return
+        folder, config, step = self._trained.folder, self._trained.trained_with, self._trained.step
+        known = read_results(folder).get("measures", {})
+        before = known.get(name, {}).get("protocol", measured.protocol)
+        try:
+            write_results(folder, config, step, measures=known | {name: asdict(measured)})
+        except FolderError as error:
+            logger.warning("the measure %s is not recorded: %s", name, error)
+            self.failure = self.failure or error
+        else:
             if before != measured.protocol:
-                logger.info("the measure %s replaced another one in %s, which was: %s", name, RESULTS, before)
+                logger.info("the measure %s in %s replaced one with another protocol: %s", name, RESULTS, before)
 
 
-def run_measures(measures: Sequence[Measure], trained: Trained, subjects: Subjects) -> dict[str, Measured]:
-    """Collective. Returns the tables of `measures` by name. Each is printed and recorded as soon as it is computed.
-
-    If results.json cannot be written, all measures are printed first. Then all ranks end with status 2.
-    """
-    record, measured, failure = Record(trained, subjects.experiment), {}, None
+def run_measures(measures: Sequence[Measure], subjects: Subjects, record: Record) -> dict[str, Measured]:
+    """Collective. Returns the tables of `measures` by name. Each is printed and recorded as soon as it is computed."""
+    measured = {}
     for measure in measures:
         measured[measure.name] = measure.measure(subjects)
         if rank() == 0:
             print(f"\n{measure.name}: {measured[measure.name]}", flush=True)
-            try:
-                record.add(measure.name, measured[measure.name])
-            except FolderError as error:
-                failure = error
-    with gather_user_errors():
-        if failure:
-            raise failure
+            record.add(measure.name, measured[measure.name])
     return measured
 
 

@@ -93,7 +93,9 @@ class Subjects:
         test, wanted = self.experiment.test, self.inputs.num_samples
         limit = len(self.experiment.train if test is None else test)
         if wanted > limit:
-            logger.info("%d generated images instead of %d: as many as there are images to compare", limit, wanted)
+            logger.info(
+                "%d generated images per prior, not %d: there are no more real images to compare", limit, wanted
+            )
         return min(wanted, limit)
 
     @cached_property
