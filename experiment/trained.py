@@ -128,8 +128,8 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
 
     Raises:
         ConfigError: the config is not valid, describes another model than the checkpoint, or is not the same on all
-            ranks. Also raised if the ranks read different checkpoints, or if a checkpoint is given and `overrides`
-            name a run folder, which would be ignored.
+            ranks. Also raised if the ranks read different checkpoints, or if `overrides` of the stored config name a
+            run folder, which would be ignored.
         CheckpointError: the checkpoint is missing or cannot be used.
     """
     if checkpoint is None:
@@ -138,7 +138,7 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
         checkpoint, contents = newest_checkpoint(folder) or (folder / "last.pt", None)
         contents = contents or load_checkpoint(checkpoint)
     else:
-        if any(each.startswith("output_dir=") for each in overrides):
+        if config is None and any(each.startswith("output_dir=") for each in overrides):
             raise ConfigError(f"output_dir does not apply to --checkpoint {checkpoint}: remove it")
         contents = load_checkpoint(checkpoint)
     trained_with = parse_config(contents["config"], str(checkpoint))

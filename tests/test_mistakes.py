@@ -203,11 +203,6 @@ MISTAKES = [
     Mistake("ends in neither .npz nor", [*checkpoint("good"), "--split", "test", "--out", "z.csv"], "embed.py"),
     Mistake("--out z.npz is for features", [*checkpoint("good"), "--export", "out", "--out", "z.npz"], "embed.py"),
     Mistake("output_dir does not apply to", ["nearest", *checkpoint("sectioned"), "output_dir=x"], "sample.py"),
-    Mistake(
-        "output_dir does not apply to",
-        ["--config", "config/digits.yaml", *checkpoint("good"), "output_dir=x"],
-        "test.py",
-    ),
     Mistake("--out a.jpg is not a .png file", ["nearest", *checkpoint("good"), "--out", "a.jpg"], "sample.py"),
     Mistake("--out r.html is for the report: add --report", [*checkpoint("good"), "--out", "r.html"], "test.py"),
     Mistake(
