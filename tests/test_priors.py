@@ -236,6 +236,10 @@ def test_fit_prior_prints_its_table_resumes_and_generates(
         judge_program.main([*args, "--measures", "prior,uniformity"])
     assert f"{path} is damaged, or no prior" in capsys.readouterr().err
     path.unlink()
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="2"):
+        patched.setattr("analysis.measuring.all_equal", lambda step: False)
+        judge_program.main([*args, "--measures", "uniformity"])
+    assert f"error: the machines hold different files {path}: " in capsys.readouterr().err
 
 
 SPLITS = ("training", "test")
@@ -276,6 +280,13 @@ def test_reconstructions_by_formulas(codec: Codec, monkeypatch: pytest.MonkeyPat
         assert found["PSNR (dB)"][name]["value"] == pytest.approx((-10 * errors.log10()).mean().item(), rel=1e-4)
         assert perceptual[name]["value"] == pytest.approx((each - sources).abs().mean().item(), rel=1e-4)
     assert (images["mean image"] - images["mean image"][0]).abs().max() < 1e-6
+
+
+def test_no_more_images_are_generated_than_there_are_to_compare(codec: Codec, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert Subjects(codec.experiment, {}, "z", Inputs(num_samples=360), codec).num_samples == 360 and not caplog.text
+    assert Subjects(codec.experiment, {}, "z", Inputs(num_samples=361), codec).num_samples == 360
+    assert "360 generated images per prior, not 361" in caplog.text
 
 
 def test_copies_of_training_images_are_memorized_and_other_images_are_not(codec: Codec) -> None:
