@@ -206,45 +206,49 @@ LAYOUTS = [  # dtype and memory format
 
 
 def batch_norm(
-    make: type[nn.BatchNorm2d], dtype: torch.dtype, layout: torch.memory_format, device: str = "cpu"
+    make: type[nn.BatchNorm2d], dtype: torch.dtype, layout: torch.memory_format, device: str, exact: bool
 ) -> dict[str, Tensor]:
     """Runs BatchNorm forward and backward twice, on this process's share of 8 samples.
 
     The values of the first pass are far from zero. Returns outputs, gradients and buffers for all 8 samples, and an
     output in evaluation mode.
+
+    Args:
+        exact: True: computes in float64, from values that are rounded to `dtype`; False: computes in `dtype`.
     """
+    compute = torch.float64 if exact else dtype
     norm = make(6)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         norm.weight.normal_(generator=generator)
         norm.bias.normal_(generator=generator)
-    norm.to(device)
+    norm.to(device, torch.float64 if exact else torch.float32)
     found: dict[str, Tensor] = {}
     for step, centre in enumerate((300.0, 0.5)):
         values = torch.randn(8, 6, 5, 3, generator=generator) * torch.arange(1, 7)[:, None, None] + centre
         weights = torch.randn(values.shape, generator=generator)
         mine = slice(my_range(8).start, my_range(8).stop)
-        x = values[mine].to(device, dtype, memory_format=layout).requires_grad_()
+        x = values[mine].to(dtype).to(device, compute, memory_format=layout).requires_grad_()
         y = norm(x)
         norm.zero_grad()
-        y.backward(weights[mine].to(device, dtype, memory_format=layout))
+        y.backward(weights[mine].to(dtype).to(device, compute, memory_format=layout))
         assert x.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
         for name, part in (("y", y.detach()), ("x gradient", x.grad)):
-            whole = torch.zeros(values.shape, device=device)
+            whole = torch.zeros(values.shape, device=device, dtype=torch.float64)
             whole[mine] = part
             found[f"{name}, step {step}"] = all_reduce(whole)
         for name, parameter in norm.named_parameters():
             assert parameter.grad is not None
             found[f"{name} gradient, step {step}"] = all_reduce(parameter.grad)
         found |= {f"{name}, step {step}": buffer.clone() for name, buffer in norm.named_buffers()}
-        assert y.dtype == x.grad.dtype == dtype and y.is_contiguous(memory_format=layout)
-    found["evaluation"] = norm.eval()(torch.ones(1, 6, 2, 2, device=device)).detach()
-    return {name: value.cpu() for name, value in found.items()}
+        assert y.dtype == x.grad.dtype == compute and y.is_contiguous(memory_format=layout)
+    found["evaluation"] = norm.eval()(torch.ones(1, 6, 2, 2, device=device, dtype=norm.weight.dtype)).detach()
+    return {name: value.cpu().double() for name, value in found.items()}
 
 
-def batch_norms(make: type[nn.BatchNorm2d], device: str = "cpu") -> list[dict[str, Tensor]]:
+def batch_norms(make: type[nn.BatchNorm2d], device: str = "cpu", exact: bool = False) -> list[dict[str, Tensor]]:
     """Returns the results of `batch_norm` for every number format and memory layout."""
-    return [batch_norm(make, dtype, layout, device) for dtype, layout in LAYOUTS]
+    return [batch_norm(make, dtype, layout, device, exact) for dtype, layout in LAYOUTS]
 
 
 def judging(folder: Path, *overrides: str) -> tuple[Any, Tensor, float]:
