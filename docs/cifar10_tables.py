@@ -5,7 +5,7 @@ import statistics
 from ablations import curves
 from ablations.runs import score
 from ablations.tables import mean_and_deviation
-from docs.rows import NOT_MEASURED, RESULTS, Row, accuracy, beside_baselines, both, last_of, markdown, recorded
+from docs.rows import NOT_MEASURED, RESULTS, Row, against_first, beside_baselines, both, by_variant, markdown, recorded
 
 CURVES = [RESULTS / f"{name}.jsonl" for name in ("cifar10_cpu_runs", "cifar10_cpu_two_hours", "cifar10_cpu_long")]
 
@@ -35,12 +35,9 @@ RUN_NAMES = {
 }
 
 
-def screened() -> dict[str, list[Row]]:
-    """Returns the last rows of the runs of the screen on CIFAR-10, by variant."""
-    groups: dict[str, list[Row]] = {}
-    for row in last_of(recorded("cifar10_cpu_screen")):
-        groups.setdefault(row["variant"], []).append(row)
-    return groups
+def screened(epochs: int) -> dict[str, list[Row]]:
+    """Returns the rows of the runs of the screen on CIFAR-10 that have this length, by variant."""
+    return by_variant(row for row in recorded("cifar10_cpu_screen") if row["of_epochs"] == epochs)
 
 
 def controls() -> str:
@@ -50,7 +47,7 @@ def controls() -> str:
         if row["complete"]:
             runs.setdefault((row["stage"], row["variant"]), []).append(row)
     found = [f"{run_name(kind, rows[0]['of_epochs'])}: {both(rows)}" for kind, rows in runs.items()]
-    groups = screened()
+    groups = screened(1)
     linear = {row["seed"]: score(row) for row in groups["linear"]}
     gains = [score(row) - linear[row["seed"]] for row in groups["first"] if row["seed"] in linear]
     seeds = "1 seed" if len(gains) == 1 else f"{len(gains)} seeds"
@@ -61,25 +58,21 @@ def controls() -> str:
 
 
 def screen() -> str:
-    """Returns the table of the screen on CIFAR-10. The best variant is bold."""
-    groups = screened()
-    first = {row["seed"]: score(row) for row in groups["first"]}
+    """Returns the table of the screen on CIFAR-10, after one and two epochs. The best variant is bold."""
+    lengths = {"1 epoch": screened(1), "2 epochs": screened(2)}
+    differences = {length: against_first(groups) for length, groups in lengths.items()}
+    groups = lengths["1 epoch"]
     best = max(groups, key=lambda variant: statistics.mean(map(score, groups[variant])))
-    lines = []
-    for variant, rows in groups.items():
-        name = SCREEN_NAMES.get(variant) or f"`{' '.join(rows[0]['overrides'])}`"
-        gains = [score(row) - first[row["seed"]] for row in rows if row["seed"] in first]
-        lines.append(
-            [
-                f"**{name}**" if variant == best else name,
-                f"{rows[0]['images']:,}",
-                f"{rows[0]['step_gflop']:.2f}",
-                *(mean_and_deviation([accuracy(row, kind) for row in rows]) for kind in ("k-NN", "linear")),
-                mean_and_deviation([score(row) for row in rows]),
-                "" if variant == "first" else f"{statistics.mean(gains):+.1f}",
-            ]
-        )
-    head = ["variant", "images", "GFLOP per image", "k-NN", "linear", "mean of k-NN and linear", "against the first"]
+    head, lines = ["variant", "GFLOP per image"], []
+    for variant, (row, *_) in groups.items():
+        name = SCREEN_NAMES.get(variant) or f"`{' '.join(row['overrides'])}`"
+        line = [f"**{name}**" if variant == best else name, f"{row['step_gflop']:.2f}"]
+        for length, measured in lengths.items():
+            rows = measured.get(variant, [])
+            line += [both(rows) if rows else "", differences[length].get(variant, "")]
+        lines.append(line)
+    for length in lengths:
+        head += [f"{length}: k-NN / linear", "against the first"]
     return markdown(head, lines)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ablations import curves
 from ablations.runs import accuracies, score
-from ablations.tables import deviation_of_difference, mean_and_deviation, pooled_deviation, verdict
+from ablations.tables import mean_and_deviation
 from docs import cifar10_tables
-from docs.rows import NOT_MEASURED, Row, beside_baselines, last_of, markdown, recorded
+from docs.rows import NOT_MEASURED, against_first, beside_baselines, by_variant, last_of, markdown, recorded
 from evaluation.measures.base import Measured
 from utils.files import write_text
 
@@ -87,27 +87,19 @@ def few_labels(name: str) -> str:
 
 def variants(name: str) -> str:
     """Returns the table of the variants of a stage of an ablation, each against the first, over the same seeds."""
-    groups: dict[str, list[Row]] = {}
-    for row in last_of(recorded(name)):
-        if row["complete"]:
-            groups.setdefault(row["variant"], []).append(row)
+    groups = by_variant(recorded(name))
     if not groups:
         return f"{NOT_MEASURED}."
-    deviation = pooled_deviation([[score(row) for row in rows] for rows in groups.values()])
-    first = {row["seed"]: score(row) for row in next(iter(groups.values()))}
-    lines: list[list[str]] = []
+    differences = against_first(groups)
+    lines = []
     for variant, rows in groups.items():
-        gains = [score(row) - first[row["seed"]] for row in rows if row["seed"] in first]
-        difference = ""
-        if gains:
-            difference = verdict(statistics.mean(gains), deviation_of_difference(deviation, [len(gains)] * 2))
         both = zip(*(accuracies(row) for row in rows), strict=True)
         lines.append(
             [
                 *(variant.replace("_", " "), str(len(rows)), f"{rows[0]['images']:,}"),
                 *(mean_and_deviation(list(values)) for values in both),
                 mean_and_deviation([score(row) for row in rows]),
-                difference if lines else "",
+                differences[variant],
             ]
         )
     head = ["variant", "seeds", "images", "k-NN", "linear", "mean of k-NN and linear", "against the first"]
