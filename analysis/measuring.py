@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from analysis.image_encoder import trained_encoder
-from analysis.prior import Fit, PriorError, open_fit, prior_path, priors_of
+from analysis.latent_diffusion import Fit
+from analysis.prior import PriorError, open_fit, prior_path, priors_of
 from config.errors import ConfigError
 from evaluation.codec import Codec
 from evaluation.factors import open_factors

@@ -20,10 +20,10 @@ from torch import Tensor
 import sample as sample_program
 import test as judge_program
 import train as train_program
-from analysis import prior
+from analysis import latent_diffusion
+from analysis.latent_diffusion import Fit
 from analysis.latent_space import draw_from_mixture, fit_mixture
 from analysis.pictures import Directions
-from analysis.prior import Fit
 from config.errors import ConfigError
 from evaluation.codec import Codec
 from evaluation.distances import frechet_distance, kernel_distance, two_sample_accuracy
@@ -96,7 +96,7 @@ def test_the_two_sample_test_knows_chance_and_differences_of_shape() -> None:
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the diffusion prior small."""
     for name, value in {"WIDTH": 64, "NUM_LAYERS": 2, "NUM_SAMPLING_STEPS": 100, "LEARNING_RATE": 3e-3}.items():
-        monkeypatch.setattr(prior, name, value)
+        monkeypatch.setattr(latent_diffusion, name, value)
 
 
 def test_both_priors_draw_from_a_gaussian(small_network: None) -> None:
