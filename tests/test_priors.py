@@ -391,6 +391,8 @@ def test_a_named_measure_that_needs_more_is_left_out_in_one_line(
     for words, printed, expected in (
         (["lpips"], False, needs),
         (["lpips,reconstruction"], True, f"{needs}add --lpips FILE; the other measures were printed"),
+        (["reconstruction", "--measures", "lpips"], True, f"{needs}add --lpips FILE; the other measures were printed"),
+        (["lpips", "--lpips", "none.pth"], False, "--lpips: there is no file none.pth: name a file with torchvision's"),
         (["lpips", "--lpips", str(tmp_path / "wrong.pth")], False, f"--lpips: {tmp_path / 'wrong.pth'} cannot be read"),
         (
             ["lpips", "--lpips", str(tmp_path / "other.pth")],

@@ -101,6 +101,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--measures",
         type=_names,
+        action="extend",
         default=[],
         metavar="NAMES",
         help="measures to print instead of the accuracies: all, or names in the list below, separated by commas; with "
@@ -122,7 +123,7 @@ def check_options(args: Namespace) -> None:
 
 def _names(text: str) -> list[str]:
     """Returns the names in the option --measures, for argparse. Raises ArgumentTypeError if a name is unknown."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in (ALL, *MEASURES):
             raise ArgumentTypeError(f"there is no measure {name!r}: choose from {ALL}, {', '.join(MEASURES)}")
