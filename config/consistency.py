@@ -84,7 +84,7 @@ def check_consistency(config: Any) -> None:
     if decoder.cross_attention:
         check_cross_attention(config)
     if config.views.same:
-        check_same_view(config.views)
+        check_same_view(config)
     timesteps = config.evaluation.timesteps
     if timesteps and max(timesteps) >= config.diffusion.num_timesteps:
         raise ValueError(
@@ -228,8 +228,9 @@ def check_cross_attention(config: Any) -> None:
         )
 
 
-def check_same_view(views: Any) -> None:
-    """Raises ValueError if views.same contradicts the other keys of the `views` section."""
+def check_same_view(config: Any) -> None:
+    """Raises ValueError if views.same contradicts other keys of a `Config`."""
+    views = config.views
     if views.num_sources > 1:
         raise ValueError("views.same needs views.num_sources=1: set both, or neither")
     source, target = views.source.model_dump(exclude={"noise_std"}), views.target.model_dump()
@@ -238,4 +239,10 @@ def check_same_view(views: Any) -> None:
         raise ValueError(
             f"views.same needs one augmentation, but views.source.{other} is {source[other]} and views.target.{other} "
             f"is {target[other]}: set them to one value"
+        )
+    in_pixels = next((name for name in ("shift_pixels", "blur_probability") if target[name]), None)
+    if in_pixels and config.data.stored_size and config.decoder_size != config.encoder_size:
+        raise ValueError(
+            f"views.same contradicts views.target.{in_pixels}, because data.stored_size cuts source and target in "
+            "different sizes, and shifts and blur are in pixels: set it to 0, or remove data.stored_size"
         )

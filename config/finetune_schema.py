@@ -190,6 +190,10 @@ class FinetuneConfig(RunConfig):
         check_images_and_encoder(self)
         check_noise_schedule(self.diffusion)
         check_rates(self)
+        if self.data.has_cameras:
+            raise ValueError(
+                "data.name=posed is for train.py, because classifiers use no cameras: set data.name=folder"
+            )
         if self.labelled and self.num_labels is not None:
             raise ValueError("labelled and num_labels exclude each other: set num_labels=null, or labelled= (empty)")
         if self.encoder.frozen:

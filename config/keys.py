@@ -51,7 +51,8 @@ def nearest_key(schema: type[RunConfig], name: str) -> str | None:
 
 def example_of(schema: type[RunConfig], section: str) -> str:
     """Returns a key of the section with its default, as key=default."""
-    name, field, _ = next(key for key in all_keys(schema) if key[0].startswith(f"{section}."))
+    inside = (key for key in all_keys(schema) if key[0].startswith(f"{section}.") and key[1].default is not None)
+    name, field, _ = next(inside)
     return f"{name}={field.default}"
 
 

@@ -101,8 +101,6 @@ def open_listing(
                     )
                 for path in earlier:
                     _remove_unused(path)
-                for path in (mark_file, pixels_file):
-                    path.unlink(missing_ok=True)
             with replacing(mark_file) as mark:
                 if stream:
                     index = _look_through(listing, image_size, workers, None, rules, skip)

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -114,7 +115,7 @@ def decode(path: Path, image_size: int, rules: Rules = DEFAULT_RULES, findings: 
         raise ImageError(path, "it does not fit in memory", damaged=False) from None
     except Exception as error:  # PIL's decoders raise many types for damaged files
         described = isinstance(error, (OSError, ValueError, SyntaxError))
-        text = str(error).replace(f" {os.fspath(path)!r}", "")  # the message names the file already
+        text = re.sub(f":? {re.escape(repr(os.fspath(path)))}", "", str(error))  # the message names the file already
         reason = " ".join(f"{'' if described else type(error).__name__ + ': '}{text}".split())
         # Errors of the system have a number. PIL's own have none, and damaged files make PIL seek invalid positions.
         damaged = not isinstance(error, OSError) or error.errno in (None, errno.EINVAL)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 GREY_BITS = (8, 10, 12, 16)  # depths of greys that cameras and scanners store in 16 or 32 bits
 LISTED = 10  # number of files that a message names
 
-# Traits of files whose pixels are not all that the file holds: name -> what is logged about these files.
+# Traits of files that hold more than the pixels that are read from them: name -> what is logged about these files.
 TRAITS = {
     "frames": "have several frames or pages, of which the first is read",
     "transparent": "have transparent pixels, which show the colour data.background",
@@ -91,13 +91,14 @@ class UnreadableError(DatasetError):
 
     Attributes:
         reasons: the reason for each file.
+        can_skip: True if data.unreadable=skip would leave these files out, so that the others can be used.
     """
 
-    def __init__(self, reasons: dict[Path, str]) -> None:
+    def __init__(self, reasons: dict[Path, str], can_skip: bool) -> None:
         listed = [f"{path} ({reason})" for path, reason in list(reasons.items())[:LISTED]]
         what = "the image" if len(reasons) == 1 else f"{len(reasons)} images:"
         super().__init__(f"cannot read {what} {', '.join(listed)}{', ...' if len(reasons) > LISTED else ''}")
-        self.reasons = reasons
+        self.reasons, self.can_skip = reasons, can_skip
 
     def with_advice(self, folder: Path, name: str) -> DatasetError:
         """Returns this error with advice. If there are more files than it names, lists all in `folder`/`name`."""
@@ -107,8 +108,8 @@ class UnreadableError(DatasetError):
             lines = "".join(f"{path}\t{reason}\n" for path, reason in self.reasons.items())
             (folder / name).write_text(lines, encoding="utf-8", errors="surrogateescape")
             text += f" (all of them: {folder / name})"
-        one = len(self.reasons) == 1
-        return DatasetError(f"{text}: repair or remove {'it' if one else 'them'}, or set data.unreadable=skip")
+        advice = f"repair or remove {'it' if len(self.reasons) == 1 else 'them'}"
+        return DatasetError(f"{text}: {advice}{', or set data.unreadable=skip' if self.can_skip else ''}")
 
 
 def raise_if_unreadable(listing: Listing, findings: Findings, skip: bool) -> None:
@@ -117,11 +118,12 @@ def raise_if_unreadable(listing: Listing, findings: Findings, skip: bool) -> Non
     Args:
         skip: True: damaged files are no error, unless all files are unreadable.
     """
-    unreadable = findings.unreadable
-    if skip and len(unreadable) < len(listing.files):
+    unreadable, usable = findings.unreadable, len(findings.unreadable) < len(listing.files)
+    if skip and usable:
         unreadable = {file: reason for file, reason in unreadable.items() if file in findings.undelivered}
     if unreadable:
-        raise UnreadableError({listing.root / file: unreadable[file] for file in sorted(unreadable)})
+        can_skip = usable and not findings.undelivered
+        raise UnreadableError({listing.root / file: unreadable[file] for file in sorted(unreadable)}, can_skip)
 
 
 def log_findings(where: str, count: int, findings: Findings, grey_bits: int | None) -> None:

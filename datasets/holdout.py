@@ -18,7 +18,7 @@ def draw_held_out(names: Sequence[str], groups: Sequence[int], fraction: float, 
 
     From each group, `fraction` of its names is held out, at least one name, but at least `kept` names are kept. A name
     is drawn by its digest. The draw is therefore the same for all runs and on every machine, and a name that is added
-    later moves few others.
+    later changes the split of few others.
 
     Args:
         groups: number of the group of each name.
@@ -64,8 +64,8 @@ def hold_out(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
     held = draw_held_out(listing.files, labels, fraction)
     if not held:
         raise DatasetError(
-            f"data.holdout={fraction:g} holds out no image of {listing.root}, because each class keeps one and none "
-            "has two: add images, or remove data.holdout and data.labels, to train without labels"
+            f"data.holdout={fraction:g} holds out no image of {listing.root}, because each class has a single image, "
+            "which is trained on: add images"
         )
     logger.info(
         "%d of the %d images in %s are held out as the test split (data.holdout=%g), chosen by a digest of their paths",

@@ -16,6 +16,8 @@ from config.errors import UserError
 # Mean and standard deviation of each channel, for pixels on the scale of [0, 1].
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
+RESIZED_AT_ONCE = 1024  # images whose float32 copies are in memory at the same time
+
 # Indices of images of a split: a range of consecutive indices, or a tensor (N,) int64 of any indices.
 Indices = range | Tensor
 
@@ -190,6 +192,11 @@ class JoinedImages(Images):
             yield found
 
 
+def _resize(pixels: Tensor, size: int) -> Tensor:
+    resized = torch.nn.functional.interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).byte()
+
+
 def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], image_size: int) -> StoredImages:
     """Makes images from arrays (N, H, W) or (N, H, W, 3) uint8.
 
@@ -198,8 +205,5 @@ def from_arrays(arrays: np.ndarray, labels: np.ndarray, classes: list[str], imag
     pixels = torch.from_numpy(np.ascontiguousarray(arrays))
     pixels = pixels[:, None].expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     if pixels.shape[-2:] != (image_size, image_size):
-        pixels = torch.nn.functional.interpolate(
-            pixels.float(), size=(image_size, image_size), mode="bilinear", antialias=True
-        )
-        pixels = pixels.round().clamp(0, 255).byte()
+        pixels = torch.cat([_resize(part, image_size) for part in pixels.split(RESIZED_AT_ONCE)])
     return StoredImages(pixels.contiguous(), torch.from_numpy(np.asarray(labels, dtype=np.int64)), classes)

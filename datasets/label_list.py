@@ -190,7 +190,7 @@ def _possible_formats(line: str) -> Iterator[_Format]:
 
 
 def _choose_format(path: Path, lines: list[tuple[int, str]], existing: _Files, example: str, root: Path) -> _Format:
-    """Returns the format in which the most of the first lines name existing images. Raises DatasetError if none does.
+    """Returns the format in which most of the first lines name existing images. Raises DatasetError if none does.
 
     Args:
         example: path of an image that exists.

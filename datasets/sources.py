@@ -26,7 +26,7 @@ from datasets.posed import open_posed
 from datasets.splits import open_splits
 from datasets.tiny_imagenet import list_tiny_imagenet
 from datasets.walking import all_images
-from utils.files import replacing
+from utils.files import replacing, waiting_lock
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,12 @@ def _open(build: Callable[..., Any], root: Path, what: str, url: str, advice: st
     try:
         try:
             return build(root=root, train=True, download=False), build(root=root, train=False, download=False)
-        except RuntimeError:
+        except RuntimeError as error:
+            if "not found" not in str(error):  # the files are there, but they do not have the size of their images
+                raise ValueError(str(error)) from None
             logger.info("unpacking or downloading %s into %s from %s (if this is slow: %s)", what, root, url, advice)
-        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+        # torchvision writes directly to the final files, so only one process at a time may do so.
+        with waiting_lock(root / ".lock", f"downloads {what} into {root}"), _socket_timeout(DOWNLOAD_TIMEOUT_S):
             return build(root=root, train=True, download=True), build(root=root, train=False, download=False)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -59,7 +59,7 @@ def open_splits(
     root, cache_dir = Path(data.root), Path(data.cache_dir)
     stream = choose_stream(data.stream, root, len(train.files) + len(test.files if test else []), data.kept_size)
     opened: list[Images | None] = []
-    unreadable: dict[Path, str] = {}
+    unreadable: list[UnreadableError] = []
     for listing in (train, test):
         images = None
         if listing is not None:
@@ -76,12 +76,14 @@ def open_splits(
                 )
                 grey_bits = grey_bits or images.grey_bits
             except UnreadableError as error:
-                unreadable |= error.reasons
+                unreadable.append(error)
         opened.append(images)
     if unreadable:
         try:
             file = f"unreadable-{digest_of_folder(root)}.txt"
-            raise UnreadableError(unreadable).with_advice(cache_dir, file) from None
+            reasons = {path: reason for error in unreadable for path, reason in error.reasons.items()}
+            together = UnreadableError(reasons, all(error.can_skip for error in unreadable))
+            raise together.with_advice(cache_dir, file) from None
         except OSError as error:
             raise cannot_cache(cache_dir, error, stream) from None
     assert opened[0] is not None

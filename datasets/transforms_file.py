@@ -65,7 +65,7 @@ def _frames(folder: Path, path: Path) -> list[Photograph]:
         raise DatasetError(f"{path} is not in the format of NeRF-synthetic ({reason}): correct it") from None
     files = [_image_of(file, path) for file, _ in frames]
     shapes = {file: _shape(file) for file in files}
-    known = {round(shape, 2): file for file, shape in reversed(shapes.items()) if shape}  # with the first file of each
+    known = {round(shape, 2): file for file, shape in reversed(shapes.items()) if shape}  # {shape: its first file}
     if not known:
         raise DatasetError(f"cannot read {files[0]}, nor any other image of {path}: restore the files")
     if len(known) > 1:
@@ -87,7 +87,7 @@ def _shape(file: Path) -> float | None:
     try:
         with Image.open(file) as image:  # reads only the size and the orientation
             shape, orientation = image.width / image.height, orientation_of(image)
-    except OSError:
+    except Exception:  # PIL raises many types for damaged files
         return None
     if orientation != 1:
         raise DatasetError(

@@ -38,7 +38,7 @@ class StartingWeights:
     Attributes:
         path: the file.
         digest: SHA-256 of the file, in hexadecimal digits.
-        weights: state dict of the part. It may lack the weights of `new`, but no others.
+        weights: state dict of the part. It has all of its weights, except those in `new`.
         new: names of the weights that keep their random initial values.
         origin: description for the log.
         statistics: mean and standard deviation of the images that the weights were trained on; None: not known.

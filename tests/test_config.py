@@ -103,6 +103,7 @@ def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
         ("zzz=1", "unknown key zzz"),
         ("trainnig.epochs=2", "did you mean training?"),
         ("training=3", "training is a section, not a value: set its keys, as in training.epochs=800"),
+        ("decoder=5", "decoder is a section, not a value: set its keys, as in decoder.model_channels=128"),
         ("training.checkpoint_every=100", "write `N steps`, `N epochs` or `N minutes`, not '100'"),
         ("seed=0x_", "seed: input should be a valid integer, not '0x_'"),
         ("optimizer.warmup_epochs=1e308", "optimizer.warmup_epochs"),

@@ -6,8 +6,10 @@ import os
 import pickle
 import struct
 import threading
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +20,7 @@ import torchvision
 from PIL import Image
 
 from config.schema import Data
-from datasets import cache, decoding, splits
+from datasets import cache, decoding, sources, splits
 from datasets.decoding import StreamedImages, decode_batches
 from datasets.folder_layouts import list_folder
 from datasets.images import DatasetError, StoredImages, Summary, from_arrays, summarize
@@ -545,8 +547,35 @@ def test_a_damaged_archive_is_named_and_can_be_mended(tmp_path: Path, monkeypatc
     with pytest.raises(DatasetError, match="damaged"):
         open_data("fashion_mnist", str(tmp_path), "unused", 28)
     archive.write_bytes(whole)
-    (tmp_path / "FashionMNIST" / "raw" / archive.stem).unlink()
+    unpacked = tmp_path / "FashionMNIST" / "raw" / archive.stem
+    unpacked.unlink()
     assert len(open_data("fashion_mnist", str(tmp_path), "unused", 28)[0]) == 6
+    unpacked.write_bytes(unpacked.read_bytes()[:2000])
+    with pytest.raises(DatasetError, match=r"damaged .*: remove it"):
+        open_data("fashion_mnist", str(tmp_path), "unused", 28)
+
+
+def test_two_runs_that_start_together_download_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    archive, downloads, both_look = tmp_path / "archive", [], threading.Barrier(2)
+
+    def build(root: Path, train: bool, download: bool) -> bytes:
+        if not archive.exists() and not download:
+            both_look.wait(timeout=60)
+            raise RuntimeError("Dataset not found or corrupted.")
+        if not archive.exists():
+            downloads.append(train)
+            with open(archive, "wb") as file:
+                file.write(b"half")
+                file.flush()
+                time.sleep(0.3)
+                file.write(b"half")
+        return archive.read_bytes()
+
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(sources._open, build, tmp_path, "a set", "nowhere", "wait") for _ in range(2)]
+    assert [run.result() for run in runs] == [(b"halfhalf", b"halfhalf")] * 2 and downloads == [True]
+    assert caplog.text.count("waiting for another process that downloads a set into") == 1
 
 
 @pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python")])
@@ -603,7 +632,8 @@ def test_statistics_against_numpy() -> None:
     np.testing.assert_allclose(std, pixels.numpy().std((0, 2, 3)) / 255)
 
 
-def test_resizing_against_torchvision() -> None:
+def test_resizing_against_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.images.RESIZED_AT_ONCE", 3)
     arrays = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np.uint8)
     ours = from_arrays(arrays, np.zeros(4), ["a"], 16).pixels
     theirs = torchvision.transforms.v2.functional.resize(torch.from_numpy(arrays)[:, None], [16, 16], antialias=True)

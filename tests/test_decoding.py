@@ -444,6 +444,11 @@ def test_a_single_unreadable_file_is_named(tmp_path: Path) -> None:
     )
     assert str(caught.value).startswith(start) and str(caught.value).endswith(end)
     assert not list((tmp_path / "cache").iterdir())
+    (tmp_path / "photos" / "b.png").unlink()
+    (tmp_path / "photos" / "b.png").symlink_to("b.png")
+    for unreadable in ("error", "skip"):  # the system does not deliver it, which is always an error
+        with pytest.raises(DatasetError, match=r"levels of symbolic links\): repair or remove it$"):
+            open_folder(tmp_path / "photos", unreadable=unreadable)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import embed as embed_program
 import sample as sample_program
@@ -479,6 +480,12 @@ def test_damaged_transforms_files_are_errors_of_the_user(tmp_path: Path) -> None
         (root / "x" / "transforms.json").write_text(text)
         with pytest.raises(DatasetError, match=message):
             opened(root, pose="transforms.json")
+    (image,) = root.glob("x/80-000.*")
+    text = PngInfo()
+    text.add_text("comment", "a" * 2**21, zip=True)  # PIL refuses to unpack so much text
+    Image.new("RGB", (8, 8)).save(image, pnginfo=text)
+    with pytest.raises(DatasetError, match=f"cannot read {image}, nor any other image of"):
+        opened(root, pose="transforms.json")
 
 
 @pytest.mark.parametrize(

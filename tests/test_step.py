@@ -23,6 +23,7 @@ from experiment.models import initial_soda
 from model.soda import Denoised
 from tests.conftest import assert_equal_states, batch_of, experiment_of
 from training import losses
+from training.loop import _log_circumstances
 from training.sample_grid import sample_grid
 from training.state import Summary, Tally, initial_state
 from training.step import learning_rates, train_step, training_pixels
@@ -258,7 +259,9 @@ def test_samples_depend_on_the_latent_and_on_the_guidance(tmp_path: Path) -> Non
         assert not torch.equal(grid[:, 68:134], plain[:, 68:134])
 
 
-def test_warmup_is_linear_in_steps_then_constant(tmp_path: Path) -> None:
+def test_warmup_is_linear_in_steps_then_constant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _log_circumstances(experiment_of(tmp_path, "optimizer.warmup_epochs=20", "training.epochs=5"))
+    assert "ends before the warm-up of 20 (optimizer.warmup_epochs): the learning rates reach 25 %" in caplog.text
     experiment = experiment_of(tmp_path, "optimizer.warmup_epochs=1.0", "optimizer.decoder_lr=1e-3")
     encoder, decoder = zip(*(learning_rates(experiment, step) for step in range(30)), strict=True)
     expected = [min(1.0, (step + 1) / STEPS_PER_EPOCH) for step in range(30)]

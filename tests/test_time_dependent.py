@@ -126,6 +126,16 @@ def test_training_and_sampling_encode_at_the_timestep_of_the_decoder() -> None:
     assert isinstance(small_soda().condition(x_source), Tensor)
 
 
+def test_one_view_in_two_sizes_has_no_shift_and_no_blur() -> None:
+    """With data.stored_size, source and target are cut in their own sizes, and shift and blur are in their pixels."""
+    sizes = ["data.name=folder", "data.stored_size=64", "decoder.image_size=16"]
+    for key in ("shift_pixels=4", "blur_probability=0.5"):
+        views = ["views.same=true", f"views.source.{key}", f"views.target.{key}"]
+        load_config(ROOT / "config/cifar10.yaml", ["data.name=folder", "decoder.image_size=16", *views])
+        with pytest.raises(ConfigError, match=rf"views.same contradicts views.target.{key.partition('=')[0]}, because"):
+            load_config(ROOT / "config/cifar10.yaml", [*sizes, *views])
+
+
 def test_source_and_target_are_one_view(tmp_path: Path) -> None:
     """The target is the source without its noise, also in the grid, and also if the decoder's images are smaller."""
     for size in (8, 4):

@@ -740,6 +740,7 @@ def test_a_run_does_not_continue_with_other_images_or_labels(
         ("num_labels=null method=laplacenet", "needs images without labels: lower"),
         ("labelled=none.txt", "labelled and num_labels exclude each other"),
         ("labelled=none.txt num_labels=null", "cannot use none.txt (No such file or directory)"),
+        ("data.name=posed data.pose=eth80", "data.name=posed is for train.py, because classifiers use no"),
         ("encoder.frozen=true", "encoder.frozen is for train.py: set method=probe"),
         ("unlabelled=none", "no folder none"),
         ("method=laplacenet laplacenet.supervised_epochs=2", "supervised_epochs 2 leaves no epoch for pseudo-labels"),

@@ -221,6 +221,13 @@ def _log_circumstances(experiment: Experiment) -> None:
         logger.info(
             "%d processes: %d images of each batch per process, gradients reduced by %s", world_size(), share, backend
         )
+    warmup_epochs = experiment.config.optimizer.warmup_epochs
+    if warmup_epochs > training.epochs:
+        logger.warning(
+            "the run of %d epochs ends before the warm-up of %g (optimizer.warmup_epochs): the learning rates reach "
+            "%.0f %% of their values",
+            *(training.epochs, warmup_epochs, 100 * training.epochs / warmup_epochs),
+        )
     if batch_norm_batch_size(training) < training.batch_size:
         logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(training))
 

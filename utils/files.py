@@ -133,6 +133,28 @@ def native_lock(path: Path) -> BaseFileLock:
     return FileLock(path, timeout=0, **options)
 
 
+@contextmanager
+def waiting_lock(path: Path, doing: str) -> Iterator[None]:
+    """Context that holds the lock of `path`, which is created if it is missing. Waits for other processes that hold it.
+
+    Raises OSError if `path` cannot be written. If the storage does not support locks, continues without one.
+
+    Args:
+        doing: what the holder of the lock does, for the log, such as "downloads images".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    open(path, "a", encoding="utf-8").close()
+    held = ExitStack()
+    with suppress(OSError, NotImplementedError):
+        try:
+            held.enter_context(native_lock(path))
+        except Timeout:
+            logger.info("waiting for another process that %s", doing)
+            held.enter_context(native_lock(path).acquire(timeout=-1))
+    with held:
+        yield
+
+
 def lock_file(path: Path) -> ExitStack:
     """Locks `path`, which is created if it is missing. Closing the returned stack, or leaving its context, unlocks it.
 
