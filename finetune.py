@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         args = parser.parse_intermixed_args(argv)
         config = read(FinetuneConfig, args)
-        if args.predict:
-            classify(config, args.predict)
-            return 0
+    if args.predict:
+        classify(config, args.predict)
+        return 0
 
     from experiment.shares import check_batch_size
     from experiment.starting import check_origin
@@ -77,13 +77,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def classify(config: FinetuneConfig, images: Path) -> None:
     """Collective. Writes the classes of the images in a folder to a CSV file, and prints the file's path on rank 0."""
-    from analysis.predictions import predict
+    with gather_user_errors():
+        from analysis.predictions import open_prediction
+        from datasets.findings import UnreadableError
 
-    path, text, counts = predict(config, images)
-    if rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, text)
-        print(*(f"{name}: {count}" for name, count in counts.most_common()), path, sep="\n")
+        opened = open_prediction(config, images)
+    path = opened.path
+    try:
+        text, counts = opened.table()
+    except UnreadableError as error:
+        with gather_user_errors():
+            raise error.with_advice(path.parent, f"{path.stem}.unreadable.txt") from None
+    with gather_user_errors():
+        if rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, text)
+            print(*(f"{name}: {count}" for name, count in counts.most_common()), path, sep="\n")
 
 
 def report(config: FinetuneConfig) -> None:

@@ -31,7 +31,9 @@ def read_curves(paths: list[Path]) -> dict[str, Curve]:
     points: dict[str, dict[int, dict[int, tuple[float, float]]]] = {}
     seeds: dict[str, set[int]] = {}
     for path in paths:
-        rows = [row for row in read_rows(path) if "table" in row]
+        rows = [
+            row for row in read_rows(path) if {"k-NN", "linear"} <= {name.split()[0] for name in row.get("table", {})}
+        ]
         newest = {row["run"]: row["digest"] for row in rows}  # a run may have rows of an earlier config
         for row in rows:
             if row["digest"] == newest[row["run"]]:

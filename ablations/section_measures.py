@@ -167,7 +167,8 @@ def swap_sections(experiment: Experiment, soda: SODA, sections: dict[str, slice]
     def decode(z: Tensor, x_T: Tensor) -> Tensor:
         return diffusion.ddim_sample(guided_denoiser(soda.decoder, z), x_T, NUM_SAMPLING_STEPS)
 
-    chosen = torch.randperm(len(experiment.test), generator=generator(SEED, "pairs"))[: 2 * NUM_PAIRS]
+    chosen = torch.randperm(len(experiment.test), generator=generator(SEED, "pairs"))
+    chosen = chosen[: 2 * min(NUM_PAIRS, len(chosen) // 2)]
     pairs = zip(*(_clean_views(experiment, half) for half in chosen.chunk(2)), strict=True)
     squares = torch.zeros(2, len(sections), dtype=torch.float64)  # (2, sections): the change, its coarse part
     for (views, here), (other_views, _) in pairs:

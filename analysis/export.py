@@ -6,7 +6,7 @@ from analysis.image_encoder import trained_encoder
 from analysis.model_card import CARD, check_card, model_card, save_weights
 from analysis.programs import FORMATS, export_encoder
 from config.errors import ConfigError
-from experiment.trained import Trained, check_timestep, reduced_checkpoint
+from experiment.trained import Trained, check_no_cameras, check_timestep, reduced_checkpoint
 from utils.distributed.processes import rank
 from utils.files import check_writable, write_text
 from utils.run_folder.checkpoint import read_sums
@@ -29,6 +29,7 @@ def export(trained: Trained, files: list[Path], timestep: int | None) -> None:
         if file.name in read_sums(file.parent):
             raise ConfigError(f"{file} is a checkpoint of a run: export to another file")
     if weights:
+        check_no_cameras(trained.config, str(weights))
         check_card(weights.parent)
     if ".pt" in by_ending and timestep is not None:
         raise ConfigError(f"--timestep {timestep} is not for {files[0]}, which holds all timesteps: remove it")

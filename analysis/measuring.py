@@ -104,15 +104,21 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
     return Measuring(trained, codec, inputs, prior, measures, Record(trained, experiment), left_out)
 
 
-def measure_priors(trained: Trained, codec: Codec, fit: Fit) -> Measured:
-    """Collective. Prints, records and returns the measure `prior` of the mixture and of a fitted diffusion prior."""
+def measure_priors(trained: Trained, codec: Codec, fit: Fit) -> None:
+    """Collective. Prints and records the measure `prior` of the mixture and of a fitted diffusion prior.
+
+    If there are too few images for the measure, logs this.
+    """
+    obstacle = Prior().obstacle(codec.experiment, Inputs())
+    if obstacle:
+        logger.info("the prior is not measured: %s", obstacle)
+        return
     subjects = Subjects(codec.experiment, {}, "z", codec=codec, priors=priors_of(codec, fit))
     record = Record(trained, codec.experiment)
-    measured = run_measures([Prior()], subjects, record)[Prior.name]
+    run_measures([Prior()], subjects, record)
     with gather_user_errors():
         if record.failure:
             raise record.failure
-    return measured
 
 
 def _failure(left_out: dict[str, str]) -> str:

@@ -5,18 +5,19 @@ import io
 import logging
 import os
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from analysis.feature_file import encode_named, images_of_listing
+from analysis.feature_file import NamedImages, encode_named, images_of_listing
 from analysis.image_encoder import ImageEncoder
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
 from config.keys import differences
 from config.reading import parse
-from datasets.findings import UnreadableError
 from datasets.listing import Listing
 from datasets.walking import all_images
 from experiment.opening import open_device
@@ -57,15 +58,48 @@ def _name_of(folder: Path) -> str:
     return os.fsdecode(os.fsencode(name)[-200:])
 
 
-def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[str]]:
-    """Collective. Classifies all images below `folder` with the EMA classifier of the run's newest checkpoint.
+@dataclass(frozen=True)
+class Prediction:
+    """The EMA classifier of a run's newest checkpoint, and the images that it is to classify.
 
-    Returns the path and the text of a CSV file with a line for each image: its path, the class and its probability. The
-    third value is the number of images of each class. The run keys of `data` are those of `config`. All other keys that
-    define the images and the classifier are those of the checkpoint.
+    Attributes:
+        path: CSV file of the result.
+    """
 
-    Raises ConfigError if the run has no checkpoint, or if the ranks read different ones; CheckpointError, DatasetError
-    and OutOfMemoryError.
+    path: Path
+    _classes: list[str]
+    _model: ImageEncoder
+    _images: NamedImages
+    _device: torch.device
+    _amp_dtype: torch.dtype | None
+    _batch_size: int
+
+    def table(self) -> tuple[str, Counter[str]]:
+        """Collective. Classifies the images.
+
+        Returns the text of the CSV file, with a line for each image: its path, the class and its probability; and the
+        number of images of each class. Raises UnreadableError, DatasetError and OutOfMemoryError.
+        """
+        model = self._model.eval().to(self._device)
+        features, images = encode_named(model, self._images, self._batch_size, self._amp_dtype)
+        probabilities, labels = features["logits"].softmax(dim=1).max(dim=1)
+        names = [self._classes[label] for label in labels.tolist()]
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(("file", "class", "probability"))
+        files = [name.encode(errors="backslashreplace").decode() for name in images.names]  # maybe not valid text
+        writer.writerows(zip(files, names, (f"{each:.4f}" for each in probabilities.tolist()), strict=True))
+        return lines.getvalue(), Counter(names)
+
+
+def open_prediction(config: FinetuneConfig, folder: Path) -> Prediction:
+    """Opens the newest checkpoint of a run, and all images below `folder`.
+
+    The run keys of `data`, `device`, `training.use_amp` and `evaluation.batch_size` are those of `config`. All other
+    keys that define the images and the classifier are those of the checkpoint.
+
+    Raises ConfigError if the run has no checkpoint, or if the ranks read different ones; CheckpointError and
+    DatasetError.
     """
     run = Path(config.output_dir)
     found = newest_checkpoint(run / "checkpoints")
@@ -76,6 +110,7 @@ def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[st
     if not all_equal(contents["sha256"]):
         raise ConfigError(f"the processes read different checkpoints from {run}: set output_dir to shared storage")
     ignored = differences(trained, config, run=False)
+    ignored.pop("training.use_amp", None)
     if ignored:
         logger.info("%s has other values of %s: its own are used", checkpoint, join_names(list(ignored), 10))
     changed = differences(trained, config, run=True, prefixes=("data.",))
@@ -93,16 +128,4 @@ def predict(config: FinetuneConfig, folder: Path) -> tuple[Path, str, Counter[st
     classifier.load_state_dict(contents["ema"]["model"])
     mean, std = (tuple(values) for values in contents["statistics"])
     model = ImageEncoder(_Logits(classifier), mean, std, trained.encoder_size, trained.data.stored_size)
-    try:
-        features, named = encode_named(model.eval().to(device), named, config.evaluation.batch_size, amp_dtype)
-    except UnreadableError as error:
-        raise error.with_advice(path.parent, f"{path.stem}.unreadable.txt") from None
-    probabilities, labels = features["logits"].softmax(dim=1).max(dim=1)
-
-    names = [classes[label] for label in labels.tolist()]
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(("file", "class", "probability"))
-    files = [name.encode(errors="backslashreplace").decode() for name in named.names]  # names may not be valid text
-    writer.writerows(zip(files, names, (f"{each:.4f}" for each in probabilities.tolist()), strict=True))
-    return path, lines.getvalue(), Counter(names)
+    return Prediction(path, classes, model, named, device, amp_dtype, config.evaluation.batch_size)

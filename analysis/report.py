@@ -273,6 +273,7 @@ def write_report(
         progress=trained.progress(experiment),
         digest=trained.digest,
         model=describe_model(config),
+        is_of_run=is_of_run,
         num_train=len(experiment.train),
         num_test=len(test),
         torch_version=torch.__version__,

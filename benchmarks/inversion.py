@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import machine
+from config.errors import ConfigError
 from datasets.images import DatasetError
 from experiment.trained import open_trained, read_trained
 from model.guidance import Condition, guided_denoiser
@@ -58,6 +59,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     experiment, soda = open_trained(read_trained(None, args.checkpoint, args.overrides))
     test, views, diffusion = experiment.test, experiment.views, experiment.diffusion
+    if not 1 <= min(args.steps) <= max(args.steps) <= diffusion.num_timesteps or min(args.iterations) < 1:
+        raise ConfigError(f"--steps are numbers from 1 to {diffusion.num_timesteps}, and --iterations are at least 1")
     if test is None:
         raise DatasetError(f"{experiment.config.data.root} has no test images: set data.root to images with them")
 

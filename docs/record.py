@@ -40,7 +40,10 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     Raises ConfigError if the folder has no results.
     """
     if (folder / result_rows.RESULTS).exists():
-        return ablation_rows(folder / result_rows.RESULTS)
+        rows = ablation_rows(folder / result_rows.RESULTS)
+        if not rows:
+            raise ConfigError(f"{folder / result_rows.RESULTS} has no accuracies: name an ablation of ablations.ablate")
+        return rows
     config = folder / "config.yaml"
     if not config.exists():
         raise ConfigError(f"{folder} has neither config.yaml nor {result_rows.RESULTS}: name a run folder")

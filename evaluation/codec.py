@@ -1,6 +1,6 @@
 """Encoding of images as a latent z and noise x_T, and decoding of both. x_T holds the details that z leaves out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -115,13 +115,23 @@ class Codec:
 
         return self._denoise("decoding", steps, decode, z, x_T, self._unguided)
 
-    def sample(self, z: Tensor, x_T: Tensor) -> Tensor:
-        """Returns images sampled from z and random x_T, with the settings of the config's `sampling` section."""
+    def sample(self, z: Tensor, x_T: Tensor, noise_of: Sequence[int] | None = None) -> Tensor:
+        """Returns images sampled from z and random x_T, with the settings of the config's `sampling` section.
+
+        Args:
+            noise_of: number of the noise that the sampler adds to each image in its steps, if `sampling.eta` is above
+                0. Images with the same number get the same noise. None: each image gets noise of its own.
+        """
         config, diffusion = self.experiment.config.sampling, self.experiment.diffusion
+        numbers = range(len(z)) if noise_of is None else noise_of
 
         def sample(denoise: Denoiser, x_T: Tensor, positions: range) -> Tensor:
+            here = numbers[positions.start : positions.stop]
+            drawn = range(min(here), max(here) + 1)
+
             def draw_noise(t: int) -> Tensor:
-                return image_noise(x_T.shape[1:], positions, self.seed, "eta", t, device=x_T.device)
+                noise = image_noise(x_T.shape[1:], drawn, self.seed, "eta", t, device=x_T.device)
+                return noise[[number - drawn.start for number in here]]
 
             return diffusion.ddim_sample(denoise, x_T, config.num_sampling_steps, config.eta, draw_noise=draw_noise)
 

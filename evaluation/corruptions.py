@@ -103,8 +103,8 @@ def _zoomed(images: Tensor, factor: float) -> Tensor:
 
 
 def zoom_blur(images: Tensor, end: float, generators: Generators) -> Tensor:
-    """Averages the image with its enlargements by 1.00, 1.01, ..., `end` - 0.01."""
-    factors = np.arange(1, end, 0.01)  # as in the benchmark: rounding decides the size of an enlargement
+    """Averages the image with its enlargements by 1.00, 1.01, ..., `end` - 0.01 (or `end`, if rounding includes it)."""
+    factors = np.arange(1, end, 0.01)  # as in the benchmark
     total = images.clone()
     for factor in factors.tolist():
         total += _zoomed(images, factor)

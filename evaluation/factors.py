@@ -55,7 +55,7 @@ def open_factors(table: Path, count: int, experiment: Experiment) -> KnownFactor
     Raises DatasetError if the table cannot be used, or if images are missing or damaged.
     """
     files, names, values = read_table(table)
-    title = f"{min(count, len(files))} of the {len(files)} images of {table.name}"
+    total = len(files)
     order = torch.randperm(len(files), generator=generator(experiment.config.seed, "images with factors"))[:count]
     files, values = [files[i] for i in order.tolist()], values[order]
     grey_bits, data = experiment.info.grey_bits, experiment.config.data
@@ -70,6 +70,7 @@ def open_factors(table: Path, count: int, experiment: Experiment) -> KnownFactor
     if len(varying) < len(names):
         constant = [name for j, name in enumerate(names) if j not in varying]
         logger.info("factors left out, because they have only one value: %s", join_names(constant))
+    title = f"{len(values)} of the {total} images of {table.name}"
     return KnownFactors(title, images, [names[j] for j in varying], values[:, varying])
 
 

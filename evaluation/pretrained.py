@@ -16,7 +16,7 @@ LPIPS_SIZE = 64  # smaller images are enlarged
 
 def _read(path: Path, option: str, what: str, build: Callable[[Any], nn.Module]) -> nn.Module:
     """Returns the network that `build` makes of the weights in a file. Raises ConfigError if they do not fit."""
-    if not path.exists():
+    if not path.is_file():
         raise ConfigError(f"{option}: there is no file {path}: name a file with {what}, or leave {option} out")
     try:
         weights, _ = read_tensors(path)

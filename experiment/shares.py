@@ -1,5 +1,7 @@
 """Division of the global batch into equal shares, one per rank, and of each share into micro-batches."""
 
+import math
+
 from config.errors import ConfigError
 from config.schema import Training
 from utils.distributed.processes import world_size
@@ -22,7 +24,7 @@ def check_shares(training: Training) -> None:
 
 def check_batch_size(batch_size: int, multiple: int = CHUNK) -> None:
     """Raises ConfigError if the ranks cannot have equal shares of the batch that are multiples of `multiple` images."""
-    unit = multiple * world_size()
+    unit = math.lcm(multiple * world_size(), CHUNK)  # the schema allows only multiples of CHUNK
     if batch_size % unit:
         below = batch_size // unit * unit
         nearest = f"{below} or {below + unit}" if below else str(unit)

@@ -1,7 +1,7 @@
 """Tests of the pictures, on a model that is trained long enough to show the expected effects."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +23,7 @@ from analysis.latent_space import slerp
 from analysis.pictures import PICTURES, Arithmetic, Directions, Generate, Interpolate, Mix, Nearest, Reconstruct
 from analysis.references import Chosen, choose_images
 from config.errors import ConfigError
+from config.reading import override
 from evaluation.codec import Codec
 from evaluation.quality import psnr, ssim
 from experiment.trained import open_trained, read_trained
@@ -272,6 +273,13 @@ def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> 
     for index, latent in ((1, z[:1]), (4, z[1:])):
         assert (column(mixed, index).int() - to_pixels(quick.sample(latent, noise[:1])).int()).abs().max() <= 1
     assert "random noise" in moved.explanation and "random noise" in mixed.explanation
+    # The sampler adds the same noise in all columns, so that columns of one z do not differ.
+    config = override(quick.experiment.config, ["sampling.eta=1"], "a test")
+    noisy = Codec(replace(quick.experiment, config=config), quick.soda, quick.seed)
+    still = Directions(num_components=2, num_steps=3, reach=1e-6, random=True).draw(noisy, chosen)
+    for index in (2, 3):
+        assert (column(still, index).int() - column(still, 1).int()).abs().max() <= 1
+    assert (column(still, 1).int() - column(moved, 1).repeat_interleave(2, dim=0).int()).abs().max() > 20
     assert mixed.cells[0][0].caption == first.names[0] and mixed.cells[0][5].caption == second.names[0]
 
 

@@ -16,6 +16,7 @@ from model.decoder import UNetDecoder
 from tests import processes
 from tests.conftest import TWO_PROCESSES, launch
 from utils.device import choose_compile
+from utils.distributed.data_parallel import _moments
 
 needs_compiler = pytest.mark.skipif(
     not choose_compile(True, torch.device("cpu")), reason="torch.compile needs a C++ compiler and Python.h"
@@ -58,6 +59,15 @@ def test_a_compiled_decoder_learns_what_the_eager_one_does(modulation: str, back
     assert losses[1] == pytest.approx(losses[0], rel=3e-4) and losses[0][-1] < 0.95 * losses[0][0]
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert list(compiled.state_dict()) == list(eager.state_dict()), "compilation changed the keys"
+
+
+@needs_compiler
+def test_batch_statistics_are_compiled_for_any_batch_size() -> None:
+    compiled = torch.compile(lambda x: 2 * _moments(x), fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (4, 8, 12):
+        x = torch.randn(count, 3, 5, 5)
+        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(compiled(x), 2 * torch.stack([mean, variance]))
 
 
 @needs_compiler

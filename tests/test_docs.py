@@ -118,7 +118,9 @@ def test_the_tables_are_those_of_the_recorded_results(tmp_path: Path) -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
-def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_all_programs_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Training time is that between reports, the last row has the baselines, and a second record replaces the first."""
     out = tmp_path / "results"
     out.mkdir()
@@ -134,6 +136,13 @@ def test_results_of_all_programs_are_recorded(tmp_path: Path, monkeypatch: pytes
         if results:
             (folder / "results.json").write_text(json.dumps(results))
         return folder
+
+    # An ablation without accuracies.
+    (tmp_path / "sections").mkdir()
+    (tmp_path / "sections" / "results.jsonl").write_text('{"run": "a", "loss": 1.0}\n')
+    with pytest.raises(SystemExit, match="2"):
+        record.main([str(tmp_path / "sections"), "--out", str(out)])
+    assert "results.jsonl has no accuracies: name" in capsys.readouterr().err
 
     # A run of train.py, before and after its end.
     settings = {"seed": 3, "training": {"batch_size": 10, "epochs": 2}}

@@ -182,7 +182,7 @@ def test_the_mean_corruption_error_by_hand() -> None:
     assert corruption_error(accuracies, "raw pixels") == 100
     assert mean_accuracy(accuracies, "z") == 60
     accuracies["noise", "raw pixels"] = [100.0, 100.0]
-    assert math.isnan(corruption_error(accuracies, "z"))
+    assert corruption_error(accuracies, "z") is None
 
 
 def test_few_labels_against_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,6 +396,7 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
     refused = (
         (sample_program, ["nearest"]),
         (embed_program, ["--split", "test"]),
+        (embed_program, ["--export", str(once / "weights.safetensors")]),
         (test_program, ["--measures", "all"]),
     )
     for program, words in refused:

@@ -174,8 +174,13 @@ def codec(run: Path) -> Codec:
 
 
 def test_fit_prior_prints_its_table_resumes_and_generates(
-    run: Path, small_network: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    small_network: None,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(prior_measure, "MAX_LATENTS", 100)
     args, path = digits_args(run), run / "checkpoints" / "last.prior"
     missing = ["generate", *args, "--prior", "diffusion"]
@@ -186,6 +191,11 @@ def test_fit_prior_prints_its_table_resumes_and_generates(
         assert sample_program.main(["fit_prior", *args, "--steps", str(steps)]) == 0
         printed = capsys.readouterr().out
         assert f"prior        {path}, {steps} steps" in printed
+    with monkeypatch.context() as patched:
+        patched.setattr(prior_measure, "MIN_LATENTS", 361)
+        assert sample_program.main(["fit_prior", *args, "--steps", "8"]) == 0
+        assert "the prior is not measured: it needs 361 images of each split" in caplog.text
+        assert str(path) in capsys.readouterr().out
     heading, _, *rows = printed.splitlines()[2:-2]
     assert heading.split() == ["mixture", "diffusion", "real", "images"]
     assert [row.split("  ")[0] for row in rows] == [
@@ -429,7 +439,7 @@ def test_directions_along_a_column_stay_in_the_range_of_the_latents(
     picture = Directions(column="large", reach=9.0, num_images=2, num_steps=5, random=True)
     moved: list[Tensor] = []
 
-    def sample(z: Tensor, x_T: Tensor) -> Tensor:
+    def sample(z: Tensor, x_T: Tensor, noise_of: list[int]) -> Tensor:
         moved.append(z)
         return x_T
 

@@ -28,7 +28,7 @@ from sklearn.semi_supervised import LabelSpreading
 import finetune as finetune_program
 import train as train_program
 from analysis import predictions
-from analysis.predictions import predict
+from analysis.predictions import open_prediction
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
 from config.keys import differences
@@ -313,8 +313,8 @@ def test_a_folder_with_labels_and_one_without(
     (csv_file,) = (tmp_path / "run" / "predictions").glob("*.csv")
     assert csv_file.stem.endswith("--rest") and csv_file.stem.startswith(tmp_path.parts[1])
     monkeypatch.chdir(tmp_path)
-    assert predict(config, Path("rest"))[0] == tmp_path / "run" / "predictions" / "rest.csv"
-    assert {len(predict(config, Path(name))[0].stem) for name in ("rest/train", "rest/../rest")} == {11, 14}
+    assert open_prediction(config, Path("rest")).path == tmp_path / "run" / "predictions" / "rest.csv"
+    assert {len(open_prediction(config, Path(name)).path.stem) for name in ("rest/train", "rest/../rest")} == {11, 14}
     with open(csv_file, newline="") as file:
         found = {line["file"]: line for line in csv.DictReader(file)}
     assert len(found) == len(files) == 45
@@ -323,13 +323,14 @@ def test_a_folder_with_labels_and_one_without(
         assert line["class"] == "ab"[int(probabilities.argmax())]
         assert float(line["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-3)
     with caplog.at_level(logging.INFO):
-        predict(config.model_copy(update={"num_labels": 7}), Path("rest"))
+        amp = config.training.model_copy(update={"use_amp": True})
+        open_prediction(config.model_copy(update={"num_labels": 7, "training": amp}), Path("rest"))
     assert "last.pt has other values of num_labels: its own are used" in caplog.text
     with pytest.raises(ConfigError, match="has no checkpoint: train first, by the same command without --predict"):
-        predict(config.model_copy(update={"output_dir": str(tmp_path / "none")}), tmp_path / "rest")
+        open_prediction(config.model_copy(update={"output_dir": str(tmp_path / "none")}), tmp_path / "rest")
     monkeypatch.setattr(predictions, "all_equal", lambda _: False)
     with pytest.raises(ConfigError, match="the processes read different checkpoints from"):
-        predict(config, tmp_path / "rest")
+        open_prediction(config, tmp_path / "rest")
 
 
 def test_one_file_has_the_same_greys_in_all_folders(tmp_path: Path, checkpoint: Path) -> None:

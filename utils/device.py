@@ -69,7 +69,7 @@ def choose_compile(setting: bool | None, device: torch.device) -> bool:
     """
     if not (device.type == "cuda" if setting is None else setting):
         return False
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]
+    compiler = (os.environ.get("CXX", "").split() or ["clang++" if sys.platform == "darwin" else "g++"])[0]
     there: dict[str, Any] = {
         f"the compiler {compiler}": shutil.which(compiler),
         "Python.h (in Python's development package)": Path(sysconfig.get_path("include"), "Python.h").exists(),

@@ -81,8 +81,10 @@ class Arithmetic(Picture["list[Chosen | int]"]):
                 rows += ["image", f"decoded from the x_T of {'abc'[index]}"]
                 break
         if self.num_samples:
-            noise = codec.noise(self.num_samples, "sample 0").repeat_interleave(4, dim=0)
-            cells += [to_cells(images) for images in codec.sample(z.repeat(self.num_samples, 1), noise).split(4)]
+            row_of = [row for row in range(self.num_samples) for _ in range(4)]
+            x_T = codec.noise(self.num_samples, "sample 0")[row_of]
+            sampled = codec.sample(z.repeat(self.num_samples, 1), x_T, noise_of=row_of)
+            cells += [to_cells(images) for images in sampled.split(4)]
             rows += [f"sampled from random x_T {i + 1}" for i in range(self.num_samples)]
         return Grid(
             title="Latent arithmetic: a - b + c",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -82,9 +83,9 @@ class Directions(PictureOfImages):
         own = z @ units.T  # (N, ways)
         moved = z[:, None, None] + (positions - own[..., None])[..., None] * units[:, None]  # (N, ways, steps, D)
         x_T = codec.noise(len(found), "sample 0") if self.random else codec.invert(found.pixels, z)
-        decode = codec.sample if self.random else codec.decode
-        x_Ts = x_T.repeat_interleave(len(names) * len(levels), dim=0)
-        decoded = decode(moved.flatten(0, 2), x_Ts).split(len(levels))
+        image_of = [image for image in range(len(found)) for _ in range(len(names) * len(levels))]
+        decode = partial(codec.sample, noise_of=image_of) if self.random else codec.decode
+        decoded = decode(moved.flatten(0, 2), x_T[image_of]).split(len(levels))
         shares = (projections < own.cpu().numpy()[..., None]).mean(axis=2).flatten()  # of the latents before each z
         cells = []
         for row, images in enumerate(decoded):
@@ -99,7 +100,7 @@ class Directions(PictureOfImages):
         return Grid(
             title=title,
             explanation="z moves along the direction of the row, to positions that training latents have. In column "
-            "98 %, z is further along it than 98 % of the training latents. "
+            f"{_percent(levels[-1])}, z is further along it than {_percent(levels[-1])} of the training latents. "
             + ("x_T is random noise" if self.random else f"{INVERTED} of the image")
             + " and is the same in all columns.",
             columns=["image", *map(_percent, levels)],

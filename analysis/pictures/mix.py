@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from analysis.pictures.base import INVERTED, PictureOfPairs, option
@@ -58,17 +59,18 @@ class Mix(PictureOfPairs):
         first, second = found.pairs()
         z_a, z_b = codec.encode(first.pixels), codec.encode(second.pixels)
         x_T = codec.noise(len(first), "sample 0") if self.random else codec.invert(first.pixels, z_a)
-        decode = codec.sample if self.random else codec.decode
         decoder = codec.soda.decoder
         count = len(decoder.section_dims)
         sets = [list(range(k, count)) for k in range(count, -1, -1)]
         if self.sections is not None:
             sets = [sorted({*self.sections})]
+        image_of = [*range(len(first))] * len(sets)
+        decode = partial(codec.sample, noise_of=image_of) if self.random else codec.decode
         mixed = []
         for taken in sets:
             drop_mask = torch.tensor([i in taken for i in range(count)], device=z_a.device)
             mixed.append(decoder.mask(z_a, drop_mask) + decoder.mask(z_b, ~drop_mask))
-        decoded = decode(torch.cat(mixed), x_T.repeat(len(sets), 1, 1, 1)).split(len(first))
+        decoded = decode(torch.cat(mixed), x_T[image_of]).split(len(first))
         ends = to_cells(first.pixels, first.names), to_cells(second.pixels, second.names)
         return Grid(
             title="Mixing sections of two latents",

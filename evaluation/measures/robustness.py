@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -88,7 +87,8 @@ class Robustness(MeasureOfClasses):
                     name: {"value": fmean(by_corruption[corruption, name])} for name in encoders
                 }
             for title, summary in (("mean of all kinds", mean_accuracy), ("mean corruption error", corruption_error)):
-                rows[f"{kind}, {title}"] = {name: {"value": summary(by_corruption, name)} for name in encoders}
+                values = {name: summary(by_corruption, name) for name in encoders}
+                rows[f"{kind}, {title}"] = {name: {"value": v} for name, v in values.items() if v is not None}
         protocol = (
             f"top-1 (%) on {len(chosen)} test images with the corruptions of CIFAR-10-C, mean of severities 1 to 5, of "
             f"classifiers trained on clean images; k-NN k={knn.settings.k} uniform on unit {subjects.feature}, probe "
@@ -119,11 +119,13 @@ def mean_accuracy(accuracies: Accuracies, encoder: str) -> float:
     return fmean(fmean(each) for (_, name), each in accuracies.items() if name == encoder)
 
 
-def corruption_error(accuracies: Accuracies, encoder: str) -> float:
-    """Returns the mean corruption error of an encoder. NaN if the reference makes no error under one of the kinds."""
+def corruption_error(accuracies: Accuracies, encoder: str) -> float | None:
+    """Returns the mean corruption error of an encoder; None if the reference makes no error under one of the kinds."""
     ratios = []
     for (kind, name), each in accuracies.items():
         if name == encoder:
             error, of_reference = (sum(100 - top1 for top1 in top1s) for top1s in (each, accuracies[kind, REFERENCE]))
-            ratios.append(100 * error / of_reference if of_reference else math.nan)
+            if not of_reference:
+                return None
+            ratios.append(100 * error / of_reference)
     return fmean(ratios)

@@ -30,16 +30,19 @@ def _gather_processes(tensor: Tensor) -> Tensor:
     return all_reduce(everyone)
 
 
-_sum_over_processes.register_fake(torch.empty_like)
-_gather_processes.register_fake(lambda tensor: tensor.new_empty(world_size(), *tensor.shape))
-
-
+# The kernel of torch's BatchNorm is much faster on CPUs than torch.var_mean. It is a custom operator as well, because
+# torch.compile cannot trace it with a batch size that changes.
+@torch.library.custom_op("soda::moments", mutates_args=())
 def _moments(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (2, C), float32: mean and variance of each channel, on this rank."""
-    # The kernel of torch's BatchNorm is much faster on CPUs than torch.var_mean. It computes in the type of the running
-    # statistics, which are not needed here.
+    # These running statistics are not needed, but the kernel computes in their type.
     mean, variance = x.new_zeros(2, x.shape[1], dtype=torch.float32)
     return torch.stack(torch.batch_norm_update_stats(x, mean, variance, momentum=0.0))
+
+
+_sum_over_processes.register_fake(torch.empty_like)
+_gather_processes.register_fake(lambda tensor: tensor.new_empty(world_size(), *tensor.shape))
+_moments.register_fake(lambda x: x.new_empty(2, x.shape[1], dtype=torch.float32))
 
 
 class _Normalize(torch.autograd.Function):
@@ -62,7 +65,8 @@ class _Normalize(torch.autograd.Function):
         (dy,) = gradients
         x, weight, mean, variance = ctx.saved_tensors
         inverse = (variance + ctx.eps).rsqrt()
-        # This kernel treats mean and variance as constants: the first term. It also returns the sums of the others.
+        # This kernel treats mean and variance as constants, so that it computes the first term of dx. It also returns
+        # the sums over the samples that the other terms need.
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )

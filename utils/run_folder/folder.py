@@ -213,7 +213,10 @@ class RunFolder:
         """Returns the config in the checkpoint, or else in config.yaml; None for a new run. Raises ConfigError."""
         schema = type(self._config)
         if self._saved:
-            return parse(schema, self._saved["config"], f"the config in {self.path}")
+            try:
+                return parse(schema, self._saved["config"], f"the config in {self.path}")
+            except ConfigError as error:
+                raise ConfigError(f"{error}, or choose another output_dir") from None
         written = self.path / "config.yaml"
         if not written.exists():
             return None
