@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             folder.open()
             if folder.checkpoint:
                 check_origin({"encoder": config.encoder.weights}, folder.started_from)
-            if folder.is_finished() and not config.labelled:  # else it resumes, which compares the labelled images
+            if folder.is_finished() and not config.labelled:  # with `labelled`, its images are compared first
                 folder.log_finished()
                 report(config)
                 return 0

@@ -138,8 +138,8 @@ def _square(image: Image.Image, size: int, rules: Rules) -> Image.Image:
     if is_final or width * height <= BAND_PIXELS:
         rgb = _upright_rows(image, orientation, 0, height, rules)
         return rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    # Rows first and columns second, as PIL resizes images that are less than twice as high as wide. In bands, the image
-    # is never copied as a whole.
+    # In bands, so that the image is never copied as a whole: rows first and columns second. PIL does so as well, except
+    # for images at least twice as high as wide. Their pixels may differ from PIL's by one level.
     reach = max(1, (right - left) / size) + 1  # distance at which pixels outside of the square contribute to its edge
     first, last = max(0, math.floor(top - reach)), min(height, math.ceil(bottom + reach))
     narrow = Image.new("RGB", (size, last - first))

@@ -53,9 +53,9 @@ class ImageConv2d(nn.Conv2d):
     def balance(self) -> None:
         """Scales the initial weights of the rays, so that rays and colours contribute about equally to the output.
 
-        Colours have a mean square of 1, and sines and cosines of 1/2. The part of the colours stays as large as it is
-        without rays. If one layer were drawn for all channels, the colours' part of the decoder's first output would
-        have a standard deviation of 0.15 instead of 0.57.
+        Colours have a mean square of 1, and sines and cosines of 1/2. The part of the output that comes from the
+        colours is as large as without rays: in the decoder, it has a standard deviation of 0.57. With the usual initial
+        weights of one layer for all channels, it would have 0.15.
         """
         if self.rays is None:
             return

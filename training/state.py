@@ -52,8 +52,8 @@ class Summary:
         losses: mean of "loss", and of each loss term if there are several, over the steps that were not skipped; NaN if
             all were skipped.
         skipped: number of skipped steps.
-        most_in_a_row: largest number of consecutive skipped steps. A sequence that began before the last
-            report counts from its beginning.
+        most_in_a_row: largest number of consecutive skipped steps. If such a sequence began before the last report, its
+            earlier steps count as well.
     """
 
     losses: dict[str, float]

@@ -123,7 +123,7 @@ def update(state: RunState, max_grad_norm: float, before: Snapshot, timer: Phase
         grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_grad_norm)
         skipped = grad_norm.isfinite().logical_not().float()
         before.restore(skipped.bool())
-        # Not scaler.step, because it tests whether the scaled gradients are finite, but does not test their norm.
+        # scaler.step skips a step only if a gradient is not finite. The norm can overflow although all are finite.
         if grad_norm.device.type in FUSED:
             state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # skips the step on the device
             state.optimizer.step()

@@ -86,8 +86,8 @@ def propagate(
 def align(shares: Tensor, frequencies: Tensor, rounds: int) -> Tensor:
     """Returns shares (N, C) whose classes are about as frequent as in `frequencies` (C,), which has the sum 1.
 
-    In each round, the columns are multiplied by wanted / present frequency, but by at least 1 - STEP and at most
-    1 + STEP. Then the rows are scaled to the sum 1.
+    In each round, each column is multiplied by the ratio of its wanted frequency to its present one, limited to the
+    range from 1 - STEP to 1 + STEP. Then the rows are scaled to the sum 1.
     """
     for _ in range(rounds):
         present = shares.sum(dim=0) / shares.sum()

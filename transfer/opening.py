@@ -132,7 +132,7 @@ def _open_unlabelled(config: FinetuneConfig, grey_bits: int | None) -> Images:
     """Collective. Opens the images in `unlabelled`. Raises DatasetError."""
     folder = Path(config.unlabelled)
     if config.data.root and Path(config.data.root).resolve().is_relative_to(folder.resolve()):
-        text = "`unlabelled` (%s) contains data.root: its images are also read without labels, the test images too"
+        text = "`unlabelled` (%s) contains data.root: all of its images, also the test images, are read without labels"
         logger.info(text, folder)
     images = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
     if not all_equal(images.digest()):

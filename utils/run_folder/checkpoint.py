@@ -108,8 +108,9 @@ def read_tensors(path: Path) -> tuple[Any, str]:
 
     A .safetensors file holds tensors by name. All other files are those of `torch.save`.
 
-    If SHA256SUMS lists the file name, SHA256SUMS must also list this digest, under the same name or another one. Raises
-    CheckpointError if the file is missing, damaged or of another format, and OutOfMemoryError.
+    If the file SHA256SUMS beside it lists the file's name, it must also list the digest, under any name, because a
+    run renames its checkpoints. Raises CheckpointError if the file is missing, damaged or of another format, and
+    OutOfMemoryError.
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: train first, or name a checkpoint that exists")
