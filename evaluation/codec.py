@@ -128,10 +128,10 @@ class Codec:
         def sample(denoise: Denoiser, x_T: Tensor, positions: range) -> Tensor:
             here = numbers[positions.start : positions.stop]
             drawn = range(min(here), max(here) + 1)
+            order = torch.tensor([number - drawn.start for number in here], device=x_T.device)
 
             def draw_noise(t: int) -> Tensor:
-                noise = image_noise(x_T.shape[1:], drawn, self.seed, "eta", t, device=x_T.device)
-                return noise[[number - drawn.start for number in here]]
+                return image_noise(x_T.shape[1:], drawn, self.seed, "eta", t, device=x_T.device)[order]
 
             return diffusion.ddim_sample(denoise, x_T, config.num_sampling_steps, config.eta, draw_noise=draw_noise)
 
