@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+from config.errors import ConfigError
 from config.reading import load_config
 from experiment.models import build_on_meta, prefers_channels_last, to_device
+from experiment.shares import check_batch_size
 from tests.conftest import ROOT, small_soda
 from utils import device as module
 from utils.cli import run
@@ -228,3 +230,17 @@ def test_both_memory_layouts_give_the_same_numbers(monkeypatch: pytest.MonkeyPat
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
         assert expected.abs().max() > 0, name
+
+
+def test_a_blank_name_of_a_compiler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = choose_compile(True, torch.device("cpu"))
+    monkeypatch.setenv("CXX", " ")
+    assert choose_compile(True, torch.device("cpu")) == found
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_batch_sizes_are_suggested_that_the_config_accepts(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
+    monkeypatch.setattr("experiment.shares.world_size", lambda: 3)
+    with pytest.raises(ConfigError, match=r"is 100, but for 3 processes .* a multiple of 12: use 96 or 108$"):
+        check_batch_size(100, multiple)
+    check_batch_size(96, multiple)

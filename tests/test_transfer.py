@@ -644,7 +644,7 @@ def test_each_program_refuses_the_configs_and_runs_of_the_other(
         (
             train_program,
             digits_args(tmp_path / "run"),
-            "belongs to finetune.py: use a file of train.py",
+            "belongs to finetune.py: use a file of train.py, or choose another output_dir",
         ),
         *(
             (
