@@ -262,7 +262,7 @@ def write_report(
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
     test = experiment.test
     assert test is not None, "the evaluation needs test images"
-    is_of_run = trained.contents["data"] == experiment.data_digest
+    is_of_run = trained.saw_images_of(experiment)
     reports = read_reports(trained.folder, trained.step)
     measures = {**(recorded_measures(trained) if is_of_run else {}), **measured}
     compared = comparisons(config, protocols, table, codec.timestep)

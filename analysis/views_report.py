@@ -54,7 +54,7 @@ def _html(trained: Trained, codec: Codec, measured: Mapping[str, Measured], tabl
         config=config,
         checkpoint=trained,
         progress=trained.progress(experiment),
-        is_of_run=trained.contents["data"] == experiment.data_digest,
+        is_of_run=trained.saw_images_of(experiment),
         num_train=len(train),
         num_test=len(test),
         num_train_objects=len(train.objects.unique()),

@@ -68,14 +68,18 @@ class Trained:
         found = self.contents.get("grey_bits")  # checkpoints of older versions have none
         return None if found is None else int(found)
 
+    def saw_images_of(self, experiment: Experiment) -> bool:
+        """Returns True if the checkpoint was trained on the training images of `experiment`."""
+        return bool(self.contents["data"] == experiment.data_digest)
+
     def progress(self, experiment: Experiment) -> str:
         """Returns the epoch and the step at which the checkpoint was saved: "epoch 2, step 44".
 
         The epoch is left out if the experiment has other training images than the run. The number of steps in the run's
         epochs is then unknown.
         """
-        is_of_run = self.contents["data"] == experiment.data_digest
-        epoch = f"epoch {self.step / experiment.loader.steps_per_epoch:g}, " if is_of_run else ""
+        known = self.saw_images_of(experiment)
+        epoch = f"epoch {self.step / experiment.loader.steps_per_epoch:g}, " if known else ""
         return f"{epoch}step {self.step}"
 
     def describe(self, experiment: Experiment) -> str:
@@ -275,7 +279,7 @@ def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
     # The encoder's input is decoded and normalised as in training, also if these are other images.
     known = trained.statistics() if "statistics" in trained.contents else None
     experiment = open_experiment(trained.config, known, trained.grey_bits, to_train=False)
-    if trained.contents["data"] != experiment.data_digest:
+    if not trained.saw_images_of(experiment):
         logger.info(
             "the training images in %s are not the images that the checkpoint was trained on%s",
             trained.config.data.root,

@@ -29,7 +29,7 @@ class Record:
 
     def __init__(self, trained: Trained, experiment: Experiment) -> None:
         self._trained = trained
-        is_of_run = trained.contents["data"] == experiment.data_digest
+        is_of_run = trained.saw_images_of(experiment)
         self._applies = is_of_run and belongs_to(read_results(trained.folder), trained.trained_with, trained.step)
         if not self._applies:
             reason = (
