@@ -3,6 +3,7 @@
 Each function works for the configs of all programs. A `schema` is the class of a program's config.
 """
 
+import difflib
 import json
 import logging
 import os
@@ -110,8 +111,10 @@ def load(schema: type[C], path: str | Path, overrides: list[str] | None = None, 
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"), str(path), schema)
     except FileNotFoundError:
-        there = ", ".join(sorted(str(p) for p in Path("config").glob("*.yaml")))
-        raise ConfigError(f"no config file {path}" + (f": choose one of {there}" if there else "")) from None
+        there = sorted(str(file) for file in Path("config").glob("*.yaml"))
+        near = difflib.get_close_matches(str(path), there, n=1)
+        advice = f": did you mean {near[0]}?" if near else f": choose one of {', '.join(there)}" if there else ""
+        raise ConfigError(f"no config file {path}{advice}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
     raw = {} if raw is None else raw
