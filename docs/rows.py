@@ -11,6 +11,7 @@ from ablations.tables import deviation_of_difference, mean_and_deviation, pooled
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
+BASELINES = ("untrained", "raw pixels")
 
 Row = dict[str, Any]
 
@@ -64,7 +65,7 @@ def against_first(groups: dict[str, list[Row]]) -> dict[str, str]:
 def beside_baselines(rows: list[Row], middle: Any = None) -> str:
     """Returns k-NN / linear probe of rows, with those of the baselines that all rows have."""
     cells = set.intersection(*(set(next(iter(row["table"].values()))) for row in rows))
-    baselines = [name for name in ("untrained", "raw pixels") if name in cells]
+    baselines = [name for name in BASELINES if name in cells]
     others = [f"{name} {both(rows, encoder=name, middle=middle)}" for name in baselines]
     found = both(rows, middle=middle)
     return f"{found} ({'; '.join(others)})" if others else found

@@ -47,8 +47,8 @@ def check_can_judge(experiment: Experiment) -> None:
     """Raises DatasetError if there are no test images with labels, or fewer training images than neighbours."""
     if not experiment.has_test_labels:
         raise DatasetError(
-            f"{experiment.config.data.root} has no test images with labels: set data.root to images with labels, or "
-            "hold out some of them with data.holdout"
+            f"{experiment.config.data.root} has no test images with labels: set data.root to images with labels, "
+            "hold out some of them with data.holdout, or judge without labels by --measures all"
         )
     check_neighbours(experiment.config, experiment.train)
 

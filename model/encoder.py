@@ -121,6 +121,21 @@ class Encoder(nn.Module):
         """Returns a time-dependent encoder at one timestep, as an encoder of one z. It shares the weights."""
         return EncoderAt(self, timestep)
 
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters in groups, from the first layers to the last ones, which may learn at different rates.
+
+        A sequence of blocks (`nn.Sequential`) begins a new group, and so does `fc`. Other modules belong to the group
+        before them. The biases of the blocks belong to the first group.
+        """
+        groups: list[list[nn.Parameter]] = [[*self.time.parameters()] if self.time else []]
+        for child in self.children():
+            if child is self.time:
+                continue
+            if isinstance(child, nn.Sequential) or child is self.fc:
+                groups.append([])
+            groups[-1] += child.parameters()
+        return groups
+
     def feature_map(self, x_source: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Returns the last feature map (N, pooled_dim, h, w) for images (N, 3, H, W)."""
         raise NotImplementedError

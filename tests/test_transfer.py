@@ -24,6 +24,7 @@ from scipy.sparse import csr_matrix
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import NearestNeighbors
 from sklearn.semi_supervised import LabelSpreading
+from torch import nn
 
 import finetune as finetune_program
 import train as train_program
@@ -36,6 +37,7 @@ from config.reading import load, load_config, parse
 from datasets.images import JoinedImages, StoredImages
 from evaluation.measures.subjects import open_others
 from experiment.trained import open_trained, read_trained
+from model.encoder import Encoder
 from model.resnets import ResNetEncoder
 from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of, launch_two, undocumented_tags
 from tests.test_mistakes import write_images
@@ -389,6 +391,21 @@ def test_rates_fall_towards_the_first_layers() -> None:
     assert len(probe["params"]) == 4
     latent = initial_state(task_of("classifier.features=z", "classifier.batch_norm=false"), {})
     assert len(latent.optimizer.param_groups) == 7 and latent.model.head.in_features == 8
+
+
+def test_an_encoder_of_another_kind_has_groups_of_its_layers() -> None:
+    class Plain(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.blocks = nn.Sequential(nn.Conv2d(4, 4, 3))
+            self.norm = nn.BatchNorm2d(4)
+            self.add_head(4, 8, False, [4], torch.zeros(10))
+
+    encoder = Plain()
+    names = {id(parameter): name.split(".")[0] for name, parameter in encoder.named_parameters()}
+    groups = [{names[id(each)] for each in group} for group in encoder.layer_groups()]
+    assert groups == [{"time", "conv"}, {"blocks", "norm"}, {"fc"}]
 
 
 def test_the_config_holds_the_command_of_the_code_of_diffusion_based_representation_learning() -> None:

@@ -50,20 +50,11 @@ class Classifier(OnEncoder):
         return self.head(self.norm(self.features(x)[:, :, None, None]).flatten(1))
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        """Returns the trained parameters in groups, from the first layers of the encoder to the layers on top of it.
-
-        The groups of the encoder are those of its blocks: `layer1`, `layer2`, ... begin new groups, and so does `fc`.
-        Other modules belong to the group before them. The biases of a time-dependent encoder belong to the first group.
-        """
-        groups: list[list[nn.Parameter]] = [[*self.encoder.time.parameters()] if self.encoder.time else []]
-        for name, child in self.encoder.named_children():
-            if child is self.encoder.time:
-                continue
-            if name.startswith("layer") or name == "fc":
-                groups.append([])
-            groups[-1] += child.parameters()
+        """Returns the trained parameters in groups, from the first layers of the encoder to the layers on top of it."""
         top = [*self.norm.parameters(), *self.head.parameters()]
-        groups.append(top if self.timestep is None else [*top, self.timestep])
+        if self.timestep is not None:
+            top.append(self.timestep)
+        groups = [*self.encoder.layer_groups(), top]
         trained = [[each for each in group if each.requires_grad] for group in groups]
         return [group for group in trained if group]
 
