@@ -27,6 +27,7 @@ from config.reading import override
 from evaluation.codec import Codec
 from evaluation.quality import psnr, ssim
 from experiment.trained import open_trained, read_trained
+from model.guidance import guided_denoiser
 from tests.conftest import ROOT, launch_two
 
 SIZE = 8
@@ -256,6 +257,18 @@ def test_towards_a_class_against_scikit_learn(quick: Codec, monkeypatch: pytest.
     monkeypatch.setattr(quick.experiment.train, "classes", ["1"])
     with pytest.raises(ConfigError, match="--class 1 is the only class"):
         Directions(class_name="1").find(quick.experiment)
+
+
+def test_samples_have_the_settings_of_the_config(quick: Codec) -> None:
+    settings = ["sampling.guidance_scale=[2, 1, 1]", "sampling.sections=[0, 2]", "sampling.num_sampling_steps=3"]
+    config = override(quick.experiment.config, settings, "a test")
+    codec, z, x_T = Codec(replace(quick.experiment, config=config), quick.soda, 0), quick.test_z[:2], quick.noise(2, "")
+    with torch.no_grad():
+        denoise = guided_denoiser(quick.soda.decoder, z, [2.0, 1.0, 1.0], [0, 2])
+        expected = quick.experiment.diffusion.ddim_sample(denoise, x_T, 3)
+        plain = quick.experiment.diffusion.ddim_sample(guided_denoiser(quick.soda.decoder, z), x_T, 3)
+    torch.testing.assert_close(codec.sample(z, x_T), expected)
+    assert expected.abs().max() <= 1 and not torch.allclose(expected, plain, atol=1e-3)
 
 
 def test_from_random_noise_directions_and_mixtures_are_sampled(quick: Codec) -> None:

@@ -1,6 +1,7 @@
 """Tests of the model: sizes, AdaGN, initial weights, FLOPs and the encoders."""
 
 import copy
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from config.reading import load_config
 from experiment.models import build_on_meta, describe_model
-from model.blocks import AdaGN, ResBlock, SelfAttention, timestep_embedding
+from model.blocks import AdaGN, CrossAttention, ResBlock, SelfAttention, group_norm, timestep_embedding
 from model.build import ENCODERS, build_soda, forward_flops
 from model.decoder import UNetDecoder
 from model.guidance import guided_denoiser
@@ -253,6 +254,96 @@ def test_self_attention_against_torchs(num_head_channels: int | None) -> None:
     tokens = F.group_norm(x, 2).flatten(2).transpose(1, 2)
     attended = theirs(tokens, tokens, tokens)[0].transpose(1, 2).view_as(x)
     torch.testing.assert_close(ours(x), x + attended)
+
+
+@pytest.mark.parametrize("num_head_channels", [None, 4])
+def test_cross_attention_against_torchs(num_head_channels: int | None) -> None:
+    torch.manual_seed(0)
+    heads = 1 if num_head_channels is None else 2
+    for rescale in (False, True):
+        ours = CrossAttention(8, 6, num_head_channels, rescale_residual=rescale)
+        for parameter in ours.parameters():
+            torch.nn.init.normal_(parameter)
+        theirs = torch.nn.MultiheadAttention(8, heads, kdim=6, vdim=6, batch_first=True)
+        key, value = ours.key_value.weight.chunk(2)
+        theirs.load_state_dict(
+            {
+                "q_proj_weight": ours.query.weight[:, :, 0, 0],
+                "k_proj_weight": key,
+                "v_proj_weight": value,
+                "in_proj_bias": torch.cat([ours.query.bias, ours.key_value.bias]),
+                "out_proj.weight": ours.proj.weight[:, :, 0, 0],
+                "out_proj.bias": ours.proj.bias,
+            }
+        )
+        x, tokens = torch.randn(2, 8, 3, 3), 3 + 2 * torch.randn(2, 5, 6)
+        pixels = F.group_norm(x, 2, ours.norm.weight, ours.norm.bias).flatten(2).transpose(1, 2)
+        seen = F.layer_norm(tokens, (6,), ours.norm_tokens.weight, ours.norm_tokens.bias)
+        attended = theirs(pixels, seen, seen)[0].transpose(1, 2).view_as(x)
+        torch.testing.assert_close(ours(x, tokens), (x + attended) / (2**0.5 if rescale else 1), rtol=1e-4, atol=1e-4)
+
+
+def unet(weights: dict[str, torch.Tensor], x_t: torch.Tensor, timesteps: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Returns the prediction of a decoder with two levels of one block, from its weights; attention has one head."""
+
+    def conv(h: torch.Tensor, name: str, **settings: int) -> torch.Tensor:
+        return F.conv2d(h, weights[f"{name}.weight"], weights[f"{name}.bias"], **settings)
+
+    def linear(h: torch.Tensor, name: str) -> torch.Tensor:
+        return h @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(h: torch.Tensor, name: str) -> torch.Tensor:
+        return F.group_norm(h, math.gcd(32, h.shape[1] // 4), weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def silu(h: torch.Tensor) -> torch.Tensor:
+        return h * h.sigmoid()
+
+    def stage(h: torch.Tensor, name: str) -> torch.Tensor:
+        block, attention = f"{name}.block", f"{name}.attention"
+        skip = conv(h, f"{block}.skip") if f"{block}.skip.weight" in weights else h
+        h = norm(conv(silu(norm(h, f"{block}.norm")), f"{block}.conv1", padding=1), f"{block}.adagn.norm")
+        for given, projection in ((time, "time_proj"), (latent, "latent_proj")):
+            scale, shift = linear(given, f"{block}.adagn.{projection}")[:, :, None, None].chunk(2, dim=1)
+            h = (1 + scale) * h + shift
+        h = skip + conv(silu(h), f"{block}.conv2", padding=1)
+        if f"{attention}.proj.weight" not in weights:
+            return h
+        q, k, v = conv(norm(h, f"{attention}.norm"), f"{attention}.qkv").flatten(2).chunk(3, dim=1)  # (N, C, H W) each
+        shares = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(dim=-1)
+        return h + conv((v @ shares.transpose(1, 2)).view_as(h), f"{attention}.proj")
+
+    half = len(weights["time_mlp.0.weight"][0]) // 2
+    angles = timesteps[:, None] / 10_000 ** (torch.arange(half) / half)
+    embedded = torch.cat([angles.cos(), angles.sin()], dim=1).to(x_t)
+    time = silu(linear(silu(linear(embedded, "time_mlp.0")), "time_mlp.2"))
+    latent = silu(z)
+
+    skips = [conv(x_t, "conv_in", padding=1)]
+    skips.append(stage(skips[-1], "down.0"))
+    skips.append(conv(skips[-1], "down.1", stride=2, padding=1))
+    skips.append(stage(skips[-1], "down.2"))
+    h = stage(stage(skips[-1], "middle.0"), "middle.1")
+    for name in ("up.0", "up.1"):
+        h = stage(torch.cat([h, skips.pop()], dim=1), name)
+    h = conv(h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), "up.2", padding=1)
+    for name in ("up.3", "up.4"):
+        h = stage(torch.cat([h, skips.pop()], dim=1), name)
+    return conv(silu(norm(h, "norm_out")), "conv_out", padding=1)
+
+
+def test_the_decoder_is_the_unet_that_is_described() -> None:
+    """The prediction is that of a UNet written from its weights. In training, dropout changes it."""
+    torch.manual_seed(0)
+    settings = {"channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "num_head_channels": None}
+    decoder = UNetDecoder(image_size=8, latent_dim=5, model_channels=8, dropout=0.5, **settings).eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    given = torch.randn(3, 3, 8, 8), torch.tensor([0, 40, 999]), torch.randn(3, 5)
+    with torch.no_grad():
+        found, expected = decoder(*given), unet(decoder.state_dict(), *given)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+        assert not torch.allclose(decoder.train()(*given), found, rtol=0.1)
+    assert [group_norm(channels).num_groups for channels in (8, 12, 128, 256)] == [2, 1, 32, 32]
 
 
 @pytest.mark.parametrize(

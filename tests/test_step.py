@@ -221,6 +221,9 @@ def test_features_of_the_decoder_are_its_activations_without_a_latent(tmp_path: 
     smaller = ("decoder.attn_resolutions=[]", f"decoder.image_size={size}")
     experiment = experiment_of(tmp_path, "evaluation.features=decoder.up.1@20", *smaller)
     soda = initial_state(experiment).soda.eval()
+    with torch.no_grad():
+        for parameter in soda.decoder.parameters():
+            parameter.add_(0.05)  # at first, the last layers are zero and hide the latent and the timestep
     assert experiment.test is not None
     (pixels,) = experiment.test.batches([range(3, 10)])
     encode = encode_with(experiment, soda)
@@ -268,6 +271,39 @@ def test_warmup_is_linear_in_steps_then_constant(tmp_path: Path, caplog: pytest.
     assert encoder == pytest.approx([2e-3 * f for f in expected]) and decoder == pytest.approx(
         [1e-3 * f for f in expected]
     )
+
+
+def test_each_part_is_trained_with_its_own_rate_of_the_step(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "optimizer.warmup_epochs=0.2", "optimizer.decoder_lr=1e-3")  # 4.4 steps
+    state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    used: list[list[float]] = []
+
+    def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        groups = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        parts = state.soda.encoder, state.soda.decoder
+        assert all(len({groups[id(each)] for each in part.parameters()}) == 1 for part in parts)
+        used.append([groups[id(next(part.parameters()))] for part in parts])
+
+    state.optimizer.register_step_pre_hook(record)
+    for _ in range(6):
+        train_step(experiment, state, pixels, PhaseTimer())
+    factors = [min(1.0, (step + 1) / 4) for step in range(6)]
+    assert used == [pytest.approx([2e-3 * factor, 1e-3 * factor]) for factor in factors]
+
+
+def test_dropout_masks_differ_between_steps_and_micro_batches(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "decoder.dropout=0.5", "training.micro_batch_size=32")
+    state, pixels = initial_state(experiment), training_pixels(experiment, 0)
+    seeds: list[int] = []
+
+    def spy(*inputs: torch.Tensor) -> Denoised:
+        seeds.append(torch.initial_seed())
+        return state.soda(*inputs)
+
+    state.wrapped = spy
+    for _ in range(2):
+        train_step(experiment, state, pixels, PhaseTimer())
+    assert len(seeds) == len(set(seeds)) == 4
 
 
 def test_a_cosine_falls_from_the_warm_up_to_zero(tmp_path: Path) -> None:
@@ -350,13 +386,16 @@ def test_a_probabilistic_encoder_draws_its_latents_and_is_pulled_towards_a_stand
     experiment = experiment_of(tmp_path, *probabilistic, "training.terms.kl=0.5", "training.terms.l1=0.25")
     state, batch = initial_state(experiment), batch_of(experiment, 0, range(64))
     assert batch.latent_noise is not None and batch.latent_noise.shape == (64, 2, state.soda.encoder.latent_dim)
-    soda, given = state.soda.train(), (torch.zeros_like(batch.x_start), batch.timesteps, batch.drop_mask)
+    soda, given = copy.deepcopy(state.soda).train(), (torch.zeros_like(batch.x_start), batch.timesteps, batch.drop_mask)
     with torch.no_grad():
+        for parameter in soda.decoder.parameters():
+            parameter.add_(0.05)  # at first, the last layers are zero and hide the latent
         denoised = soda(batch.x_source, *given, batch.latent_noise)
         normal = Normal(denoised.latents, (denoised.log_variances / 2).exp())
         z = (normal.loc + normal.scale * batch.latent_noise).mean(dim=1)
         expected = soda.decoder(*given[:2], soda.decoder.mask(z, batch.drop_mask))
         torch.testing.assert_close(denoised.prediction, expected)
+        assert not torch.allclose(soda(batch.x_source, *given).prediction, expected, rtol=1e-3)
         assert torch.equal(soda.encode(batch.x_source), denoised.latents.mean(dim=1)), "elsewhere, z is the mean"
     half = batch.x_start[0].numel() / 2
     divergence = kl_divergence(normal, Normal(torch.zeros(()), torch.ones(()))).sum(dim=-1).mean() / half

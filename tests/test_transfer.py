@@ -466,7 +466,10 @@ def test_a_probe_keeps_the_encoder_of_the_checkpoint_and_fine_tuning_changes_it(
 
 
 def test_the_timestep_of_a_time_dependent_encoder_is_trained() -> None:
-    """It starts in the middle of the timesteps, and its gradient is the slope of the logits, by finite differences."""
+    """It starts in the middle of the timesteps, and its gradient is the slope of the logits, by finite differences.
+
+    Between two timesteps, log sigma is interpolated linearly.
+    """
     task = task_of("method=finetune", "encoder.time_dependent=true", "diffusion.num_timesteps=8")
     classifier = build_classifier(task.config, 2).double().eval()
     assert classifier.timestep is not None and classifier.encoder.time is not None
@@ -480,7 +483,12 @@ def test_the_timestep_of_a_time_dependent_encoder_is_trained() -> None:
         with torch.no_grad():
             classifier.timestep.fill_(sign * change)
             sums.append(classifier(x).sum().item())
-    assert classifier.timestep.grad is not None
+    time = classifier.encoder.time
+    known = time.log_sigmas.numpy()
+    for timestep in (0.0, 3.25, 6.75, 7.0):
+        between = time._log_sigmas_at(torch.tensor([timestep])).item()
+        assert between == pytest.approx(np.interp(timestep, range(8), known), rel=1e-6)
+    assert classifier.timestep.grad is not None and classifier.timestep.grad.abs() > 1e-6
     assert classifier.timestep.grad.item() == pytest.approx((sums[1] - sums[0]) / (2 * change), rel=1e-3)
     assert any(classifier.timestep is each for each in classifier.layer_groups()[-1])
 
