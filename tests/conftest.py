@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,14 @@ def launch_two(*args: str) -> None:
                 process.kill()
         printed.seek(0)
         assert statuses == [0, 0], printed.read()
+
+
+def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:
+    """Waits until `done()` is true. Fails after `seconds`."""
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, "timed out"
+        time.sleep(0.05)
 
 
 def experiment_of(tmp_path: Path, *overrides: str) -> Any:

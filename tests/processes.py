@@ -177,13 +177,12 @@ def micro_batches(folder: Path) -> list[dict[str, Any]]:
         unreduced += 1
         return no_sync(self)
 
-    DistributedDataParallel.no_sync = counting  # type: ignore[method-assign]
-    for parts in (1, 2, 4):
-        unreduced = 0
-        size = 64 // world_size() // parts
-        found.append(training(folder, 6, f"training.micro_batch_size={size}", fixed_statistics=True))
-        found[-1]["unreduced"] = unreduced
-    DistributedDataParallel.no_sync = no_sync  # type: ignore[method-assign]
+    with mock.patch.object(DistributedDataParallel, "no_sync", counting):
+        for parts in (1, 2, 4):
+            unreduced = 0
+            size = 64 // world_size() // parts
+            found.append(training(folder, 6, f"training.micro_batch_size={size}", fixed_statistics=True))
+            found[-1]["unreduced"] = unreduced
     return found
 
 

@@ -100,7 +100,8 @@ def test_each_operation_is_torchvisions(name: str, bin_: int) -> None:
     strengths = torch.tensor([strength, -strength if signed else strength] * 16)
     ours = augment(images, operating(32, 32, torch.full((32,), index), strengths))
     theirs = torch.stack([THEIRS[name](image, m) for image, m in zip(images, strengths.tolist(), strict=True)])
-    assert (ours.int() - theirs.int()).abs().max() <= (0 if name in EXACT else 1)
+    difference = (ours.int() - theirs.int()).abs()
+    assert difference.max() <= (0 if name in EXACT else 1) and difference.float().mean() < 0.01
     assert name == "Identity" or not torch.equal(ours, images)
 
 
@@ -316,6 +317,13 @@ def test_operations_and_signs_are_drawn_alike_and_at_their_probability() -> None
         negative = (strengths < 0).float().mean().item()
         assert negative == pytest.approx(0.5 if v2.RandAugment._AUGMENTATION_SPACE[name][1] else 0, abs=0.03), name
         assert strengths.abs().unique().numel() == 1
+    # The strengths are those of the magnitude and of the view's size, not of the size of the stored image.
+    for magnitude in (9, 20):
+        view = View(randaugment_probability=1.0, randaugment_magnitude=magnitude)
+        drawn = Augmentation(view, 16, stored_size=64).parameters(random(2000))
+        for index, (name, (strength, _)) in enumerate(RANDAUGMENT.items()):
+            of_name = drawn.strengths[drawn.operations == index].abs()
+            assert len(of_name) > 100 and of_name.numpy() == pytest.approx(strength(magnitude, 16), rel=1e-6), name
 
 
 def boxes_of(count: int, size: int, **keys: Any) -> Tensor:
@@ -352,10 +360,12 @@ def test_crops_that_never_fit_fall_back_as_torchvisions(ratio: list[float]) -> N
 def test_resizing_a_crop_is_torchvisions() -> None:
     images = pictures(200, 32)
     boxes = boxes_of(200, 32)
-    ours = augment(images, replace(unchanged(200, 32), boxes=boxes))
+    ours, apart = augment(images, replace(unchanged(200, 32), boxes=boxes)), []
     for image, result, (left, top, width, height, flip) in zip(images, ours, boxes.int().tolist(), strict=True):
-        theirs = tv.resized_crop(image, top, left, height, width, [32, 32], antialias=True)
-        assert (result.int() - (theirs.flip(-1) if flip else theirs).int()).abs().max() <= 1
+        # In float32: torchvision's result for uint8 is rounded after each axis, and differs in one pixel of six.
+        theirs = tv.resized_crop(image.float(), top, left, height, width, [32, 32], antialias=True).round()
+        apart.append((result - (theirs.flip(-1) if flip else theirs)).abs())
+    assert max(each.max() for each in apart) <= 1 and torch.stack(apart).mean() < 1e-4
     assert 0.3 < boxes[:, 4].mean() < 0.7
 
 

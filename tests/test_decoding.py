@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageOps
 
 from config.schema import Data
-from datasets import cache, decoding, formats
-from datasets.decoding import DEFAULT_RULES, Rules, decode
+from datasets import decoding, formats
+from datasets.decoding import Rules, decode
 from datasets.findings import Findings, ImageError
 from datasets.formats import describe_endings, image_endings
 from datasets.images import DatasetError
@@ -612,4 +612,4 @@ def test_a_mark_without_its_facts_is_damaged(tmp_path: Path, caplog: pytest.LogC
     (mark,) = (tmp_path / "cache").glob("*.json")
     mark.write_text(mark.read_text().replace('"unreadable": {}', '"unreadable": 3'))
     open_folder(tmp_path / "photos")
-    assert "is damaged" in caplog.text and cache.CACHE_VERSION == 6 and DEFAULT_RULES.background == (255, 255, 255)
+    assert "is damaged" in caplog.text

@@ -233,9 +233,12 @@ def test_both_memory_layouts_give_the_same_numbers(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_blank_name_of_a_compiler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = choose_compile(True, torch.device("cpu"))
-    monkeypatch.setenv("CXX", " ")
-    assert choose_compile(True, torch.device("cpu")) == found
+    asked: list[str] = []
+    monkeypatch.setattr(module.shutil, "which", lambda name: asked.append(name))
+    for blank in (True, False):
+        monkeypatch.setenv("CXX", " ") if blank else monkeypatch.delenv("CXX", raising=False)
+        choose_compile(True, torch.device("cpu"))
+    assert len(asked) == 2 and asked[0] == asked[1].strip() != ""
 
 
 @pytest.mark.parametrize("multiple", [1, 4])

@@ -22,8 +22,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_program
-from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, launch
-from tests.test_faults import last, losses, wait_for
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, launch, wait_for
+from tests.test_faults import last, losses
 from tests.test_mistakes import write_images
 
 pytestmark = pytest.mark.long
@@ -242,9 +242,7 @@ def test_a_rank_that_hangs_does_not_keep_the_others(tmp_path: Path) -> None:
     with started(*torchrun("--standalone"), *args, log=said) as process:
         wait_for(lambda: all(training_since(run, rank) for rank in (0, 1)) and len(losses(run)) > 3)
         os.kill(training_since(run, 1) or 0, signal.SIGSTOP)
-        stopped = time.monotonic()
-        wait_for(lambda: "error: rank 0 has lost the other processes (Timed out waiting)" in said.read_text())
-        assert time.monotonic() - stopped < 30
+        wait_for(lambda: "error: rank 0 has lost the other processes (Timed out waiting)" in said.read_text(), 60)
         assert process.wait(timeout=60) == 1, "torchrun exits with 1; it kills the stopped rank after 30 s"
     for rank in (0, 1):
         assert " training from step 0 to " in (run / f"logs/rank_{rank}.log").read_text().splitlines()[-1]

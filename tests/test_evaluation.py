@@ -26,7 +26,7 @@ from evaluation import features, knn, linear_probe, logistic_regression
 from evaluation.encoders import encode_with, principal_components, settled
 from evaluation.features import extract_features
 from evaluation.judge import accuracy_table
-from evaluation.knn import knn_votes, topk_accuracy
+from evaluation.knn import knn_votes, nearest_neighbours, topk_accuracy
 from evaluation.linear_probe import LinearProbe
 from evaluation.mlp_probe import MLPProbe
 from evaluation.protocols import KNNProtocol, MLPProtocol, ProbeProtocol, Protocol, config_protocols
@@ -238,6 +238,17 @@ def test_a_tie_against_scikit_learn() -> None:
     assert votes.tolist() == [[0, 2, 0, 2]]
     assert theirs.predict(query).tolist() == [1]
     assert topk_accuracy(votes, torch.tensor([1]))["top1"] == 100.0
+
+
+def test_of_equally_near_entries_the_first_are_neighbours() -> None:
+    """As many as k + 9 entries are copies of one, at random places in the bank."""
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 5):
+        bank = torch.randn(200, 6, generator=generator) + 10
+        copies = torch.randperm(200, generator=generator)[: k + 9]
+        bank[copies] = torch.randn(6, generator=generator)
+        distances, indices = nearest_neighbours(bank, bank[copies[:3]], k)
+        assert indices.tolist() == [copies.sort().values[:k].tolist()] * 3 and distances.eq(0).all()
 
 
 def test_a_cold_temperature_still_votes() -> None:

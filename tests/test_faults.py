@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import test as judge_program
 import train as train_program
-from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, wait_for
 from training import loop
 from utils import signals
 from utils.device import OutOfMemoryError, memory_for
@@ -450,11 +450,3 @@ def test_a_file_that_a_library_replaces_keeps_its_mode(tmp_path: Path) -> None:
         partial.unlink()
         partial.touch(mode=0o600)
     assert (tmp_path / "a.bin").stat().st_mode == expected != 0o100600
-
-
-def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:
-    """Waits until `done()` is true. Fails after `seconds`."""
-    until = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < until, "timed out"
-        time.sleep(0.05)

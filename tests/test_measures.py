@@ -31,6 +31,7 @@ from evaluation import corruptions, dci, hypersphere, logistic_regression
 from evaluation import shapes as shapes_module
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, disk
 from evaluation.factors import open_factors
+from evaluation.features import random_subset
 from evaluation.hypersphere import alignment, uniformity
 from evaluation.knn import neighbour_distances
 from evaluation.measures import MEASURES, anomalies, attributes, disentanglement, few_labels, prior, robustness
@@ -40,7 +41,7 @@ from evaluation.measures.attributes import Attributes, probe
 from evaluation.measures.base import Inputs
 from evaluation.measures.disentanglement import Disentanglement
 from evaluation.measures.few_labels import FewLabels
-from evaluation.measures.robustness import corruption_error, mean_accuracy
+from evaluation.measures.robustness import Robustness, corruption_error, mean_accuracy
 from evaluation.measures.subjects import Subjects, standardized
 from evaluation.shapes import FACTORS, Shapes, draw_shapes
 from experiment.batch import view_draw
@@ -183,6 +184,29 @@ def test_the_mean_corruption_error_by_hand() -> None:
     assert mean_accuracy(accuracies, "z") == 60
     accuracies["noise", "raw pixels"] = [100.0, 100.0]
     assert corruption_error(accuracies, "z") is None
+
+
+def test_accuracy_on_corrupted_images_against_scikit_learn(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, kinds = experiment_of(tmp_path), ("brightness", "gaussian blur")
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", {name: CORRUPTIONS[name] for name in kinds})
+    train, test, views = experiment.train, experiment.test, experiment.views
+    rows = Robustness().measure(Subjects(experiment, PIXELS, "z")).rows
+    chosen = random_subset(test, 50, experiment.config.seed, "corrupted images").indices
+
+    def unit(pixels: torch.Tensor) -> np.ndarray:
+        return F.normalize(views.evaluation(pixels).flatten(1), dim=1).double().numpy()
+
+    theirs, accuracies = KNeighborsClassifier(20, algorithm="brute").fit(unit(train.pixels), train.labels), {}
+    for name in kinds:
+        for severity in range(1, 6):
+            corrupted = corrupt(test.pixels[chosen], range(50), name, severity, experiment.config.seed)
+            accuracies[severity] = 100 * theirs.score(unit(corrupted), test.labels[chosen])
+        expected = np.mean(list(accuracies.values()))
+        assert rows[f"k-NN, {name}"]["raw pixels"]["value"] == pytest.approx(expected, abs=0.01), name
+    assert accuracies[5] < accuracies[1] - 10, "more blur must lower the accuracy, or this test sees nothing"
+    assert rows["k-NN, mean corruption error"]["raw pixels"]["value"] == 100
 
 
 def test_few_labels_against_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,17 +433,15 @@ def test_probes_of_attributes_against_scikit_learn(
     plan = attributes._Plan.of(experiment)
     assert (len(plan.values), plan.num_train, plan.columns) == (1437, 1150, [0, 1])
     views = experiment.views.evaluation(images.pixels[plan.chosen]).flatten(1)
-    scaled = standardized(views, views[:1150]).numpy()
-    model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(scaled[:1150], plan.values[:1150, 1])
-    scores, truth = model.decision_function(scaled[1150:]), plan.values[1150:, 1]
+    scaled, values = standardized(views, views[:1150]).numpy(), images.attributes[plan.chosen].numpy()
+    model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(scaled[:1150], values[:1150, 1])
+    scores, truth = model.decision_function(scaled[1150:]), values[1150:, 1]
     expected = 100 * average_precision_score(truth, scores), 100 * balanced_accuracy_score(truth, scores > 0)
     found = tuple(
         measured.rows[f"{row}, even"]["raw pixels"]["value"] for row in ("average precision", "balanced accuracy")
     )
     assert found == pytest.approx(expected, abs=0.1)
-    assert measured.rows["average precision, large"]["chance"]["value"] == pytest.approx(
-        100 * plan.values[1150:, 0].mean()
-    )
+    assert measured.rows["average precision, large"]["chance"]["value"] == pytest.approx(100 * values[1150:, 0].mean())
     values = np.arange(100) % 3 == 0
     assert probe(values[:, None] * 2.0 - 1, values, 50) == (100, 100, True)
     monkeypatch.setattr(attributes, "MAX_ITERATIONS", 2)
@@ -479,7 +501,6 @@ def test_all_measures_are_printed_and_kept_with_the_results(
         assert re.split("  +", heading.strip()) == columns and len(lines) == len(found["rows"])
         for row, cells in found["rows"].items():
             assert list(cells) == columns and all(math.isfinite(cell["value"]) for cell in cells.values()), row
-    assert measures["robustness"]["rows"]["probe, mean corruption error"]["raw pixels"]["value"] == 100
 
     # A single measure replaces its own entry, here an old one. The evaluation that train.py repeats keeps all measures.
     old = {"protocol": "old", "rows": {}, "decimals": 1}

@@ -271,7 +271,7 @@ def test_cross_attention_against_torchs(num_head_channels: int | None) -> None:
                 "q_proj_weight": ours.query.weight[:, :, 0, 0],
                 "k_proj_weight": key,
                 "v_proj_weight": value,
-                "in_proj_bias": torch.cat([ours.query.bias, ours.key_value.bias]),
+                "in_proj_bias": torch.cat([ours.state_dict()[f"{name}.bias"] for name in ("query", "key_value")]),
                 "out_proj.weight": ours.proj.weight[:, :, 0, 0],
                 "out_proj.bias": ours.proj.bias,
             }
@@ -334,8 +334,16 @@ def unet(weights: dict[str, torch.Tensor], x_t: torch.Tensor, timesteps: torch.T
 def test_the_decoder_is_the_unet_that_is_described() -> None:
     """The prediction is that of a UNet written from its weights. In training, dropout changes it."""
     torch.manual_seed(0)
-    settings = {"channel_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "num_head_channels": None}
-    decoder = UNetDecoder(image_size=8, latent_dim=5, model_channels=8, dropout=0.5, **settings).eval()
+    decoder = UNetDecoder(
+        image_size=8,
+        latent_dim=5,
+        model_channels=8,
+        channel_mult=[1, 2],
+        num_res_blocks=1,
+        attn_resolutions=[4],
+        num_head_channels=None,
+        dropout=0.5,
+    ).eval()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     given = torch.randn(3, 3, 8, 8), torch.tensor([0, 40, 999]), torch.randn(3, 5)

@@ -34,6 +34,8 @@ from evaluation.measures.recording import recorded_measures
 from experiment.trained import open_trained, read_trained
 from tests.conftest import digits_args, undocumented_tags
 from training import evaluating, projector
+from training.reports import record_steps
+from training.state import Summary
 from utils.run_folder.run_log import RunLog, read_reports
 
 CHROMIUM = shutil.which("chromium")
@@ -65,7 +67,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [f"data.root={place / 'images'}", f"data.cache_dir={place / 'cache'}", "data.name=folder"]
     for epochs in (1, 2):
         decoder = ("decoder.modulation=sectioned", "decoder.image_size=4")
-        arguments = digits_args(place / "run", *settings, *decoder, f"training.epochs={epochs}")
+        kept = ("training.keep_every=2", f"training.epochs={epochs}")
+        arguments = digits_args(place / "run", *settings, *decoder, *kept)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(evaluating, "EARLY_LOOKS", (10, 30))
             assert train_program.main(arguments) == 0
@@ -333,8 +336,25 @@ def test_latents_and_samples_are_shown_before_the_first_evaluation(run: Path) ->
         "step_000010.png",
         "step_000030.png",
     ]
-    opened = SimpleNamespace(config=Config(), steps_per_epoch=3, total_steps=1000)  # evaluated at step 300
+    opened = SimpleNamespace(config=Config(), steps_per_epoch=3, total_steps=1000)  # evaluated every 100 epochs
     assert [step for step in range(1000) if evaluating.look_due(opened, step)] == [100]
+    assert [step for step in range(1001) if evaluating.evaluation_due(opened, step)] == [300, 600, 900, 1000]
+    assert [path.name for path in (run / "checkpoints").glob("epoch_*")] == ["epoch_0002.pt"], "keep_every is 2"
+
+
+def test_speed_and_time_left_are_those_of_training_alone() -> None:
+    """60 steps are left of 100. The last 5 steps of 32 images took 20 seconds without evaluation and checkpoint."""
+    logged: dict[str, float] = {}
+    phases = {"evaluation": 6.0, "checkpoint": 3.0, "pseudo-labels": 1.0, "forward": 9.0}
+    log: Any = SimpleNamespace(report=lambda kind, step, values: logged.update(values))
+    config = SimpleNamespace(training=SimpleNamespace(batch_size=32))
+    run: Any = SimpleNamespace(config=config, steps_per_epoch=10, total_steps=100, device=torch.device("cpu"))
+    state: Any = SimpleNamespace(step=40, ema=SimpleNamespace(get_current_decay=lambda: 0.5))
+    timer: Any = SimpleNamespace(take=lambda: (30.0, phases))
+    record_steps(log, run, state, {"encoder": 2.0}, Summary({"loss": 1.5}, 3, 2), 0.25, timer, num_steps=5)
+    expected = {"epoch": 4, "loss": 1.5, "grad_norm": 0.25, "skipped_steps": 3, "lr/encoder": 2, "ema_decay": 0.5}
+    expected |= {"images_per_s": 5 * 32 / 20, "hours_left": 60 * (20 / 5) / 3600, "seconds/evaluation": 6}
+    assert {name: logged[name] for name in expected} == pytest.approx(expected)
 
 
 def test_the_projector_has_the_points_of_the_last_evaluation(run: Path) -> None:

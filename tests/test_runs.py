@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from datasets.folder_layouts import list_folder
 from datasets.images import DatasetError
 from evaluation.codec import Codec
 from experiment.trained import open_trained, read_trained
-from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, wait_for
 from tests.test_mistakes import write_images
 from training import loop
 from utils.cli import read_config
@@ -541,10 +540,8 @@ def test_two_processes_end_at_once_when_one_cannot_read_an_image(pictures: Path,
     command = [sys.executable, *TWO_PROCESSES, "train.py", *args]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
         try:
-            for _ in range(600):
-                if (tmp_path / "run" / "metrics.jsonl").exists() and len(reports(tmp_path / "run", "train")) > 5:
-                    break
-                time.sleep(0.1)
+            metrics = tmp_path / "run" / "metrics.jsonl"
+            wait_for(lambda: metrics.exists() and len(reports(tmp_path / "run", "train")) > 5)
             for path in pictures.glob("train/*/*"):
                 path.unlink()
             _, said = running.communicate(timeout=60)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.schema import Terms
 from evaluation.encoders import baselines, encode_with, raw_pixels
-from evaluation.judge import judge
+from evaluation.judge import judge, judge_trained
 from evaluation.protocols import config_protocols
 from experiment import batch as batch_module
 from experiment.batch import source_draws
@@ -67,11 +67,6 @@ def test_a_batch_splits_into_its_parts(tmp_path: Path) -> None:
         assert name == "rays" or torch.equal(getattr(part, name), values[16:48]), name
     assert not torch.equal(whole.x_start, batch_of(experiment, 4, range(64)).x_start)
     assert whole.timesteps.min() >= 0 and whole.timesteps.max() < 1000 and whole.timesteps.unique().numel() > 40
-
-
-def test_the_latent_is_dropped_at_its_rate(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "training.mask.latent_probability=0.25", "training.batch_size=1024")
-    assert abs(batch_of(experiment, 0, range(1024)).drop_mask.float().mean().item() - 0.25) < 0.05
 
 
 def test_every_draw_has_a_purpose_of_its_own(tmp_path: Path) -> None:
@@ -191,7 +186,7 @@ def test_raw_pixels_are_the_views_or_their_averages() -> None:
     assert raw_pixels(large, 10**8).shape == (2, 3)
 
 
-def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -> None:
+def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its statistics are those of the inputs of each layer in 20 passes: means, and means of unbiased variances."""
     experiment = experiment_of(tmp_path)
     assert experiment.test is not None
@@ -211,6 +206,13 @@ def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path) -
         layer.running_var = torch.stack([x.var(dim=(0, 2, 3)) for x in seen]).mean(dim=0)
     found = baselines(experiment)["untrained"](views, range(8))["z"]
     torch.testing.assert_close(found, settled.eval()(views), atol=1e-4, rtol=1e-4)
+    # The column "settled" of test.py has the encoder that it judges with the same statistics.
+    monkeypatch.setattr("evaluation.judge.judge", lambda experiment, encoders, protocols: encoders)
+    judged: Any = judge_trained(experiment, initial_state(experiment).soda, [])
+    assert list(judged) == ["trained", "settled", "untrained", "raw pixels"]
+    columns = {name: judged[name](views, range(8))["z"] for name in ("trained", "settled")}
+    torch.testing.assert_close(columns["settled"], found, atol=1e-4, rtol=1e-4)
+    assert not torch.isclose(columns["trained"], found, atol=1e-3).all(dim=1).any()
     assert not torch.isclose(found, fresh(views), atol=1e-3).all(dim=1).any()
     other = baselines(experiment_of(tmp_path, "seed=5"))["untrained"](views, range(8))["z"]
     assert not torch.isclose(found, other, atol=1e-3).all(dim=1).any()
@@ -513,8 +515,14 @@ def with_nan_at(experiment: Any, *steps: int) -> Any:
     return replace(experiment, views=views)
 
 
-@pytest.mark.parametrize("bad_steps", [(0,), (2, 3, 5)])
-def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("bad_steps", "fused"), [((0,), True), ((2, 3, 5), True), ((0, 3), False)])
+def test_nothing_of_a_step_that_is_not_finite_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_steps: tuple[int, ...], fused: bool
+) -> None:
+    """This is so with optimisers that can skip a step on the device, and, on a Mac, without them."""
+    if not fused:
+        monkeypatch.setattr("training.step.FUSED", ())
+        monkeypatch.setattr("training.state.FUSED", ())
     adaptive = "training.timesteps.sampling=adaptive"  # its history must not change either
     experiment = with_nan_at(experiment_of(tmp_path, "optimizer.warmup_epochs=0", adaptive), *bad_steps)
     state, undisturbed = initial_state(experiment), initial_state(experiment)
@@ -522,13 +530,13 @@ def test_nothing_of_a_step_that_is_not_finite_remains(tmp_path: Path, bad_steps:
     counted = {"step", "tally"}
     for step in range(7):
         before = copy.deepcopy({name: value for name, value in state.state_dict().items() if name not in counted})
-        _, grad_norm = train_step(experiment, state, pixels, WatchedPhases())
+        _, grad_norm = train_step(experiment, state, pixels, WatchedPhases() if fused else PhaseTimer())
         after = {name: value for name, value in state.state_dict().items() if name not in counted}
         assert grad_norm.isfinite() == (step not in bad_steps)
         if step in bad_steps:
             if step == 0:  # the optimiser creates its moments at this step
                 moments = [value for each in after["optimizer"].pop("state").values() for value in each.values()]
-                assert len(moments) > 100 and not any(value.any() for value in moments)
+                assert (len(moments) > 100) == fused and not any(value.any() for value in moments)
                 del before["optimizer"]["state"]
             ema, ema_before = after.pop("ema"), before.pop("ema")
             assert_equal_states(after, before)

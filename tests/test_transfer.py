@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.sparse import csr_matrix
 from sklearn.datasets import make_blobs
+from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.semi_supervised import LabelSpreading
 from torch import nn
@@ -549,6 +550,8 @@ def test_weights_follow_sgd_with_nesterov_momentum() -> None:
     for _ in range(2):
         train_step(task, state, pixels, PhaseTimer())
     assert len(parameters) > 20 and all(buffer.abs().max() > 0 for buffer in buffers)
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    assert rates == learning_rates(task, state, 2) and rates[0] < rates[-1]
     for parameter, weights in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.detach(), weights, rtol=1e-4, atol=1e-5)
 
@@ -567,6 +570,18 @@ def test_a_run_that_died_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     ends = [torch.load(tmp_path / name / "checkpoints" / "last.pt") for name in ("died", "whole")]
     assert all(end.pop("config") for end in ends)
     assert_equal_states(*ends)
+    # The accuracies of the table are those of the two models of the checkpoint, in evaluation mode.
+    task = task_of(*more)
+    (pixels,) = task.test.batches([range(len(task.test))])
+    state = initial_state(task, {})
+    state.load_state_dict(torch.load(tmp_path / "whole" / "checkpoints" / "last.pt"))
+    (cells,) = json.loads((tmp_path / "whole" / "results.json").read_text())["table"].values()
+    for name, model in (("EMA", state.ema.ema_model), ("last weights", state.model)):
+        with torch.no_grad():
+            scores = model.eval()(task.views.evaluation(pixels)).numpy()
+        expected = [100 * top_k_accuracy_score(task.test.labels, scores, k=k) for k in (1, 3)]
+        assert list(cells[name].values()) == pytest.approx(expected, abs=0.01)
+    assert cells["EMA"] != cells["last weights"]
 
 
 def dying_at(step: int, function: Callable[..., Any]) -> Callable[..., Any]:
