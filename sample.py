@@ -6,16 +6,13 @@ Each picture is a PNG file that includes a title and an explanation.
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from analysis.pictures import PICTURES, Picture
 from config.errors import ConfigError
 from utils.cli import gather_user_errors, make_parser, overrides, path_option, read_config_if_named, require, run
 from utils.distributed.processes import rank
 from utils.files import check_writable
-
-if TYPE_CHECKING:
-    from config.schema import Sampling
 
 EXAMPLES = """\
   python sample.py {name} --config config/{config}.yaml
@@ -84,7 +81,7 @@ def draw(kind: type[Picture[Any]], words: list[str]) -> int:
         if picture.needs_cameras:
             check_writable(path.with_suffix(".gif"))
         data = trained.config.data
-        if data.name in ("tiny", "folder", "posed") and is_listed(path, Path(data.root)):
+        if data.is_of_files and is_listed(path, Path(data.root)):
             raise ConfigError(f"{path} is in data.root {data.root}, whose images are trained on: choose another --out")
 
     # Draw.
@@ -95,7 +92,9 @@ def draw(kind: type[Picture[Any]], words: list[str]) -> int:
         if rank() == 0:
             model = f"{trained.describe(experiment)}, SHA-256 {trained.digest[:12]}"
             at = "" if args.timestep is None else f"z at timestep {args.timestep}; "
-            save_grid(grid, path, f"{model}; {at}{describe_sampling(experiment.config.sampling)}; seed {seed}")
+            sampling = experiment.config.sampling
+            steps = f"{sampling.num_sampling_steps} DDIM steps; samples: {sampling}"
+            save_grid(grid, path, f"{model}; {at}{steps}; seed {seed}")
             print(path)
             if grid.frames:
                 save_gif(grid.frames, path.with_suffix(".gif"))
@@ -171,13 +170,6 @@ def parse(kind: type[Picture[Any]], words: list[str]) -> tuple[argparse.Namespac
     kind.add_options(parser)
     args = parser.parse_intermixed_args(words)
     return args, kind.from_options(args)
-
-
-def describe_sampling(sampling: "Sampling") -> str:
-    """Returns the settings of the sampler in one line, for the caption of a picture."""
-    scales = " ".join(f"{scale:g}" for scale in sampling.guidance_scale)
-    text = f"{sampling.num_sampling_steps} DDIM steps; samples: guidance {scales}, eta {sampling.eta:g}"
-    return text if sampling.sections is None else f"{text}, sections {sampling.sections}"
 
 
 if __name__ == "__main__":

@@ -83,7 +83,6 @@ class SimCLR(Control):
         self.nt_xent = NTXentLoss(temperature=0.5)
 
     def loss(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """See Control.loss."""
         projected = self.projection(pooled).float().flatten(0, 1)  # (N K, 128)
         of_image = torch.arange(len(pooled), device=pooled.device).repeat_interleave(pooled.shape[1])
         found: Tensor = self.nt_xent(projected, of_image)
@@ -98,7 +97,6 @@ class Supervised(Control):
         self.classifier = nn.Linear(pooled_dim, num_classes)
 
     def loss(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """See Control.loss."""
         return F.cross_entropy(self.classifier(pooled[:, 0]).float(), labels)
 
 

@@ -77,7 +77,7 @@ class Runner:
                 join_names(others),
                 run.name,
             )
-        steps_per_epoch, every = trial.experiment.loader.steps_per_epoch, run.stage.judge_every or epochs
+        steps_per_epoch, every = trial.experiment.steps_per_epoch, run.stage.judge_every or epochs
         judged_step = (self.ablation.row_of(run) or {}).get("epochs", 0.0) * steps_per_epoch
         *ends, last = (epoch * steps_per_epoch for epoch in [*range(every, epochs, every), epochs])
         # A run that failed has no judged step, but its checkpoint may have passed some of the ends.
@@ -131,7 +131,7 @@ class Runner:
             trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self.must_stop())
             if trial.images_per_s is None:
                 return None
-            images_per_epoch = trial.experiment.loader.steps_per_epoch * trial.config.training.batch_size
+            images_per_epoch = trial.experiment.steps_per_epoch * trial.config.training.batch_size
             epochs = max(1, int(60 * stage.minutes * trial.images_per_s / images_per_epoch))
             length = {**run.identity, "config": run.config.to_yaml(), "epochs": epochs}
             write_text(kept, json.dumps(length))

@@ -203,7 +203,7 @@ class Trial:
             "data_digest": experiment.data_digest,
             "complete": self.complete,
             "images": step * self.config.training.batch_size,
-            "epochs": step / experiment.loader.steps_per_epoch,
+            "epochs": step / experiment.steps_per_epoch,
             "seconds": self.seconds,
             "images_per_s": self.images_per_s,
             "step_gflop": self._step_flops() / 1e9,

@@ -1,4 +1,4 @@
-"""Measuring of a checkpoint: opens the files that measures need, prints each measure, and adds it to results.json."""
+"""Measuring of a checkpoint as the options of test.py ask for it: opens the files that measures need, and runs them."""
 
 import logging
 from argparse import Namespace
@@ -16,7 +16,7 @@ from evaluation.measures import Measure, Measured, find_measures
 from evaluation.measures.base import NUM_SAMPLES, Inputs
 from evaluation.measures.disentanglement import NUM_TEST, NUM_TRAIN
 from evaluation.measures.prior import Prior
-from evaluation.measures.recording import Record, run_measures
+from evaluation.measures.recording import Record, report
 from evaluation.measures.subjects import Subjects, open_others, subjects_of
 from evaluation.pretrained import load_inception, load_lpips
 from experiment.trained import Trained, read_trained
@@ -48,12 +48,11 @@ class Measuring:
         """Collective. Returns the tables of the measures by name, each printed and recorded when it is computed."""
         compute_exactly()
         subjects = subjects_of(self.codec, self.inputs, priors_of(self.codec, self.prior))
-        return run_measures(self.measures, subjects, self.record)
+        return report(((each.name, each.measure(subjects)) for each in self.measures), self.record)
 
     def check_complete(self) -> None:
         """Raises UserError if a measure was left out, or was not recorded. Call it after the others are printed."""
-        if self.record.failure:
-            raise self.record.failure
+        self.record.check()
         if self.left_out:
             raise ConfigError(f"{_failure(self.left_out)}; the other measures were printed")
 
@@ -115,10 +114,9 @@ def measure_priors(trained: Trained, codec: Codec, fit: Fit) -> None:
         return
     subjects = Subjects(codec.experiment, {}, "z", codec=codec, priors=priors_of(codec, fit))
     record = Record(trained, codec.experiment)
-    run_measures([Prior()], subjects, record)
+    report([(Prior.name, Prior().measure(subjects))], record)
     with gather_user_errors():
-        if record.failure:
-            raise record.failure
+        record.check()
 
 
 def _failure(left_out: dict[str, str]) -> str:

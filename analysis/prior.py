@@ -14,11 +14,11 @@ from torch import Tensor
 
 from analysis.latent_diffusion import Fit
 from analysis.latent_space import draw_from_mixture, fit_mixture, subset_to_fit
-from analysis.pictures.base import on_rank_0
 from config.errors import UserError
 from evaluation.codec import Codec, DrawLatents
 from evaluation.features import feature_name
 from experiment.trained import Trained
+from utils.distributed.collectives import on_rank_0
 from utils.randomness import derive_seed
 from utils.run_folder.checkpoint import unpickle
 

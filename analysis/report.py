@@ -21,7 +21,7 @@ from evaluation.judge import Table
 from evaluation.knn import knn_votes
 from evaluation.measures import MEASURES, Measured
 from evaluation.measures.recording import recorded_measures
-from evaluation.protocols import KNNProtocol, Protocol, config_protocols
+from evaluation.protocols import METRICS, KNNProtocol, Protocol, config_protocols
 from experiment.models import describe_model
 from experiment.trained import Trained
 from utils.cli import gather_user_errors
@@ -33,8 +33,6 @@ from utils.run_folder.run_log import read_reports
 
 MAX_TSNE = 2000  # largest number of points; more points cannot be distinguished
 MAX_CELLS = 20  # largest number of classes for which a confusion matrix is shown as a table of numbers
-
-METRICS = {"knn": "k-NN", "probe": "linear probe", "mlp": "MLP"}  # names of the protocols' metrics in figures
 
 BASELINES = ("raw pixels", "untrained")
 
@@ -282,9 +280,7 @@ def write_report(
         table=table,
         compared=compared,
         baselines=BASELINES,
-        learning=draw_learning(compared, reports, trained.step / experiment.loader.steps_per_epoch)
-        if is_of_run
-        else "",
+        learning=draw_learning(compared, reports, trained.step / experiment.steps_per_epoch) if is_of_run else "",
         measured={MEASURES[name]: each for name, each in measures.items() if name in MEASURES},
         timestep=codec.timestep,
         over_timesteps=draw_timesteps(protocols, table),

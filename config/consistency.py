@@ -152,7 +152,7 @@ def check_images_and_encoder(config: Any) -> None:
             f"encoder's last strided convolution gets a 1x1 map: take larger images{hint}"
         )
     data = config.data
-    if data.stream and data.name not in ("tiny", "folder", "posed"):
+    if data.stream and not data.is_of_files:
         raise ValueError(
             f"data.stream is for data sets of image files, tiny, folder and posed, not for {data.name}: remove it"
         )

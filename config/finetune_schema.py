@@ -7,10 +7,10 @@ from pydantic import Field, model_validator
 from config.consistency import check_images_and_encoder, check_noise_schedule, check_rates
 from config.schema import (
     Evaluating,
+    Fraction,
     Pair,
     PathText,
     Positive,
-    Probability,
     Rates,
     RunConfig,
     Running,
@@ -35,18 +35,18 @@ class Classifier(Section):
 class WeakView(View):
     """Augmentation of the labelled images in supervised training. By default, a flip."""
 
-    crop_flip_probability: Probability = key(
+    crop_flip_probability: Fraction = key(
         1.0, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
     )
     crop_scale: Pair = key([1.0, 1.0], "[lowest, highest] area of the random crop, as a fraction of the image's area")
     crop_ratio: Pair = key([1.0, 1.0], "[lowest, highest] aspect ratio (width / height) of the random crop")
-    randaugment_probability: Probability = key(0.0, "probability of applying RandAugment to an image")
+    randaugment_probability: Fraction = key(0.0, "probability of applying RandAugment to an image")
 
 
 class StrongView(WeakView):
     """Augmentation of all images in training with pseudo-labels. By default, a flip, and RandAugment for each image."""
 
-    randaugment_probability: Probability = key(1.0, "probability of applying RandAugment to an image")
+    randaugment_probability: Fraction = key(1.0, "probability of applying RandAugment to an image")
 
 
 class FinetuneViews(Section):

@@ -178,10 +178,10 @@ def _parse_value(typed: str, where: str, value_type: Any) -> Any:
     return None if typed == "null" and NoneType in get_args(value_type) else typed
 
 
-def to_words(values: dict[str, Any], schema: type[RunConfig] = Config) -> str:
-    """Returns {key: value} as arguments of a command, key=value, quoted for a shell."""
+def to_words(values: dict[str, Any]) -> str:
+    """Returns {key: value} of a config of train.py as arguments of a command, key=value, quoted for a shell."""
     words = {
-        name: value if takes_text(type_of(schema, name)) and value is not None else json.dumps(value)
+        name: value if takes_text(type_of(Config, name)) and value is not None else json.dumps(value)
         for name, value in values.items()
     }
     return " ".join(shlex.quote(f"{name}={word}") for name, word in words.items())

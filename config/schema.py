@@ -27,8 +27,7 @@ from config.pose_pattern import check_transforms_file, is_transforms_file, name_
 from model.names import Architecture, Initialization, Modulation, Prediction, Schedule, Stem, TimestepSampling
 from model.sizes import num_sections
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]  # also a probability
 Positive = Annotated[float, Field(gt=0)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4)]
 
@@ -203,6 +202,11 @@ class Data(Section):
         return pose
 
     @property
+    def is_of_files(self) -> bool:
+        """True if the images are files in folders of the user, which are decoded and cached."""
+        return self.name in ("tiny", "folder", "posed")
+
+    @property
     def has_cameras(self) -> bool:
         """True if each image of the data set has a camera, which encoder and decoder see as rays."""
         return self.name == "posed"
@@ -216,12 +220,12 @@ class Data(Section):
 class View(Section):
     """Augmentation of a view: crop and flip, shift, RandAugment, colours, blur, affine transform, cutout, in order."""
 
-    crop_flip_probability: Probability = key(
+    crop_flip_probability: Fraction = key(
         0.95, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
     )
     crop_scale: Pair = key([0.08, 1.0], "[lowest, highest] area of the random crop, as a fraction of the image's area")
     crop_ratio: Pair = key([3 / 4, 4 / 3], "[lowest, highest] aspect ratio (width / height) of the random crop")
-    flip_probability: Probability = key(
+    flip_probability: Fraction = key(
         0.5, "probability of a horizontal flip of an image that is cropped; other images are never flipped"
     )
     shift_pixels: int = key(
@@ -230,26 +234,26 @@ class View(Section):
         "outside are reflections of those inside, as in a random crop after padding by reflection; 0: no shift",
         ge=0,
     )
-    randaugment_probability: Probability = key(0.65, "probability of applying RandAugment to an image")
+    randaugment_probability: Fraction = key(0.65, "probability of applying RandAugment to an image")
     randaugment_num_ops: int = key(2, "number of RandAugment operations per image", ge=1)
     randaugment_magnitude: int = key(
         9, "strength of the RandAugment operations, from 0 (weakest) to 30 (strongest)", ge=0, le=30
     )
-    color_jitter_probability: Probability = key(0.0, "probability of applying colour jitter to an image")
+    color_jitter_probability: Fraction = key(0.0, "probability of applying colour jitter to an image")
     color_jitter: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=4, max_length=4)] = key(
         [0.4, 0.4, 0.4, 0.1],
         "strengths s of colour jitter, for brightness, contrast, saturation and hue; the first three properties are "
         "each multiplied by a random factor from max(0, 1 - s) to 1 + s; the hue turns by up to s of the colour circle "
         "(s at most 0.5)",
     )
-    grayscale_probability: Probability = key(0.0, "probability of converting an image to greyscale")
-    blur_probability: Probability = key(
+    grayscale_probability: Fraction = key(0.0, "probability of converting an image to greyscale")
+    blur_probability: Fraction = key(
         0.0,
         "probability of blurring an image by a Gaussian kernel; the width of the kernel is a tenth of the image size, "
         "made odd, but at least 3 pixels",
     )
     blur_sigma: Pair = key([0.1, 2.0], "[lowest, highest] standard deviation of the Gaussian blur in pixels")
-    affine_probability: Probability = key(
+    affine_probability: Fraction = key(
         0.0, "probability of applying a random affine transform (rotation, shift, zoom, shear) to an image"
     )
     affine_degrees: float = key(
@@ -328,10 +332,10 @@ class ProbeView(View):
     """Augmentation of the evaluation. Training does not use it, so all its keys may change when a run is resumed."""
 
     all_run: ClassVar[bool] = True
-    crop_flip_probability: Probability = key(
+    crop_flip_probability: Fraction = key(
         0.65, "probability of crop and flip: a random crop, then a horizontal flip with flip_probability"
     )
-    randaugment_probability: Probability = key(0.0, "probability of applying RandAugment to an image")
+    randaugment_probability: Fraction = key(0.0, "probability of applying RandAugment to an image")
 
 
 class Views(Section):
@@ -552,12 +556,12 @@ class Optimizer(Rates):
 class Mask(Section):
     """Probabilities of replacing latents by zeros in training: whole latents and, independently, single sections."""
 
-    latent_probability: Probability = key(
+    latent_probability: Fraction = key(
         0.1,
         "probability of replacing the whole latent of a sample by zeros (the null latent) in training; "
         "classifier-free guidance needs a value above 0",
     )
-    section_probability: Probability = key(
+    section_probability: Fraction = key(
         0.0,
         "probability of replacing a section of a sample's latent by zeros in training, drawn for each section; a value "
         "above 0 needs decoder.modulation=sectioned",
@@ -802,6 +806,11 @@ class Sampling(Section):
     @classmethod
     def _listed(cls, scale: Any) -> Any:
         return scale if isinstance(scale, list) else [scale]
+
+    def __str__(self) -> str:
+        """Returns how z and noise enter each step, in one line, for protocols and captions."""
+        text = f"guidance {' '.join(f'{scale:g}' for scale in self.guidance_scale)}, eta {self.eta:g}"
+        return text if self.sections is None else f"{text}, sections {self.sections}"
 
 
 class Distributed(Section):

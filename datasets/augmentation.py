@@ -8,7 +8,7 @@ RandomAffine. The operations on pixels are in operations.py.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from config.schema import View
 from datasets.operations import OPERATIONS, crop, crop_antialiased, cutout, move, operate, shift
+from utils.device import copy_to
 
 
 class Draw(Protocol):
@@ -102,6 +103,15 @@ class Parameters:
     def __getitem__(self, samples: slice) -> "Parameters":
         parts: dict[str, Any] = {name: None if part is None else part[samples] for name, part in vars(self).items()}
         return Parameters(**parts)
+
+    def to(self, device: torch.device) -> "Parameters":
+        """Copies all parts but `operations` to `device`, in one transfer that does not synchronise with it."""
+        parts = {name: part for name, part in vars(self).items() if part is not None and name != "operations"}
+        columns = [part.flatten(1) for part in parts.values()]
+        copied = copy_to(torch.cat(columns, dim=1), device).split([each.shape[1] for each in columns], dim=1)
+        return replace(
+            self, **{name: values.view(parts[name].shape) for name, values in zip(parts, copied, strict=True)}
+        )
 
 
 class Augmentation:
@@ -264,13 +274,6 @@ def operation_matrices(operations: Tensor, strengths: Tensor, image_size: int) -
     return matrices
 
 
-def _copy(values: Tensor, device: torch.device) -> Tensor:
-    """Copies `values` to `device` without synchronising with the device."""
-    if device.type == "cuda":
-        values = values.pin_memory()  # the copy is synchronous if the memory is not pinned
-    return values.to(device, non_blocking=True)
-
-
 def augment(pixels: Tensor, parameters: Parameters, size: int | None = None) -> Tensor:
     """Augments images (N, 3, P, P) uint8: crop, flip and shift, the operations, the affine transform, then cutout.
 
@@ -278,34 +281,27 @@ def augment(pixels: Tensor, parameters: Parameters, size: int | None = None) -> 
         size: height and width of the views. Crops are resized to it with antialiasing. None: the views have the size of
             the images, so crops are never reduced, and need no antialiasing.
     """
-    num_ops = parameters.operations.shape[1]
-    # Before each round, samples are sorted by operation. at[i] is the original index of the sample at position i.
+    # Before each round, samples are sorted by operation: the sample at position i comes from position order[i], and
+    # at[i] is its original index.
     at = torch.arange(len(pixels))
-    orders: list[Tensor] = []
-    counts: list[list[int]] = []
-    columns = [parameters.boxes]
-    for round_ in range(num_ops):
-        operations = parameters.operations[at, round_]
-        orders.append(operations.argsort())
+    orders, origins, counts = [], [], []
+    for operations in parameters.operations.T:
+        orders.append(operations[at].argsort())
         counts.append(operations.bincount(minlength=len(OPERATIONS)).tolist())
         at = at[orders[-1]]
-        columns += [parameters.strengths[at, round_, None], parameters.matrices[at, round_].flatten(1)]
-    orders.append(at.argsort())  # restores the original order
-    optional = {name: getattr(parameters, name) for name in ("moves", "shifts", "holes")}
-    optional = {name: values.flatten(1) for name, values in optional.items() if values is not None}
-    columns += optional.values()
+        origins.append(at)
+    back = at.argsort()  # restores the original order
+    *indices, back = copy_to(torch.stack([*orders, *origins, back]), pixels.device)  # (N,) int64 each
+    orders, origins = indices[: len(orders)], indices[len(orders) :]
+    there = parameters.to(pixels.device)
 
-    *there, back = _copy(torch.stack(orders), pixels.device)  # (N,) int64 each
-    widths = [part.shape[1] for part in columns]
-    boxes, *rest = _copy(torch.cat(columns, dim=1), pixels.device).split(widths, dim=1)  # (N, width) float32 each
-    rounds, also = rest[: 2 * num_ops], dict(zip(optional, rest[2 * num_ops :], strict=True))
-
-    pixels = crop(pixels, boxes) if size is None else crop_antialiased(pixels, boxes, size)
-    if "shifts" in also:
-        pixels = shift(pixels, also["shifts"])
-    for order, count, strengths, matrices in zip(there, counts, rounds[::2], rounds[1::2], strict=True):
-        pixels = operate(pixels.index_select(0, order), count, strengths[:, 0], matrices.view(-1, 2, 3))
+    pixels = crop(pixels, there.boxes) if size is None else crop_antialiased(pixels, there.boxes, size)
+    if there.shifts is not None:
+        pixels = shift(pixels, there.shifts)
+    for round_, (order, at, count) in enumerate(zip(orders, origins, counts, strict=True)):
+        strengths, matrices = there.strengths[at, round_], there.matrices[at, round_]
+        pixels = operate(pixels.index_select(0, order), count, strengths, matrices)
     pixels = pixels.index_select(0, back)
-    if "moves" in also:
-        pixels = move(pixels, also["moves"].view(-1, 2, 3), "bilinear")
-    return cutout(pixels, also["holes"]) if "holes" in also else pixels
+    if there.moves is not None:
+        pixels = move(pixels, there.moves, "bilinear")
+    return pixels if there.holes is None else cutout(pixels, there.holes)

@@ -1,5 +1,6 @@
 """Images of one split: uint8 squares that are read by index, and their labels if there are any."""
 
+import copy
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
@@ -152,10 +153,8 @@ class StoredImages(Images):
 
     def to(self, device: torch.device) -> "StoredImages":
         """Returns the same images in the memory of `device`."""
-        moved = StoredImages(self.pixels.to(device), self.labels, self.classes, self.summary)
-        moved.attributes, moved.attribute_names = self.attributes, self.attribute_names
-        moved.names, moved.grey_bits = self.names, self.grey_bits
-        moved.cameras, moved.objects = self.cameras, self.objects
+        moved = copy.copy(self)
+        moved.pixels = self.pixels.to(device)
         return moved
 
 

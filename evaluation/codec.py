@@ -1,14 +1,14 @@
 """Encoding of images as a latent z and noise x_T, and decoding of both. x_T holds the details that z leaves out."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from datasets.images import Images
-from evaluation.features import encode_clean, extract_latents
+from evaluation.features import Features, encode_views, extract_features
 from experiment.opening import Experiment
 from model.diffusion import Denoiser
 from model.encoder import Encoder
@@ -82,13 +82,17 @@ class Codec:
         return self._latents(self.experiment.test, "test")
 
     def _latents(self, images: Images, split: str) -> Tensor:
+        def encode(pixels: Tensor, indices: range) -> Features:
+            bar.update(len(indices))
+            return {"z": self._encode(self._encoder, pixels)}
+
+        batch_size, device = self.experiment.config.evaluation.batch_size, self.experiment.device
         with progress(len(images) // world_size(), f"encoding {split} images", "img") as bar:
-            batch_size, encode = self.experiment.config.evaluation.batch_size, partial(self._encode, self._encoder)
-            return extract_latents(encode, images, batch_size, self.experiment.device, bar.update)
+            return extract_features(encode, images, batch_size, device)["z"]
 
     def _encode(self, encoder: Encoder, pixels: Tensor) -> Tensor:
         experiment = self.experiment
-        return encode_clean(encoder, experiment.views, pixels, experiment.device, experiment.amp_dtype)
+        return encode_views(encoder, experiment.views.evaluation(pixels), experiment.device, experiment.amp_dtype)
 
     def noise(self, count: int, purpose: str) -> Tensor:
         """Returns random x_T for `count` images. The noise of each image is the same for any `count`."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from datasets.images import Images
-from datasets.views import Views
 from model.encoder import Encoder
 from utils.device import autocast
 from utils.distributed.collectives import all_reduce
@@ -89,37 +88,8 @@ def extract_features(
 
 
 @torch.no_grad()
-def encode_clean(
-    encoder: Encoder, views: Views, pixels: Tensor, device: torch.device, amp_dtype: torch.dtype | None
-) -> Tensor:
-    """Returns z (N, latent_dim) float32 of images (N, 3, H, W) uint8, without augmentation, in evaluation mode."""
-    return encode_views(encoder, views.evaluation(pixels), device, amp_dtype)
-
-
-@torch.no_grad()
 def encode_views(encoder: Encoder, made: Tensor, device: torch.device, amp_dtype: torch.dtype | None) -> Tensor:
     """Returns z (N, latent_dim) float32 of views as the encoder receives them, in evaluation mode."""
     encoder.eval()
     with autocast(device, amp_dtype):
         return encoder(made).float()
-
-
-def extract_latents(
-    encode: Callable[[Tensor], Tensor],
-    images: Images | Subset,
-    batch_size: int,
-    device: torch.device,
-    on_batch: Callable[[int], Any] = lambda count: None,
-) -> Tensor:
-    """Collective. Returns z (N, latent_dim) float32 of all `images`, on `device`, on all ranks.
-
-    Args:
-        encode: function pixels -> z.
-        on_batch: function that is called before each batch of this rank, with the number of images in the batch.
-    """
-
-    def run(pixels: Tensor, indices: range) -> Features:
-        on_batch(len(indices))
-        return {"z": encode(pixels)}
-
-    return extract_features(run, images, batch_size, device)["z"]

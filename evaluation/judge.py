@@ -1,11 +1,8 @@
 """The judge, which applies named protocols to encoders and returns their accuracies."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from config.schema import View
@@ -21,8 +18,8 @@ from utils.distributed.processes import world_size
 from utils.logging import progress
 from utils.randomness import generator
 
-MakeView = Callable[[Images, Tensor, range, View | None, int], Tensor]
-"""Function (split, pixels (N, 3, P, P) uint8, their indices in it, augmentation or None, epoch) -> encoder's input."""
+Key = tuple[str, str]
+"""Key of features: (name of the encoder, name of the features)."""
 
 Table = dict[str, dict[str, dict[str, float]]]
 """Accuracies in per cent: {protocol: {encoder: {"top1": ..., "top3": ...}}}."""
@@ -33,13 +30,11 @@ class _Cell:
     """A cell of the table whose classifier is still being trained: one protocol applied to one encoder.
 
     Attributes:
-        encoder: name of the encoder.
-        key: key of the cell's features: (name of the encoder, name of the features, normalize).
+        key: key of the cell's features.
     """
 
     protocol: Protocol
-    encoder: str
-    key: tuple[str, str, bool]
+    key: Key
     classifier: Classifier
 
 
@@ -67,87 +62,56 @@ def judge_trained(experiment: Experiment, soda: SODA, protocols: list[Protocol])
 
 
 def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: list[Protocol]) -> Table:
-    """Collective. Returns the accuracies of `encoders` on the experiment's test images, under each protocol."""
-    config = experiment.config
-    assert experiment.test is not None, "the judge needs test images with labels"
-    return accuracy_table(
-        encoders,
-        experiment.train,
-        experiment.test,
-        partial(evaluation_view, experiment),
-        protocols,
-        num_classes=len(experiment.info.classes),
-        batch_size=config.evaluation.batch_size,
-        source=lambda: generator(config.seed, "probe"),
-        device=experiment.device,
-    )
+    """Collective. Returns the accuracies of `encoders` on the experiment's test images, under each protocol.
 
-
-def accuracy_table(
-    encoders: Mapping[str, Encode],
-    train: Images,
-    test: Images,
-    make_view: MakeView,
-    protocols: list[Protocol],
-    *,
-    num_classes: int,
-    batch_size: int,
-    source: Callable[[], torch.Generator],
-    device: torch.device,
-) -> Table:
-    """Collective. Returns the accuracies of `encoders` under `protocols`.
-
-    Each view is made only once per epoch, for all encoders and for all protocols that use it. If an encoder does not
-    return the features of a protocol, the table has no cell for this pair.
-
-    Args:
-        train: images that the classifiers are trained on.
-        test: images that the accuracies are measured on, always without augmentation.
-        batch_size: images per forward pass of each encoder.
-        source: function that returns a generator of random numbers for one classifier. All generators have the same
-            seed.
+    Classifiers are trained on the training images. Each view of them is made only once per epoch, for all encoders and
+    for all protocols that use it. Test images are not augmented. If an encoder does not return the features of a
+    protocol, the table has no cell for this pair.
     """
-    wanted = list(dict.fromkeys((protocol.feature_name, protocol.normalize) for protocol in protocols))
+    config, train, test, device = experiment.config, experiment.train, experiment.test, experiment.device
+    assert test is not None and train.labels is not None and test.labels is not None, "the judge needs labels"
+    train_labels, test_labels = train.labels.to(device), test.labels.to(device)
+    num_classes = len(experiment.info.classes)
 
-    def extract(split: Images, view: View | None, epoch: int, what: str) -> Features:
+    def extract(split: Images, view: View | None, epoch: int, keys: Collection[Key], what: str) -> dict[Key, Tensor]:
+        """Collective. Returns the features with these keys, if the encoders have them. Others would fill the memory."""
+
         def encode(pixels: Tensor, indices: range) -> Features:
             bar.update(len(indices))
-            batch = make_view(split, pixels, indices, view, epoch)
+            made = evaluation_view(experiment, split, pixels, indices, view, epoch)
             features: Features = {}
             for name, encoder in encoders.items():
-                found = encoder(batch, indices)
-                for kind, normalize in wanted:
-                    if kind in found:
-                        values = found[kind].float()
-                        features[name, kind, normalize] = F.normalize(values, dim=1) if normalize else values
+                for kind, values in encoder(made, indices).items():
+                    if (name, kind) in keys:
+                        features[name, kind] = values.float()
             return features
 
         with progress(len(split) // world_size(), f"encoding {what}", "img") as bar:
-            return extract_features(encode, split, batch_size, device)
+            return extract_features(encode, split, config.evaluation.batch_size, device)  # type: ignore[return-value]
 
-    assert train.labels is not None and test.labels is not None, "the judge needs images with labels"
-    train_labels, test_labels = train.labels.to(device), test.labels.to(device)
-    queries = extract(test, None, 0, "test images")
+    keys = {(name, protocol.feature_name) for name in encoders for protocol in protocols}
+    queries = extract(test, None, 0, keys, "test images")
     table: Table = {str(protocol): {} for protocol in protocols}
     for view in unique([protocol.view for protocol in protocols]):
-        cells = [
-            _Cell(protocol, name, key, protocol.classifier(queries[key].shape[1], num_classes, source(), device))
-            for protocol in protocols
-            for name in encoders
-            if protocol.view == view and (key := (name, protocol.feature_name, protocol.normalize)) in queries
-        ]
-        features: Features = {}
+        cells = []
+        for protocol in protocols:
+            for name in encoders:
+                if protocol.view == view and (key := (name, protocol.feature_name)) in queries:
+                    source = generator(config.seed, "probe")  # all classifiers draw the same random numbers
+                    classifier = protocol.classifier(queries[key].shape[1], num_classes, source, device)
+                    cells.append(_Cell(protocol, key, classifier))
+        features: dict[Key, Tensor] = {}
         epochs = max((cell.protocol.epochs for cell in cells), default=0)
         for epoch in range(epochs):
             if epoch == 0 or view is not None:  # clean views are the same in each epoch
                 features = {}  # frees the features of the previous epoch before new ones are allocated
                 of_epochs = "" if view is None else f", epoch {epoch + 1} of {epochs}"
-                features = extract(train, view, epoch, f"training images{of_epochs}")
+                features = extract(train, view, epoch, {cell.key for cell in cells}, f"training images{of_epochs}")
             for cell in cells:
-                cell.classifier.train_epoch(features[cell.key], train_labels)
+                cell.classifier.train_epoch(cell.protocol.prepare(features[cell.key]), train_labels)
                 if epoch == cell.protocol.epochs - 1:
-                    scores = cell.classifier.scores(queries[cell.key])
-                    table[str(cell.protocol)][cell.encoder] = topk_accuracy(scores, test_labels)
+                    scores = cell.classifier.scores(cell.protocol.prepare(queries[cell.key]))
+                    table[str(cell.protocol)][cell.key[0]] = topk_accuracy(scores, test_labels)
             cells = [cell for cell in cells if epoch < cell.protocol.epochs - 1]  # frees finished classifiers
     return table
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config.schema import KNN, Config, Probe, ProbeView, View
@@ -18,6 +19,9 @@ from evaluation.knn import knn_votes
 from evaluation.linear_probe import LinearProbe
 from evaluation.logistic_regression import LogisticProbe
 from evaluation.mlp_probe import DROPOUT, HIDDEN, MLPProbe
+
+METRICS = {"knn": "k-NN", "probe": "linear probe", "mlp": "MLP"}
+"""Names, in figures, of the metrics of protocols."""
 
 
 class Classifier(typing.Protocol):
@@ -35,7 +39,7 @@ class Protocol(ABC):
     """A named way to turn features into accuracies. Its name is `str(protocol)`: its settings, in one line.
 
     Attributes:
-        metric: short name of the kind of classifier.
+        metric: short name of the kind of classifier, a key of METRICS.
         view: augmentation of the training images, drawn again in each epoch; None: no augmentation.
         features: kind of the features, such as "z".
         timestep: timestep of the features of a time-dependent encoder; None: they do not depend on the timestep.
@@ -64,6 +68,10 @@ class Protocol(ABC):
     @abstractmethod
     def describe(self, features: str, view: str) -> str:
         """Returns the settings in one line, which includes the descriptions `features` and `view`."""
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Returns features (N, D) as the classifier takes them: scaled to length 1 if `normalize` is True."""
+        return F.normalize(features, dim=1) if self.normalize else features
 
     @property
     def feature_name(self) -> str:

@@ -22,7 +22,6 @@ from model.diffusion import log_sigmas
 from utils.distributed.collectives import all_equal
 from utils.run_folder.checkpoint import CheckpointError, is_checkpoint, read_tensors
 
-PARTS = ("encoder", "decoder")
 LAST_LAYER = "fc."  # prefix of the weights of an encoder's last layer, which computes z
 NEED_NOT_AGREE = ("encoder.frozen", "decoder.image_size", "decoder.dropout")  # shapes are compared in any case
 # Further keys that must agree for each part.

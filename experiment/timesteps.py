@@ -11,6 +11,7 @@ from torch import Tensor
 from config.errors import ConfigError
 from config.schema import Config, Timesteps
 from model.diffusion import GaussianDiffusion
+from model.names import TimestepSampling
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import rank
 
@@ -173,7 +174,7 @@ class AdaptiveSampler(TimestepSampler):
         self._mean_squares.copy_(state["mean_squares"])
 
 
-SAMPLERS: dict[str, type[TimestepSampler]] = {
+SAMPLERS: dict[TimestepSampling, type[TimestepSampler]] = {
     "uniform": TimestepSampler,
     "log_snr": LogNormalSNRSampler,
     "adaptive": AdaptiveSampler,

@@ -79,7 +79,7 @@ class Trained:
         epochs is then unknown.
         """
         known = self.saw_images_of(experiment)
-        epoch = f"epoch {self.step / experiment.loader.steps_per_epoch:g}, " if known else ""
+        epoch = f"epoch {self.step / experiment.steps_per_epoch:g}, " if known else ""
         return f"{epoch}step {self.step}"
 
     def describe(self, experiment: Experiment) -> str:
@@ -145,6 +145,7 @@ def read_trained(config: Config | None, checkpoint: Path | None, overrides: list
         if config is None and any(each.startswith("output_dir=") for each in overrides):
             raise ConfigError(f"output_dir does not apply to --checkpoint {checkpoint}: remove it")
         contents = load_checkpoint(checkpoint)
+    contents = {**contents, "optimizer": {}}  # frees its moments, which are twice the model and only for training
     trained_with = parse_config(contents["config"], str(checkpoint))
     if config is None:
         config = override(trained_with, ["training.use_amp=false", *overrides], str(checkpoint))

@@ -1,6 +1,6 @@
-"""Gaussian diffusion: noise schedule, forward process, prediction target, loss, and DDIM sampler.
+"""Gaussian diffusion: noise schedules, forward process, prediction targets, and the DDIM sampler with its inversion.
 
-Other loss terms are in training/losses.py.
+The loss is in training/losses.py.
 """
 
 import math

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from ablations import floors
 from config.reading import load_config
-from config.schema import KNN, Probe, ProbeView, View
+from config.schema import KNN, Probe, ProbeView
 from datasets.images import Images, StoredImages
 from evaluation import features, knn, linear_probe, logistic_regression
 from evaluation.encoders import encode_with, principal_components, settled
 from evaluation.features import extract_features
-from evaluation.judge import accuracy_table
+from evaluation.judge import judge
 from evaluation.knn import knn_votes, nearest_neighbours, topk_accuracy
 from evaluation.linear_probe import LinearProbe
 from evaluation.mlp_probe import MLPProbe
@@ -258,7 +259,7 @@ def test_a_cold_temperature_still_votes() -> None:
     assert votes.argmax().item() == 2 and votes.max().item() == 1
 
 
-def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
+def test_each_protocol_is_judged_on_its_own_features_and_view(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cell of the table uses the features and the view of its protocol. Each view is made only once per epoch.
 
     The clean view shows the label, and the augmented view is noise. z contains the view, and pooled is all zeros.
@@ -269,7 +270,7 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
     noise = torch.randn(60, 1, generator=generator)
     seen: list[tuple[str, int]] = []
 
-    def make_view(split: Images, pixels: torch.Tensor, indices: range, view: View | None, epoch: int) -> torch.Tensor:
+    def make_view(_: Any, split: Images, pixels: torch.Tensor, indices: range, view: Any, epoch: int) -> torch.Tensor:
         seen.append(("clean" if view is None else "noisy", epoch))
         # The augmented view contains nothing about the label.
         return pixels[:, 0, 0].float() if view is None else noise[indices.start : indices.stop]
@@ -285,17 +286,20 @@ def test_each_protocol_is_judged_on_its_own_features_and_view() -> None:
         ProbeProtocol(settings=Probe(epochs=5, lr=0.5, batch_size=20), normalize=False),
         ProbeProtocol(settings=Probe(epochs=2, batch_size=20), view=ProbeView(), normalize=False),
     ]
-    found = accuracy_table(
-        encoders,
-        split,
-        split,
-        make_view,
-        protocols,
-        num_classes=3,
-        batch_size=25,
-        source=lambda: torch.Generator().manual_seed(0),
-        device=torch.device("cpu"),
-    )
+    monkeypatch.setattr("evaluation.judge.evaluation_view", make_view)
+    stored: list[set[Any]] = []
+
+    def extract(*args: Any) -> features.Features:
+        found = extract_features(*args)
+        stored.append(set(found))
+        return found
+
+    monkeypatch.setattr("evaluation.judge.extract_features", extract)
+    config = SimpleNamespace(seed=0, evaluation=SimpleNamespace(batch_size=25))
+    experiment: Any = SimpleNamespace(config=config, train=split, test=split, info=split, device=torch.device("cpu"))
+    found = judge(experiment, encoders, protocols)
+    z, pooled = {("good", "z"), ("pixels", "z")}, {("good", "pooled")}
+    assert stored == [z | pooled, z | pooled, z, z], "noisy views are encoded only to z"
     top1 = {name: {encoder: cell["top1"] for encoder, cell in cells.items()} for name, cells in found.items()}
     clean_z, noisy_z, clean_pooled, probe_z, probe_noisy = (top1[str(protocol)] for protocol in protocols)
     assert clean_z == {"good": 100, "pixels": 100} and probe_z["good"] > 95

@@ -5,7 +5,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -29,10 +30,14 @@ from utils.run_folder.run_log import RunLog
 
 MAX_SKIPPED = 20  # steps in a row with non-finite gradients, after which the run ends
 
+OpenedT = TypeVar("OpenedT", bound=Opened)
+StateT = TypeVar("StateT", bound=RunState)
+
 logger = logging.getLogger(__name__)
 
 
-class Job(ABC):
+@dataclass(frozen=True)
+class Job(ABC, Generic[OpenedT, StateT]):
     """A program's part in the training loop: its images, steps and evaluations.
 
     Attributes:
@@ -41,17 +46,16 @@ class Job(ABC):
         folder: folder of the run.
     """
 
-    opened: Opened
-    state: RunState
+    opened: OpenedT
+    state: StateT
     folder: RunFolder
 
     @abstractmethod
     def pixels(self) -> Generator[Any, None, None]:
         """Yields the images that this rank needs for each step, from the present step to the last one."""
 
-    @abstractmethod
     def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
-        """Collective. Does what is due before the next step."""
+        """Collective. Does what is due before the next step; by default, nothing."""
 
     @abstractmethod
     def step(self, pixels: Iterator[Any], timer: PhaseTimer) -> Tensor:
@@ -74,42 +78,29 @@ class Job(ABC):
         """Returns advice for the user after a step that needs too much memory."""
 
 
-class SodaJob(Job):
+class SodaJob(Job[Experiment, TrainState]):
     """Training of SODA, as train.py does it."""
 
-    def __init__(self, experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
-        self.opened = self.experiment = experiment
-        self.state = self._state = state
-        self.folder = folder
-
     def pixels(self) -> Generator[Any, None, None]:
-        """See Job.pixels."""
-        return training_pixels(self.experiment, self.state.step)
-
-    def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
-        """See Job.before_step. Nothing is due."""
+        return training_pixels(self.opened, self.state.step)
 
     def step(self, pixels: Iterator[Any], timer: PhaseTimer) -> Tensor:
-        """See Job.step."""
-        return train_step(self.experiment, self._state, pixels, timer)[1]
+        return train_step(self.opened, self.state, pixels, timer)[1]
 
     def rates(self, step: int) -> dict[str, float]:
-        """See Job.rates."""
-        return dict(zip(("encoder", "decoder"), learning_rates(self.experiment, step), strict=True))
+        return dict(zip(("encoder", "decoder"), learning_rates(self.opened, step), strict=True))
 
     def evaluation_due(self) -> bool:
-        """See Job.evaluation_due. At early steps, latents and samples are due."""
-        return super().evaluation_due() or look_due(self.experiment, self.state.step)
+        """Returns True also at early steps, when latents and samples are due."""
+        return super().evaluation_due() or look_due(self.opened, self.state.step)
 
     def evaluate(self, log: RunLog | None) -> None:
-        """See Job.evaluate."""
-        found = evaluate(self.experiment, self.state.ema.ema_model, self.state.step)
+        found = evaluate(self.opened, self.state.ema.ema_model, self.state.step)
         if log:
-            record_evaluation(log, self.experiment, found, self.folder.path)
+            record_evaluation(log, self.opened, found, self.folder.path)
 
     def less_memory(self) -> str:
-        """See Job.less_memory."""
-        return advice_for_less_memory(self.experiment.config.training)
+        return advice_for_less_memory(self.opened.config.training)
 
 
 def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
@@ -121,7 +112,7 @@ def train(experiment: Experiment, state: TrainState, folder: RunFolder) -> None:
     run_job(SodaJob(experiment, state, folder), ", compiling first" if compiles else "")
 
 
-def run_job(job: Job, note: str = "") -> None:
+def run_job(job: Job[Any, Any], note: str = "") -> None:
     """Collective. Trains from the job's state to the last step. Writes checkpoints and reports into its folder.
 
     Each rank trains on its share of each batch. Rank 0 writes.
@@ -182,7 +173,7 @@ def run_job(job: Job, note: str = "") -> None:
         phase_log.info("finished")
 
 
-def _evaluate_if_due(job: Job, log: RunLog | None, timer: PhaseTimer) -> None:
+def _evaluate_if_due(job: Job[Any, Any], log: RunLog | None, timer: PhaseTimer) -> None:
     """Collective. Evaluates and records the result if this is due and not yet done. A signal ends it immediately."""
     step, total_steps = job.state.step, job.opened.total_steps
     if not job.evaluation_due():
@@ -232,7 +223,7 @@ def _log_circumstances(experiment: Experiment) -> None:
         logger.info("BatchNorm normalises over %d images at a time", batch_norm_batch_size(training))
 
 
-def _not_finite(job: Job, summary: Summary, saved_step: int | None) -> str:
+def _not_finite(job: Job[Any, Any], summary: Summary, saved_step: int | None) -> str:
     """Returns the error message that ends the run."""
     step = job.state.step
     rates = ", ".join(f"{rate:g} ({name})" for name, rate in job.rates(step - 1).items())

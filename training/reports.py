@@ -64,8 +64,8 @@ def record_evaluation(log: RunLog, experiment: Experiment, found: Evaluation, fo
     After the last step, also writes results.json and the test latents. Writes no second report if the log already has
     one of this evaluation. Raises FolderError.
     """
-    epoch, rest = divmod(found.step, experiment.loader.steps_per_epoch)
-    values: dict[str, float] = {"epoch": found.step / experiment.loader.steps_per_epoch, **found.measures}
+    epoch, rest = divmod(found.step, experiment.steps_per_epoch)
+    values: dict[str, float] = {"epoch": found.step / experiment.steps_per_epoch, **found.measures}
     measures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in found.measures.items())
     time = f"step {found.step}" if rest else f"epoch {epoch}"
     picture = f"step_{found.step:06d}.png" if rest else f"epoch_{epoch:04d}.png"

@@ -31,7 +31,7 @@ def learning_rates(experiment: Experiment, step: int) -> tuple[float, float]:
     A linear warm-up, which starts above zero, is followed by the schedule. A cool-down ends it.
     """
     config = experiment.config.optimizer
-    factor = rate_factor(config, step, experiment.loader.steps_per_epoch, experiment.total_steps)
+    factor = rate_factor(config, step, experiment.steps_per_epoch, experiment.total_steps)
     return config.encoder_lr * factor, config.decoder_lr * factor
 
 

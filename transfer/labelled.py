@@ -9,8 +9,8 @@ from torch import Tensor
 
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
-from datasets.folder_layouts import split_of
 from datasets.images import Images
+from datasets.split_names import split_of
 from utils.files import read_names
 from utils.randomness import generator
 from utils.text import join_names

@@ -26,17 +26,11 @@ def finetune(task: Task, state: FinetuneState, folder: RunFolder) -> None:
     run_job(FinetuneJob(task, state, folder))
 
 
-class FinetuneJob(Job):
+class FinetuneJob(Job[Task, FinetuneState]):
     """Training of a classifier, as finetune.py does it."""
 
-    def __init__(self, task: Task, state: FinetuneState, folder: RunFolder) -> None:
-        self.opened = self.task = task
-        self.state = self._state = state
-        self.folder = folder
-
     def pixels(self) -> Generator[Tensor, None, None]:
-        """See Job.pixels."""
-        return step_pixels(self.task, self.state.step)
+        return step_pixels(self.opened, self.state.step)
 
     def before_step(self, saver: Saver, log: RunLog | None, timer: PhaseTimer) -> None:
         """Collective. Computes and reports pseudo-labels at the start of an epoch that uses them.
@@ -44,30 +38,28 @@ class FinetuneJob(Job):
         A signal interrupts this computation. The state is therefore saved first, and a resumed run repeats the
         computation.
         """
-        state = self._state
-        epoch, step_of_epoch = divmod(state.step, self.task.steps_per_epoch)
-        if step_of_epoch or not self.task.method.stage(epoch).num_unlabelled:
+        task, state = self.opened, self.state
+        epoch, step_of_epoch = divmod(state.step, task.steps_per_epoch)
+        if step_of_epoch or not task.method.stage(epoch).num_unlabelled:
             return
         if saver.saved_step != state.step:
             saver.save()
         phase_log.info("pseudo-labels of epoch %d", epoch)
         with signals.obeyed(), timer.phase("pseudo-labels"):
-            facts = renew_targets(self.task, state)
+            facts = renew_targets(task, state)
         if log and not log.has("pseudo_labels", state.step):
             log.report("pseudo_labels", state.step, facts)
-        phase_log.info("training from step %d to %d", state.step, self.task.total_steps)
+        phase_log.info("training from step %d to %d", state.step, task.total_steps)
 
     def step(self, pixels: Iterator[Tensor], timer: PhaseTimer) -> Tensor:
-        """See Job.step."""
-        return train_step(self.task, self._state, pixels, timer)
+        return train_step(self.opened, self.state, pixels, timer)
 
     def rates(self, step: int) -> dict[str, float]:
-        """See Job.rates."""
-        return {f"group_{index}": rate for index, rate in enumerate(learning_rates(self.task, self._state, step))}
+        return {f"group_{index}": rate for index, rate in enumerate(learning_rates(self.opened, self.state, step))}
 
     def evaluate(self, log: RunLog | None) -> None:
-        """See Job.evaluate. After the last step, the last weights are evaluated as well."""
-        task, state = self.task, self._state
+        """Evaluates the EMA and, after the last step, also the last weights."""
+        task, state = self.opened, self.state
         table = {"EMA": accuracy(task, state.ema.ema_model)}
         at_end = state.step == task.total_steps
         if at_end:
@@ -79,7 +71,6 @@ class FinetuneJob(Job):
                 write_results(self.folder.path, task.config, state.step, table=rows, started_from=state.started_from)
 
     def less_memory(self) -> str:
-        """See Job.less_memory."""
         return "use a smaller training.batch_size, in another output_dir"
 
 

@@ -1,12 +1,13 @@
 """Mixup (Zhang et al., arXiv 1710.09412): images and labels of a batch are mixed in pairs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.device import copy_to
 from utils.randomness import derive_seed, generator
 
 
@@ -25,6 +26,10 @@ class Pairs:
     own: Tensor
     partner: Tensor
     weight: float
+
+    def to(self, device: torch.device) -> "Pairs":
+        """Copies `own` and `partner` to the device without synchronising with it. `rows` stays on the host."""
+        return replace(self, own=copy_to(self.own, device), partner=copy_to(self.partner, device))
 
     def mix(self, x: Tensor) -> Tensor:
         """Returns the mixed images (n, 3, H, W) of the images (M, 3, H, W) of `rows`."""

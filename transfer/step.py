@@ -10,7 +10,7 @@ from training.step import rate_factor, update
 from transfer.mixing import Pairs, draw_pairs, mixed_cross_entropy
 from transfer.opening import Task
 from transfer.state import FinetuneState
-from utils.device import autocast
+from utils.device import autocast, copy_to
 from utils.distributed.processes import my_range
 from utils.logging import PhaseTimer
 from utils.randomness import uniforms
@@ -56,9 +56,9 @@ def train_step(task: Task, state: FinetuneState, pixels: Iterator[Tensor], timer
     state.model.train()
     before = Snapshot(state.model.buffers())
     with timer.phase("views"):
-        pairs = pairs_of(task, step)
+        pairs = pairs_of(task, step).to(task.device)
         views = [pairs.mix(_view(task, images, pairs, step, number)) for number in range(stage.num_views)]
-        targets = state.targets[task.draws.indices(step)[pairs.rows].to(task.device)]
+        targets = state.targets[copy_to(task.draws.indices(step)[pairs.rows], task.device)]
         labels, partner_labels = (targets[part].repeat(stage.num_views) for part in (pairs.own, pairs.partner))
     with timer.phase("forward"), autocast(task.device, task.amp_dtype):
         logits = state.wrapped(torch.cat(views))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from config.errors import UserError
 from utils.distributed.processes import local_rank, local_world_size, world_size
@@ -49,6 +50,13 @@ def choose_device(name: str) -> torch.device:
     torch.backends.cudnn.benchmark = True  # input sizes are constant, so one search for the fastest kernels is enough
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 for float32 products, except k-NN's distances
     return device
+
+
+def copy_to(values: Tensor, device: torch.device) -> Tensor:
+    """Copies `values` from the host to `device` without synchronising with the device."""
+    if device.type == "cuda":
+        values = values.pin_memory()  # the copy is synchronous if the memory is not pinned
+    return values.to(device, non_blocking=True)
 
 
 def compute_exactly() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from config.errors import ConfigError
-from utils.distributed.collectives import broadcast_object
-from utils.distributed.processes import rank
 
 if TYPE_CHECKING:
     from analysis.grid import Grid
@@ -27,11 +25,6 @@ INVERTED = "x_T comes from DDIM inversion"
 def splits(experiment: Experiment) -> dict[str, Any]:
     """Returns the existing splits by name."""
     return {"train": experiment.train} | ({} if experiment.test is None else {"test": experiment.test})
-
-
-def on_rank_0(fit: Callable[[], T]) -> T:
-    """Collective. Returns rank 0's result of `fit()` on all ranks: other machines might round differently."""
-    return broadcast_object(fit() if rank() == 0 else None)  # type: ignore[return-value]
 
 
 def option(default: Any, help: str, *, flag: str | None = None, minimum: int | None = None, **settings: Any) -> Any:

@@ -8,8 +8,9 @@ from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from analysis.pictures.base import INVERTED, PictureOfImages, number, on_rank_0, option
+from analysis.pictures.base import INVERTED, PictureOfImages, number, option
 from config.errors import ConfigError
+from utils.distributed.collectives import on_rank_0
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from analysis.pictures.base import Picture, number, on_rank_0, option
+from analysis.pictures.base import Picture, number, option
 from config.errors import ConfigError
+from utils.distributed.collectives import on_rank_0
 
 if TYPE_CHECKING:
     import numpy as np

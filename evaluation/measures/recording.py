@@ -1,11 +1,10 @@
-"""Measuring of a checkpoint: prints each measure, and adds it to the run's results.json, under the key "measures"."""
+"""The measures of a checkpoint in its run's results.json, under the key "measures"."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 
-from evaluation.measures.base import Measure, Measured
-from evaluation.measures.subjects import Subjects
+from evaluation.measures.base import Measured
 from experiment.opening import Experiment
 from experiment.trained import Trained
 from utils.distributed.processes import rank
@@ -39,6 +38,11 @@ class Record:
             )
             logger.info("the measures are not added to %s, because %s", RESULTS, reason)
 
+    def check(self) -> None:
+        """Raises FolderError if a measure could not be written."""
+        if self.failure:
+            raise self.failure
+
     def add(self, name: str, measured: Measured) -> None:
         """Adds a measure, or replaces it. Call it on rank 0. Logs a warning if the file cannot be written."""
         if not self._applies:
@@ -56,14 +60,14 @@ class Record:
                 logger.info("the measure %s in %s replaced one with another protocol: %s", name, RESULTS, before)
 
 
-def run_measures(measures: Sequence[Measure], subjects: Subjects, record: Record) -> dict[str, Measured]:
-    """Collective. Returns the tables of `measures` by name. Each is printed and recorded as soon as it is computed."""
+def report(found: Iterable[tuple[str, Measured]], record: Record) -> dict[str, Measured]:
+    """Collective. Prints and records each table as soon as it is computed. Returns the tables by name."""
     measured = {}
-    for measure in measures:
-        measured[measure.name] = measure.measure(subjects)
+    for name, table in found:
+        measured[name] = table
         if rank() == 0:
-            print(f"\n{measure.name}: {measured[measure.name]}", flush=True)
-            record.add(measure.name, measured[measure.name])
+            print(f"\n{name}: {table}", flush=True)
+            record.add(name, table)
     return measured
 
 

@@ -56,7 +56,7 @@ class Robustness(MeasureOfClasses):
 
         def accuracies(features: dict[str, Tensor]) -> dict[tuple[str, str], float]:
             return {
-                (kind, name): topk_accuracy(classifier.scores(_input(protocols[kind], features[name])), labels)["top1"]
+                (kind, name): topk_accuracy(classifier.scores(protocols[kind].prepare(features[name])), labels)["top1"]
                 for (kind, name), classifier in classifiers.items()
             }
 
@@ -97,12 +97,6 @@ class Robustness(MeasureOfClasses):
         return Measured(protocol, rows)
 
 
-def _input(protocol: Protocol, features: Tensor) -> Tensor:
-    import torch.nn.functional as F
-
-    return F.normalize(features) if protocol.normalize else features
-
-
 def _trained(protocol: Protocol, features: Tensor, subjects: Subjects) -> Classifier:
     """Collective. Returns the protocol's classifier, trained on the features (N, D) of the training images."""
     from utils.randomness import generator
@@ -110,7 +104,7 @@ def _trained(protocol: Protocol, features: Tensor, subjects: Subjects) -> Classi
     experiment = subjects.experiment
     source = generator(experiment.config.seed, "probe")
     classifier = protocol.classifier(features.shape[1], len(experiment.info.classes), source, experiment.device)
-    classifier.train_epoch(_input(protocol, features), subjects.train_labels)
+    classifier.train_epoch(protocol.prepare(features), subjects.train_labels)
     return classifier
 
 

@@ -76,7 +76,7 @@ class Subjects:
 
     @property
     def model(self) -> Codec:
-        """The codec."""
+        """The model, as an encoder and a decoder of images. The measure must be one of those that need it."""
         assert self.codec is not None, "the measure needs a decoder"
         return self.codec
 
@@ -84,8 +84,7 @@ class Subjects:
     def sampling(self) -> str:
         """Settings of the sampler in one line, for a protocol."""
         sampling = self.experiment.config.sampling
-        scales = " ".join(f"{scale:g}" for scale in sampling.guidance_scale)
-        return f"{sampling.num_sampling_steps} DDIM steps, samples with guidance {scales}, eta {sampling.eta:g}"
+        return f"{sampling.num_sampling_steps} DDIM steps, samples with {sampling}"
 
     @cached_property
     def num_samples(self) -> int:

@@ -15,7 +15,7 @@ from datasets.images import DatasetError
 from evaluation.encoders import baselines, encode_with
 from evaluation.features import Features, extract_features
 from evaluation.measures.base import Measured, Rows
-from evaluation.measures.recording import Record
+from evaluation.measures.recording import Record, report
 from evaluation.novel_views.baselines import NEAREST, SOURCE, Baselines
 from evaluation.novel_views.identity import score_identity
 from evaluation.novel_views.scenes import NEAR, SAME, Scenes, Target, choose_targets
@@ -30,7 +30,7 @@ from model.soda import SODA
 from utils.cli import gather_user_errors, require
 from utils.device import memory_for
 from utils.distributed.collectives import all_reduce
-from utils.distributed.processes import my_range, rank
+from utils.distributed.processes import my_range
 
 NUM_SAMPLING_STEPS = 50
 BATCH = 32  # targets per batch; the same for any number of ranks, so that samples do not depend on that number
@@ -115,12 +115,10 @@ def score_views(experiment: Experiment, models: Mapping[str, tuple[int, Generate
     scores = extract_features(score, targets, BATCH, device)
     inside = scores.pop("inside")
     copies = int((scores[NEAREST][:, 0] >= MAX_PSNR).sum()) if NEAREST in scores else 0
-    sampling = config.sampling
     what = "new objects" if config.data.split == "objects" else "known objects"
     protocol = (
         f"novel views of {what}: {len(targets)} test images as targets, {config.decoder_size} px, "
-        f"{num_steps(experiment)} DDIM steps, guidance {' '.join(f'{scale:g}' for scale in sampling.guidance_scale)}, "
-        f"eta {sampling.eta:g}; azimuth of the nearest true view at the same height: "
+        f"{num_steps(experiment)} DDIM steps, {config.sampling}; azimuth of the nearest true view at the same height: "
         f"{sum(bool(each.around) for each in targets)} targets; object: {masks.rule}"
         + (f"; {copies} targets equal a training image" if copies else "")
     )
@@ -217,7 +215,7 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
 
     Each table is printed, and added to the results.json of the run. Ends all ranks with status 2 if that fails.
     """
-    config, record, measured = experiment.config, Record(trained, experiment), {}
+    config, record = experiment.config, Record(trained, experiment)
 
     def found() -> Iterator[tuple[str, Measured]]:
         if config.evaluation.num_novel_views:
@@ -230,12 +228,9 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
         if identity.rows:
             yield "identity", identity
 
-    for name, each in found():
-        measured[name] = each
-        with gather_user_errors():
-            if rank() == 0:
-                print(f"\n{name}: {each}", flush=True)
-                record.add(name, each)
+    measured = report(found(), record)
+    with gather_user_errors():
+        record.check()
     return measured
 
 

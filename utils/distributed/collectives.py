@@ -82,6 +82,11 @@ def broadcast_object(value: T) -> T:
     return all_gather_object(value)[0]
 
 
+def on_rank_0(compute: Callable[[], T]) -> T:
+    """Collective. Returns rank 0's picklable result of `compute()`, because other machines might round differently."""
+    return broadcast_object(compute() if rank() == 0 else None)  # type: ignore[return-value]
+
+
 def all_equal(value: Any) -> bool:
     """Collective. Returns True on all ranks if the picklable `value` is equal on all ranks, else False on all ranks."""
     first, *others = all_gather_object(value)
