@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from model.guidance import guided_denoiser
 from model.rays import encode_rays
 from tests.conftest import ROOT, TINY_MODEL, assert_equal_states, batch_of, small_soda
 from training.state import initial_state
+from utils.files import FolderError
 
 AZIMUTHS = (0, 60, 120, 180, 240, 300)
 UNMOVED = "{crop_flip_probability: 0, randaugment_probability: 0}"
@@ -385,6 +387,13 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
         "nearest object",
     ]
     assert {*measures["identity"]["rows"]["probe (%)"]} == {"trained", "untrained", "raw pixels"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.measures.recording.write_results", mock.Mock(side_effect=FolderError("cannot write")))
+        with pytest.raises(SystemExit, match="2"):
+            words = ["--checkpoint", checkpoint, "device=cpu", "--protocols", "config", "evaluation.num_novel_views=0"]
+            test_program.main(words)
+    shown = capsys.readouterr()
+    assert "\nidentity: " in shown.out and shown.err == "error: cannot write\n"
     for sources in (["--num_objects", "2"], ["sampling.num_sampling_steps=1", "--images", "0", "1"]):
         assert (
             sample_program.main(["views", "--checkpoint", checkpoint, "device=cpu", "--num_views", "4", *sources]) == 0
