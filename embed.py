@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # Open the images.
         if args.split:
-            experiment = open_experiment(config, grey_bits=trained.grey_bits, to_train=False)
+            experiment = open_experiment(config, grey_bits=trained.grey_bits)
             split = experiment.train if args.split == "train" else experiment.test
             if split is None:
                 raise DatasetError(f"{config.data.root} has no {args.split} split: use --split train")

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         config = read_config(args)
 
     from experiment.models import describe_model
-    from experiment.opening import open_experiment
+    from experiment.opening import check_can_train, open_experiment
     from experiment.shares import check_shares
     from experiment.starting import check_origin, read_starting_weights, weight_paths
     from experiment.timesteps import check_timesteps
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)
             experiment = open_experiment(config)
+            check_can_train(experiment)
             folder.check_images(experiment.data_digest)
             state = initial_state(experiment, starting)
             if folder.checkpoint:

@@ -6,8 +6,18 @@ analysis to as many dimensions as the latent has. A trained encoder has learned 
   python -m ablations.floors --config config/cifar10.yaml data.root=data evaluation.knn.bank=clean
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from utils import cli
 from utils.distributed.processes import rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluation.encoders import Encode
+    from experiment.opening import Experiment
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.make_parser(__doc__ or "", "  python -m ablations.floors --config config/digits.yaml")
         config = cli.read_config(parser.parse_intermixed_args(argv))
 
-    from evaluation.encoders import baselines, principal_components
+    from evaluation.encoders import baselines
     from evaluation.judge import check_can_judge, judge
     from evaluation.protocols import config_protocols
     from experiment.opening import open_experiment
@@ -38,6 +48,31 @@ def main(argv: list[str] | None = None) -> int:
     if rank() == 0:
         print(format_table(table))
     return 0
+
+
+def principal_components(experiment: Experiment, num_components: int) -> Encode:
+    """Collective. Returns a function that reduces raw pixels to their principal components on the training images.
+
+    The features have at most as many dimensions as the raw pixels. They are returned under the same name as the raw
+    pixels in `baselines`.
+    """
+    from evaluation.encoders import raw_pixels
+    from evaluation.features import Features, extract_features
+    from evaluation.knn import true_float32
+    from evaluation.logistic_regression import principal_axes
+    from evaluation.protocols import config_protocols
+
+    config, count = experiment.config, len(experiment.train)
+    name = config_protocols(config)[0].feature_name
+
+    def encode(pixels: Tensor, indices: range) -> Features:
+        return {name: raw_pixels(experiment.views.evaluation(pixels), count)}
+
+    raw = extract_features(encode, experiment.train, config.evaluation.batch_size, experiment.device)[name]  # (N, D)
+    mean = raw.mean(dim=0)
+    with true_float32():
+        axes = principal_axes(raw - mean)[0].flip(1)[:, :num_components]  # the axes are ordered by rising variance
+    return lambda views, _: {name: (raw_pixels(views, count) - mean) @ axes}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from evaluation.judge import check_can_judge, judge
 from evaluation.protocols import all_protocols, config_protocols
 from experiment.batch import Pixels
 from experiment.models import build_on_meta, pass_flops, step_flops
-from experiment.opening import Experiment, open_experiment
+from experiment.opening import Experiment, check_can_train, open_experiment
 from experiment.starting import check_origin, weight_paths
 from experiment.trained import halved_weights
 from training.saving import checkpoint_contents
@@ -77,6 +77,7 @@ class Trial:
         torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
         self.config, self.checkpoint, self.judging = config, checkpoint, judging
         self.experiment: Experiment = open_experiment(config)
+        check_can_train(self.experiment)
         check_can_judge(self.experiment)
         if self.experiment.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.experiment.device)

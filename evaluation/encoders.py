@@ -116,21 +116,3 @@ def baselines(experiment: Experiment) -> dict[str, Encode]:
         "untrained": encode_with(experiment, untrained),
         "raw pixels": lambda views, _: {features: raw_pixels(views, len(experiment.train))},
     }
-
-
-def principal_components(experiment: Experiment, num_components: int) -> Encode:
-    """Returns a function that reduces raw pixels to their first principal components on the training images.
-
-    The features have at most as many dimensions as the raw pixels. They are returned under the same name as the raw
-    pixels in `baselines`.
-    """
-    name, num_train = config_protocols(experiment.config)[0].feature_name, len(experiment.train)
-    size = experiment.config.evaluation.batch_size
-    total, products = torch.zeros((), device=experiment.device), torch.zeros((), device=experiment.device)
-    for pixels in experiment.train.batches([range(i, min(i + size, num_train)) for i in range(0, num_train, size)]):
-        raw = raw_pixels(experiment.views.evaluation(pixels.to(experiment.device)), num_train)
-        total, products = total + raw.sum(dim=0), products + raw.T @ raw
-    mean = total / num_train
-    _, axes = torch.linalg.eigh((products / num_train - mean.outer(mean)).cpu().double())
-    axes = axes.flip(1)[:, :num_components].float().to(experiment.device)  # eigh sorts by rising variance
-    return lambda views, _: {name: (raw_pixels(views, num_train) - mean) @ axes}

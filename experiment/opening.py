@@ -63,31 +63,21 @@ class Experiment:
         return rules_of(self.config.data, self.info.grey_bits)
 
 
-def open_experiment(
-    config: Config, statistics: Statistics | None = None, grey_bits: int | None = None, *, to_train: bool = True
-) -> Experiment:
-    """Collective. Loads the images and returns the experiment.
+def open_experiment(config: Config, statistics: Statistics | None = None, grey_bits: int | None = None) -> Experiment:
+    """Collective. Loads the images and returns the experiment. Call `check_can_train` before training.
 
     Args:
         statistics: mean and standard deviation of the channels, which normalise the views; None: those of the images.
         grey_bits: range by which greys are decoded (see `Rules.grey_bits`); None: that of the images.
-        to_train: True: the images must be enough for training and its evaluations. False: any number of images will
-            do, and batches are smaller if the training images are fewer than training.batch_size.
 
     Raises:
         ConfigError: the ranks would compute on different types of device or in different number formats.
-        DatasetError: the images cannot be used, are too few, or differ between ranks.
+        DatasetError: the images cannot be used, or differ between ranks.
     """
     device, amp_dtype = open_device(config, partial(training_work, config))
     train, test, info = open_images(config.data, statistics, grey_bits)
     data_digest = train.digest()
     train, test = to_gpu_if_small(train, device), test and to_gpu_if_small(test, device)
-    if to_train and len(train) < config.training.batch_size:
-        raise DatasetError(
-            f"{len(train)} training images are fewer than a batch: add images, or train with a lower batch_size"
-        )
-    if to_train and test is not None and test.labels is not None:
-        check_neighbours(config, train)
     return Experiment(
         config=config,
         device=device,
@@ -130,6 +120,17 @@ def open_images(
     if not all_equal((train.digest(), test and test.digest())):
         raise DatasetError(f"the machines hold different images in {data.root}: copy the same images to all machines")
     return train, test, info
+
+
+def check_can_train(experiment: Experiment) -> None:
+    """Raises DatasetError if there are too few images for a batch, or for the evaluations during training."""
+    count = len(experiment.train)
+    if count < experiment.config.training.batch_size:
+        raise DatasetError(
+            f"{count} training images are fewer than a batch: add images, or train with a lower batch_size"
+        )
+    if experiment.has_test_labels:
+        check_neighbours(experiment.config, experiment.train)
 
 
 def check_neighbours(config: Config, train: Images) -> None:

@@ -279,7 +279,7 @@ def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
     soda = trained.soda()
     # The encoder's input is decoded and normalised as in training, also if these are other images.
     known = trained.statistics() if "statistics" in trained.contents else None
-    experiment = open_experiment(trained.config, known, trained.grey_bits, to_train=False)
+    experiment = open_experiment(trained.config, known, trained.grey_bits)
     if not trained.saw_images_of(experiment):
         logger.info(
             "the training images in %s are not the images that the checkpoint was trained on%s",

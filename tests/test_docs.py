@@ -6,6 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,12 @@ def schedules_table(lines: list[str]) -> list[str]:
     """Returns the last table of schedules in `lines`: header, separator, and one line per schedule."""
     header = max(i for i, line in enumerate(lines) if line.startswith("| (t + 1/2) / T |"))
     return list(takewhile(lambda line: line.startswith("|"), lines[header:]))
+
+
+def test_the_mean_inverse_signal_to_noise_ratio_is_that_in_the_docs() -> None:
+    cumulative = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    mean = (1 / cumulative - 1).mean()
+    assert f"this factor is {mean:,.0f} on average" in (ROOT / "docs" / "model.md").read_text()
 
 
 def test_the_figures_are_those_of_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from config.reading import load_config
 from config.schema import KNN, Probe, ProbeView
 from datasets.images import Images, StoredImages
 from evaluation import features, knn, linear_probe, logistic_regression
-from evaluation.encoders import encode_with, principal_components, settled
+from evaluation.encoders import encode_with, settled
 from evaluation.features import extract_features
 from evaluation.judge import judge
 from evaluation.knn import knn_votes, nearest_neighbours, topk_accuracy
@@ -315,7 +315,9 @@ def test_principal_components_are_scikit_learns(tmp_path: Path) -> None:
         experiment.views.evaluation(split.pixels).flatten(1) for split in (experiment.train, experiment.test)
     )
     expected = PCA(8, svd_solver="full").fit(train.numpy()).transform(test.numpy())
-    found = principal_components(experiment, 8)(experiment.views.evaluation(experiment.test.pixels), range(len(test)))
+    found = floors.principal_components(experiment, 8)(
+        experiment.views.evaluation(experiment.test.pixels), range(len(test))
+    )
     np.testing.assert_allclose(np.abs(found["z"].numpy()), np.abs(expected), atol=1e-3)
 
 

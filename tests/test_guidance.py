@@ -34,6 +34,7 @@ def test_guidance_by_sections(sectioned_soda: SODA) -> None:
         return guided_denoiser(soda.decoder, z, *args)(x_t, timesteps)
 
     close = torch.testing.assert_close
+    assert torch.equal(guided(1.0), eps(0, 1, 2)), "without guidance, there is one forward pass"
     for scale in (0.0, 0.5, 1.0, 2.5):  # one scale is ordinary guidance
         ordinary = eps() + scale * (eps(0, 1, 2) - eps())
         close(guided(scale), ordinary)

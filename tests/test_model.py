@@ -18,7 +18,6 @@ from experiment.models import build_on_meta, describe_model
 from model.blocks import AdaGN, CrossAttention, ResBlock, SelfAttention, group_norm, timestep_embedding
 from model.build import ENCODERS, build_soda, forward_flops
 from model.decoder import UNetDecoder
-from model.guidance import guided_denoiser
 from model.names import Architecture, ResNet, Stem, WideResNet
 from model.resnets import ARCHITECTURES, ResNetEncoder, WideResNetEncoder
 from model.sizes import last_strided_input, num_decoder_modules, num_sections, resolutions
@@ -396,20 +395,6 @@ def test_z_is_the_mean_of_the_latents_of_the_source_views(tiny_soda: SODA) -> No
     args = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     eps = tiny_soda(x_source, *args, torch.zeros(4, 1, dtype=torch.bool)).prediction
     torch.testing.assert_close(eps, tiny_soda.decoder(*args, expected))
-
-
-def test_guidance(tiny_soda: SODA) -> None:
-    x_t, timesteps, z = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 8)
-    eps_cond = tiny_soda.decoder(x_t, timesteps, z)
-    eps_uncond = tiny_soda.decoder(x_t, timesteps, torch.zeros_like(z))
-
-    def guided(scale: float) -> torch.Tensor:
-        return guided_denoiser(tiny_soda.decoder, z, scale)(x_t, timesteps)
-
-    assert torch.equal(guided(1.0), eps_cond)
-    torch.testing.assert_close(guided(0.0), eps_uncond)
-    torch.testing.assert_close(guided(2.5), 2.5 * eps_cond - 1.5 * eps_uncond)
-    torch.testing.assert_close(guided(1 + 1e-6), eps_cond, atol=1e-4, rtol=1e-4)
 
 
 def test_within_three_steps_every_parameter_has_had_a_gradient() -> None:

@@ -1,7 +1,6 @@
 """The training loop of all programs: steps, reports, checkpoints and evaluations until the last epoch."""
 
 import logging
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets.images import DatasetError
 from experiment.opening import Experiment
@@ -24,7 +22,7 @@ from utils.device import choose_compile, memory_for
 from utils.distributed.collectives import SharedError, broadcast_object, tensor_backend
 from utils.distributed.data_parallel import data_parallel
 from utils.distributed.processes import rank, world_size
-from utils.logging import PhaseTimer, phase_log
+from utils.logging import PhaseTimer, phase_log, progress
 from utils.run_folder.folder import RunFolder
 from utils.run_folder.run_log import RunLog
 
@@ -135,7 +133,7 @@ def run_job(job: Job[Any, Any], note: str = "") -> None:
         Saver(opened, state, folder, timer) as saver,
         log or nullcontext(),
         closing(job.pixels()) as pixels,
-        progress_bar(config.batch_size, state.step, total_steps) as bar,
+        progress(total_steps * config.batch_size, "training", "img", state.step * config.batch_size) as bar,
     ):
         if log:
             log.text("config", f"```yaml\n{opened.config.to_yaml()}```", state.step)
@@ -187,19 +185,6 @@ def _evaluate_if_due(job: Job[Any, Any], log: RunLog | None, timer: PhaseTimer) 
         with timer.phase("evaluation"):
             job.evaluate(log)
     phase_log.info("evaluated; training from step %d to %d", step, total_steps)
-
-
-def progress_bar(batch_size: int, step: int, total_steps: int) -> Any:
-    """Returns a progress bar that counts images on rank 0. Without a terminal, it is drawn every 30 seconds."""
-    return tqdm(
-        total=total_steps * batch_size,
-        initial=step * batch_size,
-        desc="training",
-        unit="img",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=rank() > 0,
-    )
 
 
 def _log_circumstances(experiment: Experiment) -> None:

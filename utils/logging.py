@@ -58,7 +58,7 @@ def log_to(folder: Path) -> Iterator[None]:
             file.close()
 
 
-def progress(total: int, what: str, unit: str) -> Any:
+def progress(total: int, what: str, unit: str, done: int | None = None) -> Any:
     """Returns a progress bar on rank 0, and a disabled one on other ranks.
 
     On a terminal, it appears after 1 s and is redrawn at most once every 0.5 s. Elsewhere, it appears after 30 s and is
@@ -67,6 +67,7 @@ def progress(total: int, what: str, unit: str) -> Any:
     Args:
         what: text in front of the bar.
         unit: name of the things that are counted.
+        done: number of things that were done before, for a bar that appears immediately and stays at the end.
     """
     from tqdm import tqdm
 
@@ -76,8 +77,9 @@ def progress(total: int, what: str, unit: str) -> Any:
         desc=what,
         unit=unit,
         unit_scale=True,
-        leave=False,
-        delay=every,
+        initial=done or 0,
+        leave=done is not None,
+        delay=0 if done is not None else every,
         mininterval=every / 2,
         disable=rank() > 0,
     )
