@@ -260,7 +260,7 @@ def test_a_checkpoint_without_a_checksum_is_read(tmp_path: Path) -> None:
     assert_equal_states(load_checkpoint(alone), CONTENTS | {"sha256": sha256(alone.read_bytes()).hexdigest()})
 
 
-def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_due_by_steps_epochs_or_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, epochs = CheckpointInterval("3 steps", 10), CheckpointInterval("2 epochs", 10)
     assert [s for s in range(1, 10) if steps.due(s)] == [3, 6, 9]
     assert [s for s in range(1, 50) if epochs.due(s)] == [20, 40]

@@ -192,7 +192,7 @@ def test_a_list_of_files_as_editors_write_it(tmp_path: Path, monkeypatch: pytest
     assert args.files == [*names, "d.png", "missing", "./@e.png"]
 
 
-def test_lists_that_cannot_be_used(tmp_path: Path) -> None:
+def test_a_list_of_files_is_not_empty_and_keeps_all_bytes(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf\r\n \n")
     with pytest.raises(UserError, match=r"the list .*empty.txt is empty"):
         read_names(tmp_path / "empty.txt")

@@ -85,7 +85,7 @@ def test_the_recipe_of_diffusion_based_representation_learning() -> None:
         assert config.encoder.time_dependent and config.encoder.probabilistic
 
 
-def test_overrides_and_numbers(write) -> None:  # type: ignore[no-untyped-def]
+def test_overrides_replace_single_keys_and_numbers_need_no_dot(write) -> None:  # type: ignore[no-untyped-def]
     path = write("optimizer: {encoder_lr: 1e-4, weight_decay: 1E-2}\n")
     config = load_config(path, ["training.epochs=2", "views.target.crop_scale=[0.5, 1]", "optimizer.decoder_lr=2e-05"])
     assert (config.optimizer.encoder_lr, config.optimizer.weight_decay) == (1e-4, 1e-2)

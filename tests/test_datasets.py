@@ -470,7 +470,7 @@ def test_a_disk_that_is_full_is_explained(tree: Path, tmp_path: Path, monkeypatc
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_tiny_imagenet(tmp_path: Path) -> None:
+def test_tiny_imagenet_is_read_in_its_official_layout(tmp_path: Path) -> None:
     base = tmp_path / "tiny-imagenet-200"
     for label, name in enumerate(("n02", "n01")):
         for index in range(2):
@@ -514,7 +514,7 @@ def test_fashion_mnist_from_archives_on_disk(tmp_path: Path, monkeypatch: pytest
     assert open_data("fashion_mnist", str(tmp_path / "root"), "unused", 32)[0].pixels.shape == (6, 3, 32, 32)
 
 
-def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_read_from_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
     folder = tmp_path / "cifar-10-batches-py"

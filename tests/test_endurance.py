@@ -329,7 +329,7 @@ def processes_on(machine: list[str]) -> list[int]:
     return [int(number) for number in found.stdout.split()]
 
 
-def test_two_machines(tmp_path: Path) -> None:
+def test_two_machines_train_as_one_process_and_resume(tmp_path: Path) -> None:
     """Two machines with two processes each give the losses of one process.
 
     Each machine caches the images once, and only one rank writes reports. After one machine dies, the run resumes on

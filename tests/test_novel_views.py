@@ -241,7 +241,7 @@ def test_cameras_above_an_object_have_poses_of_their_own() -> None:
     assert poses[2] == poses[3] and len({*poses}) == 4
 
 
-def test_identity_across_views(tmp_path: Path) -> None:
+def test_an_object_is_recognised_from_views_at_least_45_degrees_away(tmp_path: Path) -> None:
     """Views less than 45 degrees away do not help k-NN, and the probe is tested on views that it was not trained on."""
     root = tmp_path / "objects"
     for name in "abcd":

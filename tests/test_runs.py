@@ -171,7 +171,9 @@ def test_another_experiment_is_refused(finished: Path, capsys: pytest.CaptureFix
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
-def test_judging_a_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_is_judged_by_all_protocols_beside_the_baselines(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert judge_program.main(digits_args(finished, "--checkpoint", str(finished / "checkpoints" / "last.pt"))) == 0
     lines = capsys.readouterr().out.splitlines()
     reference = [line for line in lines if "(the reference's)" in line]
