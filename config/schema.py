@@ -615,8 +615,8 @@ class Running(Section):
 
     epochs: int = key(
         800,
-        "number of epochs, each of floor(training images / training.batch_size) steps; may be raised when a run is "
-        "resumed, if optimizer.schedule is constant and optimizer.cooldown_epochs is 0",
+        "number of epochs, each of floor(training images / training.batch_size) steps; if optimizer.schedule is "
+        "constant, may be raised on resume, or, with optimizer.cooldown_epochs, changed before the cool-down",
         ge=1,
     )
     batch_size: int = key(512, "images per training step, over all processes", ge=4, multiple_of=4)

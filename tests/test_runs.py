@@ -225,6 +225,40 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     assert tables[0] == tables[1]
 
 
+def test_epochs_may_change_until_the_cool_down(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Until then, the run is that of the new number of epochs, bit for bit."""
+    caplog.set_level("INFO")
+    cooling = ("optimizer.cooldown_epochs=0.5", "training.checkpoint_every=4 steps", "sampling.num_images=0")
+    shortened, whole = tmp_path / "shortened", tmp_path / "whole"
+    step = loop.train_step
+
+    def interrupted(experiment: Any, state: Any, *rest: Any) -> Any:
+        if state.step == 30:
+            raise KeyboardInterrupt
+        return step(experiment, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_program.main(digits_args(shortened, *cooling, "training.epochs=9"))
+    assert train_program.main(digits_args(shortened, *cooling, "training.epochs=2")) == 0  # from step 28; cools from 33
+    assert "training.epochs was 9 and is now 2" in caplog.text
+    assert train_program.main(digits_args(whole, *cooling, "training.epochs=2")) == 0
+    for part in ("model", "ema", "optimizer", "step"):
+        assert_equal_states(last(shortened)[part], last(whole)[part], part)
+    for epochs in (1, 3):
+        with pytest.raises(SystemExit, match="2"):
+            train_program.main(digits_args(whole, *cooling, f"training.epochs={epochs}"))
+        told = f"changed to {epochs} only in its first {min(epochs, 2) - 0.5:g} epochs, before the cool-down: restore"
+        assert told in capsys.readouterr().err
+    assert load_config(whole / "config.yaml").training.epochs == 2
+
+
 def test_more_epochs_go_on_and_a_killed_evaluation_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

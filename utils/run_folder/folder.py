@@ -121,8 +121,12 @@ class RunFolder:
             )
 
     def resume(self, state: Resumable, total_steps: int) -> None:
-        """Loads the newest checkpoint, if there is one, into `state`. Raises CheckpointError if it does not fit."""
+        """Loads the newest checkpoint, if there is one, into `state`.
+
+        Raises CheckpointError if it does not fit, and ConfigError if training.epochs was changed too late.
+        """
         if self._saved:
+            self._check_epochs(self._saved["step"], total_steps)
             state.load_state_dict(self._saved)
             logger.info("resuming from %s at step %d of %d", self.checkpoint, state.step, total_steps)
 
@@ -191,15 +195,16 @@ class RunFolder:
             return
         config = self._config
         changed = differences(before, config, run=False)
-        fixed_end = config.optimizer.fixed_end
+        rates = config.optimizer
         old_epochs, new_epochs = changed.get("training.epochs", (0, 0))
-        if new_epochs > old_epochs and not fixed_end:
-            del changed["training.epochs"]  # more epochs continue the same experiment
-        if set(changed) == {"training.epochs"} and fixed_end:
+        if set(changed) == {"training.epochs"} and rates.schedule == "cosine":
             raise ConfigError(
                 f"{self.path} was started with training.epochs={old_epochs}, and the learning rates of "
-                f"{fixed_end} depend on it: restore this value or choose another output_dir"
+                f"{rates.fixed_end} depend on it: restore this value or choose another output_dir"
             )
+        # More epochs continue the same experiment. Before the cool-down, its end does not matter: see `_check_epochs`.
+        if rates.schedule == "constant" and (new_epochs > old_epochs or rates.cooldown_epochs):
+            changed.pop("training.epochs", None)
         if changed:
             listing = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
             raise ConfigError(
@@ -208,6 +213,22 @@ class RunFolder:
             )
         for name, (old, new) in differences(before, config, run=True).items():
             logger.info("%s was %s and is now %s", name, old, new)
+
+    def _check_epochs(self, step: int, total_steps: int) -> None:
+        """Raises ConfigError if training.epochs has changed, and `step` is later than the begin of a cool-down.
+
+        Until then, the run is the same as one that was started with the new value.
+        """
+        before, new = self._config_before(), self._config.training.epochs
+        old, cooldown = before.training.epochs if before else new, self._config.optimizer.cooldown_epochs
+        constant = min(old, new) - cooldown  # epochs before the earlier one of the two cool-downs
+        if old != new and cooldown and step > constant * (total_steps // new):
+            raise ConfigError(
+                f"{self.path} was started with training.epochs={old}, which can be changed to {new} only in its first "
+                f"{constant:g} epochs, before the cool-down: restore this value or choose another output_dir"
+            )
+        if old != new:
+            logger.info("training.epochs was %d and is now %d", old, new)
 
     def _config_before(self) -> RunConfig | None:
         """Returns the config in the checkpoint, or else in config.yaml; None for a new run. Raises ConfigError."""
