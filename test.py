@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from evaluation.codec import Codec
     from evaluation.judge import check_can_judge, judge_trained
+    from evaluation.measures.recording import Record
     from evaluation.novel_views.judging import check_can_judge_views, judge_novel_views
     from evaluation.protocols import all_protocols, config_protocols
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if judges:
             check_can_judge(experiment)
         codec, measuring = Codec(experiment, soda, experiment.config.seed, args.timestep), None
+        of_views = Record(trained, experiment) if has_cameras else None
         if args.measures:
             from analysis.measuring import open_measures
 
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             table = judge_trained(experiment, soda, protocols)
             if rank() == 0:
                 print(format_table(table))
-        measured = judge_novel_views(trained, experiment, soda) if has_cameras else {}
+        measured = judge_novel_views(experiment, soda, of_views) if of_views else {}
         if measuring:
             measured = measuring.run()
 
@@ -94,9 +96,11 @@ def main(argv: list[str] | None = None) -> int:
             report.make_report(path, trained, codec, protocols, table, measured)
         if rank() == 0:
             print(f"\nreport       {path}")
-    if measuring:
-        with gather_user_errors():
+    with gather_user_errors():
+        if measuring:
             measuring.check_complete()
+        if of_views:
+            of_views.check()
     return 0
 
 

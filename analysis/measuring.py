@@ -1,4 +1,4 @@
-"""Measuring of a checkpoint as the options of test.py ask for it: opens the files that measures need, and runs them."""
+"""The measures that the options of test.py name: opens the files that they need, and computes them."""
 
 import logging
 from argparse import Namespace

@@ -111,9 +111,10 @@ def load(schema: type[C], path: str | Path, overrides: list[str] | None = None, 
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"), str(path), schema)
     except FileNotFoundError:
-        there = sorted(str(file) for file in Path("config").glob("*.yaml"))
-        near = difflib.get_close_matches(str(path), there, n=1)
-        advice = f": did you mean {near[0]}?" if near else f": choose one of {', '.join(there)}" if there else ""
+        there = {file.stem: str(file) for file in sorted(Path("config").glob("*.yaml"))}
+        near = difflib.get_close_matches(path.stem, there, n=1)
+        listing = f": choose one of {', '.join(there.values())}" if there else ""
+        advice = f": did you mean {there[near[0]]}?" if near else listing
         raise ConfigError(f"no config file {path}{advice}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None

@@ -808,7 +808,7 @@ class Sampling(Section):
         return scale if isinstance(scale, list) else [scale]
 
     def __str__(self) -> str:
-        """Returns how z and noise enter each step, in one line, for protocols and captions."""
+        """Returns guidance scales, eta and sections in one line, for protocols and captions."""
         text = f"guidance {' '.join(f'{scale:g}' for scale in self.guidance_scale)}, eta {self.eta:g}"
         return text if self.sections is None else f"{text}, sections {self.sections}"
 

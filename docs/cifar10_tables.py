@@ -47,7 +47,11 @@ def controls() -> str:
         if row["complete"]:
             runs.setdefault((row["stage"], row["variant"]), []).append(row)
     ours = runs.pop(("hour", "soda"))
-    found = [f"{name} {both(runs[kind])}" for kind, name in RUN_NAMES.items() if kind in runs]
+    found = [
+        f"{name.removesuffix(' at this width')} {both(runs[kind])}{_of_pooled(runs[kind])}"
+        for kind, name in RUN_NAMES.items()
+        if kind in runs
+    ]
     floors = [f"{name} {both(recorded('cifar10_published'), encoder=name)}" for name in BASELINES]
     groups = screened(1)
     linear = {row["seed"]: score(row) for row in groups["linear"]}
@@ -58,6 +62,10 @@ def controls() -> str:
         f"{'; '.join(floors)}.\nThe paper's [noise schedule](docs/schedules.md) alone brings "
         f"{mean_and_deviation(gains)} points (mean of k-NN and probe; one epoch, {seeds})."
     )
+
+
+def _of_pooled(rows: list[Row]) -> str:
+    return " (pooled features)" if any("pooled" in protocol for row in rows for protocol in row["table"]) else ""
 
 
 def screen() -> str:

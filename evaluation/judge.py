@@ -107,12 +107,16 @@ def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: lis
                 features = {}  # frees the features of the previous epoch before new ones are allocated
                 of_epochs = "" if view is None else f", epoch {epoch + 1} of {epochs}"
                 features = extract(train, view, epoch, {cell.key for cell in cells}, f"training images{of_epochs}")
-            for cell in cells:
+            unfinished = []
+            while cells:
+                cell = cells.pop(0)  # frees the classifier before it, which may hold a copy of its features
                 cell.classifier.train_epoch(cell.protocol.prepare(features[cell.key]), train_labels)
                 if epoch == cell.protocol.epochs - 1:
                     scores = cell.classifier.scores(cell.protocol.prepare(queries[cell.key]))
                     table[str(cell.protocol)][cell.key[0]] = topk_accuracy(scores, test_labels)
-            cells = [cell for cell in cells if epoch < cell.protocol.epochs - 1]  # frees finished classifiers
+                else:
+                    unfinished.append(cell)
+            cells = unfinished
     return table
 
 

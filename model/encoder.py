@@ -125,9 +125,9 @@ class Encoder(nn.Module):
         """Returns the parameters in groups, from the first layers to the last ones, which may learn at different rates.
 
         A sequence of blocks (`nn.Sequential`) begins a new group, and so does `fc`. Other modules belong to the group
-        before them. The biases of the blocks belong to the first group.
+        before them. Parameters of the encoder itself, and the biases of the blocks, belong to the first group.
         """
-        groups: list[list[nn.Parameter]] = [[*self.time.parameters()] if self.time else []]
+        groups = [[*self.parameters(recurse=False), *(self.time.parameters() if self.time else ())]]
         for child in self.children():
             if child is self.time:
                 continue

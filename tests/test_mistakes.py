@@ -74,6 +74,7 @@ MISTAKES = [
     Mistake("is not valid YAML", ["--config", "{place}/broken.yaml"]),
     Mistake("is not valid YAML", ["--config", "{place}/object.yaml"]),
     Mistake("no config file", ["--config", "{place}/none.yaml"]),
+    Mistake("no config file config/svhn.yaml: choose one of config/cars3d.yaml,", ["--config", "config/svhn.yaml"]),
     Mistake("did you mean config/cifar10_cpu_long.yaml?", ["--config", "config/cifar10_cpulong.yaml"]),
     Mistake("the following arguments are required: --config (see", []),
     Mistake("unrecognized arguments: --epochs=3 (see", ["--epochs=3"]),

@@ -391,9 +391,10 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
         patch.setattr("evaluation.measures.recording.write_results", mock.Mock(side_effect=FolderError("cannot write")))
         with pytest.raises(SystemExit, match="2"):
             words = ["--checkpoint", checkpoint, "device=cpu", "--protocols", "config", "evaluation.num_novel_views=0"]
-            test_program.main(words)
+            test_program.main([*words, "--report", "--out", str(tmp_path / "report.html")])
     shown = capsys.readouterr()
     assert "\nidentity: " in shown.out and shown.err == "error: cannot write\n"
+    assert (tmp_path / "report.html").exists()
     for sources in (["--num_objects", "2"], ["sampling.num_sampling_steps=1", "--images", "0", "1"]):
         assert (
             sample_program.main(["views", "--checkpoint", checkpoint, "device=cpu", "--num_views", "4", *sources]) == 0

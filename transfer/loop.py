@@ -58,7 +58,7 @@ class FinetuneJob(Job[Task, FinetuneState]):
         return {f"group_{index}": rate for index, rate in enumerate(learning_rates(self.opened, self.state, step))}
 
     def evaluate(self, log: RunLog | None) -> None:
-        """Evaluates the EMA and, after the last step, also the last weights."""
+        """Collective. Evaluates the EMA and, after the last step, also the last weights."""
         task, state = self.opened, self.state
         table = {"EMA": accuracy(task, state.ema.ema_model)}
         at_end = state.step == task.total_steps

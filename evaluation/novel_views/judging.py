@@ -25,9 +25,8 @@ from experiment.batch import evaluation_view
 from experiment.opening import Experiment
 from experiment.posed import PosedPixels
 from experiment.sampling import sample_from_views
-from experiment.trained import Trained
 from model.soda import SODA
-from utils.cli import gather_user_errors, require
+from utils.cli import require
 from utils.device import memory_for
 from utils.distributed.collectives import all_reduce
 from utils.distributed.processes import my_range
@@ -210,12 +209,9 @@ def check_can_judge_views(experiment: Experiment) -> None:
         require("torchmetrics")
 
 
-def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> dict[str, Measured]:
-    """Collective. Scores novel views and the identity across views. Returns their tables by name.
-
-    Each table is printed, and added to the results.json of the run. Ends all ranks with status 2 if that fails.
-    """
-    config, record = experiment.config, Record(trained, experiment)
+def judge_novel_views(experiment: Experiment, soda: SODA, record: Record) -> dict[str, Measured]:
+    """Collective. Scores novel views and the identity across views. Prints, records and returns the tables, by name."""
+    config = experiment.config
 
     def found() -> Iterator[tuple[str, Measured]]:
         if config.evaluation.num_novel_views:
@@ -228,10 +224,7 @@ def judge_novel_views(trained: Trained, experiment: Experiment, soda: SODA) -> d
         if identity.rows:
             yield "identity", identity
 
-    measured = report(found(), record)
-    with gather_user_errors():
-        record.check()
-    return measured
+    return report(found(), record)
 
 
 def _test_features(experiment: Experiment, soda: SODA, feature: str) -> dict[str, Tensor]:

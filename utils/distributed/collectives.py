@@ -83,7 +83,10 @@ def broadcast_object(value: T) -> T:
 
 
 def on_rank_0(compute: Callable[[], T]) -> T:
-    """Collective. Returns rank 0's picklable result of `compute()`, because other machines might round differently."""
+    """Collective. Runs `compute` on rank 0 only, and returns its picklable result on all ranks.
+
+    It is for results that other machines might round differently.
+    """
     return broadcast_object(compute() if rank() == 0 else None)  # type: ignore[return-value]
 
 
