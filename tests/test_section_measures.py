@@ -1,7 +1,9 @@
 """Tests of ablations/section_measures.py on models with known answers, and of the script ablations/sections.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from ablations.sections import VARIANTS
 from model.decoder import Stage
 from tests.conftest import ROOT, TINY_RUN, experiment_of
 from training.state import initial_state
+from utils.randomness import generator
 
 NAMES = ["0 (8 and 4 px)", "1 (4 px)", "2 (4 px, middle)", "whole latent"]
 
@@ -44,6 +47,29 @@ def test_a_section_that_is_not_read_changes_nothing(tmp_path: Path, monkeypatch:
     assert all(0 < share < 1 for share in (coarse[0], coarse[2], coarse[3]))
     # A shared latent is split at the same positions.
     assert section_measures.sections_of(experiment_of(tmp_path).config) == named
+
+
+def test_the_change_by_swapped_sections_in_closed_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder draws section 0 as brightness, which averaging keeps, and section 2 as a fine checkerboard."""
+    monkeypatch.setattr(section_measures, "NUM_PAIRS", 8)
+    experiment, soda = prepared(tmp_path)
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)  # (8, 8)
+
+    def draw(z: torch.Tensor, x_T: torch.Tensor, num_steps: int) -> torch.Tensor:
+        bright, detail = z[:, :1].sum(dim=1), z[:, 6:7].sum(dim=1)
+        return (bright[:, None, None] + detail[:, None, None] * board)[:, None].expand(-1, 3, -1, -1)
+
+    monkeypatch.setattr(section_measures, "guided_denoiser", lambda decoder, z: z)
+    drawing = replace(experiment, diffusion=SimpleNamespace(ddim_sample=draw))
+    swapped, coarse = section_measures.swap_sections(drawing, soda, section_measures.sections_of(experiment.config))
+    order = torch.randperm(360, generator=generator(section_measures.SEED, "pairs"))[:16]
+    with torch.no_grad():
+        z, other = soda.encoder(experiment.views.evaluation(experiment.test.pixels[order])).chunk(2)
+    squares = (z - other).square().sum(dim=0)
+    bright, detail = squares[0].item(), squares[6].item()
+    whole = bright + detail
+    assert swapped == pytest.approx([(bright / whole) ** 0.5, 0, (detail / whole) ** 0.5, 1], rel=1e-3)
+    assert coarse == pytest.approx([1, 0, 0, bright / whole], abs=1e-3)
 
 
 def test_a_section_is_probed_alone(tmp_path: Path) -> None:
