@@ -70,10 +70,11 @@ def draw(kind: type[Picture[Any]], words: list[str]) -> int:
         compute_exactly()
         found = picture.find(experiment)
         seed = experiment.config.seed if args.seed is None else args.seed
-        codec = Codec(experiment, soda, seed, args.timestep)
+        draw_latents = None
         if picture.needs_prior:
-            fit = open_fit(prior_path(trained, args.timestep), trained, codec, must_exist=True)
-            codec.draw_latents = draw_from(fit)
+            fit = open_fit(prior_path(trained, args.timestep), trained, experiment, must_exist=True)
+            draw_latents = draw_from(fit)
+        codec = Codec(experiment, soda, seed, args.timestep, draw_latents)
         path = args.out or trained.folder / "pictures" / f"{feature_name(kind.name, args.timestep)}.png"
         if path.suffix.lower() != ".png":
             raise ConfigError(f"--out {path} is not a .png file: name one")
@@ -131,7 +132,7 @@ def fit_prior(words: list[str]) -> int:
         compute_exactly()
         codec, path = Codec(experiment, soda, experiment.config.seed, args.timestep), prior_path(trained, args.timestep)
         check_writable(path)
-        fit = open_fit(path, trained, codec, must_exist=False)
+        fit = open_fit(path, trained, experiment, must_exist=False)
 
     # Fit.
     fit.run(codec.train_z, args.steps, path)

@@ -93,7 +93,7 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
         raise ConfigError(_failure(left_out))
     path, prior = prior_path(trained, codec.timestep), None
     try:
-        prior = open_fit(path, trained, codec, must_exist=True) if path.exists() else None
+        prior = open_fit(path, trained, experiment, must_exist=True) if path.exists() else None
     except PriorError as error:
         if Prior.name in args.measures:
             raise

@@ -17,6 +17,7 @@ from analysis.latent_space import draw_from_mixture, fit_mixture, subset_to_fit
 from config.errors import UserError
 from evaluation.codec import Codec, DrawLatents
 from evaluation.features import feature_name
+from experiment.opening import Experiment
 from experiment.trained import Trained
 from utils.distributed.collectives import on_rank_0
 from utils.randomness import derive_seed
@@ -34,13 +35,12 @@ def prior_path(trained: Trained, timestep: int | None) -> Path:
     return trained.path.with_name(f"{feature_name(trained.path.stem, timestep)}.prior")
 
 
-def open_fit(path: Path, trained: Trained, codec: Codec, *, must_exist: bool) -> Fit:
+def open_fit(path: Path, trained: Trained, experiment: Experiment, *, must_exist: bool) -> Fit:
     """Returns the fit in the file `path`, or a new one if the file does not exist.
 
     Raises PriorError if the file is damaged, belongs to another checkpoint or other training images, or is missing
     although it `must_exist`.
     """
-    experiment = codec.experiment
     owner = {"digest": trained.digest, "data": experiment.data_digest}
     fit = Fit(owner, experiment.config.seed, experiment.device)
     if not path.exists():

@@ -41,15 +41,19 @@ class Codec:
     Args:
         seed: seed of `noise`, and of the noise that `sample` adds if eta is above 0.
         timestep: timestep of z, for a time-dependent encoder; the decoder gets this z in all its steps.
-
-    Attributes:
         draw_latents: diffusion prior over z, if a picture needs it.
     """
 
-    draw_latents: DrawLatents | None = None
-
-    def __init__(self, experiment: Experiment, soda: SODA, seed: int, timestep: int | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        soda: SODA,
+        seed: int,
+        timestep: int | None = None,
+        draw_latents: DrawLatents | None = None,
+    ) -> None:
         self.experiment, self.soda, self.seed, self.timestep = experiment, soda, seed, timestep
+        self.draw_latents = draw_latents
         self._batch = min(BATCH, experiment.config.evaluation.batch_size)
         self._encoder = soda.encoder if timestep is None else soda.encoder.at(timestep)
         self._visited = experiment.diffusion.sampling_timesteps(experiment.config.sampling.num_sampling_steps)

@@ -50,6 +50,7 @@ def gaussian(count: int, seed: int, width: int = 4) -> Tensor:
     return noise @ mixing + torch.arange(width)
 
 
+@pytest.mark.filterwarnings("ignore:Matrix is singular")  # fewer samples than dimensions
 def test_frechet_distance_against_scipy_and_in_closed_form() -> None:
     a, b = gaussian(300, 1), gaussian(200, 2) * 1.5 + 1
     covariances = [np.cov(x.double().numpy().T) for x in (a, b)]
