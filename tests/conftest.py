@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config.reading import load_config
 from experiment.batch import Batch, draw_batch, read_pixels
@@ -191,3 +193,42 @@ def assert_equal_states(a: Any, b: Any, where: str = "") -> None:
             assert_equal_states(x, y, f"{where}/{index}")
     else:
         assert a == b, where
+
+
+def write_images(root: Path, seed: int = 0, **counts: int) -> Path:
+    """Writes random images of 8 x 8 pixels into folders below `root`, and returns `root`.
+
+    train_a=2 writes `root`/train/a/0.png and `root`/train/a/1.png. flat=1 writes `root`/0.png.
+    """
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        inside = root if name == "flat" else root.joinpath(*name.split("_"))
+        inside.mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(inside / f"{index}.png")
+    return root
+
+
+def last(folder: Path) -> dict[str, Any]:
+    """Returns the contents of the run's last checkpoint."""
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """Function that writes a text to a config file and returns the path."""
+
+    def _write(text: str) -> Path:
+        path = tmp_path / "experiment.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two classes of two objects each, seen from six sides."""
+    from tests.posed import write_objects
+
+    return write_objects(tmp_path_factory.mktemp("objects"))

@@ -40,7 +40,7 @@ from evaluation.spectrum import effective_rank
 from experiment import timesteps
 from experiment.opening import Experiment, open_experiment
 from tests.conftest import digits_args
-from tests.test_posed import posed_experiment, soda_without_zeros, write_objects
+from tests.posed import posed_experiment, soda_without_zeros, write_objects
 from training.evaluating import latents
 from training.sample_grid import sample_grid
 from training.state import TrainState, initial_state

@@ -39,18 +39,6 @@ from utils.run_folder.checkpoint import CheckpointError, load_checkpoint
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
-    """Function that writes a text to a config file and returns the path."""
-
-    def _write(text: str) -> Path:
-        path = tmp_path / "experiment.yaml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return _write
-
-
 @pytest.mark.parametrize(
     ("words", "value"),
     [

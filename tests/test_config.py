@@ -21,18 +21,6 @@ def load_any(path: Path) -> Any:
     return load(FinetuneConfig if "method" in yaml.safe_load(path.read_text()) else Config, path)
 
 
-@pytest.fixture
-def write(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Function that writes a text to a config file and returns the path."""
-
-    def _write(text: str) -> Path:
-        path = tmp_path / "experiment.yaml"
-        path.write_text(text)
-        return path
-
-    return _write
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_survives_being_written(path: Path) -> None:
     config = load_any(path)

@@ -30,8 +30,7 @@ from config.reading import override, parse_config
 from datasets.decoding import decode
 from evaluation.knn import nearest_neighbours
 from experiment.trained import open_trained, read_trained
-from tests.conftest import digits_args, experiment_of
-from tests.test_mistakes import write_images
+from tests.conftest import digits_args, experiment_of, write_images
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_program
-from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, launch, wait_for
-from tests.test_faults import last, losses
-from tests.test_mistakes import write_images
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, last, launch, wait_for, write_images
+from tests.test_faults import losses
 
 pytestmark = pytest.mark.long
 

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import test as judge_program
 import train as train_program
-from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, wait_for
+from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, last, wait_for
 from training import loop
 from utils import signals
 from utils.device import OutOfMemoryError, memory_for
@@ -40,11 +40,6 @@ SETTINGS = (  # 22 steps, all of them in the warm-up
 def args_for(folder: Path, *overrides: str) -> list[str]:
     """Returns the arguments of a short run on digits in `folder`."""
     return digits_args(folder, *SETTINGS, *overrides)
-
-
-def last(folder: Path) -> dict[str, Any]:
-    """Returns the contents of the run's last checkpoint."""
-    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

@@ -45,9 +45,7 @@ from evaluation.measures.robustness import Robustness, corruption_error, mean_ac
 from evaluation.measures.subjects import Subjects, standardized
 from evaluation.shapes import FACTORS, Shapes, draw_shapes
 from experiment.batch import view_draw
-from tests.conftest import digits_args, experiment_of
-from tests.test_mistakes import write_images
-from tests.test_runs import flat_folder
+from tests.conftest import digits_args, experiment_of, write_images
 from utils.distributed.collectives import SharedError
 from utils.files import FolderError
 from utils.randomness import generator
@@ -573,7 +571,7 @@ def test_mistakes_in_the_choice_of_measures(
 def test_images_with_attributes_and_without_labels_are_measured(
     small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = flat_folder(tmp_path / "images", 0)
+    folder = write_images(tmp_path / "images", 0, flat=70)
     lines = [f"{index}.png {index % 2} {index // 2 % 2}" for index in range(70)]
     (folder / "list.txt").write_text("\n".join(["Even Second", *lines]))
     images = ("data.name=folder", f"data.root={folder}", f"data.cache_dir={tmp_path}", "data.labels=list.txt")

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train as train_program
 from config.reading import load_config
-from tests.conftest import TWO_PROCESSES, digits_args, launch, launch_two
+from tests.conftest import TWO_PROCESSES, digits_args, launch, launch_two, write_images
 from tests.processes import PROGRAMS
 from tests.test_checkpoint import Malicious
 from utils.files import lock_file
@@ -262,19 +260,6 @@ def contents(place: Path) -> dict[str, bytes | None]:
     """Returns the bytes of every file below `place`, by path; None for a folder."""
     files = (path for path in place.rglob("*") if path.name != ".lock")  # it names the last process that held it
     return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in files}
-
-
-def write_images(root: Path, seed: int = 0, **counts: int) -> None:
-    """Writes random images of 8 x 8 pixels into folders below `root`.
-
-    train_a=2 writes `root`/train/a/0.png and `root`/train/a/1.png. flat=1 writes `root`/0.png.
-    """
-    rng = np.random.default_rng(seed)
-    for name, count in counts.items():
-        inside = root if name == "flat" else root.joinpath(*name.split("_"))
-        inside.mkdir(parents=True)
-        for index in range(count):
-            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(inside / f"{index}.png")
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,8 @@ from model.build import build_soda, forward_flops
 from model.guidance import guided_denoiser
 from model.rays import ImageConv2d
 from tests.conftest import ROOT, batch_of
-from tests.test_posed import AZIMUTHS, objects, opened, posed_experiment, soda_without_zeros, write_objects
+from tests.posed import AZIMUTHS, opened, posed_experiment, soda_without_zeros, write_objects
 from training.state import initial_state
-
-__all__ = ["objects"]  # a fixture
 from utils.device import OutOfMemoryError
 
 

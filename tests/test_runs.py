@@ -27,19 +27,21 @@ from datasets.folder_layouts import list_folder
 from datasets.images import DatasetError
 from evaluation.codec import Codec
 from experiment.trained import open_trained, read_trained
-from tests.conftest import ROOT, TWO_PROCESSES, assert_equal_states, digits_args, wait_for
-from tests.test_mistakes import write_images
+from tests.conftest import (
+    ROOT,
+    TWO_PROCESSES,
+    assert_equal_states,
+    digits_args,
+    last,
+    wait_for,
+    write_images,
+)
 from training import loop
 from utils.cli import read_config
 from utils.run_folder import folder as folder_module
 from utils.run_folder.run_log import RunLog
 
 STEPS_PER_EPOCH = 1437 // 64
-
-
-def last(folder: Path) -> dict[str, Any]:
-    """Returns the contents of the run's last checkpoint."""
-    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
 
 
 def reports(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -366,18 +368,13 @@ def test_a_folder_inside_that_cannot_be_written_is_noticed_before_training(
     assert (folder / "config.yaml").read_bytes() == config
 
 
-def flat_folder(folder: Path, seed: int) -> Path:
-    """Writes 70 random images without labels into a new folder and returns the folder."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir()
-    for index in range(70):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    return folder
-
-
 def test_images_without_labels_have_a_spectrum(tmp_path: Path) -> None:
     """Without labels, each evaluation reports the spectrum of the training latents."""
-    images = ["data.name=folder", f"data.root={flat_folder(tmp_path / 'images', 0)}", f"data.cache_dir={tmp_path}"]
+    images = [
+        "data.name=folder",
+        f"data.root={write_images(tmp_path / 'images', 0, flat=70)}",
+        f"data.cache_dir={tmp_path}",
+    ]
     assert train_program.main(digits_args(tmp_path / "run", *images, *TWO_EPOCHS)) == 0
     evaluations = reports(tmp_path / "run", "evaluation")
     assert [report["step"] for report in evaluations] == [1, 2]
@@ -392,7 +389,7 @@ def test_images_without_labels_have_a_spectrum(tmp_path: Path) -> None:
 
 def test_other_images_are_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = ["data.name=folder", f"data.cache_dir={tmp_path / 'cache'}"]
-    first, second = flat_folder(tmp_path / "first", 0), flat_folder(tmp_path / "second", 1)
+    first, second = write_images(tmp_path / "first", 0, flat=70), write_images(tmp_path / "second", 1, flat=70)
     assert train_program.main(digits_args(tmp_path / "run", *folder, f"data.root={first}")) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     for epochs in (1, 2):
@@ -474,7 +471,7 @@ def test_unlabelled_images_train_without_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = [
-        f"data.root={flat_folder(tmp_path / 'flat', 0)}",
+        f"data.root={write_images(tmp_path / 'flat', 0, flat=70)}",
         f"data.cache_dir={tmp_path / 'cache'}",
         "data.name=folder",
     ]

@@ -10,8 +10,7 @@ import pytest
 
 import test as judge_program
 import train as train_program
-from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch
-from tests.test_mistakes import write_images
+from tests.conftest import ROOT, TWO_PROCESSES, digits_args, launch, write_images
 
 COMMANDS = ("train", "finetune", "test", "sample", "embed")
 FLOORS = [  # a folder imports only from itself and from the folders after it; the commands import from all

@@ -40,8 +40,15 @@ from evaluation.measures.subjects import open_others
 from experiment.trained import open_trained, read_trained
 from model.encoder import Encoder
 from model.resnets import ResNetEncoder
-from tests.conftest import ROOT, assert_equal_states, digits_args, experiment_of, launch_two, undocumented_tags
-from tests.test_mistakes import write_images
+from tests.conftest import (
+    ROOT,
+    assert_equal_states,
+    digits_args,
+    experiment_of,
+    launch_two,
+    undocumented_tags,
+    write_images,
+)
 from training.saving import checkpoint_contents
 from training.state import initial_state as initial_train_state
 from transfer import loop
