@@ -104,7 +104,7 @@ def readme_line(rows: list[Row], config: str) -> list[str]:
     return [
         f"CIFAR-10 (JPEG copy), a narrow model, {done}{newest['of_epochs']} epochs",
         both(same),
-        f"{seeds}, busy CPU cores: [`{config}`](docs/results.md#cifar-10-on-cpu-cores)",
+        f"{seeds}, AVX512-BF16 cores: [`{config}`](docs/results.md#cifar-10-on-cpu-cores)",
         "",
     ]
 

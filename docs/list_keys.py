@@ -21,7 +21,7 @@ HEADER = """\
 
 Written by `python -m docs.list_keys` from `config/schema.py` and `config/finetune_schema.py`. Each key can be set in a
 config file or on the command line, as `training.epochs=200`. A run that resumes must have the same values, except those
-of keys marked *.
+of keys marked *, and `training.epochs`, which may change if the learning rate allows it.
 """
 
 
