@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 import sample as sample_program
@@ -358,14 +359,24 @@ def test_new_images_are_drawn_from_the_mixture(codec: Codec, quick: Codec) -> No
     assert weights == sorted(weights, reverse=True) and 98 <= sum(weights) <= 102
 
 
-def test_a_query_in_the_bank_finds_itself_first(codec: Codec) -> None:
-    chosen = choose(codec, [f"train:{i}" for i in range(0, 800, 80)])
-    picture = Nearest(num_neighbours=3).draw(codec, chosen)
-    for name, row in zip(chosen.names, picture.cells, strict=True):
-        assert row[0].caption == name and row[1].caption == f"{name}\n1.000"
-        assert row[1].image is not None and torch.equal(row[0].image, row[1].image)  # type: ignore[arg-type]
-        cosines = [float(cell.caption.split("\n")[-1]) for cell in row[1:]]
-        assert cosines == sorted(cosines, reverse=True)
+def test_the_nearest_images_are_scikit_learns_without_the_query_itself(codec: Codec) -> None:
+    bank = F.normalize(codec.train_z).numpy()
+    for split, own in (("test", 0), ("train", 1)):
+        chosen = choose(codec, [f"{split}:{i}" for i in range(0, 36, 9)])
+        queries = F.normalize(codec.encode(chosen.pixels)).numpy()
+        distances, indices = NearestNeighbors(n_neighbors=3 + own, algorithm="brute").fit(bank).kneighbors(queries)
+        picture = Nearest(num_neighbours=3).draw(codec, chosen)
+        for row, places, far in zip(picture.cells, indices[:, own:], distances[:, own:], strict=True):
+            captions = [cell.caption.rsplit("\n", 1) for cell in row[1:]]
+            assert [name.split("\n")[-1] for name, _ in captions] == [f"train:{place}" for place in places]
+            assert [float(cosine) for _, cosine in captions] == pytest.approx(1 - far**2 / 2, abs=6e-4)
+            for cell, place in zip(row[1:], places, strict=True):
+                (pixels,) = codec.experiment.train.batches([torch.tensor([place])])
+                assert cell.image is not None and torch.equal(cell.image, pixels[0])
+    everything = len(codec.experiment.train)
+    Nearest(num_neighbours=everything, images=["test:0"]).find(codec.experiment)
+    with pytest.raises(ConfigError, match=rf"use at most {everything - 1} \(all other training images\)"):
+        Nearest(num_neighbours=everything, images=["train:0"]).find(codec.experiment)
 
 
 def test_a_picture_file_holds_each_image_in_its_place(tmp_path: Path) -> None:

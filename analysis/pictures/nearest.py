@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest(PictureOfImages):
-    """The training images nearest to each image in z, by cosine: the neighbours that k-NN finds on unit z."""
+    """The training images nearest to each image in z, by cosine: the neighbours that k-NN finds on unit z.
+
+    A training image is not among its own neighbours.
+    """
 
     name = "nearest"
     meaning = "for each image, the training images whose z is nearest"
@@ -25,15 +28,15 @@ class Nearest(PictureOfImages):
     num_neighbours: int = number(8, "number of neighbours of each image")
 
     def find(self, experiment: Experiment) -> Chosen:
-        count = len(experiment.train)
-        if self.num_neighbours > count:
-            raise ConfigError(
-                f"--num_neighbours {self.num_neighbours} is too large: use at most {count} (all training images)"
-            )
-        return super().find(experiment)
+        found, most = super().find(experiment), len(experiment.train)
+        which = "all training images"
+        if any(index is not None for index in found.train_indices):
+            most, which = most - 1, "all other training images"
+        if self.num_neighbours > most:
+            raise ConfigError(f"--num_neighbours {self.num_neighbours} is too large: use at most {most} ({which})")
+        return found
 
     def draw(self, codec: Codec, found: Chosen) -> Grid:
-        import torch
         import torch.nn.functional as F
 
         from analysis.grid import Cell, Grid, to_cells
@@ -43,12 +46,11 @@ class Nearest(PictureOfImages):
         train = codec.experiment.train
         bank, queries = F.normalize(codec.train_z), F.normalize(codec.encode(found.pixels))
         cells = []
-        neighbours = nearest_neighbours(bank, queries, self.num_neighbours)
+        neighbours = nearest_neighbours(bank, queries, min(self.num_neighbours + 1, len(bank)))
         for i, (distance, indices) in enumerate(zip(*neighbours, strict=True)):
             own = found.train_indices[i]
-            if own is not None:  # the image itself comes before its copies
-                indices = torch.cat([torch.tensor([own]), indices[indices != own]])[: self.num_neighbours]
-                distance = (bank[indices.to(bank.device)] - bank[own]).norm(dim=1).cpu()
+            others = indices != (-1 if own is None else own)
+            distance, indices = (each[others][: self.num_neighbours] for each in (distance, indices))
             (pixels,) = train.batches([indices])
             cosines = (1 - distance.square() / 2).tolist()
             names = [
