@@ -49,7 +49,7 @@ class Nearest(PictureOfImages):
         neighbours = nearest_neighbours(bank, queries, min(self.num_neighbours + 1, len(bank)))
         for i, (distance, indices) in enumerate(zip(*neighbours, strict=True)):
             own = found.train_indices[i]
-            others = indices != (-1 if own is None else own)
+            others = indices != (-1 if own is None else own)  # without the query itself
             distance, indices = (each[others][: self.num_neighbours] for each in (distance, indices))
             (pixels,) = train.batches([indices])
             cosines = (1 - distance.square() / 2).tolist()
