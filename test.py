@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> int:
         if judges:
             check_can_judge(experiment)
         codec, measuring = Codec(experiment, soda, experiment.config.seed, args.timestep), None
-        of_views = Record(trained, experiment) if has_cameras else None
+        record = Record(trained, experiment, args.results)
         if args.measures:
             from analysis.measuring import open_measures
 
-            measuring = open_measures(args, trained, codec)
+            measuring = open_measures(args, trained, codec, record)
         path = args.out or trained.folder / "report.html"
         if args.report:
             check_writable(path)
@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             table = judge_trained(experiment, soda, protocols)
             if rank() == 0:
                 print(format_table(table))
-        measured = judge_novel_views(experiment, soda, of_views) if of_views else {}
+                record.add_accuracies(table)
+        measured = judge_novel_views(experiment, soda, record) if has_cameras else {}
         if measuring:
             measured = measuring.run()
 
@@ -97,10 +98,9 @@ def main(argv: list[str] | None = None) -> int:
         if rank() == 0:
             print(f"\nreport       {path}")
     with gather_user_errors():
+        record.check()
         if measuring:
             measuring.check_complete()
-        if of_views:
-            of_views.check()
     return 0
 
 
@@ -115,6 +115,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="also write a report as a single HTML file")
     parser.add_argument("--out", type=path_option, help="file for the report; default: report.html in the run folder")
+    parser.add_argument(
+        "--results",
+        type=path_option,
+        metavar="FOLDER",
+        help="also write accuracies and measures to results.json in this folder; without it, measures are added to "
+        "results.json of the run, if the images are those of the run",
+    )
     add_options(parser)
     args = parser.parse_intermixed_args(argv)
     if args.out and not args.report:

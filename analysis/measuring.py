@@ -32,7 +32,6 @@ class Measuring:
     """Measures that the options of test.py name, with all that they need.
 
     Attributes:
-        record: where the measures are recorded.
         left_out: measures that were named, but cannot be computed, with the reason.
     """
 
@@ -51,13 +50,12 @@ class Measuring:
         return report(((each.name, each.measure(subjects)) for each in self.measures), self.record)
 
     def check_complete(self) -> None:
-        """Raises UserError if a measure was left out, or was not recorded. Call it after the others are printed."""
-        self.record.check()
+        """Raises ConfigError if a measure was left out. Call it after the others are printed."""
         if self.left_out:
             raise ConfigError(f"{_failure(self.left_out)}; the other measures were printed")
 
 
-def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
+def open_measures(args: Namespace, trained: Trained, codec: Codec, record: Record) -> Measuring:
     """Collective. Opens the files that the options of the measures name, and the diffusion prior beside the checkpoint.
 
     Raises UserError if one of these files cannot be used, or if none of the named measures can be computed. A prior
@@ -100,7 +98,7 @@ def open_measures(args: Namespace, trained: Trained, codec: Codec) -> Measuring:
         logger.warning("the diffusion prior is left out: %s", error)
     if not all_equal(None if prior is None else prior.step):
         raise PriorError(f"the machines hold different files {path}: copy one of them to all, or remove all")
-    return Measuring(trained, codec, inputs, prior, measures, Record(trained, experiment), left_out)
+    return Measuring(trained, codec, inputs, prior, measures, record, left_out)
 
 
 def measure_priors(trained: Trained, codec: Codec, fit: Fit) -> None:

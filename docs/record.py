@@ -6,6 +6,7 @@ seen and training time, but no weights, paths or times of day. A run that is rec
 python -m docs.record runs/digits                                       # a run of train.py or finetune.py
 python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
 python -m docs.record runs/cifar10_cpu_runs                             # an ablation
+python -m docs.record runs/published                                    # a folder that test.py --results has written
 """
 
 import argparse
@@ -32,7 +33,7 @@ KEPT = (
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Returns the results of a run, or of the runs of an ablation, as rows of docs/results, oldest first.
+    """Returns the results of a run, of the runs of an ablation, or of test.py, as rows of docs/results, oldest first.
 
     Args:
         name: name of the file in docs/results, for the names of runs.
@@ -44,9 +45,12 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         if not rows:
             raise ConfigError(f"{folder / result_rows.RESULTS} has no accuracies: name an ablation of ablations.ablate")
         return rows
-    config = folder / "config.yaml"
+    config, judged = folder / "config.yaml", read_results(folder)
+    if not config.exists() and judged:
+        row = {"run": name, "stage": "judged", "variant": "checkpoint", "digest": judged["config_digest"]}
+        return [{**row, **{key: judged[key] for key in ("step", "table", "measures") if key in judged}}]
     if not config.exists():
-        raise ConfigError(f"{folder} has neither config.yaml nor {result_rows.RESULTS}: name a run folder")
+        raise ConfigError(f"{folder} has neither config.yaml nor results: name the folder of a run or of test.py")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     rows = [finetune_row(folder, settings)] if "method" in settings else train_rows(folder, settings)
     if not rows:

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 def recorded(name: str) -> list[Row]:
     """Returns the rows of a file in docs/results: the last one for each run and number of images."""
-    return list({(row["run"], row["images"]): row for row in read_rows(RESULTS / f"{name}.jsonl")}.values())
+    return list({(row["run"], row.get("images")): row for row in read_rows(RESULTS / f"{name}.jsonl")}.values())
 
 
 def last_of(rows: Iterable[Row]) -> list[Row]:

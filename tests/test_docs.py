@@ -231,3 +231,12 @@ def test_results_of_all_programs_are_recorded(
     assert last["of_epochs"] == 4 and "config" not in last and len(rows(ablation)) == 5
     with pytest.raises(SystemExit, match="2"):
         rows(tmp_path)
+
+    # A folder of test.py --results has accuracies and measures, and neither a config nor a number of images.
+    (tmp_path / "judged").mkdir()
+    results = {"config_digest": "d", "step": 7, "checkpoint": "c", "data": "e", "table": table, "measures": {"m": {}}}
+    (tmp_path / "judged" / "results.json").write_text(json.dumps(results))
+    assert rows(tmp_path / "judged")[-1] == {
+        **{"run": "found", "stage": "judged", "variant": "checkpoint", "digest": "d", "step": 7},
+        **{"table": table, "measures": {"m": {}}},
+    }

@@ -509,9 +509,32 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     assert stored(run)["measures"] == measures
     # A checkpoint without the results of its step leaves no results.
     copied = Path(shutil.copy(run / "checkpoints" / "last.pt", tmp_path))
-    assert judge_program.main(["--checkpoint", str(copied), "device=cpu", "--measures", "uniformity"]) == 0
+    uniformity = ["--checkpoint", str(copied), "device=cpu", "--measures", "uniformity"]
+    assert judge_program.main(uniformity) == 0
     assert f"{tmp_path / 'results.json'} is not that of step 22 of this run" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    # In a folder of their own, measures and accuracies can be of any images, but only of one checkpoint.
+    own = tmp_path / "new" / "own"
+    write_images(tmp_path / "other", train_a=20, train_b=20, test_a=1, test_b=1)
+    others = ["data.name=folder", f"data.root={tmp_path / 'other'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert judge_program.main([*uniformity, "--results", str(own)]) == 0
+    assert (stored(own)["table"], stored(own)["measures"]) == ({}, {"uniformity": measures["uniformity"]})
+    assert judge_program.main([*uniformity[:3], "--protocols", "config", "--results", str(own)]) == 0
+    assert stored(own)["measures"].keys() == {"uniformity"}
+    for protocol, cells in table.items():
+        assert {name: stored(own)["table"][protocol][name] for name in cells} == cells
+    before = stored(own)
+    for words, expected in (
+        (
+            [*others, "--results", str(own)],
+            f"{own / 'results.json'} has results of another checkpoint or of other images: set --results",
+        ),
+        (["--results", str(run)], f"--results {run} is the folder of a run: set it to another folder"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            judge_program.main([*uniformity[:3], *words])
+        assert expected in capsys.readouterr().err
+    assert stored(own) == before
 
 
 def test_results_that_cannot_be_written_do_not_stop_the_measures(
