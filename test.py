@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             check_can_judge(experiment)
         codec, measuring = Codec(experiment, soda, experiment.config.seed, args.timestep), None
         record = Record(trained, experiment, args.results)
+        if args.measures or has_cameras:
+            record.log_obstacle()
         if args.measures:
             from analysis.measuring import open_measures
 
@@ -118,9 +120,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--results",
         type=path_option,
-        metavar="FOLDER",
-        help="also write accuracies and measures to results.json in this folder; without it, measures are added to "
-        "results.json of the run, if the images are those of the run",
+        metavar="FILE",
+        help="JSON file for accuracies and measures; default: measures are added to results.json of the run, if the "
+        "images are those of the run",
     )
     add_options(parser)
     args = parser.parse_intermixed_args(argv)

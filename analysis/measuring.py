@@ -112,6 +112,7 @@ def measure_priors(trained: Trained, codec: Codec, fit: Fit) -> None:
         return
     subjects = Subjects(codec.experiment, {}, "z", codec=codec, priors=priors_of(codec, fit))
     record = Record(trained, codec.experiment)
+    record.log_obstacle()
     report([(Prior.name, Prior().measure(subjects))], record)
     with gather_user_errors():
         record.check()

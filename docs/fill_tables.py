@@ -83,7 +83,7 @@ def few_labels(name: str) -> str:
                 ]
             )
     head = ["labels", "method", "splits", "from the encoder", "from scratch", "encoder minus scratch"]
-    return markdown([*head, "gain over the probe, from the encoder"], lines) if lines else f"{NOT_MEASURED}."
+    return markdown([*head, "gain over the probe (both from the encoder)"], lines) if lines else f"{NOT_MEASURED}."
 
 
 def variants(name: str) -> str:

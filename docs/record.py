@@ -6,7 +6,7 @@ seen and training time, but no weights, paths or times of day. A run that is rec
 python -m docs.record runs/digits                                       # a run of train.py or finetune.py
 python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
 python -m docs.record runs/cifar10_cpu_runs                             # an ablation
-python -m docs.record runs/published                                    # a folder that test.py --results has written
+python -m docs.record published.json                                    # a file that test.py --results has written
 """
 
 import argparse
@@ -36,6 +36,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     """Returns the results of a run, of the runs of an ablation, or of test.py, as rows of docs/results, oldest first.
 
     Args:
+        folder: folder of a run or of an ablation, or file of test.py --results.
         name: name of the file in docs/results, for the names of runs.
 
     Raises ConfigError if the folder has no results.
@@ -45,12 +46,15 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         if not rows:
             raise ConfigError(f"{folder / result_rows.RESULTS} has no accuracies: name an ablation of ablations.ablate")
         return rows
-    config, judged = folder / "config.yaml", read_results(folder)
-    if not config.exists() and judged:
-        row = {"run": name, "stage": "judged", "variant": "checkpoint", "digest": judged["config_digest"]}
-        return [{**row, **{key: judged[key] for key in ("step", "table", "measures") if key in judged}}]
+    config = folder / "config.yaml"
+    if folder.is_file():
+        row = {"run": f"{name}-{folder.stem}", "stage": "judged", "variant": folder.stem, "digest": ""}
+        try:
+            return [{**row, "complete": False, "table": {}, **json.loads(folder.read_text(encoding="utf-8"))}]
+        except (ValueError, TypeError):
+            raise ConfigError(f"{folder} is not a JSON file of test.py --results: name another one") from None
     if not config.exists():
-        raise ConfigError(f"{folder} has neither config.yaml nor results: name the folder of a run or of test.py")
+        raise ConfigError(f"{folder} has neither config.yaml nor {result_rows.RESULTS}: name a run folder")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     rows = [finetune_row(folder, settings)] if "method" in settings else train_rows(folder, settings)
     if not rows:
@@ -128,12 +132,19 @@ def rounded(value: Any) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=cli.path_option, metavar="FOLDER", help="run folders")
-    parser.add_argument("--name", help="name of the file in docs/results; default: name of the first folder")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=cli.path_option,
+        metavar="PATH",
+        help="folders of runs, or files of --results",
+    )
+    parser.add_argument("--name", help="name of the file in docs/results; default: name of the first one")
     parser.add_argument("--out", type=cli.path_option, default=RESULTS, help="folder of the files")
     args = parser.parse_args(argv)
     with cli.gather_user_errors():
-        name = args.name or args.folders[0].resolve().name
+        first = args.folders[0].resolve()
+        name = args.name or (first.stem if first.is_file() else first.name)
         rows = [rounded(row) for folder in args.folders for row in rows_of(folder, name)]
         path, new = args.out / f"{name}.jsonl", {row["run"] for row in rows}
         rows = [row for row in result_rows.read_rows(path) if row["run"] not in new] + rows

@@ -46,13 +46,13 @@ def by_variant(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def against_first(groups: dict[str, list[Row]]) -> dict[str, str]:
+def against_first(groups: dict[str, list[Row]], others: Iterable[list[Row]] = ()) -> dict[str, str]:
     """Returns the difference of each variant from the first one, over the seeds that both have; of the first, "".
 
     Differences are those of the mean of k-NN and linear probe. Ties are marked, by the standard deviation of single
-    runs that is pooled over all variants.
+    runs that is pooled over all variants, and over `others`: groups of runs that differ only in the seed.
     """
-    deviation = pooled_deviation([[score(row) for row in rows] for rows in groups.values()])
+    deviation = pooled_deviation([[score(row) for row in rows] for rows in (*groups.values(), *others)])
     found: dict[str, str] = {}
     for variant, rows in groups.items():
         first = {row["seed"]: score(row) for row in next(iter(groups.values()))} if found else {}

@@ -93,6 +93,9 @@ class Encoder(nn.Module):
         """Adds the layer that computes z from the pooled features, and the biases of the blocks.
 
         Args:
+            pooled_dim: number of channels of the feature map, which are the pooled features.
+            latent_dim: width of z.
+            is_probabilistic: True if the layer computes the mean and the log-variance of z.
             block_inputs: number of input channels of each block that `through` runs.
             log_sigmas: (T,) logarithm of the noise level of each timestep; None: there are no biases.
         """

@@ -232,11 +232,17 @@ def test_results_of_all_programs_are_recorded(
     with pytest.raises(SystemExit, match="2"):
         rows(tmp_path)
 
-    # A folder of test.py --results has accuracies and measures, and neither a config nor a number of images.
-    (tmp_path / "judged").mkdir()
-    results = {"config_digest": "d", "step": 7, "checkpoint": "c", "data": "e", "table": table, "measures": {"m": {}}}
-    (tmp_path / "judged" / "results.json").write_text(json.dumps(results))
-    assert rows(tmp_path / "judged")[-1] == {
-        **{"run": "found", "stage": "judged", "variant": "checkpoint", "digest": "d", "step": 7},
-        **{"table": table, "measures": {"m": {}}},
+    # A file of test.py --results has accuracies and measures, and neither a config nor a number of images.
+    file = tmp_path / "judged.json"
+    file.write_text(json.dumps({"checkpoint": "c", "step": 7, "data": ["d", None], "measures": {"m": {}}}))
+    judged = {"run": "found-judged", "stage": "judged", "variant": "judged", "digest": "", "complete": False}
+    assert rows(file)[-1] == judged | {
+        "table": {},
+        "checkpoint": "c",
+        "step": 7,
+        "data": ["d", None],
+        "measures": {"m": {}},
     }
+    file.write_text("[1]")
+    with pytest.raises(SystemExit, match="2"):
+        rows(file)

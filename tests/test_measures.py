@@ -38,11 +38,12 @@ from evaluation.measures import MEASURES, anomalies, attributes, disentanglement
 from evaluation.measures import subjects as subjects_module
 from evaluation.measures.anomalies import Anomalies
 from evaluation.measures.attributes import Attributes, probe
-from evaluation.measures.base import Inputs
+from evaluation.measures.base import Inputs, Measured
 from evaluation.measures.disentanglement import Disentanglement
 from evaluation.measures.few_labels import FewLabels
 from evaluation.measures.robustness import Robustness, corruption_error, mean_accuracy
 from evaluation.measures.subjects import Subjects, standardized
+from evaluation.measures.uniformity import Uniformity
 from evaluation.shapes import FACTORS, Shapes, draw_shapes
 from experiment.batch import view_draw
 from tests.conftest import digits_args, experiment_of, write_images
@@ -509,32 +510,78 @@ def test_all_measures_are_printed_and_kept_with_the_results(
     assert stored(run)["measures"] == measures
     # A checkpoint without the results of its step leaves no results.
     copied = Path(shutil.copy(run / "checkpoints" / "last.pt", tmp_path))
-    uniformity = ["--checkpoint", str(copied), "device=cpu", "--measures", "uniformity"]
-    assert judge_program.main(uniformity) == 0
+    assert judge_program.main(["--checkpoint", str(copied), "device=cpu", "--measures", "uniformity"]) == 0
     assert f"{tmp_path / 'results.json'} is not that of step 22 of this run" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-    # In a folder of their own, measures and accuracies can be of any images, but only of one checkpoint.
-    own = tmp_path / "new" / "own"
+
+
+def test_measures_and_accuracies_of_any_images_are_written_to_a_file(
+    run: Path, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_images(tmp_path / "other", train_a=20, train_b=20, test_a=1, test_b=1)
-    others = ["data.name=folder", f"data.root={tmp_path / 'other'}", f"data.cache_dir={tmp_path / 'cache'}"]
-    assert judge_program.main([*uniformity, "--results", str(own)]) == 0
-    assert (stored(own)["table"], stored(own)["measures"]) == ({}, {"uniformity": measures["uniformity"]})
-    assert judge_program.main([*uniformity[:3], "--protocols", "config", "--results", str(own)]) == 0
-    assert stored(own)["measures"].keys() == {"uniformity"}
-    for protocol, cells in table.items():
-        assert {name: stored(own)["table"][protocol][name] for name in cells} == cells
-    before = stored(own)
-    for words, expected in (
-        (
-            [*others, "--results", str(own)],
-            f"{own / 'results.json'} has results of another checkpoint or of other images: set --results",
-        ),
-        (["--results", str(run)], f"--results {run} is the folder of a run: set it to another folder"),
+    files = [f"data.root={tmp_path / 'other'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    checkpoint = ["--checkpoint", str(run / "checkpoints" / "last.pt"), "device=cpu"]
+    others, file = [*checkpoint, "data.name=folder", *files], tmp_path / "new" / "others.json"
+    uniformity, accuracies = ["--measures", "uniformity"], ["--protocols", "config"]
+    before = stored(run)
+
+    def contents() -> dict[str, Any]:
+        return dict(json.loads(file.read_text()))
+
+    # Accuracies and measures are merged by name.
+    assert judge_program.main([*others, *accuracies, "--results", str(file)]) == 0
+    table = contents()["table"]
+    assert len(table) == 2 and "measures" not in contents()
+    file.write_text(json.dumps(contents() | {"table": table | {"another protocol": {}}}))
+    assert judge_program.main([*others, *uniformity, "--results", str(file)]) == 0
+    assert judge_program.main([*others, *accuracies, "--results", str(file)]) == 0
+    assert contents()["table"] == table | {"another protocol": {}} and contents()["measures"].keys() == {"uniformity"}
+    assert stored(run) == before
+
+    # A file of other images, other test images or another checkpoint is left as it is, and so is any other file.
+    kept = file.read_text()
+    copied = tmp_path / "copied.pt"
+    torch.save({**torch.load(checkpoint[1], weights_only=True), "tally": {}}, copied)
+    shutil.copytree(tmp_path / "other", tmp_path / "fewer")
+    (tmp_path / "fewer" / "test" / "a" / "0.png").rename(tmp_path / "fewer" / "test" / "b" / "1.png")
+    of_fewer = [f"data.root={tmp_path / 'fewer'}" if word.startswith("data.root=") else word for word in others]
+    of_copied = [str(copied) if word == checkpoint[1] else word for word in others]
+    for words, path in (
+        *((words, file) for words in (checkpoint, of_fewer, of_copied)),
+        (others, run / "results.json"),
+        (others, run / "config.yaml"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            judge_program.main([*uniformity[:3], *words])
-        assert expected in capsys.readouterr().err
-    assert stored(own) == before
+            judge_program.main([*words, *accuracies, "--results", str(path)])
+        expected = f"error: {path} has no results of this checkpoint and these images: set --results to another file\n"
+        assert capsys.readouterr().err.endswith(expected), words
+    assert file.read_text() == kept and stored(run) == before
+
+    # The accuracies are printed if they cannot be written.
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluation.measures.recording.write_text", mock.Mock(side_effect=OSError(28, "no space left")))
+        with pytest.raises(SystemExit, match="2"):
+            judge_program.main([*others, *accuracies, "--results", str(file)])
+    shown = capsys.readouterr()
+    assert "k-NN k=" in shown.out and f"error: cannot write to {file.parent} (no space left)" in shown.err
+    assert file.read_text() == kept
+
+
+def test_results_of_a_run_that_disappear_are_not_created_again(
+    run: Path, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+    moved = []
+
+    def move(self: Uniformity, subjects: Any) -> Measured:
+        moved.append(copied.rename(tmp_path / "moved"))
+        return Measured("moved", {})
+
+    monkeypatch.setattr(Uniformity, "measure", move)
+    with pytest.raises(SystemExit, match="2"):
+        judge_program.main(["--checkpoint", str(copied / "checkpoints" / "last.pt"), "--measures", "uniformity"])
+    assert "results.json was changed or removed: restore it and start again" in capsys.readouterr().err
+    assert moved and not copied.exists()
 
 
 def test_results_that_cannot_be_written_do_not_stop_the_measures(

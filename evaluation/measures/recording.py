@@ -1,5 +1,6 @@
-"""Accuracies and measures of a checkpoint in a results.json: of its run, or of a folder of their own."""
+"""Writes accuracies and measures of a checkpoint to the file of --results, or measures to results.json of its run."""
 
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,88 +13,101 @@ from evaluation.measures.base import Measured
 from experiment.opening import Experiment
 from experiment.trained import Trained
 from utils.distributed.processes import rank
-from utils.files import FolderError, check_writable
-from utils.run_folder.folder import is_run_folder
+from utils.files import FolderError, check_writable, write_text, writing_to
 from utils.run_folder.results import RESULTS, belongs_to, read_results, write_results
 
 logger = logging.getLogger(__name__)
 
 
 class Record:
-    """Adds measures of a checkpoint to a results.json, under "measures": {name: {"protocol", "rows", "decimals"}}.
+    """Writes measures of a checkpoint to a JSON file: {"measures": {name: {"protocol", "rows", "decimals"}}}.
+
+    Without `file`, they are added to results.json of the run, where train.py has written the accuracies. This file must
+    be that of the checkpoint's step, and the images those of the run.
 
     Args:
-        folder: folder for the file, which is created if it is missing. None: the file is that of the run; only measures
-            are added to it, and only if it is that of this step of the run, and the images are those of the run.
+        file: file for accuracies and measures of any images. What it holds of this checkpoint and these images is kept.
 
-    Attributes:
-        obstacle: reason why measures are not added to the file of the run; None if they are added.
-        failure: first error in writing the file; None if there was none.
-
-    Raises ConfigError if `folder` is a run folder, or if its file has results of another checkpoint or of other images.
-    Raises OSError if the file cannot be written.
+    Raises ConfigError if `file` holds anything else. Raises OSError if it cannot be written.
     """
 
-    obstacle: str | None = None
-    failure: FolderError | None = None
-
-    def __init__(self, trained: Trained, experiment: Experiment, folder: Path | None = None) -> None:
-        self._trained, self._folder, self._own_folder = trained, folder or trained.folder, folder is not None
-        self._origin = {"checkpoint": trained.digest, "data": experiment.data_digest} if folder else {}
-        path, before = self._folder / RESULTS, read_results(self._folder)
-        if self._own_folder:
-            if is_run_folder(self._folder):  # train.py takes a run with results of its newest step as finished
-                raise ConfigError(f"--results {folder} is the folder of a run: set it to another folder")
-            if path.exists() and not self._origin.items() <= before.items():
+    def __init__(self, trained: Trained, experiment: Experiment, file: Path | None = None) -> None:
+        self._trained, self._file = trained, file
+        self._obstacle: str | None = None
+        self._failure: FolderError | None = None
+        if file:
+            images = [experiment.data_digest, experiment.test.digest() if experiment.test else None]
+            self._origin = {"checkpoint": trained.digest, "step": trained.step, "data": images}
+            if file.exists() and not self._origin.items() <= _read(file).items():
                 raise ConfigError(
-                    f"{path} has results of another checkpoint or of other images: set --results to another folder"
+                    f"{file} has no results of this checkpoint and these images: set --results to another file"
                 )
-            check_writable(path)
+            check_writable(file)
         elif not trained.saw_images_of(experiment):
-            self.obstacle = "they are of other images than those of the run"
-        elif not belongs_to(before, trained.trained_with, trained.step):
-            self.obstacle = f"{path} is not that of step {trained.step} of this run"
+            self._obstacle = "they are of other images than those of the run"
+        elif not self._belongs_to_run():
+            self._obstacle = f"{trained.folder / RESULTS} is not that of step {trained.step} of this run"
+
+    def log_obstacle(self) -> None:
+        """Logs the reason if measures cannot be recorded, and what to do."""
+        if self._obstacle:
+            text = "the measures are not added to %s, because %s; test.py --results FILE writes them to another file"
+            logger.info(text, RESULTS, self._obstacle)
 
     def check(self) -> None:
-        """Raises FolderError if a measure could not be written."""
-        if self.failure:
-            raise self.failure
-
-    def add(self, name: str, measured: Measured) -> None:
-        """Adds a measure, or replaces it. Call it on rank 0. Logs a warning if the file cannot be written."""
-        if self.obstacle:
-            return
-        known = read_results(self._folder).get("measures", {})
-        before = known.get(name, {}).get("protocol", measured.protocol)
-        written = self._write(f"the measure {name} is", measures=known | {name: asdict(measured)})
-        if written and before != measured.protocol:
-            logger.info("the measure %s in %s replaced one with another protocol: %s", name, RESULTS, before)
+        """Raises FolderError if accuracies or a measure could not be written."""
+        if self._failure:
+            raise self._failure
 
     def add_accuracies(self, table: Table) -> None:
-        """Adds the accuracies, or replaces them, in a folder of their own. (Those of a run are written by train.py.)
+        """Adds accuracies to `file`, or replaces those of the same protocols. Call it on rank 0."""
+        if self._file:
+            self._write("accuracies", table={**_read(self._file).get("table", {}), **table})
 
-        Call it on rank 0. Logs a warning if the file cannot be written.
-        """
-        if self._own_folder:
-            self._write("the accuracies are", table=table)
+    def add(self, name: str, measured: Measured) -> None:
+        """Adds a measure, or replaces it. Call it on rank 0."""
+        if self._obstacle:
+            return
+        known = (_read(self._file) if self._file else read_results(self._trained.folder)).get("measures", {})
+        before = known.get(name, {}).get("protocol", measured.protocol)
+        written = self._write(f"measure {name}", measures=known | {name: asdict(measured)})
+        if written and before != measured.protocol:
+            path = self._file or RESULTS
+            logger.info("the measure %s in %s replaced one with another protocol: %s", name, path, before)
+
+    def _belongs_to_run(self) -> bool:
+        trained = self._trained
+        return belongs_to(read_results(trained.folder), trained.trained_with, trained.step)
 
     def _write(self, what: str, **contents: Any) -> bool:
-        """Returns True if the contents could be written."""
-        config, step = self._trained.trained_with, self._trained.step
+        """Returns True if the contents could be written. Logs a warning otherwise."""
+        trained, file = self._trained, self._file
         try:
-            write_results(self._folder, config, step, **self._origin, **contents)
+            if file:
+                with writing_to(file.parent):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(file, json.dumps({**_read(file), **self._origin, **contents}, indent=1) + "\n")
+            elif self._belongs_to_run():
+                write_results(trained.folder, trained.trained_with, trained.step, **contents)
+            else:
+                raise FolderError(f"{trained.folder / RESULTS} was changed or removed: restore it and start again")
         except FolderError as error:
-            logger.warning("%s not recorded: %s", what, error)
-            self.failure = self.failure or error
+            logger.warning("not recorded: %s: %s", what, error)
+            self._failure = self._failure or error
             return False
         return True
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """Returns the contents of a JSON file, or an empty dict if it is missing or holds no object."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def report(found: Iterable[tuple[str, Measured]], record: Record) -> dict[str, Measured]:
     """Collective. Prints and records each table as soon as it is computed. Returns the tables by name."""
-    if record.obstacle:
-        text = "the measures are not added to %s, because %s; test.py --results FOLDER writes them into another folder"
-        logger.info(text, RESULTS, record.obstacle)
     measured = {}
     for name, table in found:
         measured[name] = table

@@ -22,15 +22,14 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def write_results(folder: Path, config: RunConfig, step: int, **contents: Any) -> None:
-    """Writes `contents` into results.json. Its table is empty if no table was written before. Raises FolderError.
+    """Writes `contents` into results.json, which must include the table, now or before. Raises FolderError.
 
     Other contents that belong to the same config and step are kept.
     """
     before = read_results(folder)
-    kept = before if belongs_to(before, config, step) else {"table": {}}
+    kept = before if belongs_to(before, config, step) else {}
     results = {**kept, "config_digest": result_digest(config, without=STARTING_FILES), "step": step, **contents}
     with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
