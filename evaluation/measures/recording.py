@@ -38,7 +38,7 @@ class Record:
         if file:
             images = [experiment.data_digest, experiment.test.digest() if experiment.test else None]
             self._origin = {"checkpoint": trained.digest, "step": trained.step, "data": images}
-            if file.exists() and not self._origin.items() <= _read(file).items():
+            if file.exists() and not (file.is_file() and self._origin.items() <= _read(file).items()):
                 raise ConfigError(
                     f"{file} has no results of this checkpoint and these images: set --results to another file"
                 )
