@@ -44,10 +44,16 @@ class Chosen:
 
 
 def image_name(images: Images, split: str, index: int) -> str:
-    """Returns a caption for an image: its class, if there are labels, and its split and index, such as train:12."""
-    if images.labels is None:
+    """Returns a caption for an image: its class, and its split and index, such as train:12.
+
+    Without labels, the caption is the name of the file, if there is one, instead of the class.
+    """
+    if images.labels is not None:
+        name = images.classes[int(images.labels[index])]
+    elif images.names is not None:
+        name = Path(images.names[index]).name
+    else:
         return f"{split}:{index}"
-    name = images.classes[int(images.labels[index])]
     return f"{name if len(name) <= 30 else name[:27] + '...'}\n{split}:{index}"
 
 
@@ -82,7 +88,7 @@ def choose_images(
 
 def _read(reference: str, splits: Mapping[str, Images], default: str, rules: Rules) -> tuple[Tensor, str, int | None]:
     """Returns pixels, name, and index in the training split (None for other images)."""
-    place = re.fullmatch(r"(?:(train|test):)?(\d+)", reference)
+    place = re.fullmatch(r"(?:(train|test):)?(\d+)", reference) or _find_file(reference, splits)
     if place is None:
         return _read_file(reference, splits[default].shape[-1], rules)
     split, index = place[1] or default, int(place[2])
@@ -93,6 +99,17 @@ def _read(reference: str, splits: Mapping[str, Images], default: str, rules: Rul
         raise ConfigError(f"no image {reference}: the {split} images are numbered from 0 to {len(images) - 1}")
     (pixels,) = images.batches([range(index, index + 1)])
     return pixels[0].cpu(), image_name(images, split, index), index if split == "train" else None
+
+
+def _find_file(reference: str, splits: Mapping[str, Images]) -> tuple[str, str, str] | None:
+    """Returns (reference, split, index) of a file that is an image of the data set; None for other files."""
+    path = Path(reference).resolve()
+    for split, images in splits.items():
+        if images.folder is not None and path.is_relative_to(images.folder.resolve()):
+            name = path.relative_to(images.folder.resolve()).as_posix()
+            if images.names and name in images.names:
+                return reference, split, str(images.names.index(name))
+    return None
 
 
 def _read_file(reference: str, image_size: int, rules: Rules) -> tuple[Tensor, str, None]:

@@ -58,8 +58,9 @@ class Comparison:
 
     @property
     def gains(self) -> dict[str, float]:
-        """Accuracy of the trained encoder minus that of each baseline."""
-        return {name: self.top1["trained"] - value for name, value in self.top1.items() if name != "trained"}
+        """Accuracy of the trained encoder minus that of each baseline, of the values as they are printed."""
+        printed = {name: round(value, 1) for name, value in self.top1.items()}
+        return {name: printed["trained"] - value for name, value in printed.items() if name != "trained"}
 
 
 def comparisons(config: Config, protocols: Sequence[Protocol], table: Table, timestep: int | None) -> list[Comparison]:
@@ -190,6 +191,8 @@ def draw_curves(reports: list[dict[str, Any]], features: str) -> list[str]:
         drawn.append(svg.curves("loss", "loss", {"loss": series("train", "loss")}, log=True))
         drawn.append(svg.curves("norm", "gradient norm", {"norm": series("train", "grad_norm")}, log=True))
         rates = {part: series("train", f"lr/{part}") for part in ("encoder", "decoder")}
+        if rates["encoder"] == rates["decoder"]:
+            rates = {"encoder and decoder": rates["encoder"]}
         drawn.append(svg.curves("rates", "learning rate", rates, from_0=True))
     if series("evaluation", "effective_rank")[0]:
         rank = {"rank": series("evaluation", "effective_rank")}

@@ -137,7 +137,7 @@ def open_listing(
         assert pixels is not None, "the cache has just been read or written"
         found = torch.from_numpy(pixels[: len(kept)])
         images = StoredImages(found, None if labels is None else torch.tensor(labels), listing.classes, index.summary)
-        images.names = listing.files
+        images.names, images.folder = listing.files, listing.root
     images.grey_bits = findings.grey_bits
     return images
 

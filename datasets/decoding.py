@@ -322,7 +322,7 @@ class StreamedImages(Images):
     ) -> None:
         labels = None if listing.labels is None else torch.tensor(listing.labels)
         super().__init__((len(listing.files), 3, image_size, image_size), labels, listing.classes, summary)
-        self.names = listing.files
+        self.names, self.folder = listing.files, listing.root
         self._listing, self._num_workers, self._rules = listing, num_workers, rules
 
     def batches(self, wanted: Iterable[Indices], pin_memory: bool = False) -> Generator[Tensor, None, None]:

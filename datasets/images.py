@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Images(ABC):
         classes: names of the classes.
         attributes: (N, A) uint8, 0/1 values of each image, named by `attribute_names`; None if there are none.
         summary: summary of all pixels.
-        names: names of the files, in order; None if the images do not come from files.
+        names: names of the files, relative to `folder`, in order; None if the images do not come from files.
         grey_bits: number of bits that hold the greys of files with more than 8 bits per grey; None if there are no such
             files.
         cameras: (N, 3, 4) float32 cameras, on the host (see cameras.py); None if they are not known.
@@ -75,6 +76,7 @@ class Images(ABC):
         self.attribute_names: list[str] = []
         self.shape, self.labels, self.classes, self.summary = torch.Size(shape), labels, classes, summary
         self.names: list[str] | None = None
+        self.folder: Path | None = None
         self.grey_bits: int | None = None
 
     def __len__(self) -> int:

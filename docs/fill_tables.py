@@ -146,8 +146,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", type=Path, default=CURVE, help="SVG file for the learning curve")
     curve = parser.parse_args(argv).curve
-    for page in PAGES:
-        write_text(page, filled(page.read_text(encoding="utf-8")))
+    texts = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}  # all of them, before one is written
+    for page, text in texts.items():
+        write_text(page, text)
     curves.save(cifar10_tables.named_curves(), curve)
 
 

@@ -1,7 +1,8 @@
 """Records results of runs in docs/results, and fills the tables of the pages with them.
 
 A file in docs/results has one JSON line for each time that a run was judged. A line holds accuracies, measures, images
-seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines.
+seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines; measures
+are kept if the new line, of the same config and as many images, has none.
 
 python -m docs.record runs/digits                                       # a run of train.py or finetune.py
 python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
@@ -48,11 +49,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         return rows
     config = folder / "config.yaml"
     if folder.is_file():
-        row = {"run": f"{name}-{folder.stem}", "stage": "judged", "variant": folder.stem, "digest": ""}
-        try:
-            return [{**row, "complete": False, "table": {}, **json.loads(folder.read_text(encoding="utf-8"))}]
-        except (ValueError, TypeError):
-            raise ConfigError(f"{folder} is not a JSON file of test.py --results: name another one") from None
+        return [judged_row(folder, name)]
     if not config.exists():
         raise ConfigError(f"{folder} has neither config.yaml nor {result_rows.RESULTS}: name a run folder")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -60,6 +57,17 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     if not rows:
         raise ConfigError(f"{folder} was not judged yet: record it after its first evaluation")
     return [{**row, "run": f"{name}-{row['run']}"} for row in rows]
+
+
+def judged_row(file: Path, name: str) -> dict[str, Any]:
+    """Returns the row of a file that test.py --results has written. Raises ConfigError if it is another file."""
+    row = {"run": f"{name}-{file.stem}", "stage": "judged", "variant": file.stem, "digest": "", "complete": False}
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        kept = {key: found[key] for key in ("checkpoint", "step", "data")}
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"{file} is not a file of test.py --results: name another one") from None
+    return {**row, **kept, "table": found.get("table", {}), "measures": found.get("measures", {})}
 
 
 def ablation_rows(path: Path) -> list[dict[str, Any]]:
@@ -146,13 +154,37 @@ def main(argv: list[str] | None = None) -> int:
         first = args.folders[0].resolve()
         name = args.name or (first.stem if first.is_file() else first.name)
         rows = [rounded(row) for folder in args.folders for row in rows_of(folder, name)]
-        path, new = args.out / f"{name}.jsonl", {row["run"] for row in rows}
-        rows = [row for row in result_rows.read_rows(path) if row["run"] not in new] + rows
+        keys = [(row["run"], row.get("images")) for row in rows]
+        if len(set(keys)) < len(keys):
+            raise ConfigError("two of these runs have the same name (the seed, or the name of the file): rename one")
+        path = args.out / f"{name}.jsonl"
+        before = result_rows.read_rows(path)
+        keep_measures(before, rows)
+        rows = [row for row in before if row["run"] not in {run for run, _ in keys}] + rows
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{len(rows)} results in {path}")
         if args.out == RESULTS:
-            fill_tables.main([])
+            try:
+                fill_tables.main([])
+            except (KeyError, ValueError, StopIteration, AttributeError) as error:
+                write_text(path, "".join(json.dumps(row) + "\n" for row in before))
+                raise ConfigError(
+                    f"the tables of {name} need other results ({error!r}): nothing was changed; set --name"
+                ) from None
+        print(f"{len(rows)} results in {path}")
     return 0
+
+
+def keep_measures(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Copies the measures of earlier rows into the same `rows`, if these have none. Prints which measures are lost."""
+    for old in (row for row in before if row.get("measures")):
+        for new in (row for row in rows if (row["run"], row.get("images")) == (old["run"], old.get("images"))):
+            if new.get("measures"):
+                continue
+            if (new["digest"], new.get("checkpoint")) == (old["digest"], old.get("checkpoint")):
+                new["measures"] = old["measures"]
+            else:
+                lost = ", ".join(old["measures"])
+                print(f"{old['run']} is of another config or checkpoint: its measures {lost} are removed")
 
 
 if __name__ == "__main__":

@@ -126,9 +126,7 @@ def check_can_train(experiment: Experiment) -> None:
     """Raises DatasetError if there are too few images for a batch, or for the evaluations during training."""
     count = len(experiment.train)
     if count < experiment.config.training.batch_size:
-        raise DatasetError(
-            f"{count} training images are fewer than a batch: add images, or train with a lower batch_size"
-        )
+        raise DatasetError(f"{count} training images are fewer than a batch: add images, or lower training.batch_size")
     if experiment.has_test_labels:
         check_neighbours(experiment.config, experiment.train)
 

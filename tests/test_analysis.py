@@ -25,11 +25,13 @@ from analysis.pictures import PICTURES, Arithmetic, Directions, Generate, Interp
 from analysis.references import Chosen, choose_images
 from config.errors import ConfigError
 from config.reading import override
+from config.schema import Data
+from datasets.sources import build_dataset
 from evaluation.codec import Codec
 from evaluation.quality import psnr, ssim
 from experiment.trained import open_trained, read_trained
 from model.guidance import guided_denoiser
-from tests.conftest import ROOT, launch_two
+from tests.conftest import ROOT, launch_two, write_images
 
 SIZE = 8
 
@@ -377,6 +379,25 @@ def test_the_nearest_images_are_scikit_learns_without_the_query_itself(codec: Co
     Nearest(num_neighbours=everything, images=["test:0"]).find(codec.experiment)
     with pytest.raises(ConfigError, match=rf"use at most {everything - 1} \(all other training images\)"):
         Nearest(num_neighbours=everything, images=["train:0"]).find(codec.experiment)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_of_the_data_set_is_its_image(stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_images(tmp_path / "photos", train_x=3, test_x=2, train_y=1, test_y=1)
+    other = write_images(tmp_path / "elsewhere", train_x=1)
+    data = Data(name="folder", root=str(root), cache_dir=str(tmp_path / "cache"), image_size=8, stream=stream)
+    train, test = build_dataset(data)[:2]
+    assert test is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.png").symlink_to(root / "train" / "x" / "2.png")
+    files = ["photos/train/x/1.png", str(root / "test" / "x" / "0.png"), "link.png", str(other / "train/x/0.png")]
+    chosen = choose_images({"train": train, "test": test}, files, 0, 0)
+    assert chosen.names == ["x\ntrain:1", "x\ntest:0", "x\ntrain:2", "0.png"]
+    assert chosen.train_indices == [1, None, 2, None]
+    for pixels, file in zip(chosen.pixels, files, strict=True):
+        assert torch.equal(pixels, torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1))
+    unlabelled = build_dataset(data.model_copy(update={"root": str(root / "train" / "x")}))[0]
+    assert choose_images({"train": unlabelled}, ["2"], 0, 0).names == ["2.png\ntrain:2"]
 
 
 def test_a_picture_file_holds_each_image_in_its_place(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,52 @@ def test_results_of_all_programs_are_recorded(
         "data": ["d", None],
         "measures": {"m": {}},
     }
-    file.write_text("[1]")
-    with pytest.raises(SystemExit, match="2"):
-        rows(file)
+    for wrong in ("[1]", '{"name": "package"}'):
+        file.write_text(wrong)
+        with pytest.raises(SystemExit, match="2"):
+            rows(file)
+        assert "judged.json is not a file of test.py --results" in capsys.readouterr().err
+
+
+def test_recording_again_keeps_measures_and_refuses_what_the_tables_cannot_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run = tmp_path / "results", tmp_path / "run"
+    shutil.copytree(docs_rows.RESULTS, out)
+    run.mkdir()
+    monkeypatch.setattr(record, "RESULTS", out)
+    monkeypatch.setattr(docs_rows, "RESULTS", out)
+    monkeypatch.setattr(fill_tables, "PAGES", [shutil.copy(page, tmp_path / page.name) for page in fill_tables.PAGES])
+    monkeypatch.setattr(fill_tables, "CURVE", tmp_path / "curve.svg")
+    command = ["--name", "digits", "--out", str(out)]
+    old = next(row for row in read_rows(out / "digits.jsonl") if row.get("measures"))
+    (run / "config.yaml").write_text(json.dumps({"seed": old["seed"], "training": {"batch_size": 1, "epochs": 100}}))
+    report = {"kind": "evaluation", "epoch": 100, "step": old["images"], "knn": "k-NN", "knn_top1": 1, "knn_top3": 2}
+    (run / "metrics.jsonl").write_text(json.dumps(report) + "\n")
+
+    # The same run, without measures.
+    results = {"config_digest": old["digest"], "step": old["images"], "table": old["table"]}
+    (run / "results.json").write_text(json.dumps(results))
+    assert record.main([str(run), *command]) == 0
+    kept = [row.get("measures") for row in read_rows(out / "digits.jsonl") if row["run"] == old["run"]]
+    assert kept[-1] == old["measures"]
+
+    # A run of another config.
+    (run / "results.json").write_text(json.dumps(results | {"config_digest": "another"}))
+    assert record.main([str(run), *command]) == 0
+    lost = f"its measures {', '.join(old['measures'])} are removed"
+    assert f"{old['run']} is of another config or checkpoint: {lost}" in capsys.readouterr().out
+
+    # Two runs of one name, and results that the tables of this name cannot show.
+    before = (out / "digits.jsonl").read_text()
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps({"checkpoint": "c", "step": 1, "data": [], "measures": {}}))
+    for words, expected in (
+        ([str(run), str(run), *command], "two of these runs have the same name"),
+        ([str(file), "--name", "digits_few_labels", "--out", str(out)], "the tables of digits_few_labels need other"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            record.main(words)
+        assert expected in capsys.readouterr().err
+    assert (out / "digits.jsonl").read_text() == before
+    assert (out / "digits_few_labels.jsonl").read_text() == (ROOT / "docs/results/digits_few_labels.jsonl").read_text()

@@ -173,6 +173,8 @@ def test_curves_are_the_reports_that_the_run_wrote(monkeypatch: pytest.MonkeyPat
     # The learning curve begins with the untrained encoder and ends with the checkpoint, if the protocol is the same.
     knn = protocols.KNNProtocol(settings=KNN(k=20))
     compared = [Comparison(knn, {"trained": 80.0, "raw pixels": 60.0, "untrained": 20.0})]
+    close = Comparison(knn, {"trained": 97.24, "raw pixels": 96.66})
+    assert close.gains["raw pixels"] == pytest.approx(97.2 - 96.7), "the difference of the printed values"
     entries = [{"kind": "evaluation", "epoch": 3, "knn_top1": 70.0, "knn": str(knn)}]
     draw_learning(compared, entries, 5)
     assert drawn["accuracy"] == {"k-NN": ([0, 3, 5], [20.0, 70.0, 80.0])}
