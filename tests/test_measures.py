@@ -585,8 +585,14 @@ def test_results_of_a_run_that_disappear_are_not_created_again(
 
 
 def test_results_that_cannot_be_written_do_not_stop_the_measures(
-    run: Path, small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    small: None,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level(logging.INFO)
+
     def refuse(*args: Any, **contents: Any) -> None:
         raise FolderError("cannot write")
 
@@ -596,6 +602,11 @@ def test_results_that_cannot_be_written_do_not_stop_the_measures(
     shown = capsys.readouterr()
     assert "\nuniformity: " in shown.out and "\nreconstruction: " in shown.out
     assert shown.err == "error: cannot write\n"
+    # It is logged at the start that the folder of another user cannot be written.
+    denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr("evaluation.measures.recording.check_writable", denied)
+    assert judge_program.main([*digits_args(run), "--measures", "uniformity"]) == 0
+    assert "results.json cannot be written (Permission denied); test.py --results FILE writes them" in caplog.text
 
 
 def test_another_data_set_is_a_folder_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

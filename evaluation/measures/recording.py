@@ -47,6 +47,11 @@ class Record:
             self._obstacle = "they are of other images than those of the run"
         elif not self._belongs_to_run():
             self._obstacle = f"{trained.folder / RESULTS} is not that of step {trained.step} of this run"
+        else:
+            try:
+                check_writable(trained.folder / RESULTS)
+            except OSError as error:
+                self._obstacle = f"{trained.folder / RESULTS} cannot be written ({error.strerror})"
 
     def log_obstacle(self) -> None:
         """Logs the reason if measures cannot be recorded, and what to do."""
