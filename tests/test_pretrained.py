@@ -1,5 +1,6 @@
 """The published encoder can be opened from a fresh checkout, and is better than raw pixels on other photographs."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from analysis.image_encoder import load_encoder
+from docs.rows import recorded
 from tests.conftest import ROOT
 
 FILE = ROOT / "pretrained" / "cifar10_cpu.pt"
@@ -47,6 +49,14 @@ def test_the_readmes_lines_run_as_printed() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([100]) torch.Size([100, 512]) torch.Size([100, 256])\n"
+
+
+def test_the_recorded_figures_are_those_of_the_file() -> None:
+    digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
+    for name in ("cifar10_published", "cifar10_attributes", "cars3d_factors"):
+        assert [row["checkpoint"] for row in recorded(name)] == [digest]
+    from_file = [row for row in recorded("cifar10_few_labels") if row["start"] == "encoder"]
+    assert {protocol.rsplit(" ", 1)[1] for row in from_file for protocol in row["table"]} == {digest[:8]}
 
 
 def test_it_is_small_and_names_no_paths() -> None:
