@@ -101,7 +101,7 @@ def readme_line(rows: list[Row], config: str) -> list[str]:
     minutes = sorted(row["seconds"] / 60 for row in same)
     seeds = f"{minutes[0]:.0f} minutes, one seed"
     if len(same) > 1:
-        seeds = f"{minutes[0]:.0f} to {minutes[-1]:.0f} minutes, {len(same)} seeds"
+        seeds = f"{minutes[0]:.0f} to {minutes[-1]:.0f} minutes each, {len(same)} seeds"
     return [
         f"CIFAR-10 (JPEG copy), a narrow model, {done}{newest['of_epochs']} epochs",
         both(same),
