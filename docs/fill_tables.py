@@ -63,7 +63,7 @@ def few_labels(name: str) -> str:
     def difference(one: dict[int, float], other: dict[int, float]) -> str:
         paired = [one[split] - other[split] for split in one if split in other]
         deviation = f" ± {statistics.stdev(paired):.1f}" if len(paired) > 1 else ""
-        return f"{statistics.mean(paired):+.1f}{deviation}" if paired else ""
+        return f"{round(statistics.mean(paired), 1) + 0.0:+.1f}{deviation}" if paired else ""
 
     lines = []
     for labels in sorted({labels for labels, *_ in top1}, reverse=True):
