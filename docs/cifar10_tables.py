@@ -102,11 +102,12 @@ def readme_line(rows: list[Row], config: str) -> list[str]:
     seeds = f"{minutes[0]:.0f} minutes, one seed"
     if len(same) > 1:
         seeds = f"{minutes[0]:.0f} to {minutes[-1]:.0f} minutes each, {len(same)} seeds"
+    page = "training.md#one-hour-on-a-cpu" if config == "cifar10_cpu.yaml" else "results.md#cifar-10-on-cpu-cores"
+    data = "CIFAR-10 ([JPEG copy](docs/results.md#cifar-10-on-cpu-cores-a-screen))"
     return [
-        f"CIFAR-10 (JPEG copy), a narrow model, {done}{newest['of_epochs']} epochs",
+        f"{data}, a narrow model, {done}{newest['of_epochs']} epochs",
         both(same),
-        f"[{seeds}, AVX512-BF16 cores](docs/results.md#cifar-10-on-cpu-cores): "
-        f"`python train.py --config config/{config} --use_amp`",
+        f"[{seeds}, AVX512-BF16 cores](docs/{page}): `python train.py --config config/{config} --use_amp`",
     ]
 
 
