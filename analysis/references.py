@@ -103,11 +103,16 @@ def _read(reference: str, splits: Mapping[str, Images], default: str, rules: Rul
 
 def _find_file(reference: str, splits: Mapping[str, Images]) -> tuple[str, str, str] | None:
     """Returns (reference, split, index) of a file that is an image of the data set; None for other files."""
-    path = Path(reference).resolve()
     for split, images in splits.items():
-        if images.folder is not None and path.is_relative_to(images.folder.resolve()):
-            name = path.relative_to(images.folder.resolve()).as_posix()
-            if images.names and name in images.names:
+        if images.folder is None or images.names is None:
+            continue
+        # The data set may have links to folders, and the reference may be a link into the data set.
+        for path, folder in (
+            (Path(reference).absolute(), images.folder.absolute()),
+            (Path(reference).resolve(), images.folder.resolve()),
+        ):
+            name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else ""
+            if name in images.names:
                 return reference, split, str(images.names.index(name))
     return None
 

@@ -61,6 +61,7 @@ class Images(ABC):
         attributes: (N, A) uint8, 0/1 values of each image, named by `attribute_names`; None if there are none.
         summary: summary of all pixels.
         names: names of the files, relative to `folder`, in order; None if the images do not come from files.
+        folder: folder of the files; None if the images do not come from files.
         grey_bits: number of bits that hold the greys of files with more than 8 bits per grey; None if there are no such
             files.
         cameras: (N, 3, 4) float32 cameras, on the host (see cameras.py); None if they are not known.

@@ -146,10 +146,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", type=Path, default=CURVE, help="SVG file for the learning curve")
     curve = parser.parse_args(argv).curve
-    texts = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}  # all of them, before one is written
+    # All of them are made before one is written, so that nothing is changed if one cannot be made.
+    texts, drawn = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}, cifar10_tables.named_curves()
     for page, text in texts.items():
         write_text(page, text)
-    curves.save(cifar10_tables.named_curves(), curve)
+    curves.save(drawn, curve)
 
 
 if __name__ == "__main__":

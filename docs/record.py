@@ -1,8 +1,8 @@
 """Records results of runs in docs/results, and fills the tables of the pages with them.
 
 A file in docs/results has one JSON line for each time that a run was judged. A line holds accuracies, measures, images
-seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines; measures
-are kept if the new line, of the same config and as many images, has none.
+seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines. Measures
+that only the old line has are kept, provided that config and number of images are the same.
 
 python -m docs.record runs/digits                                       # a run of train.py or finetune.py
 python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
@@ -158,15 +158,15 @@ def main(argv: list[str] | None = None) -> int:
         if len(set(keys)) < len(keys):
             raise ConfigError("two of these runs have the same name (the seed, or the name of the file): rename one")
         path = args.out / f"{name}.jsonl"
+        original = path.read_bytes() if path.exists() else None
         before = result_rows.read_rows(path)
-        keep_measures(before, rows)
-        rows = [row for row in before if row["run"] not in {run for run, _ in keys}] + rows
+        rows = merged(before, rows)
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         if args.out == RESULTS:
             try:
                 fill_tables.main([])
-            except (KeyError, ValueError, StopIteration, AttributeError) as error:
-                write_text(path, "".join(json.dumps(row) + "\n" for row in before))
+            except Exception as error:
+                path.unlink() if original is None else path.write_bytes(original)
                 raise ConfigError(
                     f"the tables of {name} need other results ({error!r}): nothing was changed; set --name"
                 ) from None
@@ -174,17 +174,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def keep_measures(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """Copies the measures of earlier rows into the same `rows`, if these have none. Prints which measures are lost."""
-    for old in (row for row in before if row.get("measures")):
-        for new in (row for row in rows if (row["run"], row.get("images")) == (old["run"], old.get("images"))):
-            if new.get("measures"):
-                continue
-            if (new["digest"], new.get("checkpoint")) == (old["digest"], old.get("checkpoint")):
-                new["measures"] = old["measures"]
-            else:
-                lost = ", ".join(old["measures"])
-                print(f"{old['run']} is of another config or checkpoint: its measures {lost} are removed")
+def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the earlier rows of other runs, then `rows`. Prints which results are lost.
+
+    A row keeps the accuracies and measures that the earlier row of the same run has in addition, provided that config,
+    checkpoint, images seen and images judged are the same.
+    """
+    of_same = {_origin(row): row for row in rows}
+    kept = [row for row in before if row["run"] not in {new["run"] for new in rows}]
+    for old in (row for row in before if row not in kept):
+        new = of_same.get(_origin(old))
+        if new is not None:
+            new["table"] = new["table"] or old["table"]
+            if old.get("measures"):
+                new["measures"] = {**old["measures"], **new.get("measures", {})}
+            continue
+        lost = [f"{old['images']:,} images"] if old.get("images") else []
+        lost += old.get("measures", {})
+        print(f"earlier results of {old['run']} are removed: {', '.join(lost)}")
+    return kept + rows
+
+
+def _origin(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row.get(key)) for key in ("run", "images", "digest", "checkpoint", "data"))
 
 
 if __name__ == "__main__":

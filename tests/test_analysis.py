@@ -384,16 +384,18 @@ def test_the_nearest_images_are_scikit_learns_without_the_query_itself(codec: Co
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_file_of_the_data_set_is_its_image(stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_images(tmp_path / "photos", train_x=3, test_x=2, train_y=1, test_y=1)
-    other = write_images(tmp_path / "elsewhere", train_x=1)
+    other = write_images(tmp_path / "elsewhere", train_x=1, z=1)
+    (root / "train" / "z").symlink_to(other / "z")
     data = Data(name="folder", root=str(root), cache_dir=str(tmp_path / "cache"), image_size=8, stream=stream)
     train, test = build_dataset(data)[:2]
     assert test is not None
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.png").symlink_to(root / "train" / "x" / "2.png")
-    files = ["photos/train/x/1.png", str(root / "test" / "x" / "0.png"), "link.png", str(other / "train/x/0.png")]
+    files = ["photos/train/x/1.png", str(root / "test" / "x" / "0.png"), "link.png", "photos/train/z/0.png"]
+    files.append(str(other / "train" / "x" / "0.png"))
     chosen = choose_images({"train": train, "test": test}, files, 0, 0)
-    assert chosen.names == ["x\ntrain:1", "x\ntest:0", "x\ntrain:2", "0.png"]
-    assert chosen.train_indices == [1, None, 2, None]
+    assert chosen.names == ["x\ntrain:1", "x\ntest:0", "x\ntrain:2", "z\ntrain:4", "0.png"]
+    assert chosen.train_indices == [1, None, 2, 4, None]
     for pixels, file in zip(chosen.pixels, files, strict=True):
         assert torch.equal(pixels, torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1))
     unlabelled = build_dataset(data.model_copy(update={"root": str(root / "train" / "x")}))[0]

@@ -557,6 +557,19 @@ def test_measures_and_accuracies_of_any_images_are_written_to_a_file(
         assert capsys.readouterr().err.endswith(expected), words
     assert file.read_text() == kept and stored(run) == before
 
+    # So is a file that another program has changed meanwhile.
+    def change(self: Uniformity, subjects: Any) -> Measured:
+        file.write_text("another program's")
+        return Measured("changed", {})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Uniformity, "measure", change)
+        with pytest.raises(SystemExit, match="2"):
+            judge_program.main([*others, *uniformity, "--results", str(file)])
+    assert "others.json was changed by another program: set --results" in capsys.readouterr().err
+    assert file.read_text() == "another program's"
+    file.write_text(kept)
+
     # The accuracies are printed if they cannot be written.
     with monkeypatch.context() as patched:
         patched.setattr("evaluation.measures.recording.write_text", mock.Mock(side_effect=OSError(28, "no space left")))

@@ -22,23 +22,25 @@ logger = logging.getLogger(__name__)
 class Record:
     """Writes measures of a checkpoint to a JSON file: {"measures": {name: {"protocol", "rows", "decimals"}}}.
 
-    Without `file`, they are added to results.json of the run, where train.py has written the accuracies. This file must
-    be that of the checkpoint's step, and the images those of the run.
+    Without `file`, measures are added to results.json of the run, if it belongs to the checkpoint's step and the images
+    are those of the run. (Its accuracies are written by train.py.)
 
     Args:
-        file: file for accuracies and measures of any images. What it holds of this checkpoint and these images is kept.
+        file: JSON file for accuracies and measures of any images. Results that it already has are kept, except those of
+            the same names.
 
-    Raises ConfigError if `file` holds anything else. Raises OSError if it cannot be written.
+    Raises ConfigError if `file` exists and has no results of this checkpoint and these images. Raises OSError if it
+    cannot be written.
     """
 
     def __init__(self, trained: Trained, experiment: Experiment, file: Path | None = None) -> None:
-        self._trained, self._file = trained, file
+        self._trained, self._file = trained, file.resolve() if file else None
         self._obstacle: str | None = None
         self._failure: FolderError | None = None
         if file:
             images = [experiment.data_digest, experiment.test.digest() if experiment.test else None]
             self._origin = {"checkpoint": trained.digest, "step": trained.step, "data": images}
-            if file.exists() and not (file.is_file() and self._origin.items() <= _read(file).items()):
+            if not self._is_ours(file):
                 raise ConfigError(
                     f"{file} has no results of this checkpoint and these images: set --results to another file"
                 )
@@ -80,6 +82,10 @@ class Record:
             path = self._file or RESULTS
             logger.info("the measure %s in %s replaced one with another protocol: %s", name, path, before)
 
+    def _is_ours(self, file: Path) -> bool:
+        """Returns True if the file is missing, or has results of this checkpoint and these images."""
+        return not file.exists() or (file.is_file() and self._origin.items() <= _read(file).items())
+
     def _belongs_to_run(self) -> bool:
         trained = self._trained
         return belongs_to(read_results(trained.folder), trained.trained_with, trained.step)
@@ -89,6 +95,8 @@ class Record:
         trained, file = self._trained, self._file
         try:
             if file:
+                if not self._is_ours(file):
+                    raise FolderError(f"{file} was changed by another program: set --results to another file")
                 with writing_to(file.parent):
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_text(file, json.dumps({**_read(file), **self._origin, **contents}, indent=1) + "\n")
