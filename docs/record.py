@@ -180,18 +180,21 @@ def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dic
     A row keeps the accuracies and measures that the earlier row of the same run has in addition, provided that config,
     checkpoint, images seen and images judged are the same.
     """
-    of_same = {_origin(row): row for row in rows}
+    by_origin = {_origin(row): row for row in rows}
     kept = [row for row in before if row["run"] not in {new["run"] for new in rows}]
     for old in (row for row in before if row not in kept):
-        new = of_same.get(_origin(old))
-        if new is not None:
+        if new := by_origin.get(_origin(old)):
             new["table"] = new["table"] or old["table"]
             if old.get("measures"):
                 new["measures"] = {**old["measures"], **new.get("measures", {})}
             continue
-        lost = [f"{old['images']:,} images"] if old.get("images") else []
-        lost += old.get("measures", {})
-        print(f"earlier results of {old['run']} are removed: {', '.join(lost)}")
+        same_run = [row for row in rows if row["run"] == old["run"]]
+        measured = {name for row in same_run for name in row.get("measures", {})}
+        lost = [name for name in old.get("measures", {}) if name not in measured]
+        if (images := old.get("images")) and all(row.get("images") != images for row in same_run):
+            lost.insert(0, f"those after {images:,} images")
+        if lost:
+            print(f"earlier results of {old['run']} are removed: {', '.join(lost)}")
     return kept + rows
 
 

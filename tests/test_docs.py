@@ -285,7 +285,7 @@ def test_recording_again_keeps_measures_and_refuses_what_the_tables_cannot_show(
     (run / "results.json").write_text(json.dumps(results | {"config_digest": "another"}))
     capsys.readouterr()
     assert record.main([str(run), *command]) == 0
-    lost = ", ".join([f"{old['images']:,} images", *old["measures"]])
+    lost = ", ".join(old["measures"])
     assert f"earlier results of {old['run']} are removed: {lost}" in capsys.readouterr().out
 
     # Two runs of one name, and results that the tables of this name cannot show.
