@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.out == RESULTS:
             try:
                 fill_tables.main([])
+            except OSError:  # a page cannot be written; `python -m docs.fill_tables` fills the others later
+                raise
             except Exception as error:
                 path.unlink() if original is None else path.write_bytes(original)
                 raise ConfigError(
