@@ -9,7 +9,7 @@ from config.keys import portable
 from experiment.models import NOT_LAYERS
 from experiment.trained import Trained
 from utils.files import replacing
-from utils.run_folder.results import belongs_to, read_results
+from utils.run_folder.results import is_of_experiment, read_results
 
 CARD = "README.md"
 MARK = "library_name: soda"  # a line of every card, by which a card of an earlier export is recognised
@@ -94,7 +94,7 @@ def model_card(trained: Trained, weights: Path, programs: list[Path], timestep: 
             "normalise them, and return z and the pooled features before the last layer."
         )
     results = read_results(trained.folder)
-    if belongs_to(results, trained.trained_with, trained.step) and results["table"]:
+    if is_of_experiment(results, trained.trained_with, trained.step) and results["table"]:
         accuracies = {
             protocol: f"{cells['trained']['top1']:.1f} / {cells['trained']['top3']:.1f}"
             for protocol, cells in results["table"].items()

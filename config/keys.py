@@ -94,7 +94,7 @@ def portable(config: Config) -> Config:
 
 
 def result_digest(config: RunConfig, without: tuple[str, ...] = (), also: str = "") -> str:
-    """Returns a digest of all keys that the table of accuracies depends on, including data.root.
+    """Returns a digest of the keys that the table of accuracies depends on, with data.root and all of `evaluation`.
 
     Args:
         without: names of keys that are left out.
@@ -108,6 +108,12 @@ def result_digest(config: RunConfig, without: tuple[str, ...] = (), also: str = 
     kept = {name for name, _, run in keys if not run or name.startswith(judged_by)}.difference(without)
     values = {name: value for name, value in flat(config).items() if name in kept}
     return hashlib.blake2b((yaml.safe_dump(values) + also).encode(), digest_size=16).hexdigest()
+
+
+def experiment_digest(config: RunConfig) -> str:
+    """Returns a digest of all experiment keys, those that must agree when a run resumes."""
+    values = {name: _value(config, name) for name, _, run in all_keys(type(config)) if not run}
+    return hashlib.blake2b(yaml.safe_dump(values).encode(), digest_size=16).hexdigest()
 
 
 def differences(

@@ -202,7 +202,9 @@ def parse(schema: type[C], text: str, where: str) -> C:
         where: origin of the text, for the error message.
     """
     raw = parse_yaml(text, where, schema)
-    keys = set(raw) if isinstance(raw, dict) else set()
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} is not a config: it needs lines of the form `key: value`")
+    keys = set(raw)
     for other in (Config, FinetuneConfig):
         if keys <= other.model_fields.keys() and not keys <= schema.model_fields.keys():
             raise ConfigError(f"{where} belongs to {other.program}: use a file of {schema.program}")

@@ -305,9 +305,17 @@ def test_damaged_reports_are_passed_over(finished: Path, tmp_path: Path) -> None
 
 def test_a_finished_run_is_judged_anew_where_the_protocol_changed(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "copy")
+    measure = digits_args(folder, *TWO_EPOCHS, "--measures")
+    assert judge_program.main([*measure, "uniformity"]) == 0
     assert train_program.main(digits_args(folder, *TWO_EPOCHS, "evaluation.knn.k=3")) == 0
-    assert "k-NN k=3 uniform, unit z, bank: clean" in json.loads((folder / "results.json").read_text())["table"]
+    found = json.loads((folder / "results.json").read_text())
+    assert "k-NN k=3 uniform, unit z, bank: clean" in found["table"] and list(found["measures"]) == ["uniformity"]
     assert last(folder)["step"] == 2 * STEPS_PER_EPOCH
+
+    # The measures are of the same model, so they are kept, and others are added.
+    assert judge_program.main([*measure, "few_labels"]) == 0
+    again = json.loads((folder / "results.json").read_text())
+    assert again == found | {"measures": again["measures"]} and list(again["measures"]) == ["uniformity", "few_labels"]
 
 
 def test_what_does_not_matter_to_the_table_leaves_a_finished_run_finished(
@@ -327,9 +335,12 @@ def test_a_folder_of_another_run_is_refused_even_without_a_checkpoint(
     shutil.rmtree(folder / "checkpoints")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("services: {web: {image: nginx}}")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.yaml").write_text("- nginx")
     for run, args, expected in (
         (folder, (*TWO_EPOCHS, "seed=5"), "seed was 0 and is 5"),
         (tmp_path / "other", TWO_EPOCHS, "was not written by this program"),
+        (tmp_path / "list", TWO_EPOCHS, "was not written by this program"),
     ):
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         with pytest.raises(SystemExit, match="2"):

@@ -14,7 +14,7 @@ from experiment.opening import Experiment
 from experiment.trained import Trained
 from utils.distributed.processes import rank
 from utils.files import FolderError, check_writable, write_text, writing_to
-from utils.run_folder.results import RESULTS, belongs_to, read_results, write_results
+from utils.run_folder.results import RESULTS, is_of_experiment, read_results, write_measures
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Record:
     """Writes measures of a checkpoint to a JSON file: {"measures": {name: {"protocol", "rows", "decimals"}}}.
 
-    Without `file`, measures are added to results.json of the run, if it belongs to the checkpoint's step and the images
+    Without `file`, measures are added to results.json of the run, if it is of the checkpoint's step and the images
     are those of the run. (Its accuracies are written by train.py.)
 
     Args:
@@ -88,7 +88,7 @@ class Record:
 
     def _belongs_to_run(self) -> bool:
         trained = self._trained
-        return belongs_to(read_results(trained.folder), trained.trained_with, trained.step)
+        return is_of_experiment(read_results(trained.folder), trained.trained_with, trained.step)
 
     def _write(self, what: str, **contents: Any) -> bool:
         """Returns True if the contents could be written. Logs a warning otherwise."""
@@ -101,7 +101,7 @@ class Record:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_text(file, json.dumps({**_read(file), **self._origin, **contents}, indent=1) + "\n")
             elif self._belongs_to_run():
-                write_results(trained.folder, trained.trained_with, trained.step, **contents)
+                write_measures(trained.folder, contents["measures"])
             else:
                 raise FolderError(f"{trained.folder / RESULTS} was changed or removed: restore it and start again")
         except FolderError as error:
@@ -133,5 +133,6 @@ def report(found: Iterable[tuple[str, Measured]], record: Record) -> dict[str, M
 def recorded_measures(trained: Trained) -> dict[str, Measured]:
     """Returns the measures that results.json has of this step of the run, by name."""
     results = read_results(trained.folder)
-    recorded = results.get("measures", {}) if belongs_to(results, trained.trained_with, trained.step) else {}
+    is_ours = is_of_experiment(results, trained.trained_with, trained.step)
+    recorded = results.get("measures", {}) if is_ours else {}
     return {name: Measured(each["protocol"], each["rows"], each.get("decimals", 1)) for name, each in recorded.items()}

@@ -17,7 +17,7 @@ from utils.files import InUseError, lock_file, write_text
 from utils.logging import log_to
 from utils.run_folder.checkpoint import load_checkpoint, newest_checkpoint
 from utils.run_folder.checkpoint_writer import CheckpointWriter
-from utils.run_folder.results import RESULTS, belongs_to, read_results
+from utils.run_folder.results import RESULTS, is_judged_by, read_results
 from utils.run_folder.run_log import METRICS, RunLog
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Collective. Returns True if results.json belongs to this config and to the newest checkpoint."""
         results = broadcast_object(read_results(self.path))
-        return self._saved is not None and belongs_to(results, self._config, self._saved["step"])
+        return self._saved is not None and is_judged_by(results, self._config, self._saved["step"])
 
     def log_finished(self) -> None:
         """Logs that the run is finished, and how to train longer."""

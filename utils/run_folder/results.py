@@ -1,10 +1,14 @@
-"""results.json: the final table of a run, with the digest of the config and the step that the table belongs to."""
+"""results.json: the final table of a run and the measures of test.py, with the step and digests of the config.
+
+One digest is of all keys that the table depends on. The other is of the experiment keys alone, which the measures
+depend on.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from config.keys import result_digest
+from config.keys import experiment_digest, result_digest
 from config.schema import RunConfig
 from utils.files import write_text, writing_to
 
@@ -22,17 +26,38 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def write_results(folder: Path, config: RunConfig, step: int, **contents: Any) -> None:
-    """Writes `contents` into results.json, which must include the table, now or before. Raises FolderError.
+    """Writes the table and other `contents` into results.json. Raises FolderError.
 
-    Other contents that belong to the same config and step are kept.
+    Measures are kept if they are of the same experiment and step.
     """
     before = read_results(folder)
-    kept = before if belongs_to(before, config, step) else {}
-    results = {**kept, "config_digest": result_digest(config, without=STARTING_FILES), "step": step, **contents}
+    results = {
+        "config_digest": result_digest(config, without=STARTING_FILES),
+        "experiment_digest": experiment_digest(config),
+        "step": step,
+        **contents,
+    }
+    if "measures" in before and is_of_experiment(before, config, step):
+        results["measures"] = before["measures"]
+    _write(folder, results)
+
+
+def write_measures(folder: Path, measures: dict[str, Any]) -> None:
+    """Replaces the measures in results.json, which must be there. Raises FolderError."""
+    _write(folder, {**read_results(folder), "measures": measures})
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
     with writing_to(folder):
         write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
-def belongs_to(results: dict[str, Any], config: RunConfig, step: int) -> bool:
-    """Returns True if `results` belong to this config and this step."""
+def is_judged_by(results: dict[str, Any], config: RunConfig, step: int) -> bool:
+    """Returns True if the table in `results` is of this step and depends on no key that `config` changes."""
     return (results.get("config_digest"), results.get("step")) == (result_digest(config, without=STARTING_FILES), step)
+
+
+def is_of_experiment(results: dict[str, Any], config: RunConfig, step: int) -> bool:
+    """Returns True if `results` are of this step of the experiment. Run keys, such as data.root, may differ."""
+    same = results.get("experiment_digest") == experiment_digest(config) and results.get("step") == step
+    return same or is_judged_by(results, config, step)  # earlier versions wrote only config_digest
