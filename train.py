@@ -59,13 +59,16 @@ def main(argv: list[str] | None = None) -> int:
                 report(config)
                 return 0
             starting = {} if folder.checkpoint else read_starting_weights(config)
-            experiment = open_experiment(config)
+            known = folder if folder.checkpoint else starting.get("encoder")
+            # A frozen encoder gets the images in the normalisation that it was trained with.
+            as_trained = (known.statistics, known.grey_bits) if known and config.encoder.frozen else ()
+            experiment = open_experiment(config, *as_trained)
             check_can_train(experiment)
             folder.check_images(experiment.data_digest)
             state = initial_state(experiment, starting)
             if folder.checkpoint:
                 folder.resume(state, experiment.total_steps)
-            del starting  # the host copies of the weights
+            del starting, known  # the host copies of the weights
             folder.prepare()
         # Train.
         train(experiment, state, folder)

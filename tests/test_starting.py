@@ -15,7 +15,15 @@ from config.reading import load_config
 from experiment.starting import check_origin, read_starting_weights, weight_paths
 from experiment.trained import read_trained, reduced_checkpoint
 from model.resnets import ResNetEncoder
-from tests.conftest import ROOT, TINY_MODEL, assert_equal_states, digits_args, experiment_of
+from tests.conftest import (
+    ROOT,
+    TINY_MODEL,
+    assert_equal_states,
+    digits_args,
+    experiment_of,
+    last,
+    write_images,
+)
 from training.saving import checkpoint_contents
 from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
@@ -66,6 +74,18 @@ def test_both_parts_start_from_a_checkpoint_and_a_frozen_encoder_stays(
         assert changed == ({"decoder"} if frozen else {"encoder", "decoder"})
     assert [len(group["params"]) > 0 for group in state.optimizer.param_groups] == [not frozen, True]
     assert state.soda.decoder.training and state.soda.encoder.bn1.training != frozen
+
+
+def test_a_frozen_encoder_gets_images_as_it_was_trained_with(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
+    """Its normalisation is that of the file, also after resuming. A trained encoder has that of its own images."""
+    root, found = write_images(tmp_path / "images", train_a=40, train_b=40, test_a=20, test_b=20), []
+    for run, *overrides in (("frozen", "encoder.frozen=true"), ("frozen", "training.epochs=2"), ("trained",)):
+        args = ["data.name=folder", f"data.root={root}", f"data.cache_dir={tmp_path}", f"encoder.weights={saved[0]}"]
+        args += ["encoder.frozen=true", *overrides] if run == "frozen" else overrides
+        assert train_program.main(digits_args(tmp_path / run, *args)) == 0
+        found.append(last(tmp_path / run)["statistics"])
+    theirs = torch.load(saved[0])["statistics"]
+    assert found[:2] == [theirs] * 2 and found[2] != theirs
 
 
 def test_a_run_starts_from_a_reduced_checkpoint(saved: tuple[Path, TrainState], tmp_path: Path) -> None:

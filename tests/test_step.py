@@ -211,6 +211,8 @@ def test_the_untrained_encoder_has_settled_and_differs_by_seed(tmp_path: Path, m
     monkeypatch.setattr("evaluation.judge.judge", lambda experiment, encoders, protocols: encoders)
     judged: Any = judge_trained(experiment, initial_state(experiment).soda, [])
     assert list(judged) == ["trained", "settled", "untrained", "raw pixels"]
+    alone = judge_trained(experiment, initial_state(experiment).soda, [], with_baselines=False)
+    assert list(alone) == ["trained"]
     columns = {name: judged[name](views, range(8))["z"] for name in ("trained", "settled")}
     torch.testing.assert_close(columns["settled"], found, atol=1e-4, rtol=1e-4)
     assert not torch.isclose(columns["trained"], found, atol=1e-3).all(dim=1).any()
@@ -589,6 +591,12 @@ def test_the_sums_of_a_checkpoint_have_names(tmp_path: Path) -> None:
     again = Tally(torch.device("cpu"), ["loss"])
     again.load_state_dict(saved)
     assert torch.equal(again.values, tally.values) and again.take() == Summary({"loss": 0.5}, 2, 2)
+    # A row that has ended does not end the run that resumes; one that has not ended still counts.
+    for skipped, in_a_row in ((1.0, 3), (0.0, 0)):
+        tally.add({"loss": torch.tensor(0.5)}, torch.tensor(skipped))
+        resumed = Tally(torch.device("cpu"), ["loss"])
+        resumed.load_state_dict(tally.state_dict())
+        assert resumed.take().most_in_a_row == in_a_row
 
 
 class NoHostReads(TorchDispatchMode):

@@ -126,8 +126,8 @@ def run_job(job: Job[Any, Any], note: str = "") -> None:
     opened, state, folder = job.opened, job.state, job.folder
     config, total_steps = opened.config.training, opened.total_steps
     state.wrapped = data_parallel(state.model)
+    log = folder.run_log(state.step) if rank() == 0 else None  # imports TensorBoard, which takes seconds
     timer, reported_step = PhaseTimer(), state.step
-    log = folder.run_log(state.step) if rank() == 0 else None
     with (
         signals.deferred(),
         Saver(opened, state, folder, timer) as saver,
@@ -184,7 +184,8 @@ def _evaluate_if_due(job: Job[Any, Any], log: RunLog | None, timer: PhaseTimer) 
         phase_log.info("evaluation at step %d", step)
         with timer.phase("evaluation"):
             job.evaluate(log)
-    phase_log.info("evaluated; training from step %d to %d", step, total_steps)
+    if step < total_steps:
+        phase_log.info("evaluated; training from step %d to %d", step, total_steps)
 
 
 def _log_circumstances(experiment: Experiment) -> None:

@@ -82,6 +82,8 @@ class Saver:
             alone: save without the other ranks. Only rank 0 writes. The tally and the history of adaptive
                 timesteps cover only its share of each batch.
         """
+        if alone and not self._writer:
+            return
         experiment, state = self._experiment, self._state
         self.saved_step = state.step
         phase_log.info("saving step %d", state.step)

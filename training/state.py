@@ -107,8 +107,9 @@ class Tally:
         return dict(zip(self.names, (self.values if alone else self._mean()).unbind(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads the result of `state_dict`."""
+        """Loads the result of `state_dict`. A row of skipped steps that has ended no longer counts."""
         self.values.copy_(torch.stack([state[name].cpu() for name in self.names]))
+        self._counts[3] = self._counts[2]
 
 
 @dataclass(kw_only=True)
@@ -240,8 +241,10 @@ def initial_state(experiment: Experiment, starting: Mapping[str, StartingWeights
         starting = read_starting_weights(experiment.config)
     with memory_for(lambda: "use a smaller model or another device"):
         soda = initial_soda(experiment.config, device)
-        start_from(soda, starting, "this run's own images")
-        if experiment.config.encoder.frozen:
+        frozen, encoder = experiment.config.encoder.frozen, starting.get("encoder")
+        is_known = frozen and encoder is not None and encoder.statistics is not None
+        start_from(soda, starting, "the images that it was trained on" if is_known else "this run's own images")
+        if frozen:
             soda.freeze_encoder()
         return TrainState(
             model=soda,
