@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from datasets.split_names import holds_splits
 from evaluation.features import Features, extract_features
 from utils.device import autocast, memory_for
 from utils.distributed.collectives import all_equal, all_gather_object
-from utils.distributed.processes import local_world_size, world_size
+from utils.distributed.processes import local_world_size, my_range, world_size
 from utils.files import replacing
 from utils.logging import progress
 
@@ -129,13 +130,14 @@ def encode_named(
     """Collective. Encodes images (see `encode_images`); returns the features and the images that could be read.
 
     If the files have greys of more than 8 bits, and the training images had none, the smallest range that holds these
-    greys is used. Raises UnreadableError if files cannot be read, and in the cases in which `encode_images` raises.
+    greys is used. Raises UnreadableError if files cannot be read, and the errors of `encode_images`.
     """
     features = encode_images(encoder, named.images, batch_size, amp_dtype)
     if not isinstance(named.images, _DecodedImages):
         return features, named
     images, found = named.images, Findings()
-    for findings in all_gather_object(images.findings):
+    has_batches = bool(my_range(math.ceil(len(images) / batch_size)))  # otherwise the rank has read image 0 in vain
+    for findings in all_gather_object(images.findings if has_batches else Findings()):
         found.update(findings)
     raise_if_unreadable(images.listing, found, images.skip)
     if images.rules.grey_bits is None and found.grey_bits not in (None, GREY_BITS[-1]):
@@ -157,7 +159,7 @@ def encode_images(encoder: ImageEncoder, images: Any, batch_size: int, amp_dtype
 
     def encode(pixels: Tensor, indices: range) -> Features:
         bar.update(len(indices))
-        with autocast(device, amp_dtype):
+        with torch.no_grad(), autocast(device, amp_dtype):
             return dict(encoder(pixels.to(device, non_blocking=True)))
 
     smaller = f"set evaluation.batch_size={max(1, batch_size // 2)}"

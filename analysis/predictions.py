@@ -93,7 +93,7 @@ class Prediction:
 
 
 def open_prediction(config: FinetuneConfig, folder: Path) -> Prediction:
-    """Opens the newest checkpoint of a run, and all images below `folder`.
+    """Collective. Returns the newest checkpoint of a run with all images below `folder`, as a Prediction.
 
     The run keys of `data`, `device`, `training.use_amp` and `evaluation.batch_size` are those of `config`. All other
     keys that define the images and the classifier are those of the checkpoint.
@@ -108,7 +108,10 @@ def open_prediction(config: FinetuneConfig, folder: Path) -> Prediction:
     checkpoint, contents = found
     trained = parse(FinetuneConfig, contents["config"], f"the config in {checkpoint}")
     if not all_equal(contents["sha256"]):
-        raise ConfigError(f"the processes read different checkpoints from {run}: set output_dir to shared storage")
+        raise ConfigError(
+            f"the processes read different checkpoints from {run}: set output_dir to shared storage, or, if the run is "
+            "still training, run the command again"
+        )
     ignored = differences(trained, config, run=False)
     ignored.pop("training.use_amp", None)
     if ignored:

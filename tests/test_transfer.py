@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import nn
 import finetune as finetune_program
 import train as train_program
 from analysis import predictions
+from analysis.feature_file import encode_images
 from analysis.predictions import open_prediction
 from config.errors import ConfigError
 from config.finetune_schema import FinetuneConfig
@@ -222,6 +224,7 @@ def test_labelled_images_are_drawn_evenly_and_nested() -> None:
 def test_labelled_images_that_are_named_in_a_file(tmp_path: Path) -> None:
     images = StoredImages(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), torch.arange(6) % 2, ["big cat", "dog"])
     images.names = ["a/1.png", "b/2 of 2.png", "a/3.png", "b/4.png", "a/5.png", "b/6,1.png"]
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
     path = tmp_path / "labelled.txt"
 
     def chosen(text: str) -> list[int]:
@@ -232,6 +235,9 @@ def test_labelled_images_that_are_named_in_a_file(tmp_path: Path) -> None:
     assert chosen("a/5.png,big cat\nb/2 of 2.png\tdog\nb/4.png dog\n") == [1, 3, 4]
     assert chosen(f"./a/5.png\n{Path('data').absolute()}/train/b/4.png\n") == [3, 4]
     assert chosen("train/a/5.png\ntrain/b/2 of 2.png\ntrain/b/6,1.png\ntrain/b/4.png dog\n") == [1, 3, 4, 5]
+    images.names[2], images.classes[1] = f"a/{composed}.png", f"h{decomposed}risson"
+    assert chosen(f"a/{decomposed}.png\nb/4.png;h{composed}risson\n") == [2, 3]
+    images.names[2], images.classes[1] = "a/3.png", "dog"
     for text, expected in [
         (
             "a/1.png\nc/9.png\n",
@@ -323,7 +329,12 @@ def test_a_folder_with_labels_and_one_without(
     (csv_file,) = (tmp_path / "run" / "predictions").glob("*.csv")
     assert csv_file.stem.endswith("--rest") and csv_file.stem.startswith(tmp_path.parts[1])
     monkeypatch.chdir(tmp_path)
-    assert open_prediction(config, Path("rest")).path == tmp_path / "run" / "predictions" / "rest.csv"
+    opened = open_prediction(config, Path("rest"))
+    assert opened.path == tmp_path / "run" / "predictions" / "rest.csv"
+    images = StoredImages(pixels, None, [])
+    logits = encode_images(opened._model.eval(), images, 16, None)["logits"]
+    torch.testing.assert_close(logits.softmax(dim=1), expected)
+    assert not logits.requires_grad, "otherwise the activations of all images would stay in memory"
     assert {len(open_prediction(config, Path(name)).path.stem) for name in ("rest/train", "rest/../rest")} == {11, 14}
     with open(csv_file, newline="") as file:
         found = {line["file"]: line for line in csv.DictReader(file)}

@@ -41,7 +41,8 @@ def renew_targets(task: Task, state: FinetuneState) -> dict[str, float]:
     labels are known, the accuracy of the pseudo-labels on the images without given labels. All are in per cent.
     """
     features = _outputs(task, state.model, state.model.features, task.train)
-    before, found = state.targets.cpu(), task.method.pseudo_labels(task, features).cpu()
+    with memory_for(lambda: "set a lower laplacenet.k, in another output_dir, or use fewer unlabelled images"):
+        before, found = state.targets.cpu(), task.method.pseudo_labels(task, features).cpu()
     state.targets = found.to(task.device)
     others = task.given_labels < 0
     facts = {"without": found[others] < 0, "changed": found[others] != before[others]}

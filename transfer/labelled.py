@@ -13,13 +13,13 @@ from datasets.images import Images
 from datasets.split_names import split_of
 from utils.files import read_names
 from utils.randomness import generator
-from utils.text import join_names
+from utils.text import compose, join_names
 
 
 def choose_labelled(config: FinetuneConfig, images: Images) -> Tensor:
     """Returns the indices (n,) int64 of the labelled training images, in rising order.
 
-    Raises ConfigError if the config asks for labels that do not exist, or for none of a class.
+    Raises ConfigError if labels are asked for that do not exist, or if a class has no labelled image.
     """
     assert images.labels is not None
     if config.labelled:
@@ -68,13 +68,14 @@ def draw_evenly(labels: Tensor, classes: list[str], num_labels: int, split: int)
 
 
 def _read_indices(path: Path, images: Images, root: str) -> Tensor:
-    """Returns the indices of the images that a file names, rising. Paths may begin with that of `root`.
+    """Returns the indices of the images that a file names, in ascending order. Paths may begin with that of `root`.
 
     Raises ConfigError if a line names no training image, or a class that is not the image's own.
     """
     assert images.labels is not None
     names = images.names or [str(index) for index in range(len(images))]
-    index_of = {name: index for index, name in enumerate(names)}
+    index_of = {compose(name): index for index, name in enumerate(names)}
+    class_of = {compose(name): name for name in images.classes}
 
     def find(name: str) -> int | None:
         name = os.path.normpath(name)
@@ -83,7 +84,7 @@ def _read_indices(path: Path, images: Images, root: str) -> Tensor:
         return index_of.get(name, index_of.get(inside) if split_of(split) == "train" else None)
 
     chosen = set()
-    for line in read_names(path):
+    for line in map(compose, read_names(path)):
         name, label = line, None
         if find(line) is None:
             # The class follows the name, after a separator. After a tab, `;` or `,`, both may contain blanks.
@@ -94,9 +95,9 @@ def _read_indices(path: Path, images: Images, root: str) -> Tensor:
             kind = f"path of one relative to {root}" if images.names else "index of one"
             raise ConfigError(f"{path}: there is no training image {name}: write the {kind}, such as {names[0]}")
         own = images.classes[int(images.labels[index])]
-        if label is not None and label not in images.classes:
+        if label is not None and label not in class_of:
             raise ConfigError(f"{path}: {label} of {name} is no class: choose from {join_names(images.classes, 20)}")
-        if label is not None and label != own:
+        if label is not None and class_of[label] != own:
             raise ConfigError(f"{path}: {name} is of class {own} in the data set, not {label}: correct one of the two")
         chosen.add(index)
     return torch.tensor(sorted(chosen))

@@ -65,7 +65,10 @@ class Method:
 
 
 class Probe(Method):
-    """Linear probe: only the layers on top of the encoder are trained, on weak views of the labelled images."""
+    """Linear probe: only the layers on top of the encoder are trained, on weak views of the labelled images.
+
+    The timestep of a time-dependent encoder is trained as well.
+    """
 
     trains_encoder = False
 

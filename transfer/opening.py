@@ -144,5 +144,6 @@ def training_work(config: FinetuneConfig) -> float:
     """Returns the FLOPs of a forward pass of one rank in training."""
     with torch.device("meta"):
         classifier = build_classifier(config, num_classes=2)
-    share = config.training.batch_size // world_size()
+    num_views = config.laplacenet.num_views if config.method == "laplacenet" else 1
+    share = config.training.batch_size * num_views // world_size()
     return share * module_flops(classifier, torch.zeros(1, 3, config.encoder_size, config.encoder_size, device="meta"))
