@@ -6,6 +6,7 @@ The results are those of stages with `judge_every`. Curves with several seeds ar
 """
 
 import argparse
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -73,14 +74,16 @@ def gain_of_last_doubling(curve: Curve) -> tuple[float, float] | None:
     return knn, linear
 
 
-def draw(curves: dict[str, Curve]) -> "Figure":
-    """Returns a figure with one panel for k-NN and one for the linear probe."""
+def draw(curves: dict[str, Curve], floors: dict[str, tuple[float, float]]) -> "Figure":
+    """Returns a figure with one panel for k-NN and one for the linear probe. Floors are horizontal lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     for index, (axes, title) in enumerate(zip(figure.subplots(1, 2), ("k-NN", "linear probe"), strict=True)):
         for name, curve in curves.items():
             axes.plot(list(curve), [both[index] for both in curve.values()], marker="o", markersize=3, label=name)
+        for (name, both), style in zip(floors.items(), itertools.cycle(("--", ":", "-."))):
+            axes.axhline(both[index], color="grey", linestyle=style, label=name)
         axes.set(title=f"{title}, top-1 (%)", xlabel="images seen", xscale="log")
         first, last = min(map(min, curves.values())), max(map(max, curves.values()))
         axes.set_xticks([first * 2**i for i in range(int(math.log2(last / first)) + 1)], minor=False)
@@ -91,12 +94,16 @@ def draw(curves: dict[str, Curve]) -> "Figure":
     return figure
 
 
-def save(curves: dict[str, Curve], path: Path) -> None:
-    """Draws the curves into an SVG or PNG file. Equal curves give equal files."""
+def save(curves: dict[str, Curve], path: Path, floors: dict[str, tuple[float, float]] | None = None) -> None:
+    """Draws the curves into an SVG or PNG file. Equal curves give equal files.
+
+    Args:
+        floors: (k-NN, linear) of features that nothing has trained, by name.
+    """
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "SODA"}):
-        draw(curves).savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
+        draw(curves, floors or {}).savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def markdown_table(curves: dict[str, Curve]) -> str:

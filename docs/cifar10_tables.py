@@ -4,8 +4,20 @@ import statistics
 
 from ablations import curves
 from ablations.runs import score
-from ablations.tables import mean_and_deviation
-from docs.rows import BASELINES, NOT_MEASURED, RESULTS, Row, against_first, both, by_variant, markdown, recorded
+from ablations.tables import deviation_of_difference, mean_and_deviation, pooled_deviation
+from docs.rows import (
+    BASELINES,
+    NOT_MEASURED,
+    RESULTS,
+    Row,
+    accuracy,
+    against_first,
+    both,
+    by_variant,
+    last_of,
+    markdown,
+    recorded,
+)
 
 CURVES = [RESULTS / f"{name}.jsonl" for name in ("cifar10_cpu_runs", "cifar10_cpu_two_hours", "cifar10_cpu_long")]
 
@@ -29,7 +41,7 @@ SCREEN_NAMES = {
 RUN_NAMES = {
     ("train", "run"): "SODA, {of} epochs",
     ("hour", "soda"): "SODA, {of} epochs",
-    ("reference", "recipe"): "the reference's recipe at this width",
+    ("reference", "recipe"): "the reference's schedule, views and z",
     ("simclr", "simclr"): "SimCLR",
     ("supervised", "supervised"): "supervised",
 }
@@ -47,18 +59,16 @@ def controls() -> str:
         if row["complete"]:
             runs.setdefault((row["stage"], row["variant"]), []).append(row)
     ours = runs.pop(("hour", "soda"))
-    found = [
-        f"{name.removesuffix(' at this width')} {both(runs[kind])}{_of_pooled(runs[kind])}"
-        for kind, name in RUN_NAMES.items()
-        if kind in runs
-    ]
+    found = [f"{name} {both(runs[kind])}{_of_pooled(runs[kind])}" for kind, name in RUN_NAMES.items() if kind in runs]
     floors = [f"{name} {both(recorded('cifar10_published'), encoder=name)}" for name in BASELINES]
     groups = screened(1)
     linear = {row["seed"]: score(row) for row in groups["linear"]}
     gains = [score(row) - linear[row["seed"]] for row in groups["first"] if row["seed"] in linear]
     seeds = "1 seed" if len(gains) == 1 else f"{len(gains)} seeds"
+    most = max(len(last_of(rows)) for kind, rows in runs.items() if kind in RUN_NAMES)
     return (
-        f"The same narrow encoder, trained for {ours[0]['of_epochs']} epochs by other methods (one seed): "
+        f"The same narrow encoder, trained for {ours[0]['of_epochs']} epochs by other methods "
+        f"({'one seed' if most == 1 else f'{most} seeds'}): "
         f"{'; '.join(found)}. Floors: {'; '.join(floors)}.\nThe paper's [noise schedule](docs/schedules.md) alone is "
         f"{mean_and_deviation(gains)} points better than the reference's (mean of k-NN and probe; one epoch, {seeds})."
     )
@@ -88,6 +98,18 @@ def screen() -> str:
     return markdown(head, lines)
 
 
+def screen_ties() -> str:
+    """Returns the sentences on the differences that the table of the screen calls ties."""
+    groups = [rows for epochs in (1, 2) for rows in screened(epochs).values()]
+    deviation = pooled_deviation([[score(row) for row in rows] for rows in groups])
+    pairs, single = (2 * (deviation_of_difference(deviation, [n, n]) or 0.0) for n in (2, 1))
+    return (
+        f"Pooled over all variants and both lengths, the mean of k-NN and linear has a standard deviation of "
+        f"{deviation:.2f} over seeds.\nDifferences of two pairs of runs are therefore ties up to {pairs:.1f}, those of "
+        f"one pair up to {single:.1f}."
+    )
+
+
 def run_name(kind: tuple[str, str], of_epochs: int | None) -> str:
     """Returns the name of a run on CPU cores, by its stage and variant."""
     return RUN_NAMES.get(kind, ", ".join(kind)).format(of=of_epochs)
@@ -105,7 +127,7 @@ def readme_line(rows: list[Row], config: str) -> list[str]:
     page = "training.md#one-hour-on-a-cpu" if config == "cifar10_cpu.yaml" else "results.md#cifar-10-on-cpu-cores"
     data = "CIFAR-10 ([JPEG copy](docs/results.md#cifar-10-on-cpu-cores-a-screen))"
     return [
-        f"{data}, a narrow model, {done}{newest['of_epochs']} epochs",
+        f"{data}, a narrow model, {done}{newest['of_epochs']} epochs ({newest['images']:,} images)",
         both(same),
         f"[{seeds}, AVX512-BF16 cores](docs/{page}): `python train.py --config config/{config} --use_amp`",
     ]
@@ -126,6 +148,17 @@ def runs() -> str:
         if not points:
             lines.append([run_name(kind, None), "", "", NOT_MEASURED, ""])
     return markdown(["run", "seeds", "images", "top-1", "top-3"], lines)
+
+
+def slopes() -> str:
+    """Returns the table of the gain of each run's last doubling of the number of images."""
+    return curves.markdown_table(named_curves())
+
+
+def floors() -> dict[str, tuple[float, float]]:
+    """Returns k-NN and linear probe of the baselines, by name."""
+    (row,) = recorded("cifar10_published")
+    return {name: (accuracy(row, "k-NN", encoder=name), accuracy(row, "linear", encoder=name)) for name in BASELINES}
 
 
 def named_curves() -> dict[str, curves.Curve]:

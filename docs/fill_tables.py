@@ -121,7 +121,9 @@ def measure(path: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "cifar10_cpu_screen": cifar10_tables.screen,
+    "cifar10_cpu_ties": cifar10_tables.screen_ties,
     "cifar10_cpu_runs": cifar10_tables.runs,
+    "cifar10_cpu_slopes": cifar10_tables.slopes,
     "controls": cifar10_tables.controls,
     "drl_digits": partial(variants, "drl_digits"),
     "drl_fashion_mnist": partial(variants, "drl_fashion_mnist"),
@@ -146,11 +148,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", type=Path, default=CURVE, help="SVG file for the learning curve")
     curve = parser.parse_args(argv).curve
-    # All of them are made before one is written, so that nothing is changed if one cannot be made.
-    texts, drawn = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}, cifar10_tables.named_curves()
+    # All tables and the curve are made before a page is written, so that no page is changed if one cannot be made.
+    texts = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
+    drawn, floors = cifar10_tables.named_curves(), cifar10_tables.floors()
+    curves.save(drawn, curve, floors)
     for page, text in texts.items():
         write_text(page, text)
-    curves.save(drawn, curve)
 
 
 if __name__ == "__main__":

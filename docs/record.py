@@ -1,8 +1,9 @@
 """Records results of runs in docs/results, and fills the tables of the pages with them.
 
 A file in docs/results has one JSON line for each time that a run was judged. A line holds accuracies, measures, images
-seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines. Measures
-that only the old line has are kept, provided that config and number of images are the same.
+seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines.
+Accuracies and measures that only the old line has are kept if config, checkpoint, images seen and images judged are the
+same.
 
 python -m docs.record runs/digits                                       # a run of train.py or finetune.py
 python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
@@ -29,7 +30,7 @@ from utils.run_folder.run_log import read_reports
 # Entries of an ablation's result that are kept.
 KEPT = (
     *("run", "stage", "variant", "seed", "overrides", "digest", "complete", "epochs", "images", "seconds"),
-    *("step_gflop", "table", "data", "machine"),
+    *("step_gflop", "table", "data", "machine", "amp"),
 )
 
 
@@ -71,13 +72,19 @@ def judged_row(file: Path, name: str) -> dict[str, Any]:
 
 
 def ablation_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of an ablation that have accuracies, with the number of epochs of the whole run."""
-    rows = []
-    for row in result_rows.read_rows(path):
-        if "table" in row:
-            config = yaml.safe_load(row.get("config", "{}")).get("training", {})
-            rows.append({**{key: row[key] for key in KEPT if key in row}, "of_epochs": config.get("epochs")})
-    return rows
+    """Returns the rows of an ablation that have accuracies, with the number of epochs of the whole run.
+
+    A run may also have rows of an earlier config, or several rows after the same number of images. Of these, the rows
+    of the newest config are returned, and the last one for each number of images.
+    """
+    judged = [row for row in result_rows.read_rows(path) if "table" in row]
+    newest = {row["run"]: row["digest"] for row in judged}
+    rows = {}
+    for row in (row for row in judged if row["digest"] == newest[row["run"]]):
+        config = yaml.safe_load(row.get("config", "{}")).get("training", {})
+        kept = {key: row[key] for key in KEPT if key in row}
+        rows[row["run"], row.get("images")] = {**kept, "of_epochs": config.get("epochs")}
+    return list(rows.values())
 
 
 def train_rows(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -186,7 +193,7 @@ def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dic
     kept = [row for row in before if row["run"] not in {new["run"] for new in rows}]
     for old in (row for row in before if row not in kept):
         if new := by_origin.get(_origin(old)):
-            new["table"] = new["table"] or old["table"]
+            new["table"] = {**old["table"], **new["table"]}
             if old.get("measures"):
                 new["measures"] = {**old["measures"], **new.get("measures", {})}
             continue

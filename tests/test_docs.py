@@ -119,7 +119,7 @@ def test_the_tables_are_those_of_the_recorded_results(tmp_path: Path) -> None:
     assert texts == [fill_tables.filled(text) for text in texts], "run python -m docs.fill_tables"
     names = [name for text in texts for name in re.findall(r"<!--table:([\w/]+)-->", text)]
     assert sorted(name for name in names if "/" not in name) == sorted(fill_tables.TABLES)
-    curves.save(cifar10_tables.named_curves(), tmp_path / "curve.svg")
+    curves.save(cifar10_tables.named_curves(), tmp_path / "curve.svg", cifar10_tables.floors())
     assert written((tmp_path / "curve.svg").read_text()) == written(fill_tables.CURVE.read_text())
     for path in docs_rows.RESULTS.iterdir():
         assert "/" not in re.sub("images/s|top-1 / top-3", "", path.read_text()), f"{path} names a file"
@@ -226,10 +226,12 @@ def test_results_of_all_programs_are_recorded(
         "images": 5,
         "config": "training: {epochs: 4}\ndata: {root: /x}",
     }
-    lines = [row, {"run": "a-c-0", "digest": "d", "failed": "no memory"}]
+    earlier = [{**row, "digest": "another config", "images": 3}, {**row, "table": {}}]
+    lines = [*earlier, row, {"run": "a-c-0", "digest": "d", "failed": "no memory"}]
     (ablation / "results.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
     last = rows(ablation)[-1]
     assert last["of_epochs"] == 4 and "config" not in last and len(rows(ablation)) == 5
+    assert last["table"] == table, "of several rows of a run and a number of images, the last one"
     with pytest.raises(SystemExit, match="2"):
         rows(tmp_path)
 
