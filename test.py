@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.novel_views.judging import check_can_judge_views, judge_novel_views
     from evaluation.protocols import all_protocols, config_protocols
     from experiment.trained import check_no_cameras, check_timestep, open_trained, read_trained
-    from utils.device import memory_for
+    from utils.device import compute_exactly, memory_for
 
     # Open the checkpoint and the images.
     with gather_user_errors():
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.timestep is not None or (needs_one_z and not has_cameras):
             check_timestep(trained.config, args.timestep)
         experiment, soda = open_trained(trained)
+        compute_exactly()
         if has_cameras:
             check_can_judge_views(experiment)
             judges = experiment.has_test_labels  # without labels, only the views are judged
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             protocols = config_protocols(experiment.config)
             if args.protocols != "config":
                 protocols = all_protocols(experiment.config, len(experiment.train))
-            table = judge_trained(experiment, soda, protocols)
+            table = judge_trained(experiment, soda, protocols, with_baselines=not args.no_baselines)
             if rank() == 0:
                 print(format_table(table))
                 record.add_accuracies(table)
@@ -115,6 +116,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="all, the default: also the reference implementation's protocols, which encode all training images once "
         "for each of the probe's 15 epochs; config: only those of the config's section evaluation, which train.py uses",
     )
+    parser.add_argument(
+        "--no_baselines",
+        action="store_true",
+        help="judge only the trained encoder, not the settled and the untrained one and the raw pixels: takes a third "
+        "of the time, and is enough for a second checkpoint of a run",
+    )
     parser.add_argument("--report", action="store_true", help="also write a report as a single HTML file")
     parser.add_argument("--out", type=path_option, help="file for the report; default: report.html in the run folder")
     parser.add_argument(
@@ -131,6 +138,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check_options(args)
     if args.protocols and args.measures and not args.report:
         raise ConfigError(f"--protocols {args.protocols} is for the accuracies: add --report, or remove --measures")
+    if args.no_baselines and args.measures and not args.report:
+        raise ConfigError("--no_baselines is for the accuracies: add --report, or remove --measures")
     if args.timestep is not None and not (args.report or args.measures):
         raise ConfigError(
             f"--timestep {args.timestep} is for the report and the measures: add --report or --measures, or set "

@@ -21,7 +21,6 @@ from evaluation.measures.subjects import Subjects, open_others, subjects_of
 from evaluation.pretrained import load_inception, load_lpips
 from experiment.trained import Trained, read_trained
 from utils.cli import gather_user_errors
-from utils.device import compute_exactly
 from utils.distributed.collectives import all_equal
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,6 @@ class Measuring:
 
     def run(self) -> dict[str, Measured]:
         """Collective. Returns the tables of the measures by name, each printed and recorded when it is computed."""
-        compute_exactly()
         subjects = subjects_of(self.codec, self.inputs, priors_of(self.codec, self.prior))
         return report(((each.name, each.measure(subjects)) for each in self.measures), self.record)
 

@@ -48,16 +48,15 @@ def check_can_judge(experiment: Experiment) -> None:
     check_neighbours(experiment.config, experiment.train)
 
 
-def judge_trained(experiment: Experiment, soda: SODA, protocols: list[Protocol]) -> Table:
+def judge_trained(experiment: Experiment, soda: SODA, protocols: list[Protocol], with_baselines: bool = True) -> Table:
     """Collective. Returns the accuracies of the encoder of `soda` and of the baselines, under each protocol.
 
-    The encoder is judged twice. As "settled", its BatchNorm statistics are computed as for the untrained encoder.
+    With baselines, the encoder is also judged as "settled": its BatchNorm statistics are then computed as for the
+    untrained encoder.
     """
-    encoders = {
-        "trained": encode_with(experiment, soda),
-        "settled": encode_with(experiment, settled(experiment, soda)),
-        **baselines(experiment),
-    }
+    encoders = {"trained": encode_with(experiment, soda)}
+    if with_baselines:
+        encoders |= {"settled": encode_with(experiment, settled(experiment, soda)), **baselines(experiment)}
     return judge(experiment, encoders, protocols)
 
 
@@ -74,7 +73,7 @@ def judge(experiment: Experiment, encoders: Mapping[str, Encode], protocols: lis
     num_classes = len(experiment.info.classes)
 
     def extract(split: Images, view: View | None, epoch: int, keys: Collection[Key], what: str) -> dict[Key, Tensor]:
-        """Collective. Returns the features with these keys, if the encoders have them. Others would fill the memory."""
+        """Collective. Returns the features with these keys, if the encoders have them. Others are not kept."""
 
         def encode(pixels: Tensor, indices: range) -> Features:
             bar.update(len(indices))
