@@ -127,7 +127,9 @@ class Runner:
         kept = folder / "length.json"
         length = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
         if length is None or not run.is_result(length):
-            trial = Trial(run.config, None, control=stage.control)
+            training = run.config.training
+            enough = training.model_copy(update={"epochs": max(training.epochs, CALIBRATION_STEPS)})  # enough steps
+            trial = Trial(run.config.model_copy(update={"training": enough}), None, control=stage.control)
             trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self.must_stop())
             if trial.images_per_s is None:
                 return None

@@ -113,8 +113,8 @@ def own_variance(experiment: Experiment, soda: SODA, sections: dict[str, slice])
     assert experiment.test is not None
     order = torch.randperm(len(experiment.test), generator=generator(SEED, "halves"))
     with autocast(experiment.device, experiment.amp_dtype):
-        parts = [soda.encoder(views).double() for views, _ in _clean_views(experiment, order)]
-    z = torch.cat(parts).cpu()
+        parts = [soda.encoder(views).float().cpu() for views, _ in _clean_views(experiment, order)]
+    z = torch.cat(parts).double()  # after the copy, because MPS has no float64
     fitted, judged = (z - z.chunk(2)[0].mean(dim=0)).chunk(2)  # (N / 2, latent_dim) each
     shares = []
     for dims in sections.values():

@@ -169,7 +169,8 @@ def tsne(codec: Codec) -> tuple[np.ndarray, np.ndarray]:
     if len(z) < 4:
         return np.zeros((len(z), 2)), test.labels[chosen].numpy()
     perplexity = min(30.0, (len(z) - 1) / 3)
-    plane = TSNE(perplexity=perplexity, init="pca", random_state=derive_seed(codec.seed, "t-SNE") % 2**32)
+    start = "pca" if z.shape[1] > 1 else "random"
+    plane = TSNE(perplexity=perplexity, init=start, random_state=derive_seed(codec.seed, "t-SNE") % 2**32)
     return plane.fit_transform(z), test.labels[chosen].numpy()
 
 
@@ -282,7 +283,6 @@ def write_report(
         columns=columns,
         table=table,
         compared=compared,
-        baselines=BASELINES,
         learning=draw_learning(compared, reports, trained.step / experiment.steps_per_epoch) if is_of_run else "",
         measured={MEASURES[name]: each for name, each in measures.items() if name in MEASURES},
         timestep=codec.timestep,

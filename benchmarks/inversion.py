@@ -19,7 +19,7 @@ import torch
 from benchmarks.measure import machine
 from config.errors import ConfigError
 from datasets.images import DatasetError
-from experiment.trained import open_trained, read_trained
+from experiment.trained import check_no_cameras, open_trained, read_trained
 from model.guidance import Condition, guided_denoiser
 from utils.cli import run
 
@@ -57,7 +57,9 @@ def main() -> int:
         help="replace the value of a key of the checkpoint's config, e.g. device=cpu",
     )
     args = parser.parse_intermixed_args()
-    experiment, soda = open_trained(read_trained(None, args.checkpoint, args.overrides))
+    trained = read_trained(None, args.checkpoint, args.overrides)
+    check_no_cameras(trained.config, "benchmarks.inversion")
+    experiment, soda = open_trained(trained)
     test, views, diffusion = experiment.test, experiment.views, experiment.diffusion
     if not 1 <= min(args.steps) <= max(args.steps) <= diffusion.num_timesteps or min(args.iterations) < 1:
         raise ConfigError(f"--steps are numbers from 1 to {diffusion.num_timesteps}, and --iterations are at least 1")

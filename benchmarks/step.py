@@ -77,12 +77,13 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def synthetic(config_path: str, batch_size: int, overrides: list[str]) -> Experiment:
     """Returns the experiment of a config, but with random images, so that no data set is needed."""
-    size = load_config(config_path, overrides).encoder_size
+    config = load_config(config_path, overrides)
+    size, stored = config.encoder_size, config.data.kept_size
     digits = ["data.name=digits", f"data.image_size={size}", f"training.batch_size={min(batch_size, 1024)}"]
     experiment = open_experiment(load_config(config_path, [*overrides, *digits]))
     training = experiment.config.training.model_copy(update={"batch_size": batch_size})
     # On the device, because real runs also keep a small data set there.
-    pixels = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8, device=experiment.device)
+    pixels = torch.randint(0, 256, (4 * batch_size, 3, stored, stored), dtype=torch.uint8, device=experiment.device)
     return replace(
         experiment,
         config=experiment.config.model_copy(update={"training": training}),

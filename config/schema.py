@@ -460,7 +460,7 @@ class Decoder(Section):
     cross_attention: bool = key(
         False,
         "novel views (data.name=posed): wherever the decoder has self-attention, it also attends to the encoder's last "
-        "feature map, as in SODA's experiments on 3-D data; z is then not the only thing that it knows of the source",
+        "feature map, as in SODA's experiments on 3-D data; the decoder then receives more of the source than z",
     )
     modulation: Modulation = key(
         "shared",

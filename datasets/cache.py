@@ -31,7 +31,7 @@ from utils.files import replacing
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 6  # increase it if decoding gives different pixels or if the content of the mark file changes
-KEPT_S = 3600  # seconds after its last use for which the cache of an earlier set of files is kept
+KEPT_S = 3600  # seconds after it was last opened for which the cache of an earlier set of files is kept
 BLOCK_BYTES = 2**23  # bytes of pixels in one block while all files are decoded
 
 
@@ -64,7 +64,7 @@ def open_listing(
       images are unused if files are skipped.
     - The mark, a JSON file with the summary of the pixels and what was found about the image files. It is written last.
 
-    Before files are decoded, the caches of other files are removed, except those used within the last KEPT_S seconds,
+    Before files are decoded, the caches of other files are removed, except those opened within the last KEPT_S seconds,
     which may belong to other machines.
 
     Raises UnreadableError if images cannot be read, and DatasetError if the cache cannot be written.
@@ -152,7 +152,7 @@ def _digest_of(rules: Rules) -> str:
 
 
 def _remove_unused(path: Path) -> None:
-    """Removes a file of a cache, if it can be removed and was not used within the last KEPT_S seconds."""
+    """Removes a file of a cache, if it can be removed and was not opened within the last KEPT_S seconds."""
     with suppress(OSError):
         if path.stat().st_mtime < time.time() - KEPT_S:
             path.unlink()

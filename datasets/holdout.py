@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 def draw_held_out(names: Sequence[str], groups: Sequence[int], fraction: float, kept: int = 1) -> set[int]:
     """Returns the indices of the `names` that are held out for the test split.
 
-    From each group, `fraction` of its names is held out, at least one name, but at least `kept` names are kept. A name
-    is drawn by its digest. The draw is therefore the same for all runs and on every machine, and a name that is added
-    later changes the split of few others.
+    Of each group, `fraction` of the names is held out, rounded, and at least one name, but `kept` names always remain.
+    A name is drawn by its digest. The draw is therefore the same for all runs and on every machine, and a name that is
+    added later changes the split of few others.
 
     Args:
         groups: number of the group of each name.

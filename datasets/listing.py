@@ -1,4 +1,4 @@
-"""The list of a split's image files, and helpers that all ways to make it use."""
+"""The list of a split's image files, and helpers of the functions that make such lists."""
 
 import logging
 from dataclasses import dataclass, field

@@ -18,6 +18,7 @@ from utils.device import autocast, memory_for
 from utils.randomness import image_noise
 
 SETTLING_PASSES = 20
+SETTLING_IMAGES = 512  # at most; the batches of large runs would fill the memory of a rank
 MAX_RAW_PIXELS = 2**30  # largest number of raw-pixel values of a complete split: 4 GB in float32
 
 Encode = Callable[[Tensor, range], Mapping[str, Tensor]]
@@ -72,17 +73,17 @@ def decoder_features(experiment: Experiment, decoder: UNetDecoder, views: Tensor
 def settled(experiment: Experiment, soda: SODA) -> SODA:
     """Returns a model with the decoder of `soda` and a copy of its encoder with settled BatchNorm statistics.
 
-    The running statistics are replaced by their means over SETTLING_PASSES forward passes over source views, in
-    training mode. The images of a pass have timesteps that are spread evenly, in case the encoder depends on the
-    timestep. Every rank encodes complete global batches, because statistics of one rank's share would depend on the
-    number of ranks.
+    The running statistics are replaced by their means over SETTLING_PASSES forward passes in training mode. A pass is
+    over the source views of one batch, but of at most SETTLING_IMAGES images. They have timesteps that are spread
+    evenly, in case the encoder depends on the timestep. Every rank encodes all of these images, because statistics of
+    one rank's share would depend on the number of ranks.
     """
     encoder = copy.deepcopy(soda.encoder).train()
     for layer in encoder.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
             layer.momentum = None  # cumulative average, in which the initial statistics have no weight
-    positions = range(experiment.loader.batch_size)
+    positions = range(min(experiment.loader.batch_size, SETTLING_IMAGES))
     timesteps = torch.tensor(positions, device=experiment.device) * experiment.diffusion.num_timesteps // len(positions)
     steps = range(SETTLING_PASSES)
     with memory_for(lambda: "use another device, because BatchNorm's statistics are those of complete batches"):
@@ -108,7 +109,7 @@ def baselines(experiment: Experiment) -> dict[str, Encode]:
 
     BatchNorm's running statistics start at mean 0 and variance 1. With these, the untrained model would be too weak a
     baseline, so its statistics are settled first. The raw pixels are returned under the name of the first features that
-    the config's protocols judge, so that the same protocols apply to them.
+    the config's protocols judge, so that the protocols of these features apply to them.
     """
     untrained = settled(experiment, initial_soda(experiment.config, experiment.device))
     features = config_protocols(experiment.config)[0].feature_name

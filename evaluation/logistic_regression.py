@@ -53,7 +53,7 @@ class LogisticProbe:
     def train_epoch(self, features: Tensor, labels: Tensor) -> None:
         """Collective. Trains to convergence on features (N, D) float32 and labels (N,) int64, on the probe's device.
 
-        If a feature is not finite, all scores remain zero, and a warning is logged.
+        If a training feature is not finite, the weights remain zero, and a warning is logged.
         """
         order, num_kept = self._split(labels)
         std, mean = torch.std_mean(features, dim=0, correction=0)

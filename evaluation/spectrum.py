@@ -27,7 +27,7 @@ def effective_rank(z: Tensor) -> float:
 
 @torch.no_grad()
 def variance_spectrum(z: Tensor) -> Tensor:
-    """Returns the eigenvalues (D,) of the covariance of latents (N, D), divided by N, largest first."""
+    """Returns the eigenvalues (D,) of the covariance matrix, with divisor N, of latents (N, D), largest first."""
     return _eigenvalues(torch.cov(z.cpu().double().T, correction=0).view(z.shape[1], z.shape[1]))
 
 

@@ -26,7 +26,8 @@ def training_work(config: Config) -> float:
 def choose_num_threads(work: Callable[[], float]) -> None:
     """Sets the number of torch's threads by the work of a forward pass: one thread, or as many as at start-up.
 
-    The number does not depend on the machine's load, because the last bits of results depend on it. If the user or the
+    The choice ignores the machine's load, so that each start uses the same number, which changes the last bits of
+    results. If the user or the
     launcher sets OMP_NUM_THREADS, nothing changes.
 
     Args:

@@ -65,8 +65,9 @@ class Encoder(nn.Module):
 
     Images have 3 channels, or 9 if their pixels have rays (model/rays.py).
 
-    All methods take timesteps (N,) or (1,), those of the decoder's input. A time-dependent encoder needs them, and all
-    other encoders ignore them. They may be fractions from 0 to T - 1. The images have no noise of these timesteps.
+    `feature_map`, `pooled`, `forward` and `features` take timesteps (N,) or (1,), those of the decoder's input. A
+    time-dependent encoder needs them, and all other encoders ignore them. They may be fractions from 0 to T - 1. No
+    noise of these timesteps is added to the encoder's images.
 
     Attributes:
         latent_dim: width of z.

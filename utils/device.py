@@ -55,7 +55,7 @@ def choose_device(name: str) -> torch.device:
 def copy_to(values: Tensor, device: torch.device) -> Tensor:
     """Copies `values` from the host to `device` without synchronising with the device."""
     if device.type == "cuda":
-        values = values.pin_memory()  # the copy is synchronous if the memory is not pinned
+        values = values.pin_memory()  # a large copy from other memory would wait for the device
     return values.to(device, non_blocking=True)
 
 

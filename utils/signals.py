@@ -73,7 +73,7 @@ def received() -> int:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only records signals that arrive inside the context; `received` returns them.
+    """Signals that arrive inside the context are only recorded. `received` returns the first of them.
 
     After an error inside, signals are still only recorded, so that Stopped does not replace the error.
     """

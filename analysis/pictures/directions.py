@@ -61,7 +61,7 @@ class Directions(PictureOfImages):
     def find(self, experiment: Experiment) -> Chosen:
         count = len(experiment.train)
         most = min(experiment.config.encoder.latent_dim, count)
-        if self.num_components > most:
+        if self.class_name is None and self.column is None and self.num_components > most:
             raise ConfigError(
                 f"--num_components {self.num_components} is too large: use at most {most}, the smaller "
                 "of encoder.latent_dim and the number of training images"

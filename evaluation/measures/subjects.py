@@ -19,7 +19,7 @@ from evaluation.protocols import config_protocols
 from evaluation.quality import to_pixels
 from evaluation.shapes import Shapes
 from experiment.opening import Experiment
-from utils.distributed.collectives import SharedError, first_on_each_node
+from utils.distributed.collectives import SharedError, all_equal, first_on_each_node
 from utils.distributed.processes import local_world_size
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def subjects_of(codec: Codec, inputs: Inputs, priors: Mapping[str, DrawLatents])
 def open_others(folder: Path | None, experiment: Experiment) -> tuple[str, Images]:
     """Collective. Returns a name and the images of `folder`, decoded as the experiment's; None: synthetic shapes.
 
-    Raises DatasetError if the folder has no images that can be used.
+    Raises DatasetError if the folder has no images that can be used, or if they differ between ranks.
     """
     config = experiment.config
     if folder is None:
@@ -200,6 +200,8 @@ def open_others(folder: Path | None, experiment: Experiment) -> tuple[str, Image
         raise DatasetError(f"no folder {folder}: set --others to a folder with images")
     grey_bits = experiment.info.grey_bits
     images = first_on_each_node(lambda: open_unlabelled(folder, config.data, local_world_size(), grey_bits))
+    if not all_equal(images.digest()):
+        raise DatasetError(f"the machines hold different images in {folder}: copy the same images to all machines")
     return folder.resolve().name, images
 
 

@@ -24,8 +24,8 @@ class Baselines:
 
     - source: the first source image.
     - mean object: the mean of the training images that are seen from the target's pose.
-    - nearest object: a training object that is seen from the target's pose: of those that are also seen from the first
-      source's pose, the one that is most similar to the source there, by squared error.
+    - nearest object: of the training objects that are seen from both poses, the one whose image at the first source's
+      pose differs least from the source (squared error). Its image at the target's pose is the baseline.
     - 15 degrees off: another true view of the object, at the same height.
 
     Attributes:

@@ -5,8 +5,9 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
@@ -74,15 +75,10 @@ class CheckpointWriter:
 
     def _write(self, contents: dict[str, Any], keep_as: str | None) -> None:
         partial = self._folder / f"{LAST}.partial"
-        with writing_to(self._folder):
-            try:
-                digest = _write_file(partial, contents)
-                sync(self._flush_first)
-                self._put_in_place(partial, digest, keep_as)
-            except OSError:
-                with suppress(OSError):
-                    partial.unlink()  # frees the space on a full disk
-                raise
+        with writing_to(self._folder), _removed_on_failure(partial):
+            digest = _write_file(partial, contents)
+            sync(self._flush_first)
+            self._put_in_place(partial, digest, keep_as)
 
     def _put_in_place(self, partial: Path, digest: str, keep_as: str | None) -> None:
         """Renames the files. A process killed between any two lines leaves an intact checkpoint and a correct list.
@@ -114,8 +110,9 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     """Writes a checkpoint in the calling thread. `path` is never an incomplete file. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    _write_file(partial, contents)
-    partial.replace(path)
+    with _removed_on_failure(partial):
+        _write_file(partial, contents)
+        partial.replace(path)
 
 
 def to_host(value: Any) -> Any:
@@ -167,6 +164,17 @@ class _HashedFile:
     def close(self) -> None:
         with suppress(OSError):  # a failed write fails again on close
             self._file.close()
+
+
+@contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    """Removes an incomplete file after an OSError, which frees its space on a full disk."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _write_file(path: Path, contents: dict[str, Any]) -> str:
