@@ -371,7 +371,7 @@ def test_the_nearest_images_are_scikit_learns_without_the_query_itself(codec: Co
         for row, places, far in zip(picture.cells, indices[:, own:], distances[:, own:], strict=True):
             captions = [cell.caption.rsplit("\n", 1) for cell in row[1:]]
             assert [name.split("\n")[-1] for name, _ in captions] == [f"train:{place}" for place in places]
-            assert [float(cosine) for _, cosine in captions] == pytest.approx(1 - far**2 / 2, abs=6e-4)
+            assert [float(distance) for _, distance in captions] == pytest.approx(far, abs=6e-4)
             for cell, place in zip(row[1:], places, strict=True):
                 (pixels,) = codec.experiment.train.batches([torch.tensor([place])])
                 assert cell.image is not None and torch.equal(cell.image, pixels[0])

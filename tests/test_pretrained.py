@@ -1,16 +1,23 @@
 """The published encoder can be opened from a fresh checkout, and is better than raw pixels on other photographs."""
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from sklearn.datasets import load_sample_images
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+import sample as sample_program
+import test as judge_program
 from analysis.image_encoder import load_encoder
 from docs.rows import recorded
 from tests.conftest import ROOT
@@ -39,6 +46,26 @@ def test_its_neighbours_are_better_than_those_of_raw_pixels() -> None:
     features = load_encoder(FILE)(pixels)
     assert features["z"].shape == (120, 512) and features["pooled"].shape == (120, 256)
     assert share_found(features["z"], labels) >= share_found(pixels, labels) + 0.03
+
+
+def test_the_commands_open_it(tmp_path: Path) -> None:
+    """test.py judges it on other photographs, with scikit-learn's accuracy of k-NN, and sample.py draws them."""
+    images, labels = squares_of_photographs()
+    for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+        file = tmp_path / "photos" / ("train", "test")[number % 2] / f"{label}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    common = ["--checkpoint", str(FILE), "data.name=folder", f"data.root={tmp_path / 'photos'}", "device=cpu"]
+    common += [f"data.cache_dir={tmp_path}"]
+    results, drawn = tmp_path / "results.json", tmp_path / "reconstruct.png"
+    judged = ["--protocols", "config", "--no_baselines", "--results", str(results)]
+    assert judge_program.main([*common, *judged]) == 0
+    found = json.loads(results.read_text())["table"]["k-NN k=20 uniform, unit z, bank: clean"]
+    z = F.normalize(load_encoder(FILE)(images)["z"])
+    expected = KNeighborsClassifier(20).fit(z[::2], labels[::2]).score(z[1::2], labels[1::2])
+    assert list(found) == ["trained"] and found["trained"]["top1"] == pytest.approx(100 * expected, abs=1e-3)
+    options = ["--num_images", "2", "--num_samples", "1", "sampling.num_sampling_steps=4", "--out", str(drawn)]
+    assert sample_program.main(["reconstruct", *common, *options]) == 0 and drawn.exists()
 
 
 def test_the_readmes_lines_run_as_printed() -> None:

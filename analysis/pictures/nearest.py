@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest(PictureOfImages):
-    """The training images nearest to each image in z, by cosine: the neighbours that k-NN finds on unit z.
+    """The training images nearest to each image in z, scaled to length 1: the neighbours that k-NN finds.
 
     A training image is not among its own neighbours.
     """
@@ -52,16 +52,15 @@ class Nearest(PictureOfImages):
             others = indices != (-1 if own is None else own)  # without the query itself
             distance, indices = (each[others][: self.num_neighbours] for each in (distance, indices))
             (pixels,) = train.batches([indices])
-            cosines = (1 - distance.square() / 2).tolist()
             names = [
-                f"{image_name(train, 'train', j)}\n{cosine:.3f}"
-                for j, cosine in zip(indices.tolist(), cosines, strict=True)
+                f"{image_name(train, 'train', j)}\n{each:.3f}"
+                for j, each in zip(indices.tolist(), distance.tolist(), strict=True)
             ]
             cells.append([Cell(found.pixels[i], found.names[i]), *to_cells(pixels, names)])
         return Grid(
             title="Nearest training images in the latent space",
-            explanation="Neighbours are sorted by the distance that k-NN uses: Euclidean, between latents scaled to "
-            "length 1. The number below a neighbour is the cosine between its latent and the query's.",
+            explanation="The number below a neighbour is its distance from the query, by which the neighbours are "
+            "sorted: the distance that k-NN uses, Euclidean, between latents scaled to length 1.",
             columns=["query", *(f"{i + 1}" for i in range(self.num_neighbours))],
             rows=[],
             cells=cells,
