@@ -59,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         if has_cameras:
             check_can_judge_views(experiment)
             judges = experiment.has_test_labels  # without labels, only the views are judged
-            if args.protocols and not judges:
-                raise ConfigError(f"--protocols {args.protocols} needs test images with labels: remove it")
+            if (args.protocols or args.no_baselines) and not judges:
+                given = f"--protocols {args.protocols}" if args.protocols else "--no_baselines"
+                raise ConfigError(f"{given} needs test images with labels: remove it")
         if judges:
             check_can_judge(experiment)
         codec, measuring = Codec(experiment, soda, experiment.config.seed, args.timestep), None
@@ -119,8 +120,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no_baselines",
         action="store_true",
-        help="judge only the trained encoder, not the settled and the untrained one and the raw pixels: takes a third "
-        "of the time, and is enough for a second checkpoint of a run",
+        help="judge only the trained encoder, not the settled and the untrained one and the raw pixels: images are "
+        "encoded once instead of three times",
     )
     parser.add_argument("--report", action="store_true", help="also write a report as a single HTML file")
     parser.add_argument("--out", type=path_option, help="file for the report; default: report.html in the run folder")

@@ -1,8 +1,8 @@
 """Prints the accuracies of features that nothing has trained, under the two protocols of a config.
 
-The features are those of the untrained encoder, the raw pixels, normalised and in [0, 1], and the raw pixels reduced by
-principal component analysis to as many dimensions as the latent has. A trained encoder has learned something if it is
-above all of them.
+The features are those of the untrained encoder, the raw pixels (normalised, and also in [0, 1]), and the raw pixels
+reduced by principal component analysis to as many dimensions as the latent has. A trained encoder has learned something
+if it is above all of them.
 
   python -m ablations.floors --config config/cifar10.yaml data.root=data evaluation.knn.bank=clean
 """
@@ -53,14 +53,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pixels_from_0_to_1(experiment: Experiment) -> Encode:
-    """Returns a function that undoes the normalisation of raw pixels, under the name that they have in `baselines`."""
+    """Returns a function for raw pixels in [0, 1]. Its features have the name of the raw pixels in `baselines`."""
     from evaluation.encoders import raw_pixels
     from evaluation.protocols import config_protocols
 
     name, count = config_protocols(experiment.config)[0].feature_name, len(experiment.train)
 
     def encode(views: Tensor, indices: range) -> dict[str, Tensor]:
-        # Rounded to the pixels' own values. Otherwise the probe would enlarge rounding errors of pixels that are black.
+        # Clean views are rounded to the pixels' own values. Otherwise the probe would enlarge the rounding errors of
+        # pixels that are black in all images.
         colours = (255 * experiment.views.denormalize(views[:, :3])).round() / 255
         return {name: raw_pixels(colours, count)}
 

@@ -128,8 +128,9 @@ class Runner:
         length = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
         if length is None or not run.is_result(length):
             training = run.config.training
-            enough = training.model_copy(update={"epochs": max(training.epochs, CALIBRATION_STEPS)})  # enough steps
-            trial = Trial(run.config.model_copy(update={"training": enough}), None, control=stage.control)
+            # An epoch may have few steps.
+            longer = training.model_copy(update={"epochs": max(training.epochs, CALIBRATION_STEPS)})
+            trial = Trial(run.config.model_copy(update={"training": longer}), None, control=stage.control)
             trial.train(lambda: trial.state.step >= CALIBRATION_STEPS or self.must_stop())
             if trial.images_per_s is None:
                 return None

@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from config.errors import ConfigError
 from config.keys import differences
 from config.reading import parse_config
 from config.schema import Config
+from datasets.images import Statistics
 from evaluation.encoders import encode_with
 from evaluation.judge import check_can_judge, judge
 from evaluation.protocols import all_protocols, config_protocols
 from experiment.batch import Pixels
 from experiment.models import build_on_meta, pass_flops, step_flops
 from experiment.opening import Experiment, check_can_train, open_experiment
-from experiment.starting import check_origin, weight_paths
+from experiment.starting import StartingWeights, check_origin, read_starting_weights, weight_paths
 from experiment.trained import halved_weights
 from training.saving import checkpoint_contents
 from training.state import TrainState, initial_state
@@ -76,13 +77,14 @@ class Trial:
     ) -> None:
         torch.compiler.reset()  # otherwise each variant counts as a recompilation, and the ninth runs eagerly
         self.config, self.checkpoint, self.judging = config, checkpoint, judging
-        self.experiment: Experiment = open_experiment(config)
+        saved = self._load(checkpoint) if checkpoint and checkpoint.exists() else None
+        starting = {} if saved else read_starting_weights(config)
+        self.experiment: Experiment = open_experiment(config, *_as_trained(config, saved, starting.get("encoder")))
         check_can_train(self.experiment)
         check_can_judge(self.experiment)
         if self.experiment.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.experiment.device)
-        saved = self._load(checkpoint) if checkpoint and checkpoint.exists() else None
-        self.state: TrainState = initial_state(self.experiment, None if saved is None else {})
+        self.state: TrainState = initial_state(self.experiment, starting)
         self._control_name = control
         self.control = attach_control(self.experiment, self.state, control) if control else None
         self.seconds = self.seconds_after_first_step = 0.0
@@ -217,6 +219,18 @@ class Trial:
             "amp": str(experiment.amp_dtype),
             "config": self.config.to_yaml(),
         }
+
+
+def _as_trained(
+    config: Config, saved: Mapping[str, Any] | None, starting: StartingWeights | None
+) -> tuple[Statistics | None, int | None]:
+    """Returns the statistics and the range of greys of a frozen encoder's training images; (None, None): not known."""
+    if not config.encoder.frozen:
+        return None, None
+    if saved is not None:
+        mean, std = saved["statistics"]
+        return (tuple(mean), tuple(std)), saved.get("grey_bits")
+    return (starting.statistics, starting.grey_bits) if starting else (None, None)
 
 
 def check_same_experiment(path: Path, saved: str, config: Config, others: Iterable[str] = ()) -> None:

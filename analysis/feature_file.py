@@ -136,7 +136,7 @@ def encode_named(
     if not isinstance(named.images, _DecodedImages):
         return features, named
     images, found = named.images, Findings()
-    has_batches = bool(my_range(math.ceil(len(images) / batch_size)))  # otherwise the rank has read image 0 in vain
+    has_batches = bool(my_range(math.ceil(len(images) / batch_size)))  # otherwise it has read only image 0, for names
     for findings in all_gather_object(images.findings if has_batches else Findings()):
         found.update(findings)
     raise_if_unreadable(images.listing, found, images.skip)

@@ -16,10 +16,10 @@ from model.blocks import timestep_embedding
 from model.diffusion import GaussianDiffusion, squared_errors
 from model.names import Prediction
 from utils.distributed.processes import rank
-from utils.files import writing_to
+from utils.files import replacing, writing_to
 from utils.logging import progress
 from utils.randomness import derive_seed, generator
-from utils.run_folder.checkpoint_writer import save_checkpoint
+from utils.run_folder.checkpoint_writer import write_file
 
 WIDTH, NUM_LAYERS, TIME_DIM = 256, 3, 64
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 256, 1e-3, 0.998
@@ -191,8 +191,8 @@ class Fit:
             **{"model": self._net.state_dict(), "ema": self._ema.state_dict()},
             "optimizer": self._optimizer.state_dict(),
         }
-        with writing_to(path.parent):
-            save_checkpoint(path, state)
+        with writing_to(path.parent), replacing(path) as partial:
+            write_file(partial, state)
 
     def load(self, state: dict[str, Any]) -> None:
         """Sets the fit to the state of a file. Raises some exception if `state` is not that of a fit."""

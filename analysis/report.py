@@ -25,7 +25,6 @@ from evaluation.protocols import METRICS, KNNProtocol, Protocol, config_protocol
 from experiment.models import describe_model
 from experiment.trained import Trained
 from utils.cli import gather_user_errors
-from utils.device import compute_exactly
 from utils.distributed.processes import rank
 from utils.files import write_text
 from utils.randomness import derive_seed, generator
@@ -242,7 +241,6 @@ def make_report(
 
     Ends all ranks with status 2 if the file cannot be written.
     """
-    compute_exactly()
     found, drawn = confusions(codec), draw_pictures(codec)
     with gather_user_errors():
         if rank() == 0:

@@ -17,7 +17,6 @@ from evaluation.measures.base import Measured
 from experiment.models import describe_model
 from experiment.trained import Trained
 from utils.cli import gather_user_errors
-from utils.device import compute_exactly
 from utils.distributed.processes import rank
 from utils.files import write_text
 from utils.run_folder.run_log import read_reports
@@ -32,7 +31,6 @@ def make_report(path: Path, trained: Trained, codec: Codec, measured: Mapping[st
         measured: tables of novel views by name.
         table: accuracies for the classes of the objects; empty: there are no classes.
     """
-    compute_exactly()
     picture = Views()
     grid = picture.draw(codec, picture.find(codec.experiment))
     with gather_user_errors():

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 def draw_held_out(names: Sequence[str], groups: Sequence[int], fraction: float, kept: int = 1) -> set[int]:
     """Returns the indices of the `names` that are held out for the test split.
 
-    Of each group, `fraction` of the names is held out, rounded, and at least one name, but `kept` names always remain.
-    A name is drawn by its digest. The draw is therefore the same for all runs and on every machine, and a name that is
+    From each group of N names, round(`fraction` * N) are held out, but at least one, and at most N - `kept`. A name is
+    drawn by its digest. The draw is therefore the same for all runs and on every machine, and a name that is
     added later changes the split of few others.
 
     Args:

@@ -1,10 +1,11 @@
 """Tables, lines and curves of the runs on CIFAR-10 that CPU cores have trained."""
 
+import math
 import statistics
 
 from ablations import curves
 from ablations.runs import score
-from ablations.tables import deviation_of_difference, mean_and_deviation, pooled_deviation
+from ablations.tables import mean_and_deviation, pooled_deviation
 from docs.rows import (
     BASELINES,
     NOT_MEASURED,
@@ -102,7 +103,8 @@ def screen_ties() -> str:
     """Returns the sentences on the differences that the table of the screen calls ties."""
     groups = [rows for epochs in (1, 2) for rows in screened(epochs).values()]
     deviation = pooled_deviation([[score(row) for row in rows] for rows in groups])
-    pairs, single = (2 * (deviation_of_difference(deviation, [n, n]) or 0.0) for n in (2, 1))
+    assert deviation is not None
+    pairs, single = (2 * deviation * math.sqrt(2 / n) for n in (2, 1))
     return (
         f"Pooled over all variants and both lengths, the mean of k-NN and linear has a standard deviation of "
         f"{deviation:.2f} over seeds.\nDifferences of two pairs of runs are therefore ties up to {pairs:.1f}, those of "

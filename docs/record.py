@@ -1,9 +1,9 @@
 """Records results of runs in docs/results, and fills the tables of the pages with them.
 
 A file in docs/results has one JSON line for each time that a run was judged. A line holds accuracies, measures, images
-seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines.
-Accuracies and measures that only the old line has are kept if config, checkpoint, images seen and images judged are the
-same.
+seen and training time, but no weights, paths or times of day. A run that is recorded again replaces its lines. Measures
+that only the old line has are kept if config, checkpoint, images seen and images judged are the same, as far as they
+are known. So are accuracies of the same checkpoint, in files of test.py.
 
 python -m docs.record runs/digits                                       # a run of train.py or finetune.py
 python -m docs.record runs/seed_0 runs/seed_1 runs/seed_2 --name digits   # runs of one table
@@ -22,6 +22,7 @@ from ablations import result_rows
 from config.errors import ConfigError
 from docs import fill_tables
 from docs.rows import RESULTS
+from evaluation.measures.recording import with_cells
 from utils import cli
 from utils.files import write_text
 from utils.run_folder.results import read_results
@@ -186,14 +187,16 @@ def main(argv: list[str] | None = None) -> int:
 def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the earlier rows of other runs, then `rows`. Prints which results are lost.
 
-    A row keeps the accuracies and measures that the earlier row of the same run has in addition, provided that config,
-    checkpoint, images seen and images judged are the same.
+    A row keeps the measures that the earlier row of the same run has in addition, provided that config, checkpoint,
+    images seen and images judged are the same. It keeps additional accuracies if the checkpoint is known.
     """
     by_origin = {_origin(row): row for row in rows}
     kept = [row for row in before if row["run"] not in {new["run"] for new in rows}]
     for old in (row for row in before if row not in kept):
         if new := by_origin.get(_origin(old)):
-            new["table"] = {**old["table"], **new["table"]}
+            if "checkpoint" in old:
+                new["table"] = with_cells(old["table"], new["table"])
+            new["table"] = new["table"] or old["table"]
             if old.get("measures"):
                 new["measures"] = {**old["measures"], **new.get("measures", {})}
             continue

@@ -48,7 +48,7 @@ def forest(features: Array, factor: Array, num_train: int, seed: int) -> Fit:
 
 
 REGRESSORS: dict[str, Callable[[Array, Array, int, int], Fit]] = {"lasso": lasso, "forest": forest}
-"""Regressors of DCI: (features (N, D), factor (N,), num_train, seed) -> fit of the first samples."""
+"""Regressors of DCI: (features (N, D), factor (N,), num_train, seed) -> fit to the first `num_train`."""
 
 
 def _concentration(importances: Array) -> Array:

@@ -86,7 +86,7 @@ def settled(experiment: Experiment, soda: SODA) -> SODA:
     positions = range(min(experiment.loader.batch_size, SETTLING_IMAGES))
     timesteps = torch.tensor(positions, device=experiment.device) * experiment.diffusion.num_timesteps // len(positions)
     steps = range(SETTLING_PASSES)
-    with memory_for(lambda: "use another device, because BatchNorm's statistics are those of complete batches"):
+    with memory_for(lambda: "use another device, because BatchNorm's statistics need a complete batch"):
         for step, pixels in zip(steps, read_pixels(experiment, ((step, positions) for step in steps)), strict=True):
             encoder(draw_source(experiment, pixels, step, positions), timesteps)
     return SODA(encoder, soda.decoder)

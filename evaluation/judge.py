@@ -49,7 +49,7 @@ def check_can_judge(experiment: Experiment) -> None:
 
 
 def judge_trained(experiment: Experiment, soda: SODA, protocols: list[Protocol], with_baselines: bool = True) -> Table:
-    """Collective. Returns the accuracies of the encoder of `soda` and of the baselines, under each protocol.
+    """Collective. Returns the accuracies of the encoder of `soda`, and of the baselines if wanted, by protocol.
 
     With baselines, the encoder is also judged as "settled": its BatchNorm statistics are then computed as for the
     untrained encoder.

@@ -27,7 +27,7 @@ def effective_rank(z: Tensor) -> float:
 
 @torch.no_grad()
 def variance_spectrum(z: Tensor) -> Tensor:
-    """Returns the eigenvalues (D,) of the covariance matrix, with divisor N, of latents (N, D), largest first."""
+    """Returns the eigenvalues (D,), largest first, of the covariance matrix of latents (N, D), with divisor N."""
     return _eigenvalues(torch.cov(z.cpu().double().T, correction=0).view(z.shape[1], z.shape[1]))
 
 

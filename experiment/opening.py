@@ -58,6 +58,11 @@ class Experiment:
         return self.config.training.epochs * self.loader.steps_per_epoch
 
     @property
+    def digests(self) -> list[str | None]:
+        """Digests of the training images and of the test images; None: there are no test images."""
+        return [self.data_digest, self.test.digest() if self.test else None]
+
+    @property
     def rules(self) -> Rules:
         """Rules by which image files are decoded."""
         return rules_of(self.config.data, self.info.grey_bits)

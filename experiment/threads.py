@@ -26,8 +26,8 @@ def training_work(config: Config) -> float:
 def choose_num_threads(work: Callable[[], float]) -> None:
     """Sets the number of torch's threads by the work of a forward pass: one thread, or as many as at start-up.
 
-    The choice ignores the machine's load, so that each start uses the same number, which changes the last bits of
-    results. If the user or the
+    The choice ignores the machine's load, because another number of threads would change the last bits of results. If
+    the user or the
     launcher sets OMP_NUM_THREADS, nothing changes.
 
     Args:

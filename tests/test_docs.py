@@ -290,11 +290,22 @@ def test_recording_again_keeps_measures_and_refuses_what_the_tables_cannot_show(
     lost = ", ".join(old["measures"])
     assert f"earlier results of {old['run']} are removed: {lost}" in capsys.readouterr().out
 
+    # Accuracies of test.py are added to those of the same checkpoint, and replace cells of the same name.
+    path = out / "cifar10_published.jsonl"
+    (old,) = read_rows(path)
+    file, name = tmp_path / "cifar10_published.json", next(iter(old["table"]))
+    cells = {"trained": {"top1": 1.0, "top3": 2.0}}
+    contents = {key: old[key] for key in ("checkpoint", "step", "data")} | {"table": {"new": cells, name: cells}}
+    file.write_text(json.dumps(contents))
+    assert record.main([str(file), "--out", str(out)]) == 0
+    (found,) = read_rows(path)
+    assert found["table"] == {**old["table"], "new": cells, name: old["table"][name] | cells}
+
     # Two runs of one name, and results that the tables of this name cannot show.
-    def contents() -> list[bytes]:
+    def all_files() -> list[bytes]:
         return [path.read_bytes() for path in sorted((*out.iterdir(), *tmp_path.glob("*.md"), tmp_path / "curve.svg"))]
 
-    before = contents()
+    before = all_files()
     file = tmp_path / "file.json"
     file.write_text(json.dumps({"checkpoint": "c", "step": 1, "data": [], "measures": {}}))
     for words, expected in (
@@ -304,4 +315,4 @@ def test_recording_again_keeps_measures_and_refuses_what_the_tables_cannot_show(
         with pytest.raises(SystemExit, match="2"):
             record.main(words)
         assert expected in capsys.readouterr().err
-        assert contents() == before
+        assert all_files() == before

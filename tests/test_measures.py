@@ -609,7 +609,7 @@ def test_results_that_cannot_be_written_do_not_stop_the_measures(
     def refuse(*args: Any, **contents: Any) -> None:
         raise FolderError("cannot write")
 
-    monkeypatch.setattr("evaluation.measures.recording.write_results", refuse)
+    monkeypatch.setattr("evaluation.measures.recording.write_measures", refuse)
     with pytest.raises(SystemExit, match="2"):
         judge_program.main([*digits_args(run), "--measures", "uniformity,reconstruction"])
     shown = capsys.readouterr()

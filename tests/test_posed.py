@@ -335,7 +335,9 @@ def test_a_run_resumes_bit_for_bit_and_is_judged(
     ]
     assert {*measures["identity"]["rows"]["probe (%)"]} == {"trained", "untrained", "raw pixels"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.measures.recording.write_results", mock.Mock(side_effect=FolderError("cannot write")))
+        patch.setattr(
+            "evaluation.measures.recording.write_measures", mock.Mock(side_effect=FolderError("cannot write"))
+        )
         with pytest.raises(SystemExit, match="2"):
             words = ["--checkpoint", checkpoint, "device=cpu", "--protocols", "config", "evaluation.num_novel_views=0"]
             test_program.main([*words, "--report", "--out", str(tmp_path / "report.html")])

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
+from config.keys import result_digest
 from config.reading import load_config
 from datasets import cache
 from datasets.decoding import AHEAD
@@ -39,6 +40,7 @@ from tests.conftest import (
 from training import loop
 from utils.cli import read_config
 from utils.run_folder import folder as folder_module
+from utils.run_folder.results import STARTING_FILES, is_of_experiment, read_results, write_results
 from utils.run_folder.run_log import RunLog
 
 STEPS_PER_EPOCH = 1437 // 64
@@ -312,10 +314,19 @@ def test_a_finished_run_is_judged_anew_where_the_protocol_changed(finished: Path
     assert "k-NN k=3 uniform, unit z, bank: clean" in found["table"] and list(found["measures"]) == ["uniformity"]
     assert last(folder)["step"] == 2 * STEPS_PER_EPOCH
 
-    # The measures are of the same model, so they are kept, and others are added.
+    # The measures are of the same model, so they are kept, and others are added. Those of other images are not kept.
     assert judge_program.main([*measure, "few_labels"]) == 0
     again = json.loads((folder / "results.json").read_text())
     assert again == found | {"measures": again["measures"]} and list(again["measures"]) == ["uniformity", "few_labels"]
+    _, path, *overrides = digits_args(folder, *TWO_EPOCHS)
+    config = load_config(path, overrides)
+    for images, kept in ((found["images"], True), ([found["images"][0], "other test images"], False)):
+        write_results(folder, config, 2 * STEPS_PER_EPOCH, images, table={})
+        assert ("measures" in read_results(folder)) == kept
+    without = {key: value for key, value in again.items() if key not in ("experiment_digest", "images")}
+    assert is_of_experiment(
+        without | {"config_digest": result_digest(config, without=STARTING_FILES)}, config, 2 * STEPS_PER_EPOCH
+    )
 
 
 def test_what_does_not_matter_to_the_table_leaves_a_finished_run_finished(

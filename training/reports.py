@@ -95,4 +95,6 @@ def _record_end(log: RunLog, experiment: Experiment, found: Evaluation, folder: 
     # "epoch" shows it instead.
     log.hyperparameters({key: value for key, value in flat(config).items() if key != "training.epochs"}, metrics)
     normalised_over = batch_norm_batch_size(config.training)
-    write_results(folder, config, found.step, batch_norm_batch_size=normalised_over, table=found.table)
+    write_results(
+        folder, config, found.step, experiment.digests, batch_norm_batch_size=normalised_over, table=found.table
+    )

@@ -241,10 +241,11 @@ def initial_state(experiment: Experiment, starting: Mapping[str, StartingWeights
         starting = read_starting_weights(experiment.config)
     with memory_for(lambda: "use a smaller model or another device"):
         soda = initial_soda(experiment.config, device)
-        frozen, encoder = experiment.config.encoder.frozen, starting.get("encoder")
-        is_known = frozen and encoder is not None and encoder.statistics is not None
-        start_from(soda, starting, "the images that it was trained on" if is_known else "this run's own images")
-        if frozen:
+        encoder, ours = starting.get("encoder"), (experiment.info.mean, experiment.info.std)
+        as_before = encoder is not None and encoder.statistics == ours
+        images = "the images that the encoder was trained on" if as_before else "this run's own images"
+        start_from(soda, starting, images)
+        if experiment.config.encoder.frozen:
             soda.freeze_encoder()
         return TrainState(
             model=soda,

@@ -79,7 +79,7 @@ def _read_indices(path: Path, images: Images, root: str) -> Tensor:
 
     def find(name: str) -> int | None:
         name = os.path.normpath(name)
-        name = os.path.relpath(name, Path(root).absolute()) if Path(name).is_absolute() else name
+        name = os.path.relpath(name, compose(str(Path(root).absolute()))) if Path(name).is_absolute() else name
         split, _, inside = name.partition("/")
         return index_of.get(name, index_of.get(inside) if split_of(split) == "train" else None)
 

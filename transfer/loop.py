@@ -68,7 +68,10 @@ class FinetuneJob(Job[Task, FinetuneState]):
             _record(log, task, state.step, table)
             if at_end:
                 rows = {describe(task, state): table}
-                write_results(self.folder.path, task.config, state.step, table=rows, started_from=state.started_from)
+                images = [task.data_digest, task.test.digest()]
+                write_results(
+                    self.folder.path, task.config, state.step, images, table=rows, started_from=state.started_from
+                )
 
     def less_memory(self) -> str:
         return "use a smaller training.batch_size, in another output_dir"

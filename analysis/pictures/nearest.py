@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest(PictureOfImages):
-    """The training images nearest to each image in z, scaled to length 1: the neighbours that k-NN finds.
+    """The training images whose z is nearest to that of each image, with z scaled to length 1, as in k-NN.
 
     A training image is not among its own neighbours.
     """
@@ -59,8 +59,8 @@ class Nearest(PictureOfImages):
             cells.append([Cell(found.pixels[i], found.names[i]), *to_cells(pixels, names)])
         return Grid(
             title="Nearest training images in the latent space",
-            explanation="The number below a neighbour is its distance from the query, by which the neighbours are "
-            "sorted: the distance that k-NN uses, Euclidean, between latents scaled to length 1.",
+            explanation="The number below a neighbour is the Euclidean distance between its latent and the query's, "
+            "both scaled to length 1. Neighbours are sorted by it, and k-NN uses the same distance.",
             columns=["query", *(f"{i + 1}" for i in range(self.num_neighbours))],
             rows=[],
             cells=cells,

@@ -34,12 +34,11 @@ class Record:
     """
 
     def __init__(self, trained: Trained, experiment: Experiment, file: Path | None = None) -> None:
-        self._trained, self._file = trained, file.resolve() if file else None
+        self._trained, self._images, self._file = trained, experiment.digests, file.resolve() if file else None
         self._obstacle: str | None = None
         self._failure: FolderError | None = None
         if file:
-            images = [experiment.data_digest, experiment.test.digest() if experiment.test else None]
-            self._origin = {"checkpoint": trained.digest, "step": trained.step, "data": images}
+            self._origin = {"checkpoint": trained.digest, "step": trained.step, "data": self._images}
             if not self._is_ours(file):
                 raise ConfigError(
                     f"{file} has no results of this checkpoint and these images: set --results to another file"
@@ -67,9 +66,9 @@ class Record:
             raise self._failure
 
     def add_accuracies(self, table: Table) -> None:
-        """Adds accuracies to `file`, or replaces those of the same protocols. Call it on rank 0."""
+        """Adds accuracies to `file`, or replaces those of the same protocol and encoder. Call it on rank 0."""
         if self._file:
-            self._write("accuracies", table={**_read(self._file).get("table", {}), **table})
+            self._write("accuracies", table=with_cells(_read(self._file).get("table", {}), table))
 
     def add(self, name: str, measured: Measured) -> None:
         """Adds a measure, or replaces it. Call it on rank 0."""
@@ -87,8 +86,9 @@ class Record:
         return not file.exists() or (file.is_file() and self._origin.items() <= _read(file).items())
 
     def _belongs_to_run(self) -> bool:
-        trained = self._trained
-        return is_of_experiment(read_results(trained.folder), trained.trained_with, trained.step)
+        results = read_results(self._trained.folder)
+        is_ours = is_of_experiment(results, self._trained.trained_with, self._trained.step)
+        return is_ours and results.get("images", self._images) == self._images
 
     def _write(self, what: str, **contents: Any) -> bool:
         """Returns True if the contents could be written. Logs a warning otherwise."""
@@ -117,6 +117,12 @@ def _read(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def with_cells(table: Table, new: Table) -> Table:
+    """Returns the table with the cells of `new`, which replace those of the same protocol and encoder."""
+    protocols = dict.fromkeys([*table, *new])
+    return {protocol: {**table.get(protocol, {}), **new.get(protocol, {})} for protocol in protocols}
 
 
 def report(found: Iterable[tuple[str, Measured]], record: Record) -> dict[str, Measured]:

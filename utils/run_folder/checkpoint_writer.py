@@ -76,7 +76,7 @@ class CheckpointWriter:
     def _write(self, contents: dict[str, Any], keep_as: str | None) -> None:
         partial = self._folder / f"{LAST}.partial"
         with writing_to(self._folder), _removed_on_failure(partial):
-            digest = _write_file(partial, contents)
+            digest = write_file(partial, contents)
             sync(self._flush_first)
             self._put_in_place(partial, digest, keep_as)
 
@@ -111,7 +111,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with _removed_on_failure(partial):
-        _write_file(partial, contents)
+        write_file(partial, contents)
         partial.replace(path)
 
 
@@ -177,7 +177,7 @@ def _removed_on_failure(partial: Path) -> Iterator[None]:
         raise
 
 
-def _write_file(path: Path, contents: dict[str, Any]) -> str:
+def write_file(path: Path, contents: dict[str, Any]) -> str:
     """Writes `contents` to the disk and returns the SHA-256 of the file. Raises OSError."""
     file = _HashedFile(path)
     try:

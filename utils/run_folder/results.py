@@ -1,10 +1,11 @@
 """results.json: the final table of a run and the measures of test.py, with the step and digests of the config.
 
-One digest is of all keys that the table depends on. The other is of the experiment keys alone, which the measures
-depend on.
+One digest is of all keys that the table depends on. The other is of the experiment keys alone, by which measures belong
+to the file. The protocol of a measure names the run keys that it depends on.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,22 @@ def read_results(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def write_results(folder: Path, config: RunConfig, step: int, **contents: Any) -> None:
+def write_results(folder: Path, config: RunConfig, step: int, images: Sequence[str | None], **contents: Any) -> None:
     """Writes the table and other `contents` into results.json. Raises FolderError.
 
-    Measures are kept if they are of the same experiment and step.
+    Measures are kept if they are of the same experiment, step and images.
+
+    Args:
+        images: digests of the training and the test images.
     """
     before = read_results(folder)
     results = {
         "config_digest": result_digest(config, without=STARTING_FILES),
         "experiment_digest": experiment_digest(config),
-        "step": step,
-        **contents,
+        **{"step": step, "images": [*images], **contents},
     }
-    if "measures" in before and is_of_experiment(before, config, step):
+    is_same = is_of_experiment(before, config, step) and before.get("images", [*images]) == [*images]
+    if "measures" in before and is_same:
         results["measures"] = before["measures"]
     _write(folder, results)
 
@@ -53,7 +57,7 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 
 
 def is_judged_by(results: dict[str, Any], config: RunConfig, step: int) -> bool:
-    """Returns True if the table in `results` is of this step and depends on no key that `config` changes."""
+    """Returns True if the table in `results` is of this step, and the keys that it depends on are those of `config`."""
     return (results.get("config_digest"), results.get("step")) == (result_digest(config, without=STARTING_FILES), step)
 
 
