@@ -1,8 +1,7 @@
 """Prints the accuracies of features that nothing has trained, under the two protocols of a config.
 
-The features are those of the untrained encoder, the raw pixels (normalised, and also in [0, 1]), and the raw pixels
-reduced by principal component analysis to as many dimensions as the latent has. A trained encoder has learned something
-if it is above all of them.
+The features are those of the untrained encoder, the raw pixels, and the raw pixels reduced by principal component
+analysis to as many dimensions as the latent has. A trained encoder has learned something if it is above all of them.
 
   python -m ablations.floors --config config/cifar10.yaml data.root=data evaluation.knn.bank=clean
 """
@@ -43,29 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     num_components = config.encoder.latent_dim
     encoders = {
         **baselines(experiment),
-        "raw pixels in [0, 1]": pixels_from_0_to_1(experiment),
         f"PCA to {num_components}": principal_components(experiment, num_components),
     }
     table = judge(experiment, encoders, config_protocols(config))
     if rank() == 0:
         print(format_table(table))
     return 0
-
-
-def pixels_from_0_to_1(experiment: Experiment) -> Encode:
-    """Returns a function for raw pixels in [0, 1]. Its features have the name of the raw pixels in `baselines`."""
-    from evaluation.encoders import raw_pixels
-    from evaluation.protocols import config_protocols
-
-    name, count = config_protocols(experiment.config)[0].feature_name, len(experiment.train)
-
-    def encode(views: Tensor, indices: range) -> dict[str, Tensor]:
-        # Clean views are rounded to the pixels' own values. Otherwise the probe would enlarge the rounding errors of
-        # pixels that are black in all images.
-        colours = (255 * experiment.views.denormalize(views[:, :3])).round() / 255
-        return {name: raw_pixels(colours, count)}
-
-    return encode
 
 
 def principal_components(experiment: Experiment, num_components: int) -> Encode:
