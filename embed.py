@@ -102,8 +102,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     task.add_argument(
         "--folder",
         type=path_option,
-        help="encode all images in this folder and its sub-folders; if most images are in sub-folders, the sub-folders "
-        "are the classes, and the other images are left out",
+        help="encode all images in this folder and its sub-folders; if almost all of them are in sub-folders, the "
+        "sub-folders are the classes, and the other images are left out (the log says so)",
     )
     task.add_argument(
         "--files",
@@ -118,9 +118,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="export the encoder: to the file PATH if it ends in .pt2 or .onnx; if it ends in .safetensors, only its "
         "weights, for encoder.weights, with a model card, README.md, beside them; if PATH ends in .pt, export the EMA "
-        "model in bf16 as a checkpoint from which training cannot resume; in its config, all keys marked * have their "
-        "defaults, so that it holds no paths; any other PATH is a folder for encoder.pt2, encoder.onnx, "
-        "model.safetensors and README.md",
+        "model in bf16 as a checkpoint from which training cannot resume; in its config, keys marked * have their "
+        "defaults, except sampling, evaluation and views.probe, so that it holds no paths; any other PATH is a folder "
+        "for encoder.pt2, encoder.onnx, model.safetensors and README.md",
     )
     parser.add_argument(
         "--out",
