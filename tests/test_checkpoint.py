@@ -1,5 +1,6 @@
 """Tests of checkpoints: writing, reading, digests, fallback to an older checkpoint, and unusable files."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -106,6 +107,17 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(
     assert [load_checkpoint(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 1]
     write(tmp_path, 4)
     assert [load_checkpoint(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [4, 3]
+
+
+def test_checkpoints_are_kept_on_storage_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    write(tmp_path, 1, keep_as="epoch_0001.pt")
+    write(tmp_path, 2)
+    assert [load_checkpoint(tmp_path / name)["step"] for name in ("epoch_0001.pt", "last.pt")] == [1, 2]
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path, check=True)
 
 
 def test_where_both_are_damaged_the_newest_kept_one_is_used_else_nothing(tmp_path: Path) -> None:

@@ -259,6 +259,25 @@ def test_a_cold_temperature_still_votes() -> None:
     assert votes.argmax().item() == 2 and votes.max().item() == 1
 
 
+def test_settings_of_k_nn_reach_the_classifier(tmp_path: Path) -> None:
+    """Votes with and without weights, and features with and without scaling, are scikit-learn's."""
+    experiment = experiment_of(tmp_path)
+    train, test = (
+        experiment.views.evaluation(split.pixels).flatten(1).numpy() for split in (experiment.train, experiment.test)
+    )
+    labels, test_labels = experiment.train.labels.numpy(), experiment.test.labels.numpy()
+    sharp, found = KNN(k=200, weights="temperature", temperature=0.02), []
+    for settings, unit in ((sharp, True), (KNN(k=200), True), (KNN(k=200), False)):
+        protocol = KNNProtocol(settings=settings, normalize=unit)
+        (cells,) = judge(experiment, {"": lambda views, _: {"z": views.flatten(1)}}, [protocol]).values()
+        weights = "uniform" if settings is not sharp else lambda far: np.exp((1 - far**2 / 2) / 0.02)
+        bank, queries = (normalize(each) if unit else each for each in (train, test))
+        theirs = KNeighborsClassifier(200, weights=weights, algorithm="brute").fit(bank, labels)
+        found.append(cells[""]["top1"])
+        assert found[-1] == pytest.approx(100 * theirs.score(queries, test_labels), abs=0.6)
+    assert found[0] > found[1] + 2, "here, weights matter"
+
+
 def test_each_protocol_is_judged_on_its_own_features_and_view(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cell of the table uses the features and the view of its protocol. Each view is made only once per epoch.
 

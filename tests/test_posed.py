@@ -468,3 +468,12 @@ def test_weights_of_rays_start_as_the_config_says(objects: Path) -> None:
     """The untrained model of a config has rays of `views.ray_octaves` octaves."""
     soda = initial_state(posed_experiment(objects)).soda
     assert soda.encoder.conv1.rays.in_channels == 6 * 5
+    for layer in (soda.encoder.conv1, soda.decoder.conv_in):  # their rays contribute as much as their colours
+        before = layer.rays.weight.clone()
+        layer.balance()
+        torch.testing.assert_close(layer.rays.weight, before)
+
+
+def test_other_cameras_are_other_images(objects: Path) -> None:
+    """The digest by which a run recognises its images includes the cameras."""
+    assert opened(objects)[0].digest() != opened(objects, focal=2.0)[0].digest()

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import test as judge_program
 import train as train_program
+from ablations.trial import Trial
 from config.keys import result_digest
 from config.reading import load_config
 from datasets import cache
@@ -33,6 +34,7 @@ from tests.conftest import (
     TWO_PROCESSES,
     assert_equal_states,
     digits_args,
+    experiment_of,
     last,
     wait_for,
     write_images,
@@ -329,6 +331,23 @@ def test_a_finished_run_is_judged_anew_where_the_protocol_changed(finished: Path
     )
 
 
+def test_a_trial_of_an_ablation_trains_and_judges_as_train_does(finished: Path) -> None:
+    _, path, *overrides = digits_args(finished, *TWO_EPOCHS)
+    trial = Trial(load_config(path, overrides), None, judging="config")
+    trial.train(lambda: False)
+    table = json.loads((finished / "results.json").read_text())["table"]
+    found = trial.judged()["table"]
+    assert found == {protocol: {"trained": cells["trained"]} for protocol, cells in table.items()}
+
+
+def test_seed_diffusion_and_views_are_those_of_the_checkpoint(finished: Path) -> None:
+    changes = ["seed=9", "diffusion.schedule=cosine", "views.source.noise_std=0.9", "evaluation.knn.k=7"]
+    trained = read_trained(None, finished / "checkpoints" / "last.pt", changes)
+    for name in ("seed", "diffusion", "views"):
+        assert getattr(trained.config, name) == getattr(trained.trained_with, name)
+    assert trained.config.seed == 0 and trained.config.evaluation.knn.k == 7
+
+
 def test_what_does_not_matter_to_the_table_leaves_a_finished_run_finished(
     finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -604,3 +623,14 @@ def test_two_processes_end_at_once_when_one_cannot_read_an_image(pictures: Path,
             running.kill()
     assert running.returncode == 1, "torchrun itself exits with status 1"
     assert re.search(r"^error: cannot read the image .* restore the original file", said, re.MULTILINE)
+
+
+def test_a_channel_that_is_constant_in_all_images_is_normalised_to_zero(tmp_path: Path) -> None:
+    """Microscopes store images as RGB with an empty blue channel. Its standard deviation is 0."""
+    root = write_images(tmp_path / "images", train_a=40, train_b=40, test_a=4, test_b=4)
+    for path in root.rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) * np.array([1, 1, 0], dtype=np.uint8)).save(path)
+    experiment = experiment_of(tmp_path, "data.name=folder", f"data.root={root}", f"data.cache_dir={tmp_path}")
+    views = experiment.views.evaluation(experiment.train.pixels)
+    assert views.isfinite().all() and views[:, 2].abs().max() < 1e-6
+    assert views[:, :2].std() == pytest.approx(1, abs=1e-3)

@@ -85,7 +85,9 @@ def test_the_config_in_a_checkpoint_is_data(
     config: str,
     said: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"  # so that ../elsewhere is inside tmp_path, too
+    here.mkdir()
+    monkeypatch.chdir(here)
     run = tmp_path / "work" / "run"
     args = digits_args(run, *FEW)
     shutil.copytree(trained, run)

@@ -51,10 +51,11 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
         state.soda.eval()
         state.soda.train = lambda mode=True: None
         pixels = training_pixels(experiment, 0)
-        losses = [train_step(experiment, state, pixels, PhaseTimer())[0].item() for _ in range(3)]
-        weights.append((losses, torch.cat([p.detach().flatten() for p in state.soda.parameters()])))
-    for losses, parameters in weights[1:]:
-        assert losses == pytest.approx(weights[0][0], rel=1e-6)
+        # Loss and gradient norm. AdamW alone would not notice another scale of the gradient.
+        sizes = [each.item() for _ in range(3) for each in train_step(experiment, state, pixels, PhaseTimer())]
+        weights.append((sizes, torch.cat([p.detach().flatten() for p in state.soda.parameters()])))
+    for sizes, parameters in weights[1:]:
+        assert sizes == pytest.approx(weights[0][0], rel=1e-5)
         # AdamW divides by the gradient's size, so rounding errors of near-zero gradients become visible.
         assert (parameters - weights[0][1]).abs().mean() < 1e-5
 
@@ -448,6 +449,13 @@ def test_the_grid_is_sampled_from_the_mean_of_all_source_views(tmp_path: Path, m
     (x_source,) = seen
     assert x_source.shape == (4, 2, 3, 8, 8) and not torch.equal(x_source[:, 0], x_source[:, 1])
 
+    def first_views(experiment: Any, soda: Any, x_source: torch.Tensor, *_: Any) -> torch.Tensor:
+        return experiment.views.denormalize(x_source[:, 0]) * 2 - 1
+
+    monkeypatch.setattr("training.sample_grid.sample_from_views", first_views)
+    sources, samples, _ = sample_grid(experiment, soda)[:, 2:].split(66, dim=1)  # 64 px, and 2 px between the rows
+    assert torch.equal(sources, samples), "each sample is below its own source"
+
 
 def test_more_source_views_leave_all_other_draws_as_they_are(tmp_path: Path) -> None:
     one, three = (batch_of(experiment_of(tmp_path, f"views.num_sources={n}"), 2, range(8, 24)) for n in (1, 3))
@@ -560,6 +568,16 @@ def test_nothing_of_a_step_that_is_not_finite_remains(
     for part in ("model", "optimizer"):
         assert_equal_states(state.state_dict()[part], undisturbed.state_dict()[part], part)
     assert all(value.isfinite().all() for value in state.ema.ema_model.state_dict().values())
+
+
+def test_a_step_is_skipped_if_only_the_norm_of_the_gradient_overflows(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path)
+    state = initial_state(experiment)
+    state.soda.decoder.conv_out.weight.register_hook(lambda gradient: gradient * 1e30)
+    before = copy.deepcopy(state.soda.state_dict())
+    _, norm = train_step(experiment, state, training_pixels(experiment, 0), PhaseTimer())
+    assert norm.isinf() and state.tally.take().skipped == 1
+    assert_equal_states(state.soda.state_dict(), before)
 
 
 def test_the_tally_is_of_the_steps_that_were_not_skipped() -> None:

@@ -177,11 +177,6 @@ def test_clean_views_of_stored_images_are_resized_as_by_pillow() -> None:
             assert np.abs(levels.permute(1, 2, 0).numpy() - np.asarray(picture)).max() < 1.01
 
 
-def test_target_views_stay_in_range(pixels: torch.Tensor) -> None:
-    target = target_view(views(), pixels, DRAW)
-    assert target.shape == pixels.shape and target.min() >= -1 and target.max() <= 1
-
-
 def test_flip_and_its_probability(pixels: torch.Tensor) -> None:
     whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "randaugment_probability": 0.0}
     images = pixels[:1].expand(600, -1, -1, -1)
