@@ -27,7 +27,8 @@ Curve = dict[int, tuple[float, float]]
 def read_curves(paths: list[Path]) -> dict[str, Curve]:
     """Returns the curve of each variant, `stage, variant`, in the order of the files. Means are over seeds.
 
-    A point of a variant needs all of its seeds. Variants with fewer than two points are left out.
+    A point of a variant needs all of its seeds. Variants with fewer than two points are left out. So are points that
+    were judged by other protocols than the last point of the run.
     """
     points: dict[str, dict[int, dict[int, tuple[float, float]]]] = {}
     seeds: dict[str, set[int]] = {}
@@ -35,9 +36,10 @@ def read_curves(paths: list[Path]) -> dict[str, Curve]:
         rows = [
             row for row in read_rows(path) if {"k-NN", "linear"} <= {name.split()[0] for name in row.get("table", {})}
         ]
-        newest = {row["run"]: row["digest"] for row in rows}  # a run may have rows of an earlier config
+        newest = {row["run"]: row for row in rows}  # a run may have rows of an earlier config
         for row in rows:
-            if row["digest"] == newest[row["run"]]:
+            last = newest[row["run"]]
+            if row["digest"] == last["digest"] and row["table"].keys() <= last["table"].keys():
                 name = f"{row['stage']}, {row['variant']}"
                 folder = path.parent.name if path.name == RESULTS else path.stem
                 name = f"{folder}: {name}" if len(paths) > 1 else name
@@ -133,7 +135,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ConfigError(f"there is no file {path}: name a results.jsonl that ablations.ablate wrote")
         curves = read_curves(args.results)
         if not curves:
-            raise ConfigError("no run was judged twice: set judge_every in a stage of the plan, and run it")
+            raise ConfigError(
+                "no run was judged twice: name results.jsonl of an ablation whose plan has judge_every, or a file that "
+                "docs.record wrote"
+            )
 
         save(curves, args.out)
     print(markdown_table(curves))

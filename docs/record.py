@@ -164,7 +164,10 @@ def main(argv: list[str] | None = None) -> int:
         rows = [rounded(row) for folder in args.folders for row in rows_of(folder, name)]
         keys = [(row["run"], row.get("images")) for row in rows]
         if len(set(keys)) < len(keys):
-            raise ConfigError("two of these runs have the same name (the seed, or the name of the file): rename one")
+            raise ConfigError(
+                "two of these runs have the same name (the seed, or the name of the file): record them one by one, "
+                "with different --name"
+            )
         path = args.out / f"{name}.jsonl"
         original = path.read_bytes() if path.exists() else None
         before = result_rows.read_rows(path)

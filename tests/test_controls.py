@@ -145,10 +145,12 @@ def test_curves_and_the_gain_of_a_doubling(tmp_path: Path, capsys: pytest.Captur
     """Curves are means over seeds. The gain of a curve that is a line in log2(images) is the slope of this line."""
     path = tmp_path / "results.jsonl"
     for seed in (0, 1):
+        judged_before = {"k-NN k=3": {"trained": {"top1": 9.0}}, "linear": {"trained": {"top1": 9.0}}}
+        identity = {"run": f"run-a-{seed}", "stage": "run", "variant": "a", "seed": seed, "digest": "x"}
+        append_row(path, {**identity, "images": 225, "table": judged_before})
         for images in (100, 150, 300, 450):
             knn = 40 + 3 * math.log2(images / 100) + seed
             table = {"k-NN": {"trained": {"top1": knn}}, "linear": {"trained": {"top1": 2 * knn}}}
-            identity = {"run": f"run-a-{seed}", "stage": "run", "variant": "a", "seed": seed, "digest": "x"}
             append_row(path, {**identity, "images": images, "table": table})
     other = {"run": "run-b-0", "stage": "run", "variant": "b", "seed": 0}
     append_row(path, {**other, "digest": "earlier config", "images": 4, "table": table})

@@ -553,7 +553,8 @@ def test_measures_and_accuracies_of_any_images_are_written_to_a_file(
     ):
         with pytest.raises(SystemExit, match="2"):
             judge_program.main([*words, *accuracies, "--results", str(path)])
-        expected = f"error: {path} has no results of this checkpoint and these images: set --results to another file\n"
+        known = "has no results of this checkpoint and these images" if path == file else "is not a file of --results"
+        expected = f"error: {path} {known}: set --results to another file\n"
         assert capsys.readouterr().err.endswith(expected), words
     assert file.read_text() == kept and stored(run) == before
 

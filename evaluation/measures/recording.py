@@ -40,9 +40,9 @@ class Record:
         if file:
             self._origin = {"checkpoint": trained.digest, "step": trained.step, "data": self._images}
             if not self._is_ours(file):
-                raise ConfigError(
-                    f"{file} has no results of this checkpoint and these images: set --results to another file"
-                )
+                known = "checkpoint" in _read(file)
+                why = "has no results of this checkpoint and these images" if known else "is not a file of --results"
+                raise ConfigError(f"{file} {why}: set --results to another file")
             check_writable(file)
         elif not trained.saw_images_of(experiment):
             self._obstacle = "they are of other images than those of the run"
