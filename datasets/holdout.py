@@ -17,8 +17,8 @@ def draw_held_out(names: Sequence[str], groups: Sequence[int], fraction: float, 
     """Returns the indices of the `names` that are held out for the test split.
 
     From each group of N names, round(`fraction` * N) are held out, but at least one, and at most N - `kept`. A name is
-    drawn by its digest. The draw is therefore the same for all runs and on every machine, and a name that is
-    added later changes the split of few others.
+    drawn by its digest. The draw is therefore the same for all runs and on every machine, and a name that is added
+    later changes the split of few others.
 
     Args:
         groups: number of the group of each name.

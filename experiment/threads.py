@@ -27,8 +27,7 @@ def choose_num_threads(work: Callable[[], float]) -> None:
     """Sets the number of torch's threads by the work of a forward pass: one thread, or as many as at start-up.
 
     The choice ignores the machine's load, because another number of threads would change the last bits of results. If
-    the user or the
-    launcher sets OMP_NUM_THREADS, nothing changes.
+    the user or the launcher sets OMP_NUM_THREADS, nothing changes.
 
     Args:
         work: function that returns the FLOPs of a forward pass.
