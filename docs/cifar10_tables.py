@@ -92,10 +92,11 @@ def screen() -> str:
         line = [f"**{name}**" if variant == best else name, f"{row['step_gflop']:.2f}"]
         for length, measured in lengths.items():
             rows = measured.get(variant, [])
-            line += [both(rows) if rows else "", differences[length].get(variant, "")]
+            minutes = f"{statistics.mean(row['seconds'] for row in rows) / 60:.0f}" if rows else ""
+            line += [both(rows) if rows else "", differences[length].get(variant, ""), minutes]
         lines.append(line)
     for length in lengths:
-        head += [f"{length}: k-NN / linear", "against the first"]
+        head += [f"{length}: k-NN / linear", "against the first", "minutes"]
     return markdown(head, lines)
 
 
