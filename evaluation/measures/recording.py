@@ -47,7 +47,8 @@ class Record:
         elif not trained.saw_images_of(experiment):
             self._obstacle = "they are of other images than those of the run"
         elif not self._belongs_to_run():
-            self._obstacle = f"{trained.folder / RESULTS} is not that of step {trained.step} of this run and of these images"
+            path = trained.folder / RESULTS
+            self._obstacle = f"{path} is not that of step {trained.step} of this run and of these images"
         else:
             try:
                 check_writable(trained.folder / RESULTS)
