@@ -234,7 +234,8 @@ class Driver:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the arguments `argv` (None: those of the command line) and returns its exit status.
 
-    The status is 1 if a run failed or could not be started. The exit status of a stage's command has no effect on it.
+    The status is 1 if a run failed or could not be started, and otherwise 75 if a signal or the time limit has stopped
+    the command early. The exit status of a stage's command has no effect on it.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="YAML file of the plan, such as ablations/plans/cifar10.yaml")
@@ -275,7 +276,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"all stages are done, except runs of other drivers: {', '.join(held)}")
     else:
         print("all stages are done")
-    return 1 if driver.failed else 0
+    if driver.failed:
+        return 1
+    return 0 if finished else signals.STATUS
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_a_plan_with_controls_judges_at_epochs_and_resumes(tmp_path: Path, capsy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner.Runner, "must_stop", lambda self: next(stop, False))
         patch.setattr(runner.Runner, "has_time_to_start", lambda self: True)
-        assert ablate.main([str(path), "--out", str(tmp_path / "broken")]) == 0
+        assert ablate.main([str(path), "--out", str(tmp_path / "broken")]) == 75
     assert "not all stages are done" in capsys.readouterr().out
     assert ablate.main([str(path), "--out", str(tmp_path / "broken")]) == 0
     assert rows("broken")[-1] == found[-1]

@@ -66,15 +66,17 @@ class Bench:
             ],
         }
 
-    def make(self, out: str, minutes: float | None = None, *more: str, status: int = 0) -> str:
+    def make(self, out: str, minutes: float | None = None, *more: str, fails: bool = False) -> str:
         """Runs the driver on the plan, checks its exit status, and returns what it printed."""
         path, clock = self.folder / "plan.yaml", Clock()
         path.write_text(json.dumps(self.plan))  # JSON is YAML
         with self.patch.context() as patch:
             patch.setattr(ablate.time, "monotonic", clock.monotonic)  # `trial` uses the same module object
             limit = [] if minutes is None else ["--minutes", str(minutes)]
-            assert ablate.main([str(path), "--out", str(self.folder / out), *limit, *more]) == status
-        return self.capsys.readouterr().out
+            status = ablate.main([str(path), "--out", str(self.folder / out), *limit, *more])
+        said = self.capsys.readouterr().out
+        assert status == (1 if fails else 75 if "not all stages are done" in said else 0)
+        return said
 
     def rows(self, out: str) -> dict[str, dict[str, Any]]:
         """Returns the last result of each run, by the name of the run."""
@@ -185,7 +187,7 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
         train(self, stop, **options)
 
     bench.patch.setattr(Trial, "train", failing)
-    printed = bench.make("out", status=1)
+    printed = bench.make("out", fails=True)
     assert (
         "failed: screen-large-0, screen-huge-0, screen-empty-0, screen-none-0, after, control-y-0" in printed
         and "\nall stages are done" in printed
@@ -256,9 +258,9 @@ def test_a_failure_is_not_repeated_by_the_other_drivers_of_a_start(bench: Bench,
     bench.patch.setattr(Trial, "train", train)
     with bench.patch.context() as patch:
         patch.setattr(ablate.Driver, "_finish", failing_elsewhere)
-        assert "failed: screen-a-0, screen-b-0\n" in bench.make("out", status=1)
+        assert "failed: screen-a-0, screen-b-0\n" in bench.make("out", fails=True)
     assert ran == [str(tmp_path / "out" / "runs" / "screen-b-0" / "last.pt")]
-    bench.make("out", status=1)
+    bench.make("out", fails=True)
     assert len(ran) == 3, "a new start must repeat both"
 
 
@@ -274,14 +276,14 @@ def test_checkpoints_and_encoders_of_another_plan_are_not_overwritten(bench: Ben
 
     for change in ({"epochs": 1, "keep": False}, {"epochs": 50, "control": "supervised"}):
         stage |= change
-        bench.make("out", status=1)
+        bench.make("out", fails=True)
         differs = "control" if "control" in change else "training.epochs"
         assert bench.rows("out")["screen-a-0"]["failed"] == (
             f"{checkpoint} is of another run, with another {differs}: move or delete it, or choose another --out"
         )
     checkpoint.rename(tmp_path / "moved.pt")
     stage |= {"epochs": 1, "control": None, "keep": True, "variants": {"a": [], "b": []}}
-    bench.make("out", status=1)
+    bench.make("out", fails=True)
     rows = bench.rows("out")
     assert "screen-a-0.yaml is of another run" in rows["screen-a-0"]["failed"] and rows["screen-b-0"]["complete"]
     assert [path.read_bytes() for path in (tmp_path / "moved.pt", encoder)] == before[:2]
@@ -316,7 +318,7 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
 
     with bench.patch.context() as patch:
         patch.setattr(torch, "load", unreadable)
-        assert "- screen-a-0 failed: cannot read" in bench.make("out", status=1)
+        assert "- screen-a-0 failed: cannot read" in bench.make("out", fails=True)
     assert checkpoint.read_bytes() == whole, "the disk may work again, and then the run resumes"
     checkpoint.write_bytes(whole[:1000])
     assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint may be lost"
@@ -398,7 +400,7 @@ def test_two_drivers_make_the_results_of_one(bench: Bench, tmp_path: Path) -> No
     for out in ("one", "two"):
         contents = checkpoint_contents(experiment, initial_state(experiment))
         save_checkpoint(tmp_path / out / "runs" / "screen-bad-0" / "last.pt", contents)
-    assert "\nfailed: screen-bad-0\nall stages are done\n" in bench.make("one", status=1)
+    assert "\nfailed: screen-bad-0\nall stages are done\n" in bench.make("one", fails=True)
     expected = [without_times(row) for row in bench.rows("one").values()]
     names = ["screen-a-0", "screen-b-0", "screen-bad-0", "screen-a-1", "screen-b-1", "then-x-0"]
     assert [row["run"] for row in expected] == names

@@ -232,8 +232,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Runs a program and exits with its status.
 
     The exit status is 0 if the program finished and 2 after an error that the user can fix. It is 75 if a signal
-    stopped the program, or if it has lost the other processes. In both cases, the same command resumes. It is 130 after
-    a second Ctrl-C. It is 1 after a bug, with a traceback, and if a run of `ablations.ablate` failed.
+    or the time limit of `ablations.ablate` stopped the program, or if it has lost the other processes. In each case,
+    the same command resumes. It is 130 after a second Ctrl-C. It is 1 after a bug, with a traceback, and if a run of
+    `ablations.ablate` failed.
 
     After a UserError in `main`, this process exits immediately, without waiting for the others. They may be inside a
     collective of tensors, and closing NCCL would wait for all of them. The launcher ends them when this process has
