@@ -124,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10_cpu_ties": cifar10_tables.screen_ties,
     "cifar10_cpu_runs": cifar10_tables.runs,
     "cifar10_cpu_slopes": cifar10_tables.slopes,
+    "cifar10_floors": cifar10_tables.floor_line,
     "controls": cifar10_tables.controls,
     "drl_digits": partial(variants, "drl_digits"),
     "drl_fashion_mnist": partial(variants, "drl_fashion_mnist"),

@@ -1,6 +1,5 @@
 """Tests of the pictures, on a model that is trained long enough to show the expected effects."""
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
@@ -36,11 +35,14 @@ from tests.conftest import ROOT, launch_two, write_images
 SIZE = 8
 
 
-def train_on_photographs(place: Path, epochs: int) -> Path:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trains a model on squares of scikit-learn's two photographs, which have real colours and textures.
 
-    Returns the run folder. The images are beside it.
+    The training is long enough for images to be decoded from their own x_T. Returns the run folder. The images are
+    beside it.
     """
+    place = tmp_path_factory.mktemp("photographs")
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         small = Image.fromarray(photograph).reduce(3)
         corners = [
@@ -54,16 +56,10 @@ def train_on_photographs(place: Path, epochs: int) -> Path:
         *("data.name=folder", f"data.root={place / 'images'}", f"data.cache_dir={place / 'cache'}"),
         *("diffusion.schedule=linear", "decoder.modulation=sectioned", "training.batch_size=64"),
         *("sampling.num_images=0", "device=cpu", "evaluation.knn.k=5", "evaluation.probe.epochs=1"),
-        *(f"training.epochs={epochs}", f"output_dir={place / 'run'}"),
+        *("training.epochs=8", f"output_dir={place / 'run'}"),
     ]
     assert train_program.main(["--config", str(ROOT / "config" / "digits.yaml"), *settings]) == 0
     return place / "run"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of a model that is trained long enough for images to be decoded from their own x_T."""
-    return train_on_photographs(tmp_path_factory.mktemp("photographs"), 8)
 
 
 def codec_of(run: Path, num_sampling_steps: int) -> Codec:
@@ -114,38 +110,8 @@ def test_inverted_noise_decodes_to_the_image(run: Path, codec: Codec, inverted: 
     fine = psnr(codec.decode(z, x_T), sources)
     coarse = psnr(half.decode(z, half.invert(all_test_pixels(codec), z)), sources)
     assert len(sources) > 30 and fine.min() >= 30
+    assert 0.8 <= x_T.std() <= 1.2  # 1.13; a perfect model has 1, the images 0.5 to 0.7
     assert fine.min() >= coarse.min() + 5 and fine.mean() >= coarse.mean() + 5
-
-
-@pytest.mark.long
-def test_z_decides_what_is_decoded(tmp_path: Path) -> None:
-    """An image's own z decodes nearer to the image than another image's z does, after more training.
-
-    From the image's own x_T this holds for at least 90 % of the images. From random noise it holds for at least 60 %,
-    because random noise puts the content of an image in other places. New images are encoded nearer to the z that they
-    were sampled from than to another z more often than by chance.
-    """
-    run = train_on_photographs(tmp_path, 16)
-    codec, quick = codec_of(run, 100), codec_of(run, 10)
-    pixels = all_test_pixels(codec)
-    sources, z = pixels.float() / 127.5 - 1, codec.encode(pixels)
-
-    def share_nearer(decode: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, times: int) -> float:
-        wanted, own, others = (some.repeat(times, *[1] * (some.ndim - 1)) for some in (sources, z, z.roll(1, 0)))
-        near, far = ((decode(latents, x_T) - wanted).square().mean(dim=(1, 2, 3)) for latents in (own, others))
-        return (near < far).float().mean().item()
-
-    x_T = codec.invert(pixels, z)
-    assert 0.9 <= x_T.std() <= 1.1
-    assert share_nearer(codec.decode, x_T, 1) >= 0.9
-    assert share_nearer(quick.sample, quick.noise(3 * len(z), "anything"), 3) >= 0.6
-
-    picture, drawn = draw_new_images(quick, num_samples=400)
-    seen = quick.encode(torch.stack([cell.image for row in picture.cells for cell in row if cell.image is not None]))
-    distances = torch.cdist(seen, drawn)
-    nearer = (distances.diagonal()[:, None] < distances).sum(dim=1) / (len(drawn) - 1)  # fraction of z farther away
-    # x_T has a large effect on the images of this model, so only a difference from chance is asserted.
-    assert nearer.mean() - 3 * nearer.std() / len(nearer) ** 0.5 > 0.5
 
 
 def column(picture: Grid, index: int) -> Tensor:

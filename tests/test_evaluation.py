@@ -20,9 +20,12 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
 from ablations import floors
+from ablations.result_rows import read_rows
 from config.reading import load_config
 from config.schema import KNN, Probe, ProbeView
 from datasets.images import Images, StoredImages
+from docs import record
+from docs.rows import accuracy
 from evaluation import features, knn, linear_probe, logistic_regression
 from evaluation.encoders import encode_with, settled
 from evaluation.features import extract_features
@@ -334,29 +337,36 @@ def test_principal_components_are_scikit_learns(tmp_path: Path) -> None:
         experiment.views.evaluation(split.pixels).flatten(1) for split in (experiment.train, experiment.test)
     )
     expected = PCA(8, svd_solver="full").fit(train.numpy()).transform(test.numpy())
-    found = floors.principal_components(experiment, 8)(
+    found = floors.principal_components(experiment, [3, 8])["PCA to 8"](
         experiment.views.evaluation(experiment.test.pixels), range(len(test))
     )
     np.testing.assert_allclose(np.abs(found["z"].numpy()), np.abs(expected), atol=1e-3)
 
 
 def test_the_floors_are_scikit_learns_accuracies(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """k-NN and probe are scikit-learn's k-NN and logistic regression on the same features, up to one image of 360."""
+    """k-NN and probe are scikit-learn's k-NN and logistic regression on the same features, up to one image of 360.
+
+    The recorded figures are those that are printed.
+    """
     strength = 1e-3
     monkeypatch.setattr(logistic_regression, "STRENGTHS", (strength,))
     settings = [
         "device=cpu",
-        "encoder.latent_dim=6",
         "evaluation.probe.solver=lbfgs",
         "evaluation.probe.transform=clean",
     ]
-    assert floors.main(["--config", str(ROOT / "config" / "digits.yaml"), *settings]) == 0
+    options = ["--components", "6", "--out", str(tmp_path / "floors")]
+    assert floors.main(["--config", str(ROOT / "config" / "digits.yaml"), *options, *settings]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
     columns = ["untrained", "raw pixels", "PCA to 6"]
     assert re.split(r"  +", head) == ["top-1 / top-3 (%)", *columns]
     knn, linear = (dict(zip(columns, re.findall(r"(\d+\.\d) / \d+\.\d", row), strict=True)) for row in rows)
+    assert record.main([str(tmp_path / "floors"), "--out", str(tmp_path)]) == 0
+    (recorded,) = read_rows(tmp_path / "floors.jsonl")
+    for kind, printed in (("k-NN", knn), ("linear", linear)):
+        assert {name: f"{accuracy(recorded, kind, encoder=name):.1f}" for name in columns} == printed
 
     experiment = open_experiment(load_config(ROOT / "config" / "digits.yaml", settings))
     (pixels, labels), (test_pixels, test_labels) = (
