@@ -1,4 +1,4 @@
-"""Prints the accuracies of features that nothing has trained, under the two protocols of a config.
+"""Prints the accuracies of baseline features, under the two protocols of a config.
 
 The features are those of the untrained encoder, the raw pixels, and the raw pixels reduced by principal component
 analysis. A trained encoder has learned something if it is above all of them.
@@ -29,22 +29,19 @@ def main(argv: list[str] | None = None) -> int:
     with cli.gather_user_errors():
         parser = cli.make_parser(__doc__ or "", "  python -m ablations.floors --config config/digits.yaml")
         parser.add_argument(
-            "--components",
-            type=int,
-            nargs="+",
-            metavar="N",
-            help="numbers of principal components of the pixels; default: the width of the latent",
+            "--components", type=int, help="number of principal components; default: the width of the latent"
         )
         parser.add_argument(
             "--out",
             type=cli.path_option,
-            help="folder where the accuracies are added to results.jsonl, for docs.record",
+            help="folder of a file results.jsonl, to which the accuracies are added, for docs.record",
         )
+        parser.add_argument("--data", help="name of the data set in results.jsonl; default: the config's data.name")
         args = parser.parse_intermixed_args(argv)
         config = cli.read_config(args)
-        counts = args.components or [config.encoder.latent_dim]
-        if min(counts) < 1:
-            raise ConfigError(f"--components {min(counts)} is too small: give at least 1")
+        num_components = config.encoder.latent_dim if args.components is None else args.components
+        if num_components < 1:
+            raise ConfigError(f"--components {num_components} is too small: give at least 1")
 
     from benchmarks.measure import machine
     from evaluation.encoders import baselines
@@ -61,24 +58,26 @@ def main(argv: list[str] | None = None) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
 
     # Judge.
-    encoders = {**baselines(experiment), **principal_components(experiment, counts)}
+    pca, num_components = principal_components(experiment, num_components)
+    encoders = {**baselines(experiment), f"PCA to {num_components}": pca}
     table = judge(experiment, encoders, config_protocols(config))
     if rank() == 0:
         print(format_table(table))
-        if args.out:
-            row = {"run": "floors", "digest": "", "images": 0, "table": table, "amp": str(experiment.amp_dtype)}
-            append_row(args.out / RESULTS, {**row, "machine": machine(experiment.device)})
+    with cli.gather_user_errors():
+        if rank() == 0 and args.out:
+            name = f"floors-{num_components}-{config.seed}"
+            row = {"run": name, "stage": "floors", "variant": f"PCA to {num_components}", "seed": config.seed}
+            row |= {"digest": "", "images": 0, "table": table, "data": args.data or config.data.name}
+            row |= {"machine": machine(experiment.device), "amp": str(experiment.amp_dtype)}
+            append_row(args.out / RESULTS, row)
     return 0
 
 
-def principal_components(experiment: Experiment, counts: list[int]) -> dict[str, Encode]:
-    """Collective. Returns functions that reduce raw pixels to their principal components on the training images.
+def principal_components(experiment: Experiment, num_components: int) -> tuple[Encode, int]:
+    """Collective. Returns a function that reduces raw pixels to their principal components on the training images.
 
-    The features have at most as many dimensions as the raw pixels. They are returned under the same name as the raw
-    pixels in `baselines`.
-
-    Args:
-        counts: numbers of components. A function is returned for each of them, by name, such as "PCA to 128".
+    Also returns the number of components, which is at most the number of raw pixels. The features are returned under
+    the same name as the raw pixels in `baselines`.
     """
     from evaluation.encoders import raw_pixels
     from evaluation.features import Features, extract_features
@@ -95,12 +94,8 @@ def principal_components(experiment: Experiment, counts: list[int]) -> dict[str,
     raw = extract_features(encode, experiment.train, config.evaluation.batch_size, experiment.device)[name]  # (N, D)
     mean = raw.mean(dim=0)
     with true_float32():
-        axes = principal_axes(raw - mean)[0].flip(1)  # the axes are ordered by rising variance
-
-    def reduced(num_components: int) -> Encode:
-        return lambda views, _: {name: (raw_pixels(views, count) - mean) @ axes[:, :num_components]}
-
-    return {f"PCA to {num_components}": reduced(num_components) for num_components in counts}
+        axes = principal_axes(raw - mean)[0].flip(1)[:, :num_components]  # the axes are ordered by rising variance
+    return lambda views, _: {name: (raw_pixels(views, count) - mean) @ axes}, axes.shape[1]
 
 
 if __name__ == "__main__":

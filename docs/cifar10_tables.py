@@ -60,7 +60,7 @@ def controls() -> str:
         if row["complete"]:
             runs.setdefault((row["stage"], row["variant"]), []).append(row)
     ours = runs.pop(("hour", "soda"))
-    found = [f"{name}{_dagger(runs[kind])} {both(runs[kind])}" for kind, name in RUN_NAMES.items() if kind in runs]
+    found = [f"{name}{_dagger(runs[kind])}: {both(runs[kind])}" for kind, name in RUN_NAMES.items() if kind in runs]
     groups = screened(2)
     linear = {row["seed"]: score(row) for row in groups["linear"]}
     gains = [score(row) - linear[row["seed"]] for row in groups["first"] if row["seed"] in linear]
@@ -168,7 +168,7 @@ def floors() -> dict[str, tuple[float, float]]:
 
 def floor_line() -> str:
     """Returns name, k-NN and linear probe of each of the floors, as text."""
-    return "; ".join(f"{name} {knn:.1f} / {linear:.1f}" for name, (knn, linear) in floors().items())
+    return "; ".join(f"{name}: {knn:.1f} / {linear:.1f}" for name, (knn, linear) in floors().items())
 
 
 def named_curves() -> dict[str, curves.Curve]:

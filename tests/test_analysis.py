@@ -303,16 +303,10 @@ def test_mixing_switches_sections_one_after_the_other(quick: Codec) -> None:
     assert (column(one, 1).int() - to_pixels(quick.decode(z, x_T)).int()).abs().max() <= 1
 
 
-def draw_new_images(codec: Codec, num_samples: int) -> tuple[Grid, Tensor]:
-    """Returns a picture of new images from a mixture of three components, and the z that they were sampled from."""
-    with mock.patch.object(codec, "sample", wraps=codec.sample) as sample:
-        picture = Generate(num_components=3, num_samples=num_samples).draw(codec, None)
-    (z, _), _ = sample.call_args
-    return picture, z
-
-
 def test_new_images_are_drawn_from_the_mixture(codec: Codec, quick: Codec) -> None:
-    picture, z = draw_new_images(quick, num_samples=40)
+    with mock.patch.object(quick, "sample", wraps=quick.sample) as sample:
+        picture = Generate(num_components=3, num_samples=40).draw(quick, None)
+    (z, _), _ = sample.call_args
     assert len(picture.cells) == 3 and len(picture.cells[0]) == 40 and z.shape == (120, codec.train_z.shape[1])
     # Under another mixture fitted to the same latents, the drawn z are about as likely as the latents. Noise with the
     # mean and standard deviation of the latents is not.

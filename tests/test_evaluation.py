@@ -337,9 +337,9 @@ def test_principal_components_are_scikit_learns(tmp_path: Path) -> None:
         experiment.views.evaluation(split.pixels).flatten(1) for split in (experiment.train, experiment.test)
     )
     expected = PCA(8, svd_solver="full").fit(train.numpy()).transform(test.numpy())
-    found = floors.principal_components(experiment, [3, 8])["PCA to 8"](
-        experiment.views.evaluation(experiment.test.pixels), range(len(test))
-    )
+    encode, count = floors.principal_components(experiment, 8)
+    found = encode(experiment.views.evaluation(experiment.test.pixels), range(len(test)))
+    assert count == 8 and floors.principal_components(experiment, 10**6)[1] == train.shape[1]
     np.testing.assert_allclose(np.abs(found["z"].numpy()), np.abs(expected), atol=1e-3)
 
 
@@ -357,7 +357,7 @@ def test_the_floors_are_scikit_learns_accuracies(
         "evaluation.probe.solver=lbfgs",
         "evaluation.probe.transform=clean",
     ]
-    options = ["--components", "6", "--out", str(tmp_path / "floors")]
+    options = ["--components", "6", "--out", str(tmp_path / "floors"), "--data", "digits of 8 px"]
     assert floors.main(["--config", str(ROOT / "config" / "digits.yaml"), *options, *settings]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
     columns = ["untrained", "raw pixels", "PCA to 6"]
@@ -365,6 +365,7 @@ def test_the_floors_are_scikit_learns_accuracies(
     knn, linear = (dict(zip(columns, re.findall(r"(\d+\.\d) / \d+\.\d", row), strict=True)) for row in rows)
     assert record.main([str(tmp_path / "floors"), "--out", str(tmp_path)]) == 0
     (recorded,) = read_rows(tmp_path / "floors.jsonl")
+    assert (recorded["run"], recorded["data"]) == ("floors-6-0", "digits of 8 px")
     for kind, printed in (("k-NN", knn), ("linear", linear)):
         assert {name: f"{accuracy(recorded, kind, encoder=name):.1f}" for name in columns} == printed
 

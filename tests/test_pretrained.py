@@ -116,7 +116,8 @@ def test_z_decides_what_is_decoded(tmp_path: Path) -> None:
     with mock.patch.object(codec, "sample", wraps=codec.sample) as sample:
         picture = Generate(num_components=3, num_samples=100).draw(codec, None)
     (drawn, _), _ = sample.call_args
-    seen = codec.encode(torch.stack([cell.image for row in picture.cells for cell in row if cell.image is not None]))
+    images = torch.stack([cell.image for row in picture.cells for cell in row if cell.image is not None])
+    seen = codec.encode(F.interpolate(images.float(), scale_factor=2, mode="bilinear").round().byte())  # 32 px
     distances = torch.cdist(seen, drawn)
     nearer = (distances.diagonal()[:, None] < distances).sum(dim=1) / (len(drawn) - 1)  # fraction of z farther away
     # x_T has a large effect on the images of this model, so only a difference from chance is asserted.
