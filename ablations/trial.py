@@ -36,7 +36,7 @@ from training.state import TrainState, initial_state
 from training.step import train_step, training_pixels
 from utils.device import choose_compile, peak_memory_mb
 from utils.logging import PhaseTimer
-from utils.run_folder.checkpoint import CheckpointError, load_checkpoint
+from utils.run_folder.checkpoint import CheckpointError, image_statistics, load_checkpoint
 from utils.run_folder.checkpoint_writer import save_checkpoint
 
 SAVE_EVERY_S = 120
@@ -228,8 +228,7 @@ def _as_trained(
     if not config.encoder.frozen:
         return None, None
     if saved is not None:
-        mean, std = saved["statistics"]
-        return (tuple(mean), tuple(std)), saved.get("grey_bits")
+        return image_statistics(saved), saved.get("grey_bits")
     return (starting.statistics, starting.grey_bits) if starting else (None, None)
 
 

@@ -20,7 +20,7 @@ from experiment.models import build_on_meta
 from experiment.trained import first_difference
 from model.diffusion import log_sigmas
 from utils.distributed.collectives import all_equal
-from utils.run_folder.checkpoint import CheckpointError, is_checkpoint, read_tensors
+from utils.run_folder.checkpoint import CheckpointError, image_statistics, is_checkpoint, read_tensors
 
 LAST_LAYER = "fc."  # prefix of the weights of an encoder's last layer, which computes z
 NEED_NOT_AGREE = ("encoder.frozen", "decoder.image_size", "decoder.dropout")  # shapes are compared in any case
@@ -157,17 +157,13 @@ def _from_checkpoint(
             f"{part}.weights: {path} holds another {part}: add {to_words(to_add)} to the command, or use another "
             "checkpoint"
         )
-    statistics = None
-    if "statistics" in contents:
-        mean, std = contents["statistics"]
-        statistics = tuple(mean), tuple(std)
     return StartingWeights(
         str(path),
         digest,
         weights={name.removeprefix(prefix): each for name, each in averaged.items() if name.startswith(prefix)},
         new=[],
         origin=f"the EMA {part} of step {contents['step']}",
-        statistics=statistics,
+        statistics=image_statistics(contents),
         image_size=before.encoder_size,
         grey_bits=contents.get("grey_bits"),
     )

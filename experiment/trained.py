@@ -17,7 +17,7 @@ from experiment.models import build_on_meta, to_device
 from experiment.opening import Experiment, open_experiment
 from model.soda import SODA
 from utils.distributed.collectives import all_equal, set_timeout
-from utils.run_folder.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from utils.run_folder.checkpoint import CheckpointError, image_statistics, load_checkpoint, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +112,13 @@ class Trained:
 
         Raises CheckpointError if the checkpoint has none. Checkpoints of older versions may have none.
         """
-        if "statistics" not in self.contents:
+        found = image_statistics(self.contents)
+        if found is None:
             raise CheckpointError(
                 f"{self.path} has no mean and standard deviation of its images: resume its run (with a larger "
                 "training.epochs if it has finished) to save a new checkpoint"
             )
-        mean, std = self.contents["statistics"]
-        return tuple(mean), tuple(std)
+        return found
 
 
 def read_trained(config: Config | None, checkpoint: Path | None, overrides: list[str]) -> Trained:
@@ -278,8 +278,7 @@ def open_trained(trained: Trained) -> tuple[Experiment, SODA]:
     """
     soda = trained.soda()
     # The encoder's input is decoded and normalised as in training, also if these are other images.
-    known = trained.statistics() if "statistics" in trained.contents else None
-    experiment = open_experiment(trained.config, known, trained.grey_bits)
+    experiment = open_experiment(trained.config, image_statistics(trained.contents), trained.grey_bits)
     if not trained.saw_images_of(experiment):
         logger.info(
             "the training images in %s are not the images that the checkpoint was trained on%s",

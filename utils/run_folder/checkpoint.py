@@ -9,6 +9,7 @@ import hashlib
 import logging
 import shlex
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,17 @@ logger = logging.getLogger(__name__)
 
 class CheckpointError(UserError):
     """A missing or unusable checkpoint. The message says what to do."""
+
+
+def image_statistics(contents: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns mean and standard deviation of the channels of a checkpoint's training images.
+
+    Returns None for a checkpoint of an older version that has none.
+    """
+    if "statistics" not in contents:
+        return None
+    mean, std = contents["statistics"]
+    return tuple(mean), tuple(std)
 
 
 def read_sums(folder: Path) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from utils.distributed.collectives import all_equal, all_gather_object, barrier,
 from utils.distributed.processes import rank
 from utils.files import InUseError, lock_file, write_text
 from utils.logging import log_to
-from utils.run_folder.checkpoint import load_checkpoint, newest_checkpoint
+from utils.run_folder.checkpoint import image_statistics, load_checkpoint, newest_checkpoint
 from utils.run_folder.checkpoint_writer import CheckpointWriter
 from utils.run_folder.results import RESULTS, is_judged_by, read_results
 from utils.run_folder.run_log import METRICS, RunLog
@@ -97,10 +97,7 @@ class RunFolder:
 
         They are forgotten by `prepare`.
         """
-        if not (self._saved and "statistics" in self._saved):
-            return None
-        mean, std = self._saved["statistics"]
-        return tuple(mean), tuple(std)
+        return image_statistics(self._saved) if self._saved else None
 
     @property
     def grey_bits(self) -> int | None:
