@@ -259,9 +259,14 @@ def main(argv: list[str] | None = None) -> int:
     with cli.gather_user_errors():
         if world_size() > 1:
             raise ConfigError("an ablation runs in one process: start it without torchrun, once for each GPU")
+        if not args.minutes > 0:  # also if it is not a number
+            raise ConfigError(f"--minutes {args.minutes} leaves no time: give more than 0")
         plan = read_plan(args.plan, args.overrides)
         if args.table:
-            print(markdown_tables(Ablation(plan, args.out / RESULTS)), end="")
+            tables = markdown_tables(Ablation(plan, args.out / RESULTS))
+            if not tables:
+                raise ConfigError(f"{args.out / RESULTS} has no results of this plan: check --out and the overrides")
+            print(tables, end="")
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
         driver = Driver(plan, args.out, deadline, args.data)

@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ablations.result_rows import RESULTS, read_rows
 from ablations.runs import accuracies
@@ -33,9 +33,7 @@ def read_curves(paths: list[Path]) -> dict[str, Curve]:
     points: dict[str, dict[int, dict[int, tuple[float, float]]]] = {}
     seeds: dict[str, set[int]] = {}
     for path in paths:
-        rows = [
-            row for row in read_rows(path) if {"k-NN", "linear"} <= {name.split()[0] for name in row.get("table", {})}
-        ]
+        rows = [row for row in read_rows(path) if _is_of_trained_encoder(row.get("table", {}))]
         newest = {row["run"]: row for row in rows}  # a run may have rows of an earlier config
         for row in rows:
             last = newest[row["run"]]
@@ -54,6 +52,11 @@ def read_curves(paths: list[Path]) -> dict[str, Curve]:
                 for images, found in complete.items()
             }
     return curves
+
+
+def _is_of_trained_encoder(table: dict[str, Any]) -> bool:
+    kinds = {name.split()[0] for name, cells in table.items() if "trained" in cells}  # not those of ablations.floors
+    return {"k-NN", "linear"} <= kinds
 
 
 def gain_of_last_doubling(curve: Curve) -> tuple[float, float] | None:

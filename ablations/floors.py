@@ -15,6 +15,7 @@ from ablations.result_rows import RESULTS, append_row
 from config.errors import ConfigError
 from utils import cli
 from utils.distributed.processes import rank
+from utils.files import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         num_components = config.encoder.latent_dim if args.components is None else args.components
         if num_components < 1:
             raise ConfigError(f"--components {num_components} is too small: give at least 1")
+        if args.out:
+            check_writable(args.out / RESULTS)
+        elif args.data:
+            raise ConfigError("--data is for results.jsonl: add --out")
+
+    import torch
 
     from benchmarks.measure import machine
     from evaluation.encoders import baselines
@@ -54,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     with cli.gather_user_errors():
         experiment = open_experiment(config)
         check_can_judge(experiment)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
 
     # Judge.
     pca, num_components = principal_components(experiment, num_components)
@@ -68,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             name = f"floors-{num_components}-{config.seed}"
             row = {"run": name, "stage": "floors", "variant": f"PCA to {num_components}", "seed": config.seed}
             row |= {"digest": "", "images": 0, "table": table, "data": args.data or config.data.name}
-            row |= {"machine": machine(experiment.device), "amp": str(experiment.amp_dtype)}
+            row |= {"machine": machine(experiment.device), "amp": str(experiment.amp_dtype or torch.float32)}
+            args.out.mkdir(parents=True, exist_ok=True)
             append_row(args.out / RESULTS, row)
     return 0
 

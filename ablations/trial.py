@@ -216,7 +216,7 @@ class Trial:
             "peak_memory_mb": peak_memory_mb(experiment.device) if experiment.device.type == "cuda" else None,
             "machine": machine(experiment.device),
             "versions": {"python": platform.python_version(), "torchvision": torchvision.__version__},
-            "amp": str(experiment.amp_dtype),
+            "amp": str(experiment.amp_dtype or torch.float32),
             "config": self.config.to_yaml(),
         }
 

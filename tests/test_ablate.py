@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from ablations import ablate
+from ablations import ablate, floors
 from ablations.plan import Plan, SecondLook, Stage, read_plan
 from ablations.runs import Ablation, accuracies
 from ablations.tables import markdown_tables, pooled_deviation, verdict
@@ -127,6 +127,26 @@ def test_mistakes_in_a_plan_are_explained(tmp_path: Path, stage: str, expected: 
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"none.yaml \(No such file or directory\): name a YAML file"):
         read_plan(tmp_path / "none.yaml", [])
+
+
+def test_wrong_options_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"config: {ROOT / 'config/digits.yaml'}\nstages: [{{name: a, epochs: 1, variants: {{x: []}}}}]\n")
+    ablation = [str(path), "--out", str(tmp_path / "out")]
+    baselines = ["--config", str(ROOT / "config" / "digits.yaml")]
+    for program, options, expected in (
+        (ablate, [*ablation, "--minutes", "0"], "--minutes 0.0 leaves no time: give more than 0"),
+        (ablate, [*ablation, "--minutes", "nan"], "--minutes nan leaves no time: give more than 0"),
+        (ablate, [*ablation, "--table"], f"{tmp_path / 'out' / 'results.jsonl'} has no results of this plan"),
+        (floors, [*baselines, "--components", "0"], "--components 0 is too small: give at least 1"),
+        (floors, [*baselines, "--data", "digits"], "--data is for results.jsonl: add --out"),
+        (floors, [*baselines, "--out", str(path)], f"cannot use {path} (Not a directory)"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(options)
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {expected}") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stage_builds_on_the_best_of_another(ablation: Ablation) -> None:

@@ -156,6 +156,8 @@ def test_curves_and_the_gain_of_a_doubling(tmp_path: Path, capsys: pytest.Captur
     append_row(path, {**other, "digest": "earlier config", "images": 4, "table": table})
     append_row(path, {**other, "digest": "x", "images": 9, "table": table})
     append_row(path, {**other, "digest": "x", "images": 18, "table": {"classifier": {"EMA": {"top1": 1.0}}}})
+    untrained = {name: {"untrained": {"top1": 9.0}} for name in table}
+    append_row(path, {"run": "floors-8-0", "digest": "", "images": 0, "table": untrained})
     assert curves.main([str(path), "--out", str(tmp_path / "curves.svg")]) == 0
     assert f"| run, a | 450 | {40.5 + 3 * math.log2(4.5):.1f} | {81 + 6 * math.log2(4.5):.1f} | +3.0 / +6.0 |" in (
         capsys.readouterr().out
