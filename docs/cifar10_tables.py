@@ -41,6 +41,7 @@ SCREEN_NAMES = {
 RUN_NAMES = {
     ("train", "run"): "SODA, {of} epochs",
     ("hour", "soda"): "SODA, {of} epochs",
+    ("constant_rate", "soda"): "SODA, {of} epochs, constant rate",
     ("reference", "recipe"): "the reference's schedule, views and z",
     ("simclr", "smaller_crops"): "SimCLR",
     ("simclr", "simclr"): "SimCLR with SODA's crops",
@@ -60,6 +61,7 @@ def controls() -> str:
         if row["complete"]:
             runs.setdefault((row["stage"], row["variant"]), []).append(row)
     ours = runs.pop(("hour", "soda"))
+    runs.pop(("constant_rate", "soda"), None)  # not another method
     found = [f"{name}{_dagger(runs[kind])}: {both(runs[kind])}" for kind, name in RUN_NAMES.items() if kind in runs]
     groups = screened(2)
     linear = {row["seed"]: score(row) for row in groups["linear"]}
