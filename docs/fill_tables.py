@@ -38,7 +38,7 @@ def readme() -> str:
         seeds = f"median of {len(digits)} seeds" if len(digits) > 1 else "one seed"
         how = f"{seeds}, {minutes:.0f} minutes{' each' * (len(digits) > 1)} on a CPU core: `make train`"
         lines = [["digits", beside_baselines(digits, statistics.median), how]]
-    runs = [row for row in recorded("cifar10_cpu_runs") if row["stage"] == "hour"]
+    runs = [row for row in recorded("cifar10_cpu_runs") if (row["stage"], row["variant"]) == ("hour", "soda")]
     lines.append(cifar10_tables.readme_line(runs, "cifar10_cpu.yaml"))
     if long := recorded("cifar10_cpu_long"):
         lines.append(cifar10_tables.readme_line(long, "cifar10_cpu_long.yaml"))

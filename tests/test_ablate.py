@@ -45,7 +45,7 @@ def row_of(knn: float, linear: float, complete: bool = True, **more: Any) -> dic
         "table": table,
         "complete": complete,
         "machine": "a machine",
-        "amp": "None",
+        "amp": "torch.float32",
         "data": "data",
         **fixed,
         **more,
@@ -285,7 +285,7 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     (then,) = ablation.runs_of(ablation.stage("then"))
     ablation.record(then, row_of(30, 20, complete=False))
     lines = markdown_tables(ablation).splitlines()
-    assert lines[0] == "**screen** (data; a machine, None)"
+    assert lines[0] == "**screen** (data; a machine, torch.float32)"
     cells = {line.split(" |")[0].strip("| "): line for line in lines[2:] if line.startswith("|")}
     deviation = statistics.stdev([60, 62])
     assert f"| 61.0 ± {deviation:.1f} | 60.0 ± {deviation:.1f} | 60.5 ± {deviation:.1f} |" in cells["a"]

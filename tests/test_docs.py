@@ -180,8 +180,9 @@ def test_results_of_all_programs_are_recorded(
         both = {kind: {"trained": {"top1": top1, "top3": 90.0}} for kind, top1 in (("k-NN", 70.0), ("linear", 71.0))}
         complete = {"run": "a", "digest": "d", "complete": True, "seconds": 60.0, "table": both, "images": 200}
         complete |= {"epochs": 4, "of_epochs": 4, "stage": "new", "variant": "soda"}
+        hour = complete | {"run": "hour", "stage": "hour"}
         half = complete | {"run": "b", "complete": False, "table": {"k-NN": {"trained": {"top1": 1.0}}}}
-        for name, of_name in (("digits", [complete, half]), ("cifar10_cpu_runs", [complete])):
+        for name, of_name in (("digits", [complete, half]), ("cifar10_cpu_runs", [hour, complete])):
             (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in of_name))
         assert "| digits | 70.0 / 71.0 | one seed, 1 minutes on a CPU core" in fill_tables.readme()
         assert "| new, soda, after 4 | 1 seed | 200 | 70.0 / 71.0 |" in cifar10_tables.runs()

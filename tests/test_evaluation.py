@@ -365,7 +365,8 @@ def test_the_floors_are_scikit_learns_accuracies(
     knn, linear = (dict(zip(columns, re.findall(r"(\d+\.\d) / \d+\.\d", row), strict=True)) for row in rows)
     assert record.main([str(tmp_path / "floors"), "--out", str(tmp_path)]) == 0
     (recorded,) = read_rows(tmp_path / "floors.jsonl")
-    assert (recorded["run"], recorded["data"]) == ("floors-6-0", "digits of 8 px")
+    expected = {"run": "floors-6-0", "data": "digits of 8 px", "amp": "torch.float32"}
+    assert {key: recorded[key] for key in expected} == expected
     for kind, printed in (("k-NN", knn), ("linear", linear)):
         assert {name: f"{accuracy(recorded, kind, encoder=name):.1f}" for name in columns} == printed
 
