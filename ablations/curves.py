@@ -103,7 +103,7 @@ def save(curves: dict[str, Curve], path: Path, floors: dict[str, tuple[float, fl
     """Draws the curves into an SVG or PNG file. Equal curves give equal files.
 
     Args:
-        floors: (k-NN, linear) of features that nothing has trained, by name.
+        floors: (k-NN, linear) of baselines, by name.
     """
     import matplotlib
 

@@ -162,7 +162,7 @@ def slopes() -> str:
 
 
 def floors() -> dict[str, tuple[float, float]]:
-    """Returns k-NN and linear probe of features that nothing has trained, by name."""
+    """Returns k-NN and linear probe of the baselines, by name."""
     (row,) = recorded("cifar10_floors")
     names = next(iter(row["table"].values()))
     return {name: (accuracy(row, "k-NN", encoder=name), accuracy(row, "linear", encoder=name)) for name in names}

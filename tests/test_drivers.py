@@ -66,16 +66,20 @@ class Bench:
             ],
         }
 
-    def make(self, out: str, minutes: float | None = None, *more: str, fails: bool = False) -> str:
-        """Runs the driver on the plan, checks its exit status, and returns what it printed."""
+    def make(self, out: str, minutes: float | None = None, *more: str, status: int | None = 0) -> str:
+        """Runs the driver on the plan, checks its exit status, and returns what it printed.
+
+        With `status` None, the exit status must be 75 if the driver prints that something is left to do, and else 0.
+        """
         path, clock = self.folder / "plan.yaml", Clock()
         path.write_text(json.dumps(self.plan))  # JSON is YAML
         with self.patch.context() as patch:
             patch.setattr(ablate.time, "monotonic", clock.monotonic)  # `trial` uses the same module object
             limit = [] if minutes is None else ["--minutes", str(minutes)]
-            status = ablate.main([str(path), "--out", str(self.folder / out), *limit, *more])
+            found = ablate.main([str(path), "--out", str(self.folder / out), *limit, *more])
         said = self.capsys.readouterr().out
-        assert status == (1 if fails else 75 if "not all stages are done" in said else 0)
+        expected = 75 if "not all stages are done" in said else 0
+        assert found == (expected if status is None else status)
         return said
 
     def rows(self, out: str) -> dict[str, dict[str, Any]]:
@@ -98,7 +102,7 @@ def test_a_plan_stops_and_resumes(bench: Bench, tmp_path: Path) -> None:
     bench.patch.setattr(trial, "SAVE_EVERY_S", 3)
     bench.plan["stages"] = bench.plan["stages"][:2]
     starts = 0
-    while "not all stages are done" in bench.make("broken", 13 / 60, f"data.root=place_{starts}"):
+    while "not all stages are done" in bench.make("broken", 13 / 60, f"data.root=place_{starts}", status=None):
         starts += 1
         assert starts < 20
     history = [json.loads(line) for line in (tmp_path / "broken" / "results.jsonl").read_text().splitlines()]
@@ -162,7 +166,7 @@ def test_a_run_that_the_clock_stops_keeps_its_checkpoint(bench: Bench, tmp_path:
     """Time that is left because the judging was shorter than assumed does not make an incomplete run complete."""
     bench.plan["stages"] = [{"name": "screen", "epochs": 50, "variants": {"a": []}}]
     seconds = 1.5 * runner.FIRST_JUDGING_S + runner.FIRST_STARTUP_S + 9
-    assert "not all stages are done" in bench.make("out", seconds / 60)
+    assert "not all stages are done" in bench.make("out", seconds / 60, status=75)
     row = bench.rows("out")["screen-a-0"]
     assert not row["complete"] and 0 < row["epochs"] < 50
     assert (tmp_path / "out" / "runs" / "screen-a-0" / "last.pt").exists()
@@ -187,7 +191,7 @@ def test_what_fails_does_not_keep_the_rest_from_being_made(bench: Bench, tmp_pat
         train(self, stop, **options)
 
     bench.patch.setattr(Trial, "train", failing)
-    printed = bench.make("out", fails=True)
+    printed = bench.make("out", status=1)
     assert (
         "failed: screen-large-0, screen-huge-0, screen-empty-0, screen-none-0, after, control-y-0" in printed
         and "\nall stages are done" in printed
@@ -215,7 +219,7 @@ def test_a_command_is_repeated_if_the_driver_had_to_end_it(bench: Bench, tmp_pat
     )
     slow = {"name": "slow", "command": f'-c "{first.format(tmp_path / "slow")}"', "minutes": 2}
     bench.plan["stages"] = [slow]
-    assert "not all stages are done" in bench.make("out", 6 / 60)
+    assert "not all stages are done" in bench.make("out", 6 / 60, status=75)
     said = tmp_path / "out" / "commands.txt"
     assert said.read_text().endswith("\n== slow: interrupted\n")
     limited = {"name": "limited", "command": "-c 'import time; time.sleep(60)'", "minutes": 0.02}
@@ -234,7 +238,7 @@ def test_a_command_is_repeated_if_the_driver_had_to_end_it(bench: Bench, tmp_pat
                 {"name": "signalled", "command": f"-c 'import os, sys; os.kill(os.getppid(), 15); sys.exit({status})'"}
             ]
             bench.patch.setattr(signals, "_received", 0)
-            assert expected in bench.make("out")
+            assert expected in bench.make("out", status=75 if status else 0)
     finally:
         signal.signal(signal.SIGTERM, handler)
     bench.patch.setattr(signals, "_received", 0)
@@ -258,9 +262,9 @@ def test_a_failure_is_not_repeated_by_the_other_drivers_of_a_start(bench: Bench,
     bench.patch.setattr(Trial, "train", train)
     with bench.patch.context() as patch:
         patch.setattr(ablate.Driver, "_finish", failing_elsewhere)
-        assert "failed: screen-a-0, screen-b-0\n" in bench.make("out", fails=True)
+        assert "failed: screen-a-0, screen-b-0\n" in bench.make("out", status=1)
     assert ran == [str(tmp_path / "out" / "runs" / "screen-b-0" / "last.pt")]
-    bench.make("out", fails=True)
+    bench.make("out", status=1)
     assert len(ran) == 3, "a new start must repeat both"
 
 
@@ -269,21 +273,21 @@ def test_checkpoints_and_encoders_of_another_plan_are_not_overwritten(bench: Ben
     bench.patch.setattr(runner, "FIRST_STARTUP_S", 1.0)
     stage = {"name": "screen", "epochs": 50, "keep": True, "variants": {"a": []}}
     bench.plan["stages"] = [stage]
-    bench.make("out", (1.5 * runner.FIRST_JUDGING_S + 9) / 60)
+    bench.make("out", (1.5 * runner.FIRST_JUDGING_S + 9) / 60, status=75)
     out = tmp_path / "out"
     checkpoint, encoder, results = out / "runs/screen-a-0/last.pt", out / "screen-a-0.pt.part0", out / "results.jsonl"
     before = [path.read_bytes() for path in (checkpoint, encoder, results)]
 
     for change in ({"epochs": 1, "keep": False}, {"epochs": 50, "control": "supervised"}):
         stage |= change
-        bench.make("out", fails=True)
+        bench.make("out", status=1)
         differs = "control" if "control" in change else "training.epochs"
         assert bench.rows("out")["screen-a-0"]["failed"] == (
             f"{checkpoint} is of another run, with another {differs}: move or delete it, or choose another --out"
         )
     checkpoint.rename(tmp_path / "moved.pt")
     stage |= {"epochs": 1, "control": None, "keep": True, "variants": {"a": [], "b": []}}
-    bench.make("out", fails=True)
+    bench.make("out", status=1)
     rows = bench.rows("out")
     assert "screen-a-0.yaml is of another run" in rows["screen-a-0"]["failed"] and rows["screen-b-0"]["complete"]
     assert [path.read_bytes() for path in (tmp_path / "moved.pt", encoder)] == before[:2]
@@ -304,7 +308,7 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
     try:
         with bench.patch.context() as patch:
             patch.setattr(trial, "train_step", signalled)
-            assert "not all stages are done" in bench.make("out")
+            assert "not all stages are done" in bench.make("out", status=75)
     finally:
         signal.signal(signal.SIGTERM, handler)
     bench.patch.setattr(signals, "_received", 0)
@@ -318,7 +322,7 @@ def test_a_signal_saves_and_ends(bench: Bench, tmp_path: Path) -> None:
 
     with bench.patch.context() as patch:
         patch.setattr(torch, "load", unreadable)
-        assert "- screen-a-0 failed: cannot read" in bench.make("out", fails=True)
+        assert "- screen-a-0 failed: cannot read" in bench.make("out", status=1)
     assert checkpoint.read_bytes() == whole, "the disk may work again, and then the run resumes"
     checkpoint.write_bytes(whole[:1000])
     assert "\nall stages are done" in bench.make("out"), "only the training in the damaged checkpoint may be lost"
@@ -400,7 +404,7 @@ def test_two_drivers_make_the_results_of_one(bench: Bench, tmp_path: Path) -> No
     for out in ("one", "two"):
         contents = checkpoint_contents(experiment, initial_state(experiment))
         save_checkpoint(tmp_path / out / "runs" / "screen-bad-0" / "last.pt", contents)
-    assert "\nfailed: screen-bad-0\nall stages are done\n" in bench.make("one", fails=True)
+    assert "\nfailed: screen-bad-0\nall stages are done\n" in bench.make("one", status=1)
     expected = [without_times(row) for row in bench.rows("one").values()]
     names = ["screen-a-0", "screen-b-0", "screen-bad-0", "screen-a-1", "screen-b-1", "then-x-0"]
     assert [row["run"] for row in expected] == names
